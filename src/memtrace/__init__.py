@@ -1,0 +1,58 @@
+"""memtrace: what every byte of GPU memory is for in PyTorch training.
+
+Names are resolved when they are first used: importing this package loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memtrace.adapters.hf_trainer import MemTraceCallback
+    from memtrace.adapters.memory_tracer import MemoryTracer
+    from memtrace.adapters.torch_optimizer import MemTraceOptimizer
+    from memtrace.breakdown import Breakdown, StepRecord
+    from memtrace.categories import Category, Moment
+    from memtrace.config import TracerConfig
+    from memtrace.errors import ConfigError, MemTraceError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Breakdown": "memtrace.breakdown",
+    "Category": "memtrace.categories",
+    "ConfigError": "memtrace.errors",
+    "MemTraceCallback": "memtrace.adapters.hf_trainer",
+    "MemTraceError": "memtrace.errors",
+    "MemTraceOptimizer": "memtrace.adapters.torch_optimizer",
+    "MemoryTracer": "memtrace.adapters.memory_tracer",
+    "Moment": "memtrace.categories",
+    "StepRecord": "memtrace.breakdown",
+    "TracerConfig": "memtrace.config",
+}
+
+__all__ = [
+    "Breakdown",
+    "Category",
+    "ConfigError",
+    "MemTraceCallback",
+    "MemTraceError",
+    "MemTraceOptimizer",
+    "MemoryTracer",
+    "Moment",
+    "StepRecord",
+    "TracerConfig",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'memtrace' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

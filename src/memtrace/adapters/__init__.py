@@ -1,0 +1,1 @@
+"""What users import: the edges that wire a tracer to a training loop and to the exporters."""

@@ -1,0 +1,146 @@
+"""What memory was for, at one moment, and the record of one step. Plain data, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
+
+from memtrace.categories import Category, Moment
+
+
+class EntryKey(NamedTuple):
+    """What the bytes of one entry have in common."""
+
+    category: Category
+    component: str
+    """A part of the category, such as `exp_avg` or `frozen`; empty where a category has one part only."""
+    dtype: str
+    """Element type as torch prints it without `torch.`, such as `bfloat16`; empty where it is not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Breakdown:
+    """Bytes by (category, component, dtype) at one moment on one device."""
+
+    moment: Moment
+    entries: Mapping[EntryKey, int]
+    """Bytes of each entry that has any, in the order of `Category`."""
+    allocated_bytes: int | None = None
+    """What the allocator says was allocated at that moment, counted independently of the entries.
+
+    None where no allocator was asked: a counted step on a CPU.
+    """
+    estimated: bool = False
+    """True where the entries follow from counters and earlier traces instead of events."""
+
+    def __getitem__(self, category: Category) -> int:
+        """Bytes of one category; 0 where it has none."""
+        return sum(size for key, size in self.entries.items() if key.category is category)
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of all entries."""
+        return sum(self.entries.values())
+
+    def by_category(self) -> dict[Category, int]:
+        """Bytes of each category that has any, in the order of `Category`."""
+        totals: dict[Category, int] = {}
+        for key, size in self.entries.items():
+            totals[key.category] = totals.get(key.category, 0) + size
+        return {category: totals[category] for category in Category if category in totals}
+
+
+_ORDER = {category: position for position, category in enumerate(Category)}
+
+
+def ordered_entries(entries: Mapping[EntryKey, int]) -> Mapping[EntryKey, int]:
+    """Returns the entries that are not 0, in the order of `Category`, then component, then dtype; read-only."""
+    keys = sorted(
+        (key for key, size in entries.items() if size),
+        key=lambda key: (_ORDER[key.category], key.component, key.dtype),
+    )
+    return MappingProxyType({key: entries[key] for key in keys})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocatorReading:
+    """What the caching allocator of one device says about itself. Bytes; None where it does not say."""
+
+    allocated_bytes: int
+    """Blocks in use, each rounded up as the allocator rounds."""
+    reserved_bytes: int
+    """What the allocator holds of the device, in use or cached."""
+    requested_bytes: int | None = None
+    """Blocks in use as they were asked for, without rounding: what the categories add up to."""
+    peak_allocated_bytes: int | None = None
+    """The allocator's own high-water mark since somebody last reset it; memtrace never does."""
+    inactive_split_bytes: int | None = None
+    """Cached pieces of partly used segments: what fragmentation can keep from being given back."""
+    retries: int | None = None
+    """How often the cache had to be flushed and the allocation tried again, since the process began."""
+    ooms: int | None = None
+    """How often an allocation failed, since the process began."""
+
+    @property
+    def slack_bytes(self) -> int:
+        """Reserved minus allocated: what torch can reuse without asking the device."""
+        return self.reserved_bytes - self.allocated_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceReading:
+    """What the driver (or, on a CPU, the operating system) says about one device. None where it does not say."""
+
+    name: str | None = None
+    uuid: str | None = None
+    """The full `GPU-...` or `MIG-...` form; None on a CPU."""
+    total_bytes: int | None = None
+    used_bytes: int | None = None
+    free_bytes: int | None = None
+    process_bytes: int | None = None
+    """What this process holds on the device; on a CPU its resident set size."""
+    other_processes_bytes: int | None = None
+    utilization_ratio: float | None = None
+    """Share of time in which a kernel ran, 0..1, over the driver's own window."""
+    power_watts: float | None = None
+    temperature_celsius: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchShape:
+    """The batch of a step, as the model saw it."""
+
+    shape: tuple[int, ...]
+    """Shape of the largest integer tensor of the batch (or of the largest tensor where none is), one micro batch."""
+    tokens: int
+    """Elements of that shape's first two dimensions (samples x positions), summed over the micro batches.
+
+    For a batch with one dimension the number of samples.
+    """
+    largest_micro_batch_tokens: int
+    """The same for the largest micro batch alone: what the activations follow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One training step: what memory was for, what was read, what measuring cost."""
+
+    step: int
+    """Number of the optimizer step, from 1."""
+    rank: int
+    device: str
+    """As torch names it, such as `cuda:0` or `cpu`."""
+    traced: bool
+    """True where the breakdowns come from allocator events; False where they come from counters and the ledger."""
+    unix_seconds: float
+    """When the step ended, seconds since 1970."""
+    self_seconds: float
+    """Time that memtrace itself took on the training thread in this step."""
+    step_seconds: float | None = None
+    """Wall time from the beginning of the step to its end."""
+    batch: BatchShape | None = None
+    moments: Mapping[Moment, Breakdown] = field(default_factory=dict)
+    allocator: AllocatorReading | None = None
+    device_memory: DeviceReading | None = None

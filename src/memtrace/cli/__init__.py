@@ -1,0 +1,1 @@
+"""The `memtrace` command: one file for each subcommand."""

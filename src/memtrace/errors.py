@@ -1,0 +1,32 @@
+"""Every error that memtrace raises on purpose.
+
+    MemTraceError
+    ├── ConfigError (also ValueError)    a setting, or what was handed to a constructor, cannot be used
+    ├── LogFormatError (also ValueError) a step log, plan file or snapshot cannot be read
+    ├── OutputError (also OSError)       a port, directory or file that was asked for cannot be used
+    └── PlanError (also ValueError)      a plan cannot be made from what was given
+
+The message says what was wrong, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+
+class MemTraceError(Exception):
+    """Base of all errors that memtrace raises on purpose."""
+
+
+class ConfigError(MemTraceError, ValueError):
+    """A setting, model or optimizer cannot be used; raised before training starts."""
+
+
+class LogFormatError(MemTraceError, ValueError):
+    """A file does not have the documented form."""
+
+
+class OutputError(MemTraceError, OSError):
+    """An output that was asked for (port, directory, file) cannot be opened."""
+
+
+class PlanError(MemTraceError, ValueError):
+    """A plan cannot be made from the given model, configuration or options."""

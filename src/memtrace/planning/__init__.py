@@ -1,0 +1,1 @@
+"""Memory before the run: recipes, formulas, simulation, the allocator and the devices."""

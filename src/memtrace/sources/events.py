@@ -1,0 +1,81 @@
+"""The types that all sources share: what the allocator did, and what is known of an address.
+
+These are the two streams that `attribution.timeline` joins. Both types are tuples because a step has tens of
+thousands of them. Times are nanoseconds of one clock, the one of `time.time_ns()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from memtrace.breakdown import AllocatorReading
+from memtrace.categories import Category
+
+
+class Event(NamedTuple):
+    """One allocation or free."""
+
+    time_ns: int
+    address: int
+    delta: int
+    """Bytes: positive for an allocation, negative for a free."""
+
+
+class Tag(NamedTuple):
+    """What a storage is for."""
+
+    category: Category
+    component: str
+    dtype: str
+
+
+class TagEvent(NamedTuple):
+    """At this time the block at this address was known to be for this."""
+
+    time_ns: int
+    address: int
+    nbytes: int
+    tag: Tag
+
+
+class Block(NamedTuple):
+    """A block that was live when a window of events began."""
+
+    address: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """What an allocator did between two instants."""
+
+    begin_ns: int
+    end_ns: int
+    events: Sequence[Event]
+    """In the order in which the allocator did them."""
+    live_at_begin: Sequence[Block] | None
+    """Every block that was live at the beginning; None where the source cannot list them (a CPU)."""
+    complete: bool = True
+    """False where the source lost events, for instance because its ring buffer was too small."""
+
+
+class EventSource(Protocol):
+    """Records what the allocator of one device does, for as long as a window is open."""
+
+    def open(self) -> bool:
+        """Begins a window. Returns False, and does nothing, where recording is not possible now."""
+
+    def close(self) -> Window:
+        """Ends the window and returns what happened in it."""
+
+    def abandon(self) -> None:
+        """Ends the window, if one is open, and forgets it."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a window is open."""
+
+    def reading(self) -> AllocatorReading | None:
+        """Returns the allocator's counters now; None for an allocator without counters (a CPU)."""
