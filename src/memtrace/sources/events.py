@@ -32,12 +32,13 @@ class Tag(NamedTuple):
 
 
 class TagEvent(NamedTuple):
-    """At this time the block at this address was known to be for this."""
+    """At this time the block at this address was known to be for this, or was known to have died."""
 
     time_ns: int
     address: int
     nbytes: int
-    tag: Tag
+    tag: Tag | None
+    """None: the storage that the ledger knew at this address died."""
 
 
 class Block(NamedTuple):
@@ -57,6 +58,10 @@ class Window:
     """In the order in which the allocator did them."""
     live_at_begin: Sequence[Block] | None
     """Every block that was live at the beginning; None where the source cannot list them (a CPU)."""
+    running_totals: Sequence[int] | None = None
+    """The source's own count of allocated bytes after each event, up to a constant; None where it keeps none."""
+    resolution_ns: int = 1
+    """How far the time of an event may lie before the instant that it stands for."""
     complete: bool = True
     """False where the source lost events, for instance because its ring buffer was too small."""
 
@@ -76,6 +81,9 @@ class EventSource(Protocol):
     @property
     def is_open(self) -> bool:
         """Whether a window is open."""
+
+    def interrupted(self) -> bool:
+        """Whether somebody else's recorder needs the window to end now."""
 
     def reading(self) -> AllocatorReading | None:
         """Returns the allocator's counters now; None for an allocator without counters (a CPU)."""

@@ -1,0 +1,76 @@
+"""What autograd saves for the backward pass: activations, and casts of weights among them."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from memtrace.attribution.storages import storages_of
+from memtrace.categories import Category
+from memtrace.sources.events import Tag, TagEvent
+
+_VIEWS = (
+    "TBackward",
+    "Transpose",
+    "Permute",
+    "View",
+    "UnsafeView",
+    "Reshape",
+    "Alias",
+    "Expand",
+    "Unsqueeze",
+    "Squeeze",
+)
+"""Beginnings of the names of gradient functions of views: what may lie between a cast and the tensor that is saved."""
+_MAX_VIEWS = 4
+
+
+class ActivationTags:
+    """Notes every tensor that is packed for backward; the replay keeps stronger roles that a storage has.
+
+    A low-precision copy of a parameter that autocast made is a transient weight, not an activation: it does not grow
+    with the batch. It is told by its gradient function (views of a cast of a parameter); a copy of a frozen parameter
+    has none and is told by its shape: the transposed view of a matrix, or a convolution's kernel.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.notes: list[TagEvent] = []
+        self._device = device
+        frozen = [p for p in model.parameters() if not p.requires_grad and p.dtype is torch.float32]
+        self._frozen_shapes = {tuple(p.shape) for p in frozen if p.dim() > 2}
+        self._frozen_transposed = {(p.shape[1], p.shape[0]) for p in frozen if p.dim() == 2}
+
+    def pack(self, tensor: torch.Tensor) -> None:
+        """Notes one tensor that autograd saves; costs about 1 us."""
+        category, component = Category.ACTIVATIONS, ""
+        if tensor.dtype in (torch.bfloat16, torch.float16) and self._is_cast_weight(tensor):
+            category, component = Category.TRANSIENT_WEIGHTS, "autocast"
+        for storage, dtype in storages_of(tensor, self._device):
+            self.notes.append(
+                TagEvent(time.time_ns(), storage.data_ptr(), storage.nbytes(), Tag(category, component, dtype))
+            )
+
+    def _is_cast_weight(self, tensor: torch.Tensor) -> bool:
+        node = tensor.grad_fn
+        if node is None:
+            return not tensor.requires_grad and self._looks_like_frozen_cast(tensor)
+        for _ in range(_MAX_VIEWS):
+            if node.name() == "ToCopyBackward0":
+                source = node.next_functions[0][0]
+                variable = getattr(source, "variable", None)
+                return isinstance(variable, torch.Tensor) and variable.dtype is torch.float32
+            below = node.next_functions[0][0] if node.next_functions else None
+            if below is None or not node.name().startswith(_VIEWS):
+                return False
+            node = below
+        return False
+
+    def _looks_like_frozen_cast(self, tensor: torch.Tensor) -> bool:
+        if not torch.is_autocast_enabled(tensor.device.type):
+            return False
+        shape = tuple(tensor.shape)
+        if tensor.dim() == 2:
+            return tensor.stride() == (1, shape[0]) and shape in self._frozen_transposed
+        return tensor.dim() > 2 and shape in self._frozen_shapes

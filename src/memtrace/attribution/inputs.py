@@ -1,0 +1,51 @@
+"""The batch: its tensors, and the shape that activations follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from memtrace.attribution.ledger import Ledger
+from memtrace.categories import Category
+
+
+def batch_tensors(batch: object) -> Iterator[torch.Tensor]:
+    """Yields every tensor in nested sequences and mappings, in order."""
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, (list, tuple)):
+        for item in batch:
+            yield from batch_tensors(item)
+    elif isinstance(batch, Mapping):
+        for item in batch.values():
+            yield from batch_tensors(item)
+
+
+def claim_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any], ledger: Ledger) -> None:
+    """Claims every tensor in the arguments of a forward pass as input."""
+    for tensor in batch_tensors((args, kwargs)):
+        ledger.claim(tensor, Category.INPUTS)
+
+
+def main_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], main_name: str | None) -> torch.Tensor | None:
+    """Returns the tensor that gives the batch its shape.
+
+    That is the argument called `main_name` (what transformers models call `main_input_name`), else the first tensor.
+    """
+    named = kwargs.get(main_name) if main_name is not None else None
+    if isinstance(named, torch.Tensor):
+        return named
+    return next(batch_tensors((args, kwargs)), None)
+
+
+def count_tokens(tensor: torch.Tensor) -> int:
+    """Returns the positions in a batch: what the size of its activations is proportional to.
+
+    All elements of integer tensors (ids) and of tensors of up to two dimensions (waveforms); samples x positions where
+    the last of three dimensions holds features; samples alone for images and volumes.
+    """
+    if tensor.dim() <= 2 or not tensor.is_floating_point():
+        return tensor.numel()
+    return tensor.shape[0] * tensor.shape[1] if tensor.dim() == 3 else tensor.shape[0]

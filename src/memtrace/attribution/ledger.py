@@ -1,0 +1,150 @@
+"""The ledger: which live storage is known to be for what. Each storage counts once, whoever shares it."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from memtrace.attribution.storages import storages_of
+from memtrace.categories import Category
+from memtrace.sources.events import Tag, TagEvent
+
+PRECEDENCE = {
+    category: rank
+    for rank, category in enumerate(
+        (
+            Category.WEIGHTS,
+            Category.MASTER_WEIGHTS,
+            Category.OPTIMIZER_STATE,
+            Category.GRADIENTS,
+            Category.COMM_BUFFERS,
+            Category.BUFFERS,
+            Category.INPUTS,
+            Category.TRANSIENT_WEIGHTS,
+            Category.ACTIVATIONS,
+            Category.TEMPORARIES,
+            Category.UNATTRIBUTED,
+        )
+    )
+}
+"""Who wins where a storage has several roles: a weight saved for backward is a weight, a flat buffer that weights are
+views of is weights, a batch saved for backward is the batch."""
+
+
+class _Entry(weakref.ref[torch.UntypedStorage]):
+    """A weak reference to a storage, with what is known of it."""
+
+    __slots__ = ("address", "identity", "nbytes", "tag")
+
+    address: int
+    identity: int
+    nbytes: int
+    tag: Tag
+
+    def __new__(cls, storage: torch.UntypedStorage, callback: Callable[[Any], None], tag: Tag) -> _Entry:
+        entry = super().__new__(cls, storage, callback)
+        entry.identity = id(storage)
+        entry.address = storage.data_ptr()
+        entry.nbytes = storage.nbytes()
+        entry.tag = tag
+        return entry
+
+    def __init__(self, storage: torch.UntypedStorage, callback: Callable[[Any], None], tag: Tag) -> None:
+        super().__init__(storage, callback)
+
+
+class Ledger:
+    """Weak map from storage to tag, for one device.
+
+    A claim costs about 1 us a storage. The ledger keeps no tensor alive: a storage that dies leaves by itself.
+    While a journal is kept, every claim and every death is noted with its time, so that the replay of events can
+    give the block at that address its tag for as long as it lives.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._entries: dict[int, _Entry] = {}
+        self._journal: list[TagEvent] | None = None
+        ledger = weakref.ref(self)
+
+        def forget(entry: _Entry) -> None:
+            alive = ledger()
+            if alive is not None:
+                alive._forget(entry)
+
+        self._on_death: Callable[[Any], None] = forget
+
+    @property
+    def device(self) -> torch.device:
+        """The device whose storages are kept; others are passed over."""
+        return self._device
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def claim(self, tensor: torch.Tensor, category: Category, component: str = "") -> None:
+        """Notes that the storage of this tensor is for `category`.
+
+        A stronger role that the storage already has is kept; an equal one is replaced. The element type in the tag is
+        the tensor's own.
+        """
+        for storage, dtype in storages_of(tensor, self._device):
+            tag = Tag(category, component, dtype)
+            entry = self._entries.get(id(storage))
+            if entry is None:
+                entry = _Entry(storage, self._on_death, tag)
+                self._entries[entry.identity] = entry
+            elif PRECEDENCE[entry.tag.category] >= PRECEDENCE[category]:
+                entry.tag = tag
+            if self._journal is not None:
+                self._journal.append(TagEvent(time.time_ns(), storage.data_ptr(), storage.nbytes(), entry.tag))
+
+    def role_of(self, tensor: torch.Tensor) -> Category | None:
+        """Returns what the first storage of a tensor is known to be for."""
+        for storage, _ in storages_of(tensor, self._device):
+            entry = self._entries.get(id(storage))
+            return None if entry is None else entry.tag.category
+        return None
+
+    def clear(self, keep: Category | None = None) -> None:
+        """Forgets every entry that is not of the category `keep`; their deaths are not noted any more."""
+        self._entries = {key: entry for key, entry in self._entries.items() if entry.tag.category is keep}
+
+    def live(self) -> list[TagEvent]:
+        """Returns address, size and tag of every storage as it is now; storages resized to nothing are left out."""
+        now = time.time_ns()
+        found = []
+        for entry in list(self._entries.values()):
+            storage = entry()
+            if storage is None:
+                continue
+            entry.address, entry.nbytes = storage.data_ptr(), storage.nbytes()
+            if entry.nbytes:
+                found.append(TagEvent(now, entry.address, entry.nbytes, entry.tag))
+        return found
+
+    def totals(self) -> dict[Tag, int]:
+        """Returns the bytes of each tag as they were claimed; costs about 0.1 us a storage."""
+        totals: dict[Tag, int] = {}
+        for entry in list(self._entries.values()):
+            totals[entry.tag] = totals.get(entry.tag, 0) + entry.nbytes
+        return totals
+
+    def begin_journal(self) -> None:
+        """Starts noting claims and deaths."""
+        self._journal = []
+
+    def end_journal(self) -> list[TagEvent]:
+        """Stops noting and returns what was noted since, in the order in which it happened."""
+        journal, self._journal = self._journal or [], None
+        return journal
+
+    def _forget(self, entry: _Entry) -> None:
+        if self._entries.get(entry.identity) is entry:
+            del self._entries[entry.identity]
+            if self._journal is not None:
+                self._journal.append(TagEvent(time.time_ns(), entry.address, entry.nbytes, None))

@@ -1,0 +1,120 @@
+"""What an optimizer holds: state by component, and master weights by role.
+
+Roles, not element types, tell a master copy from a moment:
+
+* a tensor of a parameter group that is no parameter of the model, with the shape of one that has a lower precision, is
+  a master copy made before the optimizer was;
+* a state tensor whose name says so (`master_param`, `fp32_copy`) is a master copy that the optimizer made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from memtrace.attribution.ledger import Ledger
+from memtrace.categories import Category
+from memtrace.errors import ConfigError
+
+_MASTER_NAME = re.compile(r"master|fp32|float32|full_precision")
+
+
+def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Returns the optimizer that does the step, inside wrappers such as Accelerate's that hold it as `.optimizer`."""
+    while "_optimizer_step_pre_hooks" not in vars(optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None or inner is optimizer:
+            raise ConfigError(f"an optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        optimizer = inner
+    return optimizer
+
+
+def optimizer_parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """Yields the tensors of all parameter groups."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Checks that the optimizer updates this model, directly or through master copies.
+
+    Raises:
+        ConfigError: none of its parameters belongs to the model.
+    """
+    known = {id(parameter) for parameter in model.parameters()}
+    ours = list(optimizer_parameters(optimizer))
+    if any(id(parameter) in known for parameter in ours):
+        return
+    if ours and all(_is_master_of(parameter, model) for parameter in ours):
+        return
+    raise ConfigError(
+        f"{type(optimizer).__name__} must hold parameters of the model or higher-precision copies of them; "
+        f"none of its {len(ours)} parameters belongs to the given {type(model).__name__}: was it made for another model?"
+    )
+
+
+def claim_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, ledger: Ledger) -> None:
+    """Claims the optimizer's parameters that are not the model's, and all tensors in its state.
+
+    Call after `claim_model`: parameters that the ledger knows as weights stay weights.
+    """
+    for parameter in optimizer_parameters(optimizer):
+        if ledger.role_of(parameter) is None:
+            if _is_master_of(parameter, model):
+                ledger.claim(parameter, Category.MASTER_WEIGHTS)
+            else:
+                ledger.claim(parameter, Category.WEIGHTS, "trainable")
+    for state in optimizer.state.values():
+        for component, tensor in _tensors(state):
+            if _MASTER_NAME.search(component):
+                ledger.claim(tensor, Category.MASTER_WEIGHTS)
+            else:
+                ledger.claim(tensor, Category.OPTIMIZER_STATE, component)
+
+
+def _is_master_of(tensor: torch.Tensor, model: nn.Module) -> bool:
+    """Whether the tensor could be a master copy: higher precision and shape of a parameter, or flat over several."""
+    if not tensor.is_floating_point():
+        return False
+    lower = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.is_floating_point() and parameter.element_size() < tensor.element_size()
+    ]
+    if any(parameter.shape == tensor.shape for parameter in lower):
+        return True
+    flat = tensor.dim() == 1 and bool(lower)
+    return flat and tensor.numel() <= sum(parameter.numel() for parameter in lower) + _FLAT_PADDING
+
+
+_FLAT_PADDING = 4096
+"""Elements by which engines pad a flat master copy for alignment at most."""
+
+_MAX_DEPTH = 8
+
+
+def _tensors(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (component, tensor) for every tensor in nested state.
+
+    The component is the path of names to it, without positions: the third of a list `old_dirs` is `old_dirs`.
+    """
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif depth < _MAX_DEPTH:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                name = key if isinstance(key, str) else ""
+                yield from _tensors(item, f"{path}.{name}" if path and name else path or name, depth + 1)
+        elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+            for item in value:
+                yield from _tensors(item, path, depth + 1)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            attributes = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            yield from _tensors(attributes, path, depth + 1)
+        elif hasattr(value, "__dict__") and not callable(value):
+            yield from _tensors(vars(value), path, depth + 1)

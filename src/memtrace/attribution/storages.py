@@ -1,0 +1,49 @@
+"""Which storages hold a tensor: views, sparse tensors and wrapper subclasses come down to plain storages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from memtrace.sources import torch_private
+
+
+class StorageView(NamedTuple):
+    """A storage and the element type that the tensor on it has."""
+
+    storage: torch.UntypedStorage
+    dtype: str
+
+
+def storages_of(tensor: torch.Tensor, device: torch.device) -> Iterator[StorageView]:
+    """Yields each storage on `device` that holds a part of the tensor.
+
+    A DTensor or a quantised tensor yields the storages of the tensors that it wraps, with their own element types, so
+    that packed weights count what they take. Empty storages and opaque layouts (MKLDNN) yield nothing.
+    """
+    if torch_private.is_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        for name in names:
+            yield from storages_of(getattr(tensor, name), device)
+    elif tensor.layout is torch.strided:
+        if tensor.device == device:
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                yield StorageView(storage, dtype_name(tensor.dtype))
+    else:
+        for part in torch_private.sparse_parts(tensor):
+            yield from storages_of(part, device)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name of an element type without `torch.`, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def canonical_device(device: torch.device) -> torch.device:
+    """Returns the device as tensors name it: `cuda` without an index is the current one."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

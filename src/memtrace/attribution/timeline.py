@@ -1,0 +1,254 @@
+"""The replay: allocator events joined with tags give what every block was for, at every instant of a window.
+
+One piece of code for every source. Events are replayed in order; a block carries the strongest tag that was put on
+its address while it lived, for its whole life. Blocks that were there before the window come from the source where
+it can list them (CUDA), else from the ledger, and from what the window itself reveals: a free without an
+allocation, a tag on an address that no event opened.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+
+from memtrace.attribution.ledger import PRECEDENCE
+from memtrace.breakdown import Breakdown, EntryKey, ordered_entries
+from memtrace.categories import Category, Moment, Phase
+from memtrace.sources.events import Block, Tag, TagEvent, Window
+
+_STEP_BOUND = frozenset({Category.ACTIVATIONS, Category.TRANSIENT_WEIGHTS})
+"""Roles that end with the backward pass: a block that is still there after it is held by somebody else."""
+
+
+@dataclass(slots=True)
+class Lifetime:
+    """One block from its allocation to its free; positions count the changes of the window, from 0."""
+
+    address: int
+    nbytes: int
+    begin: int
+    """Number of changes before the block was there; -1 for a block that was there before the window."""
+    end: int | None = None
+    """Number of changes before the block was gone; None where it outlives the window."""
+    begin_ns: int = 0
+    tag: Tag | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMarks:
+    """When a step entered its parts; nanoseconds on the clock of the events. None where the moment did not occur."""
+
+    begin_ns: int
+    end_ns: int
+    forward_end_ns: int | None = None
+    backward_end_ns: int | None = None
+    phases: Sequence[tuple[int, Phase]] = ()
+    """When each phase was entered, in order."""
+    counters: Mapping[Moment, int] = field(default_factory=dict)
+    """What the allocator's own counter said at these moments, in bytes as requested."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """The lifetimes of all blocks of a window, and its running total."""
+
+    lifetimes: Sequence[Lifetime]
+    change_ns: Sequence[int]
+    """Time of each change, ascending."""
+    totals: Sequence[int]
+    """Allocated bytes before the first change, then after each one: one longer than `change_ns`.
+
+    Counted from the source's own running total where it keeps one, from the sizes of the events else; never from the
+    lifetimes.
+    """
+
+    def position(self, time_ns: int) -> int:
+        """Returns the number of changes up to and including this time."""
+        return bisect_right(self.change_ns, time_ns)
+
+    def moments(self, marks: StepMarks) -> dict[Moment, Breakdown]:
+        """Returns the breakdown of one step at each moment that it had, and at its exact peak."""
+        first, last = self.position(marks.begin_ns), self.position(marks.end_ns)
+        peak = max(range(first, last + 1), key=self.totals.__getitem__)
+        positions = {Moment.PEAK: peak, Moment.STEP_END: last}
+        if marks.forward_end_ns is not None:
+            positions[Moment.FORWARD_END] = self.position(marks.forward_end_ns)
+        if marks.backward_end_ns is not None:
+            positions[Moment.BACKWARD_END] = self.position(marks.backward_end_ns)
+        classify = _Classifier(marks, first, last, positions.get(Moment.BACKWARD_END, last))
+        return {
+            moment: Breakdown(
+                moment=moment,
+                entries=self._entries(positions[moment], classify),
+                allocated_bytes=marks.counters.get(moment, self.totals[positions[moment]]),
+            )
+            for moment in Moment
+            if moment in positions
+        }
+
+    def _entries(self, position: int, classify: _Classifier) -> Mapping[EntryKey, int]:
+        totals: dict[EntryKey, int] = {}
+        for life in self.lifetimes:
+            if life.begin < position and (life.end is None or life.end >= position):
+                key = classify(life, position)
+                totals[key] = totals.get(key, 0) + life.nbytes
+        return ordered_entries(totals)
+
+
+class _Classifier:
+    """Says what a block is for at a position, given where the step begins and ends."""
+
+    def __init__(self, marks: StepMarks, first: int, last: int, backward_end: int) -> None:
+        self._first, self._last, self._backward_end = first, last, backward_end
+        self._phase_ns = [time_ns for time_ns, _ in marks.phases]
+        self._phases = [phase for _, phase in marks.phases]
+
+    def __call__(self, life: Lifetime, position: int) -> EntryKey:
+        tag = life.tag
+        if tag is not None and tag.category not in _STEP_BOUND:
+            return EntryKey(*tag)
+        before_step = life.begin < self._first
+        outlives = before_step or life.end is None or life.end >= self._last
+        if tag is not None and not before_step and not (outlives and position >= self._backward_end):
+            return EntryKey(*tag)
+        category = Category.UNATTRIBUTED if outlives else Category.TEMPORARIES
+        return EntryKey(category, self._phase(life, before_step), "")
+
+    def _phase(self, life: Lifetime, before_step: bool) -> Phase:
+        index = bisect_right(self._phase_ns, life.begin_ns)
+        return Phase.OUTSIDE if before_step or index == 0 else self._phases[index - 1]
+
+
+def replay(window: Window, base: Sequence[TagEvent], journal: Sequence[TagEvent]) -> Timeline:
+    """Joins the events of a window with what is known of addresses.
+
+    Args:
+        window: what the allocator did.
+        base: the ledger's live storages when the window began. Where the source lists live blocks, it decides which
+            of them exist, and `base` only says what they are for.
+        journal: tags and deaths noted during the window, by time.
+
+    Returns:
+        The timeline. Its running total is exact: `totals[i]` is the sum of the lifetimes at position `i` wherever
+        attribution is right, and the two are counted apart.
+    """
+    return _Replay(window, base).run(journal)
+
+
+class _Replay:
+    """The state of one replay: the blocks that are open, and the changes so far."""
+
+    def __init__(self, window: Window, base: Sequence[TagEvent]) -> None:
+        self._window = window
+        self._open: dict[int, Lifetime] = {}
+        self._lifetimes: list[Lifetime] = []
+        self._closed: dict[int, Lifetime] = {}
+        """The last block closed at an address, for tags that arrive within the clock's resolution."""
+        self._died: dict[int, Lifetime] = {}
+        """Blocks that the ledger saw die and whose free event, if the source has one, is still to come."""
+        self._change_ns: list[int] = []
+        self._running: list[int] = []
+        """Sum of the changes so far, after each change."""
+        self._sum = 0
+        self._initial = 0
+        self._may_reveal = window.live_at_begin is None
+        tags = {known.address: known.tag for known in base}
+        listed = window.live_at_begin
+        if listed is None:
+            listed = [Block(known.address, known.nbytes) for known in base]
+        for block in listed:
+            self._reveal(block.address, block.nbytes, tags.get(block.address))
+
+    def run(self, journal: Sequence[TagEvent]) -> Timeline:
+        notes = sorted(journal, key=lambda note: note.time_ns)
+        times = [note.time_ns for note in notes]
+        done = 0
+        for (time_ns, address, delta), counted in zip(self._window.events, self._counted(), strict=True):
+            if done < len(notes) and times[done] < time_ns:
+                upto = bisect_left(times, time_ns, done)
+                for note in notes[done:upto]:
+                    self._note(note)
+                done = upto
+            if delta > 0:
+                self._allocate(time_ns, address, delta, counted)
+            else:
+                self._free(time_ns, address, -delta, counted)
+        for note in notes[done:]:
+            self._note(note)
+        return Timeline(
+            lifetimes=self._lifetimes,
+            change_ns=self._change_ns,
+            totals=[self._initial, *(self._initial + change for change in self._running)],
+        )
+
+    def _counted(self) -> Iterable[int]:
+        """Returns by how much each event changed the total: by the source's own count where it keeps one."""
+        events, reported = self._window.events, self._window.running_totals
+        if not events or reported is None:
+            return [event.delta for event in events]
+        before = reported[0] - events[0].delta
+        return [after - previous for previous, after in pairwise(chain([before], reported))]
+
+    def _reveal(self, address: int, nbytes: int, tag: Tag | None) -> Lifetime:
+        """Adds a block that was there before the window began."""
+        life = Lifetime(address, nbytes, -1, begin_ns=self._window.begin_ns, tag=tag)
+        self._lifetimes.append(life)
+        self._open[address] = life
+        self._initial += nbytes
+        return life
+
+    def _change(self, time_ns: int, delta: int) -> int:
+        """Notes a change of the total; returns the number of changes before it."""
+        self._change_ns.append(max(time_ns, self._change_ns[-1]) if self._change_ns else time_ns)
+        self._sum += delta
+        self._running.append(self._sum)
+        return len(self._running) - 1
+
+    def _close(self, life: Lifetime, time_ns: int, counted: int) -> None:
+        del self._open[life.address]
+        life.end = self._change(time_ns, counted)
+        self._closed[life.address] = life
+
+    def _allocate(self, time_ns: int, address: int, nbytes: int, counted: int) -> None:
+        stale = self._open.get(address)
+        if stale is not None:  # its free was not seen: on another thread, or of memory that is not the allocator's
+            self._close(stale, time_ns, -stale.nbytes)
+        self._died.pop(address, None)
+        life = Lifetime(address, nbytes, self._change(time_ns, counted), begin_ns=time_ns)
+        self._lifetimes.append(life)
+        self._open[address] = life
+
+    def _free(self, time_ns: int, address: int, nbytes: int, counted: int) -> None:
+        dead = self._died.pop(address, None)
+        if dead is not None:  # the ledger noted this death an instant ago: the event is the same free
+            self._change(time_ns, counted + dead.nbytes)
+            return
+        life = self._open.get(address)
+        if life is None:
+            life = self._reveal(address, nbytes, None)
+        self._close(life, time_ns, counted)
+
+    def _note(self, note: TagEvent) -> None:
+        life = self._open.get(note.address)
+        if note.tag is None:
+            if life is not None and life.begin < 0 and self._may_reveal:
+                self._close(life, note.time_ns, -life.nbytes)
+                self._died[note.address] = life
+            return
+        if life is None:
+            closed = self._closed.get(note.address)
+            if closed is not None and closed.end is not None and self._within_resolution(closed.end, note.time_ns):
+                life = closed
+            elif self._may_reveal and note.tag.category not in _STEP_BOUND:
+                life = self._reveal(note.address, note.nbytes, None)
+            else:
+                return
+        elif life.begin < 0 and note.tag.category in _STEP_BOUND:
+            return  # saved for backward, yet older than the step: somebody else's, whom nobody knows
+        if life.tag is None or PRECEDENCE[note.tag.category] <= PRECEDENCE[life.tag.category]:
+            life.tag = note.tag
+
+    def _within_resolution(self, change: int, time_ns: int) -> bool:
+        return time_ns - self._change_ns[change] < self._window.resolution_ns

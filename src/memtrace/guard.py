@@ -1,0 +1,75 @@
+"""The one broad except: a fault inside memtrace ends memtrace, never the training loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+logger = logging.getLogger("memtrace")
+
+
+class Guard:
+    """Runs memtrace's own code on behalf of the training loop.
+
+    The first fault is logged with its traceback, `on_fault` is called once, and from then on nothing runs any more.
+    `strict` raises the fault instead, for tests of memtrace itself. What the user got wrong (`ConfigError` before
+    training) is not run through a guard.
+    """
+
+    def __init__(self, on_fault: Callable[[], None], *, strict: bool = False) -> None:
+        self._on_fault = on_fault
+        self._strict = strict
+        self._failed = False
+        self._begin_ns: int | None = None
+        self._spent_ns = 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether a fault has switched memtrace off."""
+        return self._failed
+
+    @property
+    def spent_ns(self) -> int:
+        """Time spent in what was run, the run in progress included; nanoseconds. A run inside a run counts once."""
+        running = 0 if self._begin_ns is None else time.perf_counter_ns() - self._begin_ns
+        return self._spent_ns + running
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls `function(*args)` and returns its result; None after a fault."""
+        if self._failed:
+            return None
+        outermost = self._begin_ns is None
+        if outermost:
+            self._begin_ns = time.perf_counter_ns()
+        try:
+            return function(*args)
+        except Exception:
+            if self._strict:
+                raise
+            self._fail()
+            return None
+        finally:
+            if outermost and self._begin_ns is not None:
+                self._spent_ns += time.perf_counter_ns() - self._begin_ns
+                self._begin_ns = None
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., None]:
+        """Returns a hook that runs `function` and returns None, whatever happens."""
+
+        def guarded(*args: Any) -> None:
+            self.run(function, *args)
+
+        return guarded
+
+    def _fail(self) -> None:
+        self._failed = True
+        logger.exception(
+            "memtrace has met a fault of its own and is switched off for the rest of this run; training goes on. "
+            "Please report the traceback below."
+        )
+        try:
+            self._on_fault()
+        except Exception:
+            logger.exception("memtrace could not take off all its hooks")

@@ -1,0 +1,114 @@
+"""Every hook that memtrace installs, on one stack, so that all of them can be taken off again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from memtrace.sources import torch_private
+
+
+class HookSet:
+    """Hooks that come off together.
+
+    Use as a context manager or call `close()`; closing twice does nothing. Only public registration calls of torch
+    are used, so that what was there before is there afterwards. Hooks are left out of compiled regions: torch's
+    compiler runs them outside the graph.
+    """
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Removes every hook, the last one first."""
+        self._stack.close()
+
+    def before_forward(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        """Calls `hook(module, args, kwargs)` before each forward of the module."""
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        self._stack.callback(handle.remove)
+
+    def after_forward(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        """Calls `hook(module, args, output)` after each forward of the module, also of one that raised."""
+        handle = module.register_forward_hook(hook, always_call=True)
+        self._stack.callback(handle.remove)
+
+    def around_step(
+        self, optimizer: torch.optim.Optimizer, before: Callable[..., None], after: Callable[..., None]
+    ) -> None:
+        """Calls `before` and `after`, each with (optimizer, args, kwargs), around each step of the optimizer."""
+        self._stack.callback(optimizer.register_step_pre_hook(before).remove)
+        self._stack.callback(optimizer.register_step_post_hook(after).remove)
+
+    def after_gradient(self, parameters: Iterable[nn.Parameter], hook: Callable[[torch.Tensor], None]) -> None:
+        """Calls `hook(parameter)` each time a gradient was accumulated into `.grad`."""
+        for parameter in parameters:
+            if parameter.requires_grad and parameter.is_leaf:
+                self._stack.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+
+    def callback(self, function: Callable[[], Any]) -> None:
+        """Calls `function` when the set is closed."""
+        self._stack.callback(function)
+
+
+class SavedTensorHooks:
+    """Saved-tensor hooks that stay on from one call to a later one, beside hooks of the user.
+
+    torch keeps saved-tensor hooks on a stack for each thread and applies the innermost pair only. So a pair of the
+    user that is below ours is called by ours; and ours is taken off only when it is the innermost one, on the thread
+    that put it on, so that the `with` block of a user never takes off the wrong pair.
+    """
+
+    def __init__(self, on_pack: Callable[[torch.Tensor], None], on_unpack: Callable[[], None]) -> None:
+        self._on_pack = on_pack
+        self._on_unpack = on_unpack
+        self._below: torch_private.SavedTensorHooks | None = None
+        self._thread: int | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the pair is on the stack."""
+        return self._thread is not None
+
+    @property
+    def covers_user_hooks(self) -> bool:
+        """Whether a pair of the user lies below: then ours must come off in the call that put it on."""
+        return self._below is not None
+
+    def push(self) -> None:
+        """Puts the pair on this thread's stack, unless it is there or the user has forbidden such hooks."""
+        if self.is_on or not torch_private.saved_tensor_hooks_allowed():
+            return
+        self._below = torch_private.saved_tensor_hooks()
+        torch_private.push_saved_tensor_hooks(self._pack, self._unpack)
+        self._thread = threading.get_ident()
+
+    def pop(self) -> bool:
+        """Takes the pair off where that is possible now; returns whether it is off."""
+        if not self.is_on:
+            return True
+        top = torch_private.saved_tensor_hooks()
+        if threading.get_ident() != self._thread or top is None or top[0] != self._pack:
+            return False
+        torch_private.pop_saved_tensor_hooks()
+        self._thread = self._below = None
+        return True
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        self._on_pack(tensor)
+        return tensor if self._below is None else self._below[0](tensor)
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        self._on_unpack()
+        return packed if self._below is None else self._below[1](packed)

@@ -1,0 +1,147 @@
+"""Every private call into torch that memtrace makes, each with its reason and what happens where it is missing.
+
+Nothing else in the package touches `torch._C` or an underscored name of torch. A missing private name costs a
+feature, never the run: each function says what its caller gets then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.autograd import profiler as autograd_profiler
+
+SavedTensorHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+
+
+class ProfilerUnavailable(RuntimeError):
+    """This build of torch does not have the profiler calls that the CPU source needs."""
+
+
+def start_memory_profiler() -> None:
+    """Starts recording memory events of the CPU allocator on this thread and the backward threads it starts.
+
+    The public `torch.profiler.profile` has no way to leave operators out: with it a step of a small model costs ten
+    times more to record and to read back. Operators are left out here by switching RecordFunction off for as long
+    as the recording lasts.
+
+    Raises:
+        ProfilerUnavailable: torch has changed; the caller does without traced steps.
+    """
+    try:
+        config = torch.autograd.ProfilerConfig(  # type: ignore[attr-defined]
+            torch.autograd.ProfilerState.KINETO,  # type: ignore[attr-defined]
+            False,  # input shapes
+            True,  # memory
+            False,  # stacks
+            False,  # flops
+            False,  # modules
+            torch._C._profiler._ExperimentalConfig(),
+            "",  # trace id
+        )
+        activities = {torch.profiler.ProfilerActivity.CPU}
+        torch.autograd._prepare_profiler(config, activities)  # type: ignore[attr-defined]
+        torch.autograd._enable_profiler(config, activities)  # type: ignore[attr-defined]
+        torch.autograd._enable_record_function(False)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError) as error:
+        raise ProfilerUnavailable(f"torch {torch.__version__} cannot record memory events: {error}") from error
+
+
+def stop_memory_profiler() -> Iterator[tuple[int, int, int, int]]:
+    """Stops the recording and returns (time_ns, address, signed bytes, running total) of each event on a CPU.
+
+    The running total is the profiler's own count of the blocks it has seen since the process began.
+    """
+    torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]
+    result = torch.autograd._disable_profiler()  # type: ignore[attr-defined]
+    return _allocations(result.experimental_event_tree())
+
+
+def give_up_memory_profiler() -> None:
+    """Forgets a recording that somebody else's profiler has replaced, without touching theirs."""
+    torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]
+
+
+def _allocations(roots: list[Any]) -> Iterator[tuple[int, int, int, int]]:
+    allocation = torch._C._profiler._EventType.Allocation
+    stack = list(reversed(roots))
+    while stack:
+        node = stack.pop()
+        if node.tag == allocation:
+            fields = node.extra_fields
+            if fields.device.type == "cpu":
+                yield node.start_time_ns, fields.ptr, fields.alloc_size, fields.total_allocated
+        if node.children:
+            stack.extend(reversed(node.children))
+
+
+def profiler_is_recording() -> bool:
+    """Returns whether a profiler, memtrace's own or somebody else's, records on this thread."""
+    return bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
+
+
+def user_profiler_is_recording() -> bool:
+    """Returns whether a profiler started through torch's Python API records; memtrace's own does not count."""
+    return bool(getattr(autograd_profiler, "_is_profiler_enabled", False))
+
+
+def saved_tensor_hooks() -> SavedTensorHooks | None:
+    """Returns the innermost saved-tensor hooks of this thread; None where there are none.
+
+    torch applies only the innermost pair: hooks of the user that lie below ours must be called by ours.
+    """
+    top = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if top is None else (top[0], top[1])
+
+
+def saved_tensor_hooks_allowed() -> bool:
+    """Returns False inside `torch.autograd.graph.disable_saved_tensors_hooks`."""
+    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())
+
+
+def push_saved_tensor_hooks(pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> None:
+    """Makes (pack, unpack) the innermost hooks; the public context manager cannot end in another function's frame."""
+    torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def pop_saved_tensor_hooks() -> None:
+    """Removes the innermost hooks of this thread."""
+    torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
+def record_memory_history(max_entries: int) -> None:
+    """Starts CUDA's allocator history without stacks, in a ring of `max_entries` events."""
+    torch.cuda.memory._record_memory_history(enabled="all", context=None, stacks="python", max_entries=max_entries)
+
+
+def stop_memory_history() -> None:
+    """Stops CUDA's allocator history."""
+    torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def memory_history_is_recording() -> bool | None:
+    """Returns whether somebody records CUDA's allocator history; None where torch cannot tell."""
+    probe = getattr(torch._C, "_cuda_isHistoryEnabled", None)
+    return None if probe is None else bool(probe())
+
+
+def memory_snapshot_with_history() -> dict[str, Any]:
+    """Returns `torch.cuda.memory._snapshot()`: segments and `device_traces`."""
+    return torch.cuda.memory._snapshot()
+
+
+def is_wrapper_subclass(tensor: torch.Tensor) -> bool:
+    """Returns whether the tensor only wraps other tensors (DTensor, quantised tensors) that hold the storage."""
+    return hasattr(type(tensor), "__tensor_flatten__") and type(tensor) is not torch.Tensor
+
+
+def sparse_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Returns the dense tensors that hold a sparse tensor's storage; the public accessors need it coalesced."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []

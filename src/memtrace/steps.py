@@ -1,0 +1,127 @@
+"""The step in flight: what happened so far, until it is frozen into a StepRecord."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from memtrace.attribution.inputs import count_tokens
+from memtrace.attribution.timeline import StepMarks
+from memtrace.breakdown import AllocatorReading, BatchShape
+from memtrace.categories import Moment, Phase
+
+
+@dataclass(slots=True, kw_only=True)
+class StepInFlight:
+    """Marks and readings of one step. Times are nanoseconds of `time.time_ns()`.
+
+    The forward pass ends when the last tensor is saved for it: a loss outside the model belongs to it. The backward
+    pass ends where the first optimizer begins or, where optimizers step inside the backward pass or call a closure,
+    with the last gradient.
+    """
+
+    number: int
+    recorded: bool
+    """Whether the step ends as a traced record."""
+    read: Callable[[], AllocatorReading | None]
+    begin_ns: int = field(default_factory=time.time_ns)
+    phases: list[tuple[int, Phase]] = field(default_factory=list)
+    readings: dict[Moment, AllocatorReading] = field(default_factory=dict)
+    before_forward: AllocatorReading | None = None
+    stepped: set[int] = field(default_factory=set)
+    """Identities of the optimizers that have stepped."""
+    _shape: tuple[int, ...] | None = None
+    _tokens: int = 0
+    _largest: int = 0
+    _forward_end_ns: int | None = None
+    _last_pack_ns: int | None = None
+    _optimizer_ns: int | None = None
+    _last_gradient_ns: int | None = None
+
+    def enter(self, phase: Phase) -> None:
+        """Notes that a phase begins now."""
+        if not self.phases or self.phases[-1][1] is not phase:
+            self.phases.append((time.time_ns(), phase))
+
+    def forward_begins(self, batch: torch.Tensor | None) -> None:
+        """Notes a forward pass of the model on one micro batch."""
+        self.enter(Phase.FORWARD)
+        self.before_forward = self.read()
+        if batch is not None:
+            tokens = count_tokens(batch)
+            self._tokens += tokens
+            if self._shape is None or tokens > self._largest:
+                self._shape, self._largest = tuple(batch.shape), tokens
+
+    def forward_ends(self) -> None:
+        """Notes the end of the model's forward pass."""
+        self._forward_end_ns = self._last_pack_ns = time.time_ns()
+        self._note(Moment.FORWARD_END)
+
+    def packed(self) -> None:
+        """Notes that a tensor was saved for the backward pass."""
+        if self.phases and self.phases[-1][1] is Phase.FORWARD:
+            self._last_pack_ns = time.time_ns()
+
+    def backward_runs(self) -> None:
+        """Notes that the backward pass is at work: a saved tensor was asked for, or a gradient accumulated."""
+        if self.phases and self.phases[-1][1] is not Phase.BACKWARD:
+            self.enter(Phase.BACKWARD)
+
+    def gradient_accumulated(self) -> None:
+        """Notes that a gradient was added to `.grad`."""
+        self.backward_runs()
+        self._last_gradient_ns = time.time_ns()
+
+    def optimizer_begins(self) -> None:
+        """Notes that an optimizer begins its step."""
+        if self._optimizer_ns is None:
+            self._optimizer_ns = time.time_ns()
+            self._note(Moment.BACKWARD_END)
+        self.enter(Phase.OPTIMIZER)
+
+    def optimizer_ends(self, optimizer: object) -> None:
+        """Notes that an optimizer has stepped."""
+        self.stepped.add(id(optimizer))
+        self.enter(Phase.OUTSIDE)
+
+    def ends(self) -> StepMarks:
+        """Returns the marks of the finished step."""
+        self._note(Moment.STEP_END)
+        forward_end = max((t for t in (self._forward_end_ns, self._last_pack_ns) if t is not None), default=None)
+        inside = self._steps_inside_backward()
+        backward_end = self._last_gradient_ns if inside else self._optimizer_ns
+        counters = {
+            moment: reading.requested_bytes
+            for moment, reading in self.readings.items()
+            if reading.requested_bytes is not None
+            and not (moment is Moment.BACKWARD_END and inside)
+            and not (moment is Moment.FORWARD_END and forward_end != self._forward_end_ns)
+        }
+        return StepMarks(
+            begin_ns=self.begin_ns,
+            end_ns=time.time_ns(),
+            forward_end_ns=forward_end,
+            backward_end_ns=backward_end,
+            phases=tuple(self.phases),
+            counters=counters,
+        )
+
+    def batch(self) -> BatchShape | None:
+        """Returns the shape of the step's batch; None where the model saw no tensor."""
+        if self._shape is None:
+            return None
+        return BatchShape(shape=self._shape, tokens=self._tokens, largest_micro_batch_tokens=self._largest)
+
+    def _steps_inside_backward(self) -> bool:
+        """Whether gradients still came after the first optimizer had begun."""
+        last, optimizer = self._last_gradient_ns, self._optimizer_ns
+        return last is not None and optimizer is not None and last > optimizer
+
+    def _note(self, moment: Moment) -> None:
+        reading = self.read()
+        if reading is not None:
+            self.readings[moment] = reading

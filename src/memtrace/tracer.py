@@ -1,0 +1,346 @@
+"""The tracer: the one stateful joint between a training loop, the sources, the ledger and the record of each step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from memtrace.attribution.inputs import claim_batch, main_input
+from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.model import gradient_bytes
+from memtrace.attribution.optimizers import check_optimizer, claim_optimizer, unwrap_optimizer
+from memtrace.attribution.scan import claim_persistent
+from memtrace.attribution.storages import canonical_device
+from memtrace.breakdown import Breakdown, EntryKey, StepRecord, ordered_entries
+from memtrace.categories import PERSISTENT, Category, Moment
+from memtrace.config import TracerConfig
+from memtrace.errors import ConfigError
+from memtrace.guard import Guard
+from memtrace.sampling import TraceSchedule
+from memtrace.snapshot import RunIdentity, Snapshot, Totals
+from memtrace.sources.cpu import CpuEvents
+from memtrace.sources.cuda import CudaEvents
+from memtrace.sources.device import open_device
+from memtrace.sources.device_sampler import DeviceSampler
+from memtrace.sources.events import EventSource
+from memtrace.sources.hooks import HookSet
+from memtrace.sources.ranks import identify
+from memtrace.steps import StepInFlight
+from memtrace.tracing import TraceWindow
+
+Listener = Callable[[StepRecord], None]
+
+
+class Tracer:
+    """Watches one model and its optimizers on one device, and makes a StepRecord of every step.
+
+    A step begins with the first forward pass that may be followed by a backward pass, and ends when every optimizer
+    has stepped; or, with `explicit_steps`, where the training loop calls `begin_step()` and `end_step()`. Forward
+    passes without gradients (evaluation, generation) belong to no step.
+
+    Args:
+        model: the module that is trained, with at least one parameter. Its device is the device that is watched: the
+            one that holds most of the parameters' bytes.
+        optimizers: one optimizer or several that update the model, wrapped or not.
+        config: the settings.
+        explicit_steps: whether the loop tells where steps begin and end.
+        source: where allocator events come from; by default the device's own. One that is open already makes a
+            window from birth: see `TraceWindow`.
+
+    Raises:
+        ConfigError: the model has no parameters, or an optimizer holds none of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        config: TracerConfig | None = None,
+        *,
+        explicit_steps: bool = False,
+        source: EventSource | None = None,
+    ) -> None:
+        self.config = config or TracerConfig()
+        self._model = model
+        given = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        self._optimizers = [unwrap_optimizer(optimizer) for optimizer in given]
+        self._device = canonical_device(device_of(model))
+        if not self._optimizers:
+            raise ConfigError("a tracer needs at least one optimizer, got none")
+        for optimizer in self._optimizers:
+            check_optimizer(optimizer, model)
+        self._explicit = explicit_steps
+        self._guard = Guard(self._switch_off, strict=self.config.strict)
+        self._source = source or event_source(self._device)
+        self._ledger = Ledger(self._device)
+        self._window = TraceWindow(model, self._optimizers, self._source, self._ledger, self._guard, lambda: self._step)
+        self._schedule = TraceSchedule(self.config.trace_every)
+        self._hooks = HookSet()
+        self._step: StepInFlight | None = None
+        self._sampler: DeviceSampler | None = None
+        self._listeners: list[Listener] = []
+        self._history: deque[StepRecord] = deque(maxlen=self.config.history)
+        self._identity = RunIdentity(run_name=self.config.run_name or "run", device=str(self._device))
+        self._snapshot = Snapshot(identity=self._identity, up=False)
+        self._attached = False
+        self._spent_before_ns = 0
+        self._state_sizes: list[int] = []
+
+    def __enter__(self) -> Self:
+        self.attach()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    @property
+    def attached(self) -> bool:
+        """Whether hooks are installed."""
+        return self._attached
+
+    @property
+    def latest(self) -> StepRecord | None:
+        """The record of the last finished step; None before the first one."""
+        return self._history[-1] if self._history else None
+
+    @property
+    def history(self) -> tuple[StepRecord, ...]:
+        """The records of the recent steps, oldest first, as many as `TracerConfig.history` says."""
+        return tuple(self._history)
+
+    @property
+    def identity(self) -> RunIdentity:
+        """Which process of which run this is; complete once attached."""
+        return self._identity
+
+    def snapshot(self) -> Snapshot:
+        """Returns the state for exporters: one immutable value, with the newest reading of the device.
+
+        May be called from any thread.
+        """
+        snapshot, sampler = self._snapshot, self._sampler
+        return snapshot if sampler is None else replace(snapshot, device_memory=sampler.reading())
+
+    def add_listener(self, listener: Listener) -> None:
+        """Calls `listener(record)` on the training thread after each step."""
+        self._listeners.append(listener)
+
+    def trace_next(self) -> None:
+        """Makes the next step a traced one."""
+        self._schedule.ask()
+
+    def attach(self) -> None:
+        """Installs the hooks. A tracer that is attached already is left as it is; a half-failed attach is undone."""
+        if self._attached:
+            return
+        try:
+            self._attach()
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Takes off every hook, stops the sampling thread and forgets a step in flight. Records stay readable."""
+        self._step = None
+        self._window.abandon()
+        self._hooks.close()
+        if self._sampler is not None:
+            self._snapshot = self.snapshot()
+            self._sampler.stop()
+            self._sampler = None
+        self._ledger.clear()
+        self._attached = False
+
+    def begin_step(self) -> None:
+        """Begins a step, where the loop tells its steps."""
+        self._guard.run(self._begin)
+
+    def end_step(self) -> None:
+        """Ends the step in flight, where the loop tells its steps."""
+        self._guard.run(self._end)
+
+    def _attach(self) -> None:
+        self._identity = identify(self._device, self.config.run_name)
+        device = open_device(self._device.type, self._identity.gpu_uuid)
+        self._hooks.callback(device.close)
+        self._sampler = DeviceSampler(device.read, self.config.device_poll_seconds)
+        self._sampler.start()
+        self._snapshot = Snapshot(
+            identity=self._identity,
+            device_memory=self._sampler.reading(),
+            limit_bytes=self.config.device_limit_bytes,
+        )
+        if not self._window.adopt():
+            claim_persistent(self._model, self._optimizers, self._ledger)
+        self._state_sizes = self._count_state()
+        wrap = self._guard.wrap
+        self._hooks.before_forward(self._model, wrap(self._on_forward))
+        self._hooks.after_forward(self._model, wrap(self._on_forward_end))
+        for optimizer in self._optimizers:
+            self._hooks.around_step(optimizer, wrap(self._on_optimizer), wrap(self._on_optimizer_end))
+        self._attached = True
+
+    def _switch_off(self) -> None:
+        self._snapshot = replace(self._snapshot, up=False)
+        self.detach()
+
+    def _begin(self) -> None:
+        number = self._snapshot.totals.steps + 1
+        wanted = self._schedule.wants(number, has_state=any(self._state_sizes))
+        if wanted and not self._window.is_open and not self._window.open():
+            self._schedule.missed(number)
+        self._step = StepInFlight(number=number, recorded=wanted and self._window.is_open, read=self._source.reading)
+
+    def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if self._step is None:
+            if self._explicit:
+                return
+            self._begin()
+        assert self._step is not None
+        self._step.forward_begins(main_input(args, kwargs, getattr(module, "main_input_name", None)))
+        if self._window.is_open:
+            claim_batch(args, kwargs, self._ledger)
+            self._window.forward_begins()
+
+    def _on_forward_end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if self._step is not None and torch.is_grad_enabled():
+            self._step.forward_ends()
+            self._window.forward_ends()
+
+    def _on_optimizer(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._step is None:
+            if self._explicit:
+                return
+            self._begin()
+        assert self._step is not None
+        self._step.optimizer_begins()
+        if self._window.is_open:
+            self._window.backward_ends()
+
+    def _on_optimizer_end(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        if self._step is None:
+            return
+        self._step.optimizer_ends(optimizer)
+        if not self._explicit and len(self._step.stepped) == len(self._optimizers):
+            self._end()
+
+    def _end(self) -> None:
+        step, self._step = self._step, None
+        if step is None:
+            return
+        marks = step.ends()
+        moments: Mapping[Moment, Breakdown] | None = None
+        if step.recorded and self._window.is_open:
+            timeline = self._window.close()
+            if timeline is None:
+                self._schedule.missed(step.number)
+            else:
+                moments = timeline.moments(marks)
+                self._schedule.traced(step.number)
+        traced = moments is not None
+        self._learn_new_state()
+        spent_ns = self._guard.spent_ns
+        record = StepRecord(
+            step=step.number,
+            rank=self._identity.rank,
+            device=str(self._device),
+            traced=traced,
+            unix_seconds=marks.end_ns / 1e9,
+            self_seconds=(spent_ns - self._spent_before_ns) / 1e9,
+            step_seconds=(marks.end_ns - marks.begin_ns) / 1e9,
+            batch=step.batch(),
+            moments=moments if moments is not None else self._counted(step),
+            allocator=step.readings.get(Moment.STEP_END),
+            device_memory=self._sampler.reading() if self._sampler is not None else None,
+        )
+        self._spent_before_ns = spent_ns
+        self._publish(record)
+
+    def _publish(self, record: StepRecord) -> None:
+        before = self._snapshot.totals
+        allocator = record.allocator
+        totals = Totals(
+            steps=record.step,
+            traced_steps=before.traced_steps + record.traced,
+            self_seconds=before.self_seconds + record.self_seconds,
+            ooms=before.ooms if allocator is None or allocator.ooms is None else allocator.ooms,
+            retries=before.retries if allocator is None or allocator.retries is None else allocator.retries,
+        )
+        self._history.append(record)
+        self._snapshot = replace(
+            self._snapshot,
+            totals=totals,
+            latest=record,
+            latest_traced=record if record.traced else self._snapshot.latest_traced,
+        )
+        for listener in self._listeners:
+            listener(record)
+
+    def _counted(self, step: StepInFlight) -> dict[Moment, Breakdown]:
+        """Returns what is known of a step without a trace: the ledger's entries, and activations from counters."""
+        persistent: dict[EntryKey, int] = {}
+        for tag, size in self._ledger.totals().items():
+            if tag.category in PERSISTENT and tag.category is not Category.GRADIENTS:
+                persistent[EntryKey(*tag)] = size
+        moments: dict[Moment, Breakdown] = {}
+        forward_end, before = step.readings.get(Moment.FORWARD_END), step.before_forward
+        if forward_end is not None and before is not None:
+            saved = (forward_end.requested_bytes or 0) - (before.requested_bytes or 0)
+            key = EntryKey(Category.ACTIVATIONS, "", "")
+            moments[Moment.FORWARD_END] = Breakdown(
+                moment=Moment.FORWARD_END,
+                entries=ordered_entries({**persistent, key: max(saved, 0)}),
+                allocated_bytes=forward_end.requested_bytes,
+                estimated=True,
+            )
+        step_end = step.readings.get(Moment.STEP_END)
+        gradients = gradient_bytes(self._model.parameters(), self._device)
+        moments[Moment.STEP_END] = Breakdown(
+            moment=Moment.STEP_END,
+            entries=ordered_entries({**persistent, **gradients}),
+            allocated_bytes=None if step_end is None else step_end.requested_bytes,
+            estimated=True,
+        )
+        return moments
+
+    def _learn_new_state(self) -> None:
+        """Looks at the optimizers again where a step has made new state; a length is all that is compared."""
+        sizes = self._count_state()
+        if sizes != self._state_sizes:
+            self._state_sizes = sizes
+            for optimizer in self._optimizers:
+                claim_optimizer(optimizer, self._model, self._ledger)
+
+    def _count_state(self) -> list[int]:
+        return [len(optimizer.state) for optimizer in self._optimizers]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Returns the device that holds most of the parameters' bytes.
+
+    Raises:
+        ConfigError: the model has no parameters, or they are on the meta device.
+    """
+    held: dict[torch.device, int] = {}
+    for parameter in model.parameters():
+        held[parameter.device] = held.get(parameter.device, 0) + parameter.numel() * parameter.element_size()
+    if not held:
+        raise ConfigError(f"the model must have parameters, got a {type(model).__name__} without any")
+    device = max(held, key=held.__getitem__)
+    if device.type == "meta":
+        raise ConfigError("the model must hold memory, got parameters on the meta device: materialise it first")
+    return device
+
+
+def event_source(device: torch.device) -> EventSource:
+    """Returns the source of allocator events of a device; a CPU's for every device that is not CUDA."""
+    return CudaEvents(device.index) if device.type == "cuda" else CpuEvents()

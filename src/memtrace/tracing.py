@@ -1,0 +1,138 @@
+"""One window of events with everything that tags blocks while it is open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from memtrace.attribution.activations import ActivationTags
+from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.scan import claim_all_gradients, claim_persistent
+from memtrace.attribution.timeline import Timeline, replay
+from memtrace.categories import Category
+from memtrace.guard import Guard
+from memtrace.sources.events import EventSource, TagEvent
+from memtrace.sources.hooks import HookSet, SavedTensorHooks
+from memtrace.steps import StepInFlight
+
+
+class TraceWindow:
+    """Opens a source, tags what autograd saves and accumulates, and replays the window when it is closed.
+
+    A source that is open already when memtrace is attached (a window from birth, begun before the model was built)
+    stays open until the first step that is to be traced ends: nothing was there before it, so that a block that
+    nobody claims cannot hide.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        source: EventSource,
+        ledger: Ledger,
+        guard: Guard,
+        current_step: Callable[[], StepInFlight | None],
+    ) -> None:
+        self._model, self._optimizers = model, optimizers
+        self._source, self._ledger, self._guard = source, ledger, guard
+        self._current_step = current_step
+        self._hooks = HookSet()
+        self._base: Sequence[TagEvent] = ()
+        self._tags: ActivationTags | None = None
+        self._saved = SavedTensorHooks(
+            lambda tensor: guard.run(self._packed, tensor), lambda: guard.run(self._unpacked)
+        )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether blocks are being tagged."""
+        return self._tags is not None
+
+    def adopt(self) -> bool:
+        """Goes on with a source that was opened before memtrace was attached; returns whether there is one."""
+        if not self._source.is_open:
+            return False
+        self._ledger.begin_journal()
+        claim_persistent(self._model, self._optimizers, self._ledger)
+        self._install()
+        return True
+
+    def open(self) -> bool:
+        """Looks at all persistent storages anew and begins a window; False where the source cannot record now."""
+        if not self._source.open():
+            return False
+        self._ledger.clear(keep=Category.INPUTS)
+        claim_persistent(self._model, self._optimizers, self._ledger)
+        self._ledger.begin_journal()
+        self._base = self._ledger.live()
+        self._install()
+        return True
+
+    def forward_begins(self) -> None:
+        """Puts the saved-tensor hooks on for a forward pass."""
+        self._saved.push()
+
+    def forward_ends(self) -> None:
+        """Takes the saved-tensor hooks off again where the user's own lie below; else a loss may still follow."""
+        if self._saved.covers_user_hooks:
+            self._saved.pop()
+
+    def backward_ends(self) -> None:
+        """Claims gradients that no hook has seen, before the optimizer uses them."""
+        self._saved.pop()
+        claim_all_gradients(self._model, self._optimizers, self._ledger)
+
+    def close(self) -> Timeline | None:
+        """Ends the window and replays it; None where the source lost events."""
+        assert self._tags is not None, "close() without open()"
+        claim_persistent(self._model, self._optimizers, self._ledger)
+        notes = self._tags.notes
+        self._uninstall()
+        window = self._source.close()
+        journal = self._ledger.end_journal()
+        base, self._base = self._base, ()
+        return replay(window, base, [*notes, *journal]) if window.complete else None
+
+    def abandon(self) -> None:
+        """Takes everything off and forgets the window; safe at any time."""
+        self._uninstall()
+        self._source.abandon()
+        self._ledger.end_journal()
+        self._base = ()
+
+    def _install(self) -> None:
+        self._tags = ActivationTags(self._model, self._ledger.device)
+        self._hooks.after_gradient(self._model.parameters(), self._guard.wrap(self._gradient))
+
+    def _uninstall(self) -> None:
+        self._tags = None
+        self._saved.pop()
+        self._hooks.close()
+
+    def _packed(self, tensor: torch.Tensor) -> None:
+        step = self._current_step()
+        if self._tags is None or step is None:
+            return
+        self._tags.pack(tensor)
+        step.packed()
+        self._give_way()
+
+    def _unpacked(self) -> None:
+        step = self._current_step()
+        if self._tags is not None and step is not None:
+            step.backward_runs()
+
+    def _gradient(self, parameter: torch.Tensor) -> None:
+        step = self._current_step()
+        if self._tags is None or step is None:
+            return
+        if parameter.grad is not None:
+            self._ledger.claim(parameter.grad, Category.GRADIENTS)
+        step.gradient_accumulated()
+        self._give_way()
+
+    def _give_way(self) -> None:
+        if self._source.interrupted():
+            self.abandon()
