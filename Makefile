@@ -1,0 +1,79 @@
+# Each command sets up what it needs (virtual environment, Debian packages) and can be run on a fresh machine.
+# `make help` lists them.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+WORKERS ?= 2
+export PYTHON
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+PYTEST := $(BIN)/python -m pytest
+DEMO_DIR := memtrace-runs/demo
+
+# Kineto writes to stderr at every trace below level 6, no test may ask a hub for anything, tokenizers warn after a
+# fork, and one thread a worker is what a machine with as many cores as workers has.
+TEST_ENV := KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-long lint format venv debian-test constraints clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: venv ## fine-tune a small real model on this machine and show what its memory was for
+	rm -rf $(DEMO_DIR)
+	KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_trainer.py --output-dir $(DEMO_DIR)
+	$(BIN)/memtrace show $(DEMO_DIR)/memtrace
+
+test: venv debian-test lint ## linters, types, layers and all tests but the long ones and those for a GPU
+	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist loadfile
+
+test-long: venv debian-test ## soak, scale and large fuzz runs
+	@if grep -rq --include='*.py' 'mark\.long' tests; then \
+		$(TEST_ENV) $(PYTEST) -m 'long and not gpu' -n $(WORKERS) --dist loadfile; \
+	else \
+		echo 'test-long: no test is marked `long` yet'; \
+	fi
+
+lint: venv ## ruff, mypy and the contract of the layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv ## let ruff sort and format everything
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+venv: $(INSTALLED) ## the virtual environment, made again when pyproject.toml or constraints.txt changed
+
+# torch comes first and by its exact pin, so that resolving the rest never looks for another build of it.
+$(INSTALLED): pyproject.toml constraints.txt
+	@scripts/debian-packages.sh venv
+	@echo "setting up $(VENV); the first time this takes a few minutes"
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+debian-test:
+	@scripts/debian-packages.sh compiler prometheus alertmanager chromium
+
+# To add a dependency: name it in pyproject.toml, then `make venv constraints` pins what pip chose for it. To raise the
+# pins: empty constraints.txt but for the line of torch, `make clean venv constraints`. On a machine whose torch is the
+# CPU build; the packages of CUDA that another build brings along belong to that machine only.
+constraints: venv ## write the versions in use to constraints.txt
+	@{ \
+		sed '/^[^#]/d' constraints.txt; \
+		$(BIN)/pip freeze --exclude-editable | sed 's/^\(torch==[^+]*\)+.*/\1/'; \
+	} >$(VENV)/constraints.txt
+	@mv $(VENV)/constraints.txt constraints.txt
+	@touch $(INSTALLED)
+
+clean: ## remove the virtual environment, build results and caches; runs and their logs stay
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
