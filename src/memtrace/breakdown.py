@@ -97,11 +97,16 @@ class DeviceReading:
     uuid: str | None = None
     """The full `GPU-...` or `MIG-...` form; None on a CPU."""
     total_bytes: int | None = None
+    """All memory of the device; on a CPU that of the machine, or the cgroup's limit where that is lower."""
     used_bytes: int | None = None
+    """Neither free nor `driver_reserved_bytes`, whoever holds it."""
     free_bytes: int | None = None
+    driver_reserved_bytes: int | None = None
+    """What the driver keeps for itself, beside used and free. None where it is not told apart from used."""
     process_bytes: int | None = None
     """What this process holds on the device; on a CPU its resident set size."""
     other_processes_bytes: int | None = None
+    """What all other processes hold. None as soon as one of them is not known."""
     utilization_ratio: float | None = None
     """Share of time in which a kernel ran, 0..1, over the driver's own window."""
     power_watts: float | None = None

@@ -2,6 +2,7 @@
 
     MemTraceError
     ├── ConfigError (also ValueError)    a setting, or what was handed to a constructor, cannot be used
+    ├── DeviceUnavailable                nobody can be asked about a device; stays inside the package
     ├── LogFormatError (also ValueError) a step log, plan file or snapshot cannot be read
     ├── OutputError (also OSError)       a port, directory or file that was asked for cannot be used
     └── PlanError (also ValueError)      a plan cannot be made from what was given
@@ -18,6 +19,10 @@ class MemTraceError(Exception):
 
 class ConfigError(MemTraceError, ValueError):
     """A setting, model or optimizer cannot be used; raised before training starts."""
+
+
+class DeviceUnavailable(MemTraceError):
+    """Nobody can be asked about a device: no driver, or a driver that does not know it."""
 
 
 class LogFormatError(MemTraceError, ValueError):

@@ -78,7 +78,7 @@ class NvmlDevice:
         )
 
     def close(self) -> None:
-        """Gives the count back; closing twice does nothing, and reading afterwards is an error.
+        """Gives the count back; closing twice does nothing.
 
         A forked child that has never read only forgets what it inherited: its copy of the library may be locked by a
         thread that the child does not have.
@@ -152,7 +152,8 @@ def _instance(handle: Any) -> Any:
     if mode is None or mode[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
         return handle
     slots = range(_ask(pynvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0)
-    instances = [found for slot in slots if (found := _ask(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, slot))]
+    answers = [_ask(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, slot) for slot in slots]
+    instances = [instance for instance in answers if instance is not None]
     if len(instances) != 1:
         raise DeviceUnavailable(
             f"the GPU is in MIG mode with {len(instances)} visible instances; expected the UUID of one (MIG-...)"
@@ -203,39 +204,40 @@ def _processes(handle: Any, own_pid: int, proc: Path) -> _ProcessBytes:
     (https://github.com/NVIDIA/open-gpu-kernel-modules/pull/614). So 0 is not believed anywhere: a process with a
     context holds some memory. And what others hold is told only outside containers.
     """
-    sizes = _listed(pynvml.nvmlDeviceGetComputeRunningProcesses, handle)
-    if sizes is None:
+    computing = _listed(pynvml.nvmlDeviceGetComputeRunningProcesses, handle)
+    if computing is None:
         return _ProcessBytes()
     contained = not _in_first_pid_namespace(proc)
-    if contained and not all((proc / str(pid)).exists() for pid in sizes):
+    if contained and not all((proc / str(pid)).exists() for pid in computing):
         return _ProcessBytes()
-    own = sizes.pop(own_pid, None)
-    drawing = _listed(pynvml.nvmlDeviceGetGraphicsRunningProcesses, handle)
+    own = computing.get(own_pid)
+    drawing = _listed(pynvml.nvmlDeviceGetGraphicsRunningProcesses, handle, unsupported={})
     if own is None or contained or drawing is None:
         return _ProcessBytes(own=own)
-    drawing.pop(own_pid, None)
-    others = [size for size in (drawing | sizes).values() if size is not None]
-    return _ProcessBytes(own=own, others=sum(others) if len(others) == len(drawing | sizes) else None)
+    others = {pid: size for pid, size in (drawing | computing).items() if pid != own_pid}
+    known = [size for size in others.values() if size is not None]
+    return _ProcessBytes(own=own, others=sum(known) if len(known) == len(others) else None)
 
 
-def _listed(call: Callable[[Any], Any], handle: Any) -> dict[int, int | None] | None:
+def _listed(
+    call: Callable[[Any], Any], handle: Any, *, unsupported: dict[int, int | None] | None = None
+) -> dict[int, int | None] | None:
     """Returns bytes by pid as one of the driver's lists has them; None where it does not show the list.
 
-    A device without graphics does not support that list: nobody is on it.
+    `unsupported` is what it means that the device has no such list: one that cannot draw has nobody drawing.
     """
     try:
         return {process.pid: process.usedGpuMemory or None for process in call(handle)}
     except pynvml.NVMLError_NotSupported:
-        return {} if call is pynvml.nvmlDeviceGetGraphicsRunningProcesses else None
+        return unsupported
     except pynvml.NVMLError:
         return None
 
 
 def _in_first_pid_namespace(proc: Path) -> bool:
-    try:
+    with suppress(OSError):
         return str((proc / "self/ns/pid").readlink()) == _FIRST_PID_NAMESPACE
-    except OSError:
-        return False
+    return False
 
 
 def _ask(call: Callable[..., Any], *args: Any) -> Any:
