@@ -10,14 +10,15 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from memtrace.attribution.counted import counted_moments
 from memtrace.attribution.inputs import claim_batch, main_input
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import gradient_bytes
 from memtrace.attribution.optimizers import check_optimizer, claim_optimizer, unwrap_optimizer
 from memtrace.attribution.scan import claim_persistent
 from memtrace.attribution.storages import canonical_device
-from memtrace.breakdown import Breakdown, EntryKey, StepRecord, ordered_entries
-from memtrace.categories import PERSISTENT, Category, Moment
+from memtrace.breakdown import Breakdown, StepRecord
+from memtrace.categories import Moment
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
 from memtrace.guard import Guard
@@ -69,17 +70,15 @@ class Tracer:
         self._model = model
         given = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         self._optimizers = [unwrap_optimizer(optimizer) for optimizer in given]
-        self._device = canonical_device(device_of(model))
         if not self._optimizers:
             raise ConfigError("a tracer needs at least one optimizer, got none")
+        device = canonical_device(device_of(model))
         for optimizer in self._optimizers:
             check_optimizer(optimizer, model)
         self._explicit = explicit_steps
         self._guard = Guard(self._switch_off, strict=self.config.strict)
-        self._source = source or event_source(self._device)
-        self._ledger = Ledger(self._device)
-        self._window = TraceWindow(model, self._optimizers, self._source, self._ledger, self._guard, lambda: self._step)
         self._schedule = TraceSchedule(self.config.trace_every)
+        self._watch(device, source)
         self._hooks = HookSet()
         self._step: StepInFlight | None = None
         self._sampler: DeviceSampler | None = None
@@ -124,11 +123,20 @@ class Tracer:
         May be called from any thread.
         """
         snapshot, sampler = self._snapshot, self._sampler
-        return snapshot if sampler is None else replace(snapshot, device_memory=sampler.reading())
+        if sampler is None:
+            return snapshot
+        try:
+            return replace(snapshot, device_memory=sampler.reading())
+        except RuntimeError:  # a fault of the sampling thread: the end of the next step raises it under the guard
+            return replace(snapshot, up=False)
 
     def add_listener(self, listener: Listener) -> None:
         """Calls `listener(record)` on the training thread after each step."""
         self._listeners.append(listener)
+
+    def remove_listener(self, listener: Listener) -> None:
+        """Stops calling `listener`."""
+        self._listeners.remove(listener)
 
     def trace_next(self) -> None:
         """Makes the next step a traced one."""
@@ -146,34 +154,50 @@ class Tracer:
 
     def detach(self) -> None:
         """Takes off every hook, stops the sampling thread and forgets a step in flight. Records stay readable."""
-        self._step = None
-        self._window.abandon()
-        self._hooks.close()
-        if self._sampler is not None:
-            self._snapshot = self.snapshot()
-            self._sampler.stop()
-            self._sampler = None
-        self._ledger.clear()
-        self._attached = False
+        self._release()
 
-    def begin_step(self) -> None:
-        """Begins a step, where the loop tells its steps."""
-        self._guard.run(self._begin)
+    def begin_step(self, number: int | None = None) -> None:
+        """Begins a step, where the loop tells its steps; `number` is the loop's own count, from 1."""
+        self._guard.run(self._begin, number)
 
     def end_step(self) -> None:
         """Ends the step in flight, where the loop tells its steps."""
         self._guard.run(self._end)
 
+    def _watch(self, device: torch.device, source: EventSource | None = None) -> None:
+        """Sets up what belongs to one device."""
+        self._device = device
+        self._anchor = next(p for p in self._model.parameters() if canonical_device(p.device) == device)
+        self._source = source or event_source(device)
+        self._ledger = Ledger(device)
+        self._window = TraceWindow(
+            model=self._model,
+            optimizers=self._optimizers,
+            source=self._source,
+            ledger=self._ledger,
+            guard=self._guard,
+            current_step=lambda: self._step,
+        )
+
+    def _follow(self) -> None:
+        """Starts anew on the device that the model has been moved to since the tracer was attached."""
+        self._release()
+        self._watch(canonical_device(device_of(self._model)))
+        self._attach()
+
+    def guarded(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs memtrace's own code under the guard of this tracer: see `guard.Guard.run`."""
+        return self._guard.run(function, *args)
+
     def _attach(self) -> None:
         self._identity = identify(self._device, self.config.run_name)
-        device = open_device(self._device.type, self._identity.gpu_uuid)
-        self._hooks.callback(device.close)
-        self._sampler = DeviceSampler(device.read, self.config.device_poll_seconds)
+        device_type, uuid = self._device.type, self._identity.gpu_uuid
+        self._sampler = DeviceSampler(
+            lambda: open_device(device_type, uuid), period_seconds=self.config.device_poll_seconds
+        )
         self._sampler.start()
-        self._snapshot = Snapshot(
-            identity=self._identity,
-            device_memory=self._sampler.reading(),
-            limit_bytes=self.config.device_limit_bytes,
+        self._snapshot = replace(
+            self._snapshot, identity=self._identity, up=True, limit_bytes=self.config.device_limit_bytes
         )
         if not self._window.adopt():
             claim_persistent(self._model, self._optimizers, self._ledger)
@@ -185,12 +209,25 @@ class Tracer:
             self._hooks.around_step(optimizer, wrap(self._on_optimizer), wrap(self._on_optimizer_end))
         self._attached = True
 
-    def _switch_off(self) -> None:
-        self._snapshot = replace(self._snapshot, up=False)
-        self.detach()
+    def _release(self) -> None:
+        self._step = None
+        self._window.abandon()
+        self._hooks.close()
+        if self._sampler is not None:
+            self._sampler.stop()
+            self._sampler = None
+        self._ledger.clear()
+        self._attached = False
 
-    def _begin(self) -> None:
-        number = self._snapshot.totals.steps + 1
+    def _switch_off(self) -> None:
+        """Ends measuring after a fault; what exports the snapshot goes on, and says that memtrace is not up."""
+        self._snapshot = replace(self._snapshot, up=False)
+        self._release()
+
+    def _begin(self, number: int | None = None) -> None:
+        if self._anchor.device != self._device:
+            self._follow()
+        number = number or self._snapshot.totals.steps + 1
         wanted = self._schedule.wants(number, has_state=any(self._state_sizes))
         if wanted and not self._window.is_open and not self._window.open():
             self._schedule.missed(number)
@@ -269,7 +306,7 @@ class Tracer:
         before = self._snapshot.totals
         allocator = record.allocator
         totals = Totals(
-            steps=record.step,
+            steps=before.steps + 1,
             traced_steps=before.traced_steps + record.traced,
             self_seconds=before.self_seconds + record.self_seconds,
             ooms=before.ooms if allocator is None or allocator.ooms is None else allocator.ooms,
@@ -286,31 +323,8 @@ class Tracer:
             listener(record)
 
     def _counted(self, step: StepInFlight) -> dict[Moment, Breakdown]:
-        """Returns what is known of a step without a trace: the ledger's entries, and activations from counters."""
-        persistent: dict[EntryKey, int] = {}
-        for tag, size in self._ledger.totals().items():
-            if tag.category in PERSISTENT and tag.category is not Category.GRADIENTS:
-                persistent[EntryKey(*tag)] = size
-        moments: dict[Moment, Breakdown] = {}
-        forward_end, before = step.readings.get(Moment.FORWARD_END), step.before_forward
-        if forward_end is not None and before is not None:
-            saved = (forward_end.requested_bytes or 0) - (before.requested_bytes or 0)
-            key = EntryKey(Category.ACTIVATIONS, "", "")
-            moments[Moment.FORWARD_END] = Breakdown(
-                moment=Moment.FORWARD_END,
-                entries=ordered_entries({**persistent, key: max(saved, 0)}),
-                allocated_bytes=forward_end.requested_bytes,
-                estimated=True,
-            )
-        step_end = step.readings.get(Moment.STEP_END)
         gradients = gradient_bytes(self._model.parameters(), self._device)
-        moments[Moment.STEP_END] = Breakdown(
-            moment=Moment.STEP_END,
-            entries=ordered_entries({**persistent, **gradients}),
-            allocated_bytes=None if step_end is None else step_end.requested_bytes,
-            estimated=True,
-        )
-        return moments
+        return counted_moments(self._ledger.totals(), gradients, step.before_forward, step.readings)
 
     def _learn_new_state(self) -> None:
         """Looks at the optimizers again where a step has made new state; a length is all that is compared."""

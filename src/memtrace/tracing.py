@@ -28,6 +28,7 @@ class TraceWindow:
 
     def __init__(
         self,
+        *,
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         source: EventSource,

@@ -45,16 +45,15 @@ class _Entry(weakref.ref[torch.UntypedStorage]):
     nbytes: int
     tag: Tag
 
-    def __new__(cls, storage: torch.UntypedStorage, callback: Callable[[Any], None], tag: Tag) -> _Entry:
-        entry = super().__new__(cls, storage, callback)
-        entry.identity = id(storage)
-        entry.address = storage.data_ptr()
-        entry.nbytes = storage.nbytes()
-        entry.tag = tag
-        return entry
-
     def __init__(self, storage: torch.UntypedStorage, callback: Callable[[Any], None], tag: Tag) -> None:
-        super().__init__(storage, callback)
+        super().__init__(storage, callback)  # type: ignore[call-arg]  # typeshed has only __new__
+        self.identity = id(storage)
+        self.address = storage.data_ptr()
+        self.nbytes = storage.nbytes()
+        self.tag = tag
+
+    def __new__(cls, storage: torch.UntypedStorage, callback: Callable[[Any], None], tag: Tag) -> _Entry:
+        return super().__new__(cls, storage, callback)
 
 
 class Ledger:

@@ -54,7 +54,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         return
     raise ConfigError(
         f"{type(optimizer).__name__} must hold parameters of the model or higher-precision copies of them; "
-        f"none of its {len(ours)} parameters belongs to the given {type(model).__name__}: was it made for another model?"
+        f"none of its {len(ours)} parameters belongs to the given {type(model).__name__}: "
+        "was it made for another model?"
     )
 
 

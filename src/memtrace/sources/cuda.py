@@ -50,7 +50,8 @@ class CudaEvents:
         self._owns_history = not recording
         if self._owns_history:
             torch_private.record_memory_history(self._max_events)
-        self._live_at_begin = tuple(live_blocks(torch.cuda.memory_snapshot(), self._device_index))
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        self._live_at_begin = tuple(live_blocks(segments, self._device_index))
         self._begin_ns = time.time_ns()
         return True
 
@@ -77,7 +78,7 @@ class CudaEvents:
 
     def reading(self) -> AllocatorReading | None:
         """Returns the allocator's counters; None before torch has initialised CUDA in this process."""
-        if not torch.cuda.is_initialized():
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             return None
         return parse_counters(torch.cuda.memory.memory_stats_as_nested_dict(self._device_index))
 

@@ -55,7 +55,8 @@ class HookSet:
         """Calls `hook(parameter)` each time a gradient was accumulated into `.grad`."""
         for parameter in parameters:
             if parameter.requires_grad and parameter.is_leaf:
-                self._stack.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self._stack.callback(handle.remove)
 
     def callback(self, function: Callable[[], Any]) -> None:
         """Calls `function` when the set is closed."""

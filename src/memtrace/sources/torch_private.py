@@ -97,7 +97,7 @@ def saved_tensor_hooks() -> SavedTensorHooks | None:
 
 def saved_tensor_hooks_allowed() -> bool:
     """Returns False inside `torch.autograd.graph.disable_saved_tensors_hooks`."""
-    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())
+    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
 
 
 def push_saved_tensor_hooks(pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> None:
@@ -128,7 +128,8 @@ def memory_history_is_recording() -> bool | None:
 
 def memory_snapshot_with_history() -> dict[str, Any]:
     """Returns `torch.cuda.memory._snapshot()`: segments and `device_traces`."""
-    return torch.cuda.memory._snapshot()
+    snapshot: dict[str, Any] = torch.cuda.memory._snapshot()
+    return snapshot
 
 
 def is_wrapper_subclass(tensor: torch.Tensor) -> bool:

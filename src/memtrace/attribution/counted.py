@@ -1,0 +1,51 @@
+"""What is known of a step without a trace: the ledger's entries, and activations from the allocator's counters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from memtrace.breakdown import AllocatorReading, Breakdown, EntryKey, ordered_entries
+from memtrace.categories import PERSISTENT, Category, Moment
+from memtrace.sources.events import Tag
+
+
+def counted_moments(
+    ledger_totals: Mapping[Tag, int],
+    gradients: Mapping[EntryKey, int],
+    before_forward: AllocatorReading | None,
+    readings: Mapping[Moment, AllocatorReading],
+) -> dict[Moment, Breakdown]:
+    """Returns the breakdowns of a counted step, marked as estimated.
+
+    Args:
+        ledger_totals: bytes of each tag in the ledger. Categories that follow the batch are left out.
+        gradients: the gradients that exist at the end of the step; they replace the ledger's.
+        before_forward: the counters before the last forward pass; None on a device without counters.
+        readings: the counters at the moments of the step.
+
+    Returns:
+        Always step_end; forward_end where there are counters: what the forward pass added is its activations.
+        Nothing is taken as the remainder of anything: the entries may add up to less than was allocated.
+    """
+    persistent = {
+        EntryKey(*tag): size
+        for tag, size in ledger_totals.items()
+        if tag.category in PERSISTENT and tag.category is not Category.GRADIENTS
+    }
+    moments = {Moment.STEP_END: _estimate(Moment.STEP_END, {**persistent, **gradients}, readings.get(Moment.STEP_END))}
+    forward_end = readings.get(Moment.FORWARD_END)
+    if before_forward is not None and forward_end is not None:
+        before, after = before_forward.requested_bytes, forward_end.requested_bytes
+        if before is not None and after is not None:
+            added = {EntryKey(Category.ACTIVATIONS, "", ""): max(after - before, 0)}
+            moments[Moment.FORWARD_END] = _estimate(Moment.FORWARD_END, {**persistent, **added}, forward_end)
+    return moments
+
+
+def _estimate(moment: Moment, entries: Mapping[EntryKey, int], reading: AllocatorReading | None) -> Breakdown:
+    return Breakdown(
+        moment=moment,
+        entries=ordered_entries(entries),
+        allocated_bytes=None if reading is None else reading.requested_bytes,
+        estimated=True,
+    )
