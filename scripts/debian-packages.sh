@@ -45,7 +45,8 @@ install_quietly() { # package...
     fi
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq -o Acquire::Retries=3
-    apt-get install -qq --yes --no-install-recommends -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300 "$@" </dev/null
+    apt-get install -qq --yes --no-install-recommends -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300 \
+        -o Dpkg::Use-Pty=0 "$@" </dev/null
     if [ -d /run/systemd/system ]; then
         local package
         for package in "$@"; do
