@@ -123,20 +123,10 @@ def stub_libraries(tmp_path_factory: pytest.TempPathFactory) -> StubLibraries:
     """The driver libraries, built once."""
     root = tmp_path_factory.mktemp("driver")
     libraries = StubLibraries(current=root / "current", without_memory_v2=root / "old", broken=root / "broken")
-    for directory, options in ((libraries.current, []), (libraries.without_memory_v2, ["-DWITHOUT_MEMORY_V2"])):
+    for directory, option in ((libraries.current, "-O1"), (libraries.without_memory_v2, "-DWITHOUT_MEMORY_V2")):
         directory.mkdir()
-        command = [
-            "cc",
-            "-shared",
-            "-fPIC",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            *options,
-            "-o",
-            directory / _LIBRARY,
-            _SOURCE,
-        ]
+        built = str(directory / _LIBRARY)
+        command = ["cc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", option, "-o", built, str(_SOURCE)]
         subprocess.run(command, check=True)
     libraries.broken.mkdir()
     (libraries.broken / _LIBRARY).touch()

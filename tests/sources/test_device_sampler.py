@@ -51,7 +51,7 @@ def no_thread_is_left() -> Iterator[None]:
 class TestSampling:
     def test_the_first_reading_is_there_after_start(self) -> None:
         """A device that answers has a reading as soon as start returns."""
-        sampler = DeviceSampler(CpuDevice, period_seconds=HOUR)
+        sampler = DeviceSampler(CpuDevice, period_seconds=HOUR, patience_seconds=HOUR)
         sampler.start()
         reading = sampler.reading()
         sampler.stop()
@@ -60,7 +60,7 @@ class TestSampling:
     def test_readings_follow_one_another(self) -> None:
         """Each period brings a new reading."""
         reader = CountingReader(stuck_at=5)
-        sampler = DeviceSampler(lambda: reader, period_seconds=0.001)
+        sampler = DeviceSampler(lambda: reader, period_seconds=0.001, patience_seconds=HOUR)
         sampler.start()
         reader.is_stuck.wait()
         assert sampler.reading() == DeviceReading(used_bytes=4)
@@ -70,7 +70,7 @@ class TestSampling:
     def test_starting_twice(self) -> None:
         """A second start opens nothing and adds no thread."""
         readers = iter([CountingReader()])
-        sampler = DeviceSampler(lambda: next(readers), period_seconds=HOUR)
+        sampler = DeviceSampler(lambda: next(readers), period_seconds=HOUR, patience_seconds=HOUR)
         sampler.start()
         sampler.start()
         threads = sampling_threads()
@@ -80,7 +80,7 @@ class TestSampling:
     def test_the_thread_closes_the_device(self) -> None:
         """Stop, once or twice, ends the thread, which closes the device once."""
         reader = CountingReader()
-        sampler = DeviceSampler(lambda: reader, period_seconds=HOUR)
+        sampler = DeviceSampler(lambda: reader, period_seconds=HOUR, patience_seconds=HOUR)
         sampler.start()
         sampler.stop()
         sampler.stop()
@@ -89,14 +89,14 @@ class TestSampling:
 
     def test_no_reading_after_stop(self) -> None:
         """What was read before a stop is not shown after it."""
-        sampler = DeviceSampler(CountingReader, period_seconds=HOUR)
+        sampler = DeviceSampler(CountingReader, period_seconds=HOUR, patience_seconds=HOUR)
         sampler.start()
         sampler.stop()
         assert sampler.reading() is None
 
     def test_starting_again(self) -> None:
         """A start after a stop opens the device anew."""
-        sampler = DeviceSampler(CountingReader, period_seconds=HOUR)
+        sampler = DeviceSampler(CountingReader, period_seconds=HOUR, patience_seconds=HOUR)
         for _ in range(2):
             sampler.start()
             assert sampler.reading() == DeviceReading(used_bytes=1)
@@ -109,7 +109,7 @@ class TestStaleness:
         """A reading counts for five periods and at least 10 s, from when the device was asked."""
         now = 100.0
         reader = CountingReader(stuck_at=2)
-        sampler = DeviceSampler(lambda: reader, period_seconds=period, clock=lambda: now)
+        sampler = DeviceSampler(lambda: reader, period_seconds=period, clock=lambda: now, patience_seconds=HOUR)
         sampler.start()
         now = 100.0 + limit
         fresh = sampler.reading()
@@ -130,7 +130,7 @@ class TestStaleness:
                 now += 11
                 return super().read()
 
-        sampler = DeviceSampler(SlowReader, period_seconds=2.0, clock=lambda: now)
+        sampler = DeviceSampler(SlowReader, period_seconds=2.0, clock=lambda: now, patience_seconds=HOUR)
         sampler.start()
         reading = sampler.reading()
         sampler.stop()
@@ -179,7 +179,7 @@ class TestFaults:
         def unavailable() -> CountingReader:
             raise DeviceUnavailable("no driver")
 
-        sampler = DeviceSampler(unavailable, period_seconds=0.001)
+        sampler = DeviceSampler(unavailable, period_seconds=0.001, patience_seconds=HOUR)
         with caplog.at_level(logging.WARNING, logger="memtrace"):
             sampler.start()
             sampler.stop()
@@ -194,7 +194,7 @@ class TestFaults:
             def read(self) -> DeviceReading:
                 raise KeyError("a fault of memtrace")
 
-        sampler = DeviceSampler(Broken, period_seconds=HOUR)
+        sampler = DeviceSampler(Broken, period_seconds=HOUR, patience_seconds=HOUR)
         sampler.start()
         with pytest.raises(RuntimeError, match="error of its own") as caught:
             sampler.reading()
@@ -223,7 +223,9 @@ class TestFork:
         """A child has no thread and no reading of its parent; it can start, read and stop by itself."""
         stub_driver.says(GPU)
         inherited, threads, started, references, parent = stub_driver.run(f"""
-            sampler = DeviceSampler(partial(open_device, "cuda", "1111"), period_seconds={period})
+            sampler = DeviceSampler(
+                partial(open_device, "cuda", "1111"), period_seconds={period}, patience_seconds={HOUR}
+            )
             sampler.start()
             answers, answer = os.pipe()
             if (pid := os.fork()) == 0:
