@@ -6,6 +6,7 @@ is part of its slack (`AllocatorReading.allocated_bytes` is rounded, `requested_
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from memtrace.errors import LogFormatError
 from memtrace.sources import torch_private
 from memtrace.sources.events import Block, Event, Window
 
-MAX_EVENTS = 1_000_000
+MAX_EVENTS = 400_000
 """Size of the history ring, in events; torch's default is unbounded. An entry without a stack takes about 100 B."""
 
 _LIVE_STATES = frozenset({"active_allocated", "active_awaiting_free", "active_pending_free"})
@@ -50,8 +51,7 @@ class CudaEvents:
         self._owns_history = not recording
         if self._owns_history:
             torch_private.record_memory_history(self._max_events)
-        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-        self._live_at_begin = tuple(live_blocks(segments, self._device_index))
+        self._live_at_begin = tuple(live_blocks(_segments(), self._device_index))
         self._begin_ns = time.time_ns()
         return True
 
@@ -81,6 +81,13 @@ class CudaEvents:
         if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             return None
         return parse_counters(torch.cuda.memory.memory_stats_as_nested_dict(self._device_index))
+
+
+def _segments() -> object:
+    """Returns the allocator's segments, without the history where torch can leave it out."""
+    snapshot = torch.cuda.memory_snapshot
+    lean = "include_traces" in inspect.signature(snapshot).parameters
+    return snapshot(include_traces=False) if lean else snapshot()  # type: ignore[no-untyped-call]
 
 
 def parse_counters(stats: Mapping[str, Any]) -> AllocatorReading | None:

@@ -111,8 +111,14 @@ def pop_saved_tensor_hooks() -> None:
 
 
 def record_memory_history(max_entries: int) -> None:
-    """Starts CUDA's allocator history without stacks, in a ring of `max_entries` events."""
-    torch.cuda.memory._record_memory_history(enabled="all", context=None, stacks="python", max_entries=max_entries)
+    """Starts CUDA's allocator history without stacks, in an empty ring of `max_entries` events.
+
+    Call only where nobody else records: what a ring of ours held from the window before is cleared, so that a snapshot
+    does not carry it along.
+    """
+    torch.cuda.memory._record_memory_history(
+        enabled="all", context=None, stacks="python", max_entries=max_entries, clear_history=True
+    )
 
 
 def stop_memory_history() -> None:
@@ -146,3 +152,58 @@ def sparse_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     return []
+
+
+def fsdp_groups(module: torch.nn.Module) -> list[Any]:
+    """Returns the parameter groups of a module that `fully_shard` has sharded; the public API shows none of their tensors.
+
+    Empty where torch has changed: FSDP2 is then attributed by the model and the optimizer alone.
+    """
+    state = getattr(module, "_get_fsdp_state", None)
+    return list(getattr(state(), "_fsdp_param_groups", ())) if state is not None else []
+
+
+def fsdp_gather_buffers(group: Any) -> Iterator[torch.Tensor]:
+    """Yields the outputs of all-gathers that a parameter group of FSDP2 keeps for overlap now."""
+    pending = getattr(group, "_all_gather_result", None)
+    kept = getattr(getattr(group, "comm_ctx", None), "all_gather_state", None)
+    for result in (pending, getattr(kept, "all_gather_result", None)):
+        output = getattr(result, "all_gather_output", None)
+        if isinstance(output, torch.Tensor):
+            yield output
+
+
+def fsdp_reduce_buffers(group: Any) -> Iterator[torch.Tensor]:
+    """Yields the inputs of reduce-scatters and all-reduces that a parameter group of FSDP2 keeps for overlap now."""
+    for state in getattr(getattr(group, "comm_ctx", None), "reduce_scatter_states", ()):
+        yield state.reduce_scatter_input
+    reduced = getattr(group, "_all_reduce_state", None)
+    if reduced is not None:
+        yield reduced.all_reduce_input
+
+
+def fsdp_gathered_parameter(parameter: Any) -> torch.nn.Parameter | None:
+    """Returns the gathered form of a parameter of FSDP2 that autograd sees; None before the first forward pass."""
+    return getattr(parameter, "_unsharded_param", None)
+
+
+def running_ddp() -> Any:
+    """Returns the DistributedDataParallel module whose forward pass runs on this thread; None outside of one."""
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    running = getattr(wrapper, "_get_active_ddp_module", None)
+    return None if running is None else running()
+
+
+def ddp_bucket_bytes(wrapper: Any) -> tuple[list[int], list[int]]:
+    """Returns the sizes of the reducer's buckets in bytes: those it was built with, and those it rebuilt.
+
+    The second list is empty until the reducer has seen the order of the gradients. Both are empty where torch has
+    changed.
+    """
+    log = getattr(wrapper, "_get_ddp_logging_data", None)
+    data = {} if log is None else log()
+    first, rebuilt = (
+        [int(size) for size in str(data.get(name, "")).split(",") if size.strip()]
+        for name in ("bucket_sizes", "rebuilt_bucket_sizes")
+    )
+    return first, rebuilt
