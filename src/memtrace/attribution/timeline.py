@@ -2,8 +2,7 @@
 
 One piece of code for every source. Events are replayed in order; a block carries the strongest tag that was put on
 its address while it lived, for its whole life. Blocks that were there before the window come from the source where
-it can list them (CUDA), else from the ledger, and from what the window itself reveals: a free without an
-allocation, a tag on an address that no event opened.
+it can list them (CUDA), else from the ledger and from tags on addresses that no event opened.
 """
 
 from __future__ import annotations
@@ -146,8 +145,6 @@ class _Replay:
         self._lifetimes: list[Lifetime] = []
         self._closed: dict[int, Lifetime] = {}
         """The last block closed at an address, for tags that arrive within the clock's resolution."""
-        self._died: dict[int, Lifetime] = {}
-        """Blocks that the ledger saw die and whose free event, if the source has one, is still to come."""
         self._change_ns: list[int] = []
         self._running: list[int] = []
         """Sum of the changes so far, after each change."""
@@ -215,17 +212,18 @@ class _Replay:
         stale = self._open.get(address)
         if stale is not None:  # its free was not seen: on another thread, or of memory that is not the allocator's
             self._close(stale, time_ns, -stale.nbytes)
-        self._died.pop(address, None)
         life = Lifetime(address, nbytes, self._change(time_ns, counted), begin_ns=time_ns)
         self._lifetimes.append(life)
         self._open[address] = life
 
     def _free(self, time_ns: int, address: int, nbytes: int, counted: int) -> None:
-        dead = self._died.pop(address, None)
-        if dead is not None:  # the ledger noted this death an instant ago: the event is the same free
-            self._change(time_ns, counted + dead.nbytes)
-            return
         life = self._open.get(address)
+        if self._may_reveal and (life is None or life.begin < 0):
+            # Allocated before the window. The size in the event is then what the source last saw at this address,
+            # perhaps of a block long gone: the ledger's size counts, and a block that nobody knew stays out.
+            if life is not None:
+                self._close(life, time_ns, -life.nbytes)
+            return
         if life is None:
             life = self._reveal(address, nbytes, None)
         self._close(life, time_ns, counted)
@@ -235,7 +233,6 @@ class _Replay:
         if note.tag is None:
             if life is not None and life.begin < 0 and self._may_reveal:
                 self._close(life, note.time_ns, -life.nbytes)
-                self._died[note.address] = life
             return
         if life is None:
             closed = self._closed.get(note.address)
