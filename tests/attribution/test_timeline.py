@@ -143,6 +143,20 @@ class TestRolesOfAStep:
         for moment in Moment:
             assert bytes_at(timeline, moment, second) == {"unattributed/outside/": 64}
 
+    def test_older_than_the_step_and_saved_by_it_is_an_input(self) -> None:
+        """Labels for a loss outside the model: the model never sees them, the backward pass does."""
+        notes = [TagEvent(30, 1, 64, ACTIVATIONS._replace(dtype="int64"))]
+        listed = replay(window((20, 2, 8), live=[Block(1, 64)]), (), [*notes, TagEvent(30, 2, 8, GRADIENTS)])
+        assert bytes_at(listed, Moment.FORWARD_END) == {"gradients//float32": 8, "inputs//int64": 64}
+        born = replay(window((2, 1, 64)), (), notes)
+        assert bytes_at(born, Moment.STEP_END) == {"inputs//int64": 64}
+
+    def test_older_than_the_step_and_still_cast_weights(self) -> None:
+        """One autocast around many steps keeps its casts: the next step saves them again."""
+        timeline = replay(window((20, 1, 64)), (), [TagEvent(30, 1, 64, CAST), TagEvent(450, 1, 64, CAST)])
+        second = marks(begin_ns=400, forward_end_ns=500, backward_end_ns=600, phases=((410, Phase.FORWARD),))
+        assert bytes_at(timeline, Moment.FORWARD_END, second) == {"transient_weights/autocast/bfloat16": 64}
+
     def test_a_cast_of_a_weight_ends_with_the_backward_pass(self) -> None:
         """Transient weights are no leak before that and one after it."""
         timeline = replay(window((20, 1, 64), *BACKWARD), (), [TagEvent(30, 1, 64, CAST)])

@@ -33,6 +33,8 @@ class Lifetime:
     """Number of changes before the block was gone; None where it outlives the window."""
     begin_ns: int = 0
     tag: Tag | None = None
+    saved_ns: int | None = None
+    """When the block was last saved for a backward pass; None where it never was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,7 @@ class _Classifier:
     """Says what a block is for at a position, given where the step begins and ends."""
 
     def __init__(self, marks: StepMarks, first: int, last: int, backward_end: int) -> None:
+        self._begin_ns = marks.begin_ns
         self._first, self._last, self._backward_end = first, last, backward_end
         self._phase_ns = [time_ns for time_ns, _ in marks.phases]
         self._phases = [phase for _, phase in marks.phases]
@@ -109,6 +112,14 @@ class _Classifier:
         if tag is not None and tag.category not in _STEP_BOUND:
             return EntryKey(*tag)
         before_step = life.begin < self._first
+        if tag is not None and before_step and life.saved_ns is not None and life.saved_ns >= self._begin_ns:
+            # Older than the step and saved by it: given to it, such as labels for a loss outside the model, or casts
+            # that one autocast around many steps keeps.
+            return (
+                EntryKey(*tag)
+                if tag.category is Category.TRANSIENT_WEIGHTS
+                else EntryKey(Category.INPUTS, "", tag.dtype)
+            )
         outlives = before_step or life.end is None or life.end >= self._last
         if tag is not None and not before_step and not (outlives and position >= self._backward_end):
             return EntryKey(*tag)
@@ -242,8 +253,8 @@ class _Replay:
                 life = self._reveal(note.address, note.nbytes, None)
             else:
                 return
-        elif life.begin < 0 and note.tag.category in _STEP_BOUND:
-            return  # saved for backward, yet older than the step: somebody else's, whom nobody knows
+        if note.tag.category in _STEP_BOUND:
+            life.saved_ns = note.time_ns
         if life.tag is None or PRECEDENCE[note.tag.category] <= PRECEDENCE[life.tag.category]:
             life.tag = note.tag
 
