@@ -1,36 +1,100 @@
-"""When to trace a step."""
+"""When to trace a step: a budget of wall time, spent where the picture is new."""
 
 from __future__ import annotations
 
+from collections import deque
+from statistics import median
+
+from memtrace.breakdown import StepRecord
+from memtrace.categories import PERSISTENT, Moment
+
+_NEIGHBOURS = 15
+"""How many counted steps a traced one is compared with."""
+_MOVED = 0.01
+"""By which share of the traced peak something must move to make the picture new."""
+
 
 class TraceSchedule:
-    """Traces the first step that begins with optimizer state, then every `trace_every` steps.
+    """Decides which steps are traced.
 
-    An optimizer without state (plain SGD) has its first trace at the second step: the first one is never
-    representative, because gradients and state are made in it.
+    The first trace is of the first step that begins with optimizer state (without any, as with plain SGD, of the second
+    step: gradients and state are made in the first one, which is never representative). Then there are two ways:
+
+    * `trace_every=N` traces every N steps; 0 never again.
+    * `trace_every=None` keeps an account: a step earns `overhead_budget` of the wall time since the one before, and
+      pays what memtrace took of it. A traced step also pays what it took longer than the median of its neighbours. The
+      next trace is due when the account covers one like the last; already when it is not overdrawn if the picture
+      has changed (a larger batch than any traced, a new high-water mark, a persistent category that moved); and
+      after `max_trace_interval` steps in any case.
     """
 
-    def __init__(self, trace_every: int) -> None:
+    def __init__(self, *, trace_every: int | None, overhead_budget: float, max_trace_interval: int) -> None:
         self._trace_every = trace_every
-        self._last: int | None = None
+        self._budget = overhead_budget
+        self._max_interval = max_trace_interval
         self._on_demand = False
+        self._last: StepRecord | None = None
+        self._largest_traced_tokens = 0
+        self._changed = False
+        self._credit_seconds = 0.0
+        self._trace_seconds = 0.0
+        self._previous_end: float | None = None
+        self._neighbours: deque[float] = deque(maxlen=_NEIGHBOURS)
 
     def ask(self) -> None:
         """Makes the next step a traced one."""
         self._on_demand = True
 
-    def wants(self, step: int, *, has_state: bool) -> bool:
-        """Returns whether to trace the step with this number, from 1."""
+    def wants(self, step: int, *, has_state: bool, tokens: int) -> bool:
+        """Returns whether to trace the step with this number, whose first micro batch has so many tokens."""
         if self._on_demand or self._trace_every == 1:
             return True
         if self._last is None:
             return has_state or step >= 2
-        return self._trace_every > 0 and step - self._last >= self._trace_every
+        since = step - self._last.step
+        if self._trace_every is not None:
+            return 0 < self._trace_every <= since
+        if since >= self._max_interval:
+            return True
+        changed = self._changed or tokens > self._largest_traced_tokens
+        return self._credit_seconds >= (0.0 if changed else self._trace_seconds)
 
-    def traced(self, step: int) -> None:
-        """Notes that this step was traced."""
-        self._last, self._on_demand = step, False
-
-    def missed(self, step: int) -> None:
-        """Notes that this step was to be traced and could not be: the next one is due."""
+    def missed(self) -> None:
+        """Notes that a step was to be traced and could not be: the next one is due."""
         self._on_demand = True
+
+    def ended(self, record: StepRecord) -> None:
+        """Notes a finished step, traced or not, with what it took."""
+        seconds = record.step_seconds or 0.0
+        began = record.unix_seconds - seconds if self._previous_end is None else self._previous_end
+        self._previous_end = record.unix_seconds
+        cost = record.self_seconds
+        if record.traced:
+            if self._neighbours:
+                cost += max(0.0, seconds - median(self._neighbours))
+            self._trace_seconds = cost
+            self._last, self._on_demand, self._changed = record, False, False
+            if record.batch is not None:
+                self._largest_traced_tokens = max(self._largest_traced_tokens, record.batch.largest_micro_batch_tokens)
+        else:
+            self._neighbours.append(seconds)
+            self._changed = self._changed or (self._last is not None and picture_changed(record, self._last))
+        self._credit_seconds += self._budget * max(0.0, record.unix_seconds - began) - cost
+
+
+def picture_changed(record: StepRecord, traced: StepRecord) -> bool:
+    """Returns whether a step differs so much from the last traced one that the trace no longer shows it.
+
+    It does when the allocator has a new high-water mark, or a persistent category at the end of the step has moved, by
+    more than a hundredth of the traced peak.
+    """
+    peak = traced.moments.get(Moment.PEAK)
+    allowance = _MOVED * (peak.total_bytes if peak is not None else 0)
+    if record.allocator is not None and traced.allocator is not None:
+        now, then = record.allocator.peak_allocated_bytes, traced.allocator.peak_allocated_bytes
+        if now is not None and then is not None and now > then + allowance:
+            return True
+    left, right = record.moments.get(Moment.STEP_END), traced.moments.get(Moment.STEP_END)
+    if left is None or right is None:
+        return False
+    return any(abs(left[category] - right[category]) > allowance for category in PERSISTENT)

@@ -24,15 +24,17 @@ class StepInFlight:
     """
 
     number: int
-    recorded: bool
-    """Whether the step ends as a traced record."""
     read: Callable[[], AllocatorReading | None]
     begin_ns: int = field(default_factory=time.time_ns)
+    recorded: bool | None = None
+    """Whether the step ends as a traced record; None until its first forward pass."""
     phases: list[tuple[int, Phase]] = field(default_factory=list)
     readings: dict[Moment, AllocatorReading] = field(default_factory=dict)
     before_forward: AllocatorReading | None = None
-    stepped: set[int] = field(default_factory=set)
-    """Identities of the optimizers that have stepped."""
+    prepares_gradients: bool = False
+    """Whether an engine converts gradients between the last one and the optimizer's step."""
+    stepped: dict[int, int] = field(default_factory=dict)
+    """How often each optimizer has stepped, by its identity."""
     _shape: tuple[int, ...] | None = None
     _tokens: int = 0
     _largest: int = 0
@@ -85,7 +87,7 @@ class StepInFlight:
 
     def optimizer_ends(self, optimizer: object) -> None:
         """Notes that an optimizer has stepped."""
-        self.stepped.add(id(optimizer))
+        self.stepped[id(optimizer)] = self.stepped.get(id(optimizer), 0) + 1
         self.enter(Phase.OUTSIDE)
 
     def ends(self) -> StepMarks:

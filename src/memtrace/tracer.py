@@ -11,11 +11,9 @@ import torch
 from torch import nn
 
 from memtrace.attribution.counted import counted_moments
-from memtrace.attribution.inputs import claim_batch, main_input
+from memtrace.attribution.inputs import claim_batch, count_tokens, main_input
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.model import gradient_bytes
-from memtrace.attribution.optimizers import check_optimizer, claim_optimizer, unwrap_optimizer
-from memtrace.attribution.scan import claim_persistent
+from memtrace.attribution.scan import Scan
 from memtrace.attribution.storages import canonical_device
 from memtrace.breakdown import Breakdown, StepRecord
 from memtrace.categories import Moment
@@ -68,16 +66,15 @@ class Tracer:
     ) -> None:
         self.config = config or TracerConfig()
         self._model = model
-        given = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
-        self._optimizers = [unwrap_optimizer(optimizer) for optimizer in given]
-        if not self._optimizers:
-            raise ConfigError("a tracer needs at least one optimizer, got none")
         device = canonical_device(device_of(model))
-        for optimizer in self._optimizers:
-            check_optimizer(optimizer, model)
+        self._scan = Scan(model, optimizers)
         self._explicit = explicit_steps
         self._guard = Guard(self._switch_off, strict=self.config.strict)
-        self._schedule = TraceSchedule(self.config.trace_every)
+        self._schedule = TraceSchedule(
+            trace_every=self.config.trace_every,
+            overhead_budget=self.config.overhead_budget,
+            max_trace_interval=self.config.max_trace_interval,
+        )
         self._watch(device, source)
         self._hooks = HookSet()
         self._step: StepInFlight | None = None
@@ -172,7 +169,7 @@ class Tracer:
         self._ledger = Ledger(device)
         self._window = TraceWindow(
             model=self._model,
-            optimizers=self._optimizers,
+            scan=self._scan,
             source=self._source,
             ledger=self._ledger,
             guard=self._guard,
@@ -200,12 +197,12 @@ class Tracer:
             self._snapshot, identity=self._identity, up=True, limit_bytes=self.config.device_limit_bytes
         )
         if not self._window.adopt():
-            claim_persistent(self._model, self._optimizers, self._ledger)
-        self._state_sizes = self._count_state()
+            self._scan.claim_persistent(self._ledger)
+        self._state_sizes = self._scan.state_sizes()
         wrap = self._guard.wrap
         self._hooks.before_forward(self._model, wrap(self._on_forward))
         self._hooks.after_forward(self._model, wrap(self._on_forward_end))
-        for optimizer in self._optimizers:
+        for optimizer in self._scan.optimizers:
             self._hooks.around_step(optimizer, wrap(self._on_optimizer), wrap(self._on_optimizer_end))
         self._attached = True
 
@@ -228,10 +225,15 @@ class Tracer:
         if self._anchor.device != self._device:
             self._follow()
         number = number or self._snapshot.totals.steps + 1
-        wanted = self._schedule.wants(number, has_state=any(self._state_sizes))
+        self._step = StepInFlight(number=number, read=self._source.reading)
+
+    def _decide(self, step: StepInFlight, batch: torch.Tensor | None) -> None:
+        """Makes the step a traced one or a counted one, once its first batch is known."""
+        tokens = 0 if batch is None else count_tokens(batch)
+        wanted = self._schedule.wants(step.number, has_state=any(self._state_sizes), tokens=tokens)
         if wanted and not self._window.is_open and not self._window.open():
-            self._schedule.missed(number)
-        self._step = StepInFlight(number=number, recorded=wanted and self._window.is_open, read=self._source.reading)
+            self._schedule.missed()
+        step.recorded = wanted and self._window.is_open
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if not torch.is_grad_enabled():
@@ -240,8 +242,12 @@ class Tracer:
             if self._explicit:
                 return
             self._begin()
-        assert self._step is not None
-        self._step.forward_begins(main_input(args, kwargs, getattr(module, "main_input_name", None)))
+        step = self._step
+        assert step is not None
+        batch = main_input(args, kwargs, getattr(module, "main_input_name", None))
+        if step.recorded is None:
+            self._decide(step, batch)
+        step.forward_begins(batch)
         if self._window.is_open:
             claim_batch(args, kwargs, self._ledger)
             self._window.forward_begins()
@@ -267,7 +273,7 @@ class Tracer:
         if self._step is None:
             return
         self._step.optimizer_ends(optimizer)
-        if not self._explicit and len(self._step.stepped) == len(self._optimizers):
+        if not self._explicit and self._scan.finished(self._step.stepped):
             self._end()
 
     def _end(self) -> None:
@@ -279,10 +285,9 @@ class Tracer:
         if step.recorded and self._window.is_open:
             timeline = self._window.close()
             if timeline is None:
-                self._schedule.missed(step.number)
+                self._schedule.missed()
             else:
                 moments = timeline.moments(marks)
-                self._schedule.traced(step.number)
         traced = moments is not None
         self._learn_new_state()
         spent_ns = self._guard.spent_ns
@@ -300,6 +305,7 @@ class Tracer:
             device_memory=self._sampler.reading() if self._sampler is not None else None,
         )
         self._spent_before_ns = spent_ns
+        self._schedule.ended(record)
         self._publish(record)
 
     def _publish(self, record: StepRecord) -> None:
@@ -323,19 +329,15 @@ class Tracer:
             listener(record)
 
     def _counted(self, step: StepInFlight) -> dict[Moment, Breakdown]:
-        gradients = gradient_bytes(self._model.parameters(), self._device)
+        gradients = self._scan.gradient_bytes(self._device)
         return counted_moments(self._ledger.totals(), gradients, step.before_forward, step.readings)
 
     def _learn_new_state(self) -> None:
         """Looks at the optimizers again where a step has made new state; a length is all that is compared."""
-        sizes = self._count_state()
+        sizes = self._scan.state_sizes()
         if sizes != self._state_sizes:
             self._state_sizes = sizes
-            for optimizer in self._optimizers:
-                claim_optimizer(optimizer, self._model, self._ledger)
-
-    def _count_state(self) -> list[int]:
-        return [len(optimizer.state) for optimizer in self._optimizers]
+            self._scan.claim_optimizers(self._ledger)
 
 
 def device_of(model: nn.Module) -> torch.device:
