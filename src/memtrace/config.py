@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from memtrace.errors import ConfigError
+from memtrace.units import KIB, MIB
 
 DEFAULT_PORT = 16368
 """First port of the metrics server; the local rank is added to it."""
+DEFAULT_LOG_MAX_BYTES = 64 * MIB
+"""Size at which a step log is rotated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,16 +30,38 @@ class TracerConfig:
     port in use is passed over for the next free one. 0 takes any free port. None opens no port."""
     address: str = "127.0.0.1"
     """Address that the endpoint listens on. Only this machine can reach the default."""
+    tls_cert_file: str | os.PathLike[str] | None = None
+    """Certificate chain of the endpoint, PEM. With `tls_key_file` the endpoint speaks HTTPS only; one of the two
+    without the other is an error."""
+    tls_key_file: str | os.PathLike[str] | None = None
+    """Private key of the certificate, PEM, not encrypted."""
+    basic_auth_user: str | None = None
+    """User name that the endpoint asks for. None asks nobody. Without TLS the password crosses the network in clear."""
+    basic_auth_password: str | None = field(default=None, repr=False)
+    """Password of that user. A file keeps it out of scripts and of logged settings."""
+    basic_auth_password_file: str | os.PathLike[str] | None = None
+    """File whose first line is the password, instead of `basic_auth_password`."""
+    textfile_dir: str | os.PathLike[str] | None = None
+    """Directory in which the metrics are left as `memtrace-rank<R>.prom` when the run ends, for the textfile collector
+    of node_exporter. None leaves no file."""
     log_dir: str | os.PathLike[str] | None = None
     """Directory of the step log. None means `<output_dir>/memtrace` under Trainer and `memtrace-runs/<run_name>` in a
     plain loop."""
     step_log: bool = True
     """Whether to write the step log at all."""
+    log_max_bytes: int = DEFAULT_LOG_MAX_BYTES
+    """Size at which a step log is renamed to `steps-rank<R>.jsonl.1`, in place of the one before, and begun anew: a
+    rank's logs never take more than twice as much."""
     run_name: str | None = None
     """Name of the run in metrics and logs. None means Trainer's run name, else the name of the script."""
-    trace_every: int = 100
-    """A traced step at least once in so many steps, besides the first one that has optimizer state. 0 traces only
-    that first one and those asked for by `trace_next()`; 1 traces every step."""
+    trace_every: int | None = None
+    """Traces every so many steps, besides the first one that has optimizer state. 0 traces only that first one and
+    those asked for by `trace_next()`; 1 traces every step. None lets `overhead_budget` decide."""
+    overhead_budget: float = 0.005
+    """Share of wall time that memtrace may take: traced steps are spaced so that it is kept, counting what memtrace
+    does itself and what a traced step takes longer than its neighbours. 0.005 is half a percent."""
+    max_trace_interval: int = 1000
+    """Steps after which a step is traced whatever it costs, where `overhead_budget` decides."""
     device_limit_bytes: int | None = None
     """What the run may use of the device, in bytes. None means all that the device has."""
     device_poll_seconds: float = 1.0
@@ -52,20 +77,42 @@ class TracerConfig:
             _check_int("port", self.port, 0, 65535)
         if not isinstance(self.address, str) or not self.address:
             raise ConfigError(f"address must be a host name or an IP address, got {self.address!r}")
-        if self.log_dir is not None and not isinstance(self.log_dir, (str, os.PathLike)):
-            raise ConfigError(f"log_dir must be a path, got {self.log_dir!r}")
+        for name in ("log_dir", "textfile_dir", "tls_cert_file", "tls_key_file", "basic_auth_password_file"):
+            path = getattr(self, name)
+            if path is not None and (not isinstance(path, (str, os.PathLike)) or not os.fspath(path)):
+                raise ConfigError(f"{name} must be a path, got {path!r}")
+        self._check_endpoint()
         if self.run_name is not None and (not isinstance(self.run_name, str) or not self.run_name.strip()):
             raise ConfigError(f"run_name must be a text that is not blank, got {self.run_name!r}")
-        _check_int("trace_every", self.trace_every, 0, 10**9)
+        if self.trace_every is not None:
+            _check_int("trace_every", self.trace_every, 0, 10**9)
+        _check_int("max_trace_interval", self.max_trace_interval, 1, 10**9)
+        _check_number("overhead_budget", self.overhead_budget, 0, 1)
         _check_int("history", self.history, 1, 10**6)
+        _check_int("log_max_bytes", self.log_max_bytes, 64 * KIB, 2**63 - 1)
         if self.device_limit_bytes is not None:
             _check_int("device_limit_bytes", self.device_limit_bytes, 1, 2**63 - 1)
-        seconds = self.device_poll_seconds
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= 3600:
-            raise ConfigError(f"device_poll_seconds must be 0..3600 seconds, got {seconds!r}")
+        _check_number("device_poll_seconds", self.device_poll_seconds, 0, 3600)
         for name in ("step_log", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    def _check_endpoint(self) -> None:
+        """Checks that TLS and basic auth are each set whole or not at all. No message tells a secret."""
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            given, missing = ("cert", "key") if self.tls_key_file is None else ("key", "cert")
+            raise ConfigError(f"tls_{given}_file is set without tls_{missing}_file: TLS needs both, plain HTTP neither")
+        user, password = self.basic_auth_user, self.basic_auth_password
+        if user is not None and (not isinstance(user, str) or not user or ":" in user):
+            raise ConfigError(f"basic_auth_user must be a name without a colon, got {user!r}")
+        if password is not None and (not isinstance(password, str) or not password):
+            raise ConfigError("basic_auth_password must be a text that is not empty")
+        if password is not None and self.basic_auth_password_file is not None:
+            raise ConfigError("basic_auth_password and basic_auth_password_file are both set: one of them is enough")
+        has_password = password is not None or self.basic_auth_password_file is not None
+        if (user is not None) != has_password:
+            given, missing = ("a password", "basic_auth_user") if has_password else ("basic_auth_user", "a password")
+            raise ConfigError(f"{given} is set without {missing}: basic auth needs both")
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Self:
@@ -82,6 +129,10 @@ class TracerConfig:
                 raise ConfigError(f"unknown setting {name!r}: {hint}")
         return cls(**settings)
 
+    def with_run_name(self, name: str | None) -> Self:
+        """Returns these settings with another name of the run."""
+        return replace(self, run_name=name)
+
     def log_path(self, default: Path) -> Path:
         """Returns the directory for the step log: `log_dir`, else `default`."""
         return default if self.log_dir is None else Path(self.log_dir)
@@ -89,4 +140,9 @@ class TracerConfig:
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} must be {low}..{high}, got {value!r}")
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ConfigError(f"{name} must be {low}..{high}, got {value!r}")

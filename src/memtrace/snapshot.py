@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from memtrace.breakdown import Breakdown, DeviceReading, StepRecord
-from memtrace.categories import Moment
+from memtrace.breakdown import Breakdown, DeviceReading, StepRecord, ordered_entries
+from memtrace.categories import PERSISTENT, Moment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,3 +49,62 @@ class Snapshot:
     """What the run may use of the device: `device_limit_bytes`, else the device's total."""
     plan: Mapping[Moment, Breakdown] = field(default_factory=dict)
     """The plan the run was given, to be shown beside what was measured."""
+
+    @property
+    def device(self) -> DeviceReading | None:
+        """The newest reading of the device; None before the first one."""
+        if self.device_memory is not None or self.latest is None:
+            return self.device_memory
+        return self.latest.device_memory
+
+    @property
+    def device_limit_bytes(self) -> int | None:
+        """What the run may use of the device: the limit that was set, else all that the device has."""
+        if self.limit_bytes is not None or self.device is None:
+            return self.limit_bytes
+        return self.device.total_bytes
+
+    @property
+    def non_torch_bytes(self) -> int | None:
+        """What this process holds on the device beyond the allocator's reserve, at the end of the last step.
+
+        None where that is not known. It counts as not known, too, where the driver's figure is below the allocator's:
+        then the two were read too far apart to be subtracted.
+        """
+        if self.latest is None or self.latest.allocator is None or self.latest.device_memory is None:
+            return None
+        process, reserved = self.latest.device_memory.process_bytes, self.latest.allocator.reserved_bytes
+        return None if process is None or process < reserved else process - reserved
+
+    @property
+    def headroom_bytes(self) -> int | None:
+        """What the run can still allocate: free memory plus allocator slack, within the limit; None where not known.
+
+        Below 0 when the run is over a limit that was set. Memory cannot be given to a tensor in one piece when it is
+        fragmented: this is an upper bound.
+        """
+        device, allocator = self.device, None if self.latest is None else self.latest.allocator
+        if device is None or device.free_bytes is None or (allocator is None and self.identity.device != "cpu"):
+            return None
+        slack = 0 if allocator is None else allocator.slack_bytes
+        bounds = [device.free_bytes]
+        held = device.process_bytes
+        if held is None and allocator is not None:
+            held = allocator.reserved_bytes
+        if self.limit_bytes is not None and held is not None:
+            bounds.append(self.limit_bytes - held)
+        return min(bounds) + slack
+
+    def newest_breakdown(self, moment: Moment) -> Breakdown | None:
+        """Returns what is known of a moment now; None before any step had it.
+
+        That is the breakdown of the newest step that has the moment. An estimated one lacks what only a trace can
+        see; those categories are carried over from the last traced step, so that they do not come and go.
+        """
+        latest = None if self.latest is None else self.latest.moments.get(moment)
+        traced = None if self.latest_traced is None else self.latest_traced.moments.get(moment)
+        if latest is None or traced is None or not latest.estimated:
+            return traced if latest is None else latest
+        known = PERSISTENT | {key.category for key in latest.entries}
+        carried = {key: size for key, size in traced.entries.items() if key.category not in known}
+        return replace(latest, entries=ordered_entries({**latest.entries, **carried}))

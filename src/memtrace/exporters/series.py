@@ -1,0 +1,148 @@
+"""What each metric of the catalogue says of a snapshot: pure functions, one for each metric."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+
+import memtrace
+from memtrace import metrics
+from memtrace.breakdown import AllocatorReading, DeviceReading, EntryKey, StepRecord
+from memtrace.categories import Moment
+from memtrace.metrics import EXPORTED_MOMENTS, Metric
+from memtrace.snapshot import Snapshot
+
+OTHER = "other"
+"""Component under which the smallest entries of a category are added up when there are too many."""
+
+MAX_MEMORY_SERIES = 36
+"""Series of `memtrace_memory_bytes`, all moments together: what `MAX_SERIES` leaves beside the plan and the rest."""
+
+Labels = dict[str, str]
+Sample = tuple[Labels, float | None]
+"""Labels besides those of every series, and the value; None where it is not known."""
+Reader = Callable[[Snapshot], Iterable[Sample]]
+
+
+def fold(sizes: Mapping[tuple[Moment, EntryKey], int], limit: int) -> dict[tuple[Moment, EntryKey], int]:
+    """Returns at most `limit` entries with the same sum for each moment and category.
+
+    The largest entries stay; the others of a category are added up under component `other`, without a dtype.
+
+    Args:
+        sizes: bytes by moment and entry.
+        limit: at least the number of moments times the number of categories.
+    """
+    if len(sizes) <= limit:
+        return dict(sizes)
+    groups = {(moment, key.category) for moment, key in sizes}
+    smallest = sorted(sizes, key=lambda at: (-sizes[at], at))[limit - len(groups) :]
+    in_group = Counter((moment, key.category) for moment, key in smallest)
+    renamed = {(moment, key) for moment, key in smallest if in_group[moment, key.category] > 1}
+    folded: dict[tuple[Moment, EntryKey], int] = {}
+    for (moment, key), size in sizes.items():
+        at = (moment, EntryKey(key.category, OTHER, "") if (moment, key) in renamed else key)
+        folded[at] = folded.get(at, 0) + size
+    return folded
+
+
+def _one(value: Callable[[Snapshot], float | None]) -> Reader:
+    """Returns the reader of a metric that has no labels of its own."""
+    return lambda snapshot: [({}, value(snapshot))]
+
+
+def _current(value: Callable[[Snapshot], float | None]) -> Reader:
+    """The same for a value that is no longer known once memtrace is off."""
+    return lambda snapshot: [({}, value(snapshot))] if snapshot.up else []
+
+
+def _allocator(value: Callable[[AllocatorReading], float | None]) -> Reader:
+    def read(snapshot: Snapshot) -> float | None:
+        reading = None if snapshot.latest is None else snapshot.latest.allocator
+        return None if reading is None else value(reading)
+
+    return _current(read)
+
+
+def _device(value: Callable[[DeviceReading], float | None]) -> Reader:
+    return _current(lambda snapshot: None if snapshot.device is None else value(snapshot.device))
+
+
+def _ended(record: StepRecord | None) -> float | None:
+    return None if record is None else record.unix_seconds
+
+
+def _run_info(snapshot: Snapshot) -> Iterator[Sample]:
+    run = snapshot.identity
+    labels = {"run": run.run_name, "device": run.device}
+    yield labels | {"local_rank": str(run.local_rank), "world_size": str(run.world_size)}, 1
+
+
+def _memory(snapshot: Snapshot) -> Iterator[Sample]:
+    if not snapshot.up:
+        return
+    found = {moment: snapshot.newest_breakdown(moment) for moment in EXPORTED_MOMENTS}
+    sizes = {
+        (moment, key): size
+        for moment, breakdown in found.items()
+        if breakdown is not None
+        for key, size in breakdown.entries.items()
+    }
+    for (moment, key), size in fold(sizes, MAX_MEMORY_SERIES).items():
+        yield {"category": key.category, "component": key.component, "dtype": key.dtype, "moment": moment}, size
+
+
+def _estimated(snapshot: Snapshot) -> Iterator[Sample]:
+    for moment in EXPORTED_MOMENTS:
+        breakdown = snapshot.newest_breakdown(moment) if snapshot.up else None
+        if breakdown is not None:
+            yield {"moment": moment}, breakdown.estimated
+
+
+def _step_peak(snapshot: Snapshot) -> float | None:
+    peak = snapshot.newest_breakdown(Moment.PEAK)
+    if peak is None:
+        return None
+    return peak.total_bytes if peak.allocated_bytes is None else peak.allocated_bytes
+
+
+def _plan(snapshot: Snapshot) -> Iterator[Sample]:
+    peak = snapshot.plan.get(Moment.PEAK)
+    for category, size in () if peak is None else peak.by_category().items():
+        yield {"category": category}, size
+
+
+READERS: Mapping[Metric, Reader] = MappingProxyType(
+    {
+        metrics.UP: _one(lambda snapshot: snapshot.up),
+        metrics.BUILD_INFO: lambda snapshot: [({"version": memtrace.__version__}, 1)],
+        metrics.RUN_INFO: _run_info,
+        metrics.STEPS: _one(lambda snapshot: snapshot.totals.steps),
+        metrics.TRACED_STEPS: _one(lambda snapshot: snapshot.totals.traced_steps),
+        metrics.SELF_SECONDS: _one(lambda snapshot: snapshot.totals.self_seconds),
+        metrics.RETRIES: _one(lambda snapshot: snapshot.totals.retries),
+        metrics.OOMS: _one(lambda snapshot: snapshot.totals.ooms),
+        metrics.LAST_STEP: _one(lambda snapshot: _ended(snapshot.latest)),
+        metrics.LAST_TRACED_STEP: _one(lambda snapshot: _ended(snapshot.latest_traced)),
+        metrics.MEMORY: _memory,
+        metrics.ESTIMATED: _estimated,
+        metrics.STEP_PEAK: _current(_step_peak),
+        metrics.PLAN: _plan,
+        metrics.ALLOCATED: _allocator(lambda reading: reading.allocated_bytes),
+        metrics.RESERVED: _allocator(lambda reading: reading.reserved_bytes),
+        metrics.SLACK: _allocator(lambda reading: reading.slack_bytes),
+        metrics.NON_TORCH: _current(lambda snapshot: snapshot.non_torch_bytes),
+        metrics.DEVICE_TOTAL: _device(lambda reading: reading.total_bytes),
+        metrics.DEVICE_USED: _device(lambda reading: reading.used_bytes),
+        metrics.DEVICE_FREE: _device(lambda reading: reading.free_bytes),
+        metrics.DEVICE_PROCESS: _device(lambda reading: reading.process_bytes),
+        metrics.DEVICE_OTHERS: _device(lambda reading: reading.other_processes_bytes),
+        metrics.DEVICE_LIMIT: _one(lambda snapshot: snapshot.device_limit_bytes),
+        metrics.HEADROOM: _current(lambda snapshot: snapshot.headroom_bytes),
+        metrics.DEVICE_UTILIZATION: _device(lambda reading: reading.utilization_ratio),
+        metrics.DEVICE_POWER: _device(lambda reading: reading.power_watts),
+        metrics.DEVICE_TEMPERATURE: _device(lambda reading: reading.temperature_celsius),
+    }
+)
+"""How each metric of the catalogue is read from a snapshot."""

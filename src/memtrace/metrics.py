@@ -1,0 +1,284 @@
+"""The metric catalogue: every Prometheus metric that memtrace exports.
+
+The exporter, the documentation page and the tests of the dashboards read it here. A metric is listed once something
+computes it. Where a value is not known, its series is absent; it is never 0, -1 or NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from memtrace.categories import Moment
+
+MAX_SERIES = 80
+"""Upper bound of the series of one rank, whatever the model."""
+
+EXPORTED_MOMENTS: tuple[Moment, ...] = (Moment.STEP_END, Moment.PEAK)
+"""Moments that have series; the step log has all of them."""
+
+IDENTITY_LABELS = ("rank", "gpu_uuid")
+"""Labels of every series. `gpu_uuid` is left out, not empty, where the device has no UUID."""
+
+
+class MetricType(StrEnum):
+    """The types of the exposition format that memtrace uses."""
+
+    GAUGE = "gauge"
+    COUNTER = "counter"
+    INFO = "info"
+
+
+class Unit(StrEnum):
+    """What a value counts."""
+
+    BYTES = "bytes"
+    SECONDS = "seconds"
+    RATIO = "ratio"
+    WATTS = "watts"
+    CELSIUS = "celsius"
+    NONE = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One metric: the words for it, not its values."""
+
+    name: str
+    """As it is written in the text format, with `_total` or `_info` where the type has a suffix."""
+    type: MetricType
+    unit: Unit = Unit.NONE
+    labels: tuple[str, ...] = ()
+    """Labels besides `IDENTITY_LABELS`."""
+    help: str
+    """One sentence or two, for the HELP line and the documentation."""
+    absent: str = ""
+    """When there is no series; empty where there always is one."""
+
+
+_NO_ALLOCATOR = "on a CPU, which has no caching allocator"
+_NOT_TOLD = "where the driver or the operating system does not tell"
+
+UP = Metric(
+    name="memtrace_up",
+    type=MetricType.GAUGE,
+    help="1 while memtrace is at work; 0 once a fault of its own has switched it off or the tracer is gone.",
+)
+BUILD_INFO = Metric(
+    name="memtrace_build_info",
+    type=MetricType.INFO,
+    labels=("version",),
+    help="Version of memtrace; always 1.",
+)
+RUN_INFO = Metric(
+    name="memtrace_run_info",
+    type=MetricType.INFO,
+    labels=("run", "device", "local_rank", "world_size"),
+    help="Which process of which run this is; always 1.",
+)
+STEPS = Metric(
+    name="memtrace_steps_total",
+    type=MetricType.COUNTER,
+    help="Training steps since memtrace was attached.",
+)
+TRACED_STEPS = Metric(
+    name="memtrace_traced_steps_total",
+    type=MetricType.COUNTER,
+    help="Steps whose breakdown was made from allocator events, and is exact.",
+)
+SELF_SECONDS = Metric(
+    name="memtrace_self_seconds_total",
+    type=MetricType.COUNTER,
+    unit=Unit.SECONDS,
+    help="Time that memtrace itself has taken on the training thread.",
+)
+RETRIES = Metric(
+    name="memtrace_allocator_retries_total",
+    type=MetricType.COUNTER,
+    help="Allocations that succeeded only after the allocator had given its cache back to the device.",
+)
+OOMS = Metric(
+    name="memtrace_ooms_total",
+    type=MetricType.COUNTER,
+    help="Allocations that failed because memory had run out.",
+)
+LAST_STEP = Metric(
+    name="memtrace_last_step_timestamp_seconds",
+    type=MetricType.GAUGE,
+    unit=Unit.SECONDS,
+    help="When the last step ended, in seconds since 1970.",
+    absent="before the first step",
+)
+LAST_TRACED_STEP = Metric(
+    name="memtrace_last_traced_step_timestamp_seconds",
+    type=MetricType.GAUGE,
+    unit=Unit.SECONDS,
+    help="When the last traced step ended, in seconds since 1970: the age of the last exact breakdown.",
+    absent="before the first traced step",
+)
+MEMORY = Metric(
+    name="memtrace_memory_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    labels=("category", "component", "dtype", "moment"),
+    help=(
+        "What memory was for at a moment of the newest step. Between traced steps, what only a trace can see is shown "
+        "as of the last one."
+    ),
+    absent="for what holds no bytes; after a fault",
+)
+ESTIMATED = Metric(
+    name="memtrace_breakdown_estimated",
+    type=MetricType.GAUGE,
+    labels=("moment",),
+    help="1 where the breakdown of that moment comes from counters and earlier traces, 0 where it was traced.",
+    absent="for a moment without a breakdown",
+)
+STEP_PEAK = Metric(
+    name="memtrace_step_peak_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="Most memory allocated at once within a step: the newest step whose peak is known.",
+    absent="before the first traced step",
+)
+PLAN = Metric(
+    name="memtrace_plan_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    labels=("category",),
+    help="What the plan of this run expects of a category at the peak.",
+    absent="without a plan",
+)
+ALLOCATED = Metric(
+    name="memtrace_allocator_allocated_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="Blocks in use at the end of the last step, rounded as the allocator rounds them.",
+    absent=_NO_ALLOCATOR,
+)
+RESERVED = Metric(
+    name="memtrace_allocator_reserved_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="What the allocator held of the device at the end of the last step, in use or cached.",
+    absent=_NO_ALLOCATOR,
+)
+SLACK = Metric(
+    name="memtrace_allocator_slack_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="Reserved minus allocated: what torch can use again without asking the device.",
+    absent=_NO_ALLOCATOR,
+)
+NON_TORCH = Metric(
+    name="memtrace_non_torch_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="What this process holds on the device beyond what the allocator reserved: context, NCCL, libraries.",
+    absent="on a CPU, and where the driver does not tell what this process holds, as in most containers",
+)
+DEVICE_TOTAL = Metric(
+    name="memtrace_device_total_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="All memory of the device; on a CPU that of the machine, or the limit of its control group.",
+    absent=_NOT_TOLD,
+)
+DEVICE_USED = Metric(
+    name="memtrace_device_used_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="Memory of the device that is in use, whoever holds it.",
+    absent=_NOT_TOLD,
+)
+DEVICE_FREE = Metric(
+    name="memtrace_device_free_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="Memory of the device that nobody holds.",
+    absent=_NOT_TOLD,
+)
+DEVICE_PROCESS = Metric(
+    name="memtrace_device_process_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="What this process holds on the device; on a CPU its resident set size.",
+    absent=_NOT_TOLD,
+)
+DEVICE_OTHERS = Metric(
+    name="memtrace_device_other_processes_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="What all other processes hold on the device.",
+    absent="on a CPU, and where the driver does not tell",
+)
+DEVICE_LIMIT = Metric(
+    name="memtrace_device_limit_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="What the run may use of the device: device_limit_bytes of its settings, else all that the device has.",
+    absent="where neither is known",
+)
+HEADROOM = Metric(
+    name="memtrace_headroom_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help=(
+        "What the run can still allocate: free memory of the device plus allocator slack, within "
+        "memtrace_device_limit_bytes; below 0 when the run is over that limit."
+    ),
+    absent="where free memory is not known; on a GPU before the first step",
+)
+DEVICE_UTILIZATION = Metric(
+    name="memtrace_device_utilization_ratio",
+    type=MetricType.GAUGE,
+    unit=Unit.RATIO,
+    help="Share of time in which a kernel ran, 0 to 1, over the driver's own window.",
+    absent="on a CPU, and where the driver does not tell",
+)
+DEVICE_POWER = Metric(
+    name="memtrace_device_power_watts",
+    type=MetricType.GAUGE,
+    unit=Unit.WATTS,
+    help="Power that the device draws.",
+    absent="on a CPU, and where the driver does not tell",
+)
+DEVICE_TEMPERATURE = Metric(
+    name="memtrace_device_temperature_celsius",
+    type=MetricType.GAUGE,
+    unit=Unit.CELSIUS,
+    help="Temperature of the device.",
+    absent="on a CPU, and where the driver does not tell",
+)
+
+CATALOGUE: tuple[Metric, ...] = (
+    UP,
+    BUILD_INFO,
+    RUN_INFO,
+    STEPS,
+    TRACED_STEPS,
+    SELF_SECONDS,
+    RETRIES,
+    OOMS,
+    LAST_STEP,
+    LAST_TRACED_STEP,
+    MEMORY,
+    ESTIMATED,
+    STEP_PEAK,
+    PLAN,
+    ALLOCATED,
+    RESERVED,
+    SLACK,
+    NON_TORCH,
+    DEVICE_TOTAL,
+    DEVICE_USED,
+    DEVICE_FREE,
+    DEVICE_PROCESS,
+    DEVICE_OTHERS,
+    DEVICE_LIMIT,
+    HEADROOM,
+    DEVICE_UTILIZATION,
+    DEVICE_POWER,
+    DEVICE_TEMPERATURE,
+)
+"""All metrics, in the order in which they are exposed."""

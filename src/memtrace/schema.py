@@ -1,0 +1,192 @@
+"""The JSON forms of the public contract: a step of the step log, and the moments that steps and plans share.
+
+Reading is strict on types and lenient on fields it does not know, so that fields can be added to a schema without
+breaking those who read it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from memtrace.breakdown import (
+    AllocatorReading,
+    BatchShape,
+    Breakdown,
+    DeviceReading,
+    EntryKey,
+    StepRecord,
+    ordered_entries,
+)
+from memtrace.categories import Category, Moment
+from memtrace.errors import LogFormatError
+from memtrace.strict_json import Fields
+
+STEP_SCHEMA = "memtrace.step/1"
+PLAN_SCHEMA = "memtrace.plan/1"
+
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+_Reading = TypeVar("_Reading", AllocatorReading, DeviceReading)
+
+
+class StepEncoder:
+    """Writes records as JSON, one line each.
+
+    Called on the training thread after every step: the entries of a moment are encoded anew only where they differ
+    from those of the record before.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[Moment, tuple[Mapping[EntryKey, int], str]] = {}
+
+    def encode(self, record: StepRecord) -> str:
+        """Returns the record as one line of JSON in ASCII, without the line feed."""
+        moments = ",".join(f'"{moment}":{self._breakdown(moment, found)}' for moment, found in record.moments.items())
+        return f'{_encode(_step_head(record))[:-1]},"moments":{{{moments}}}}}'
+
+    def _breakdown(self, moment: Moment, breakdown: Breakdown) -> str:
+        entries, text = self._entries.get(moment, ({}, "[]"))
+        if entries != breakdown.entries:
+            text = _encode(_entry_documents(breakdown))
+            self._entries[moment] = (breakdown.entries, text)
+        return f'{_encode(_breakdown_head(breakdown))[:-1]},"entries":{text}}}'
+
+
+def moments_document(moments: Mapping[Moment, Breakdown]) -> dict[str, Any]:
+    """Returns breakdowns by moment as plans and reports hold them, ready for `json`."""
+    return {
+        moment.value: _breakdown_head(found) | {"entries": _entry_documents(found)} for moment, found in moments.items()
+    }
+
+
+def parse_step(document: Any, source: str) -> StepRecord:
+    """Returns the record that one line of a step log stands for.
+
+    Args:
+        document: the line, parsed.
+        source: file and line, for messages.
+
+    Raises:
+        LogFormatError: the document is not a `memtrace.step/1`; the message names the source and the field.
+    """
+    step = Fields.of(document, source)
+    step.schema(STEP_SCHEMA)
+    return StepRecord(
+        step=step.integer("step"),
+        rank=step.integer("rank"),
+        device=step.text("device"),
+        traced=step.boolean("traced"),
+        unix_seconds=step.number("unix_seconds"),
+        self_seconds=step.number("self_seconds"),
+        step_seconds=step.optional("step_seconds", Fields.number),
+        batch=_parse_batch(step.optional("batch", Fields.object)),
+        moments=parse_moments(step.object("moments")),
+        allocator=_parse_reading(AllocatorReading, step.optional("allocator", Fields.object)),
+        device_memory=_parse_reading(DeviceReading, step.optional("device_memory", Fields.object)),
+    )
+
+
+def parse_moments(moments: Fields) -> Mapping[Moment, Breakdown]:
+    """Returns the breakdowns of a step or a plan, read-only.
+
+    Raises:
+        LogFormatError: a moment is not known, or its breakdown has not the documented form.
+    """
+    found = moments.by_word(Moment).items()
+    return MappingProxyType({moment: _parse_breakdown(moment, breakdown) for moment, breakdown in found})
+
+
+def _step_head(record: StepRecord) -> dict[str, Any]:
+    batch = record.batch
+    return {
+        "schema": STEP_SCHEMA,
+        "step": record.step,
+        "rank": record.rank,
+        "device": record.device,
+        "traced": record.traced,
+        "unix_seconds": record.unix_seconds,
+        "self_seconds": record.self_seconds,
+        "step_seconds": record.step_seconds,
+        "batch": batch
+        and {
+            "shape": batch.shape,
+            "tokens": batch.tokens,
+            "largest_micro_batch_tokens": batch.largest_micro_batch_tokens,
+        },
+        "allocator": _reading_document(record.allocator),
+        "device_memory": _reading_document(record.device_memory),
+    }
+
+
+def _breakdown_head(breakdown: Breakdown) -> dict[str, Any]:
+    head: dict[str, Any] = {"allocated_bytes": breakdown.allocated_bytes}
+    return head | {"estimated": True} if breakdown.estimated else head
+
+
+def _entry_documents(breakdown: Breakdown) -> list[dict[str, Any]]:
+    return [
+        {"category": key.category.value, "component": key.component, "dtype": key.dtype, "bytes": size}
+        for key, size in breakdown.entries.items()
+    ]
+
+
+def _reading_document(reading: AllocatorReading | DeviceReading | None) -> dict[str, Any] | None:
+    """Returns what is known; what is not has no field."""
+    if reading is None:
+        return None
+    values = ((name, getattr(reading, name)) for name in _READING_FIELDS[type(reading)])
+    return {
+        name: value
+        for name, value in values
+        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
+    }
+
+
+def _parse_breakdown(moment: Moment, breakdown: Fields) -> Breakdown:
+    entries: dict[EntryKey, int] = {}
+    for entry in breakdown.objects("entries"):
+        key = EntryKey(entry.word("category", Category), entry.text("component"), entry.text("dtype"))
+        if key in entries:
+            raise LogFormatError(f"{entry.source}: {entry.path.removesuffix('.')} must differ from the entries before")
+        entries[key] = entry.integer("bytes")
+    return Breakdown(
+        moment=moment,
+        entries=ordered_entries(entries),
+        allocated_bytes=breakdown.optional("allocated_bytes", Fields.integer),
+        estimated=breakdown.optional("estimated", Fields.boolean) or False,
+    )
+
+
+def _parse_batch(batch: Fields | None) -> BatchShape | None:
+    if batch is None:
+        return None
+    return BatchShape(
+        shape=batch.integers("shape"),
+        tokens=batch.integer("tokens"),
+        largest_micro_batch_tokens=batch.integer("largest_micro_batch_tokens"),
+    )
+
+
+def _parse_reading(form: type[_Reading], reading: Fields | None) -> _Reading | None:
+    if reading is None:
+        return None
+    return form(**{name: parse(reading, name) for name, parse in _READING_FIELDS[form].items()})
+
+
+def _field_parsers(form: type) -> Mapping[str, Callable[[Fields, str], Any]]:
+    """Returns how each field of a reading is read, by its annotation: `int`, or `int | None` where it may be absent."""
+    kinds = {int: Fields.integer, float: Fields.number, str: Fields.text}
+    parsers: dict[str, Callable[[Fields, str], Any]] = {}
+    for name, annotation in get_type_hints(form).items():
+        types = get_args(annotation) or (annotation,)
+        kind: Callable[[Fields, str], Any] = kinds[types[0]]
+        parsers[name] = partial(Fields.optional, kind=kind) if type(None) in types else kind
+    return parsers
+
+
+_READING_FIELDS = {form: _field_parsers(form) for form in (AllocatorReading, DeviceReading)}
