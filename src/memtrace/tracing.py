@@ -9,7 +9,8 @@ from torch import nn
 
 from memtrace.attribution.activations import ActivationTags
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.scan import claim_all_gradients, claim_persistent
+from memtrace.attribution.hidden import known_hidden, tag_hidden
+from memtrace.attribution.scan import Scan
 from memtrace.attribution.timeline import Timeline, replay
 from memtrace.categories import Category
 from memtrace.guard import Guard
@@ -30,13 +31,13 @@ class TraceWindow:
         self,
         *,
         model: nn.Module,
-        optimizers: Sequence[torch.optim.Optimizer],
+        scan: Scan,
         source: EventSource,
         ledger: Ledger,
         guard: Guard,
         current_step: Callable[[], StepInFlight | None],
     ) -> None:
-        self._model, self._optimizers = model, optimizers
+        self._model, self._scan = model, scan
         self._source, self._ledger, self._guard = source, ledger, guard
         self._current_step = current_step
         self._hooks = HookSet()
@@ -56,7 +57,7 @@ class TraceWindow:
         if not self._source.is_open:
             return False
         self._ledger.begin_journal()
-        claim_persistent(self._model, self._optimizers, self._ledger)
+        self._scan.claim_persistent(self._ledger)
         self._install()
         return True
 
@@ -65,9 +66,9 @@ class TraceWindow:
         if not self._source.open():
             return False
         self._ledger.clear(keep=Category.INPUTS)
-        claim_persistent(self._model, self._optimizers, self._ledger)
+        self._scan.claim_persistent(self._ledger)
         self._ledger.begin_journal()
-        self._base = self._ledger.live()
+        self._base = [*self._ledger.live(), *known_hidden(self._scan.hidden())]
         self._install()
         return True
 
@@ -83,18 +84,23 @@ class TraceWindow:
     def backward_ends(self) -> None:
         """Claims gradients that no hook has seen, before the optimizer uses them."""
         self._saved.pop()
-        claim_all_gradients(self._model, self._optimizers, self._ledger)
+        self._scan.claim_gradients(self._ledger)
 
     def close(self) -> Timeline | None:
         """Ends the window and replays it; None where the source lost events."""
         assert self._tags is not None, "close() without open()"
-        claim_persistent(self._model, self._optimizers, self._ledger)
+        self._scan.claim_persistent(self._ledger)
         notes = self._tags.notes
         self._uninstall()
         window = self._source.close()
         journal = self._ledger.end_journal()
         base, self._base = self._base, ()
-        return replay(window, base, [*notes, *journal]) if window.complete else None
+        if not window.complete:
+            return None
+        timeline = replay(window, base, [*notes, *journal])
+        for hidden in self._scan.hidden():
+            tag_hidden(timeline.lifetimes, hidden)
+        return timeline
 
     def abandon(self) -> None:
         """Takes everything off and forgets the window; safe at any time."""
@@ -105,7 +111,9 @@ class TraceWindow:
 
     def _install(self) -> None:
         self._tags = ActivationTags(self._model, self._ledger.device)
-        self._hooks.after_gradient(self._model.parameters(), self._guard.wrap(self._gradient))
+        self._hooks.after_gradient(self._scan.gradient_leaves(), self._guard.wrap(self._gradient))
+        for module in self._scan.gathering_modules():
+            self._hooks.before_forward(module, self._guard.wrap(self._gathered), prepend=False)
 
     def _uninstall(self) -> None:
         self._tags = None
@@ -117,6 +125,7 @@ class TraceWindow:
         if self._tags is None or step is None:
             return
         self._tags.pack(tensor)
+        self._scan.claim_passing(self._ledger)
         step.packed()
         self._give_way()
 
@@ -124,6 +133,11 @@ class TraceWindow:
         step = self._current_step()
         if self._tags is not None and step is not None:
             step.backward_runs()
+            self._scan.claim_passing(self._ledger)
+
+    def _gathered(self, *args: object) -> None:
+        if self._tags is not None:
+            self._scan.claim_passing(self._ledger)
 
     def _gradient(self, parameter: torch.Tensor) -> None:
         step = self._current_step()
@@ -131,6 +145,7 @@ class TraceWindow:
             return
         if parameter.grad is not None:
             self._ledger.claim(parameter.grad, Category.GRADIENTS)
+        self._scan.claim_passing(self._ledger)
         step.gradient_accumulated()
         self._give_way()
 

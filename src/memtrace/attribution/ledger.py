@@ -20,8 +20,8 @@ PRECEDENCE = {
             Category.WEIGHTS,
             Category.MASTER_WEIGHTS,
             Category.OPTIMIZER_STATE,
-            Category.GRADIENTS,
             Category.COMM_BUFFERS,
+            Category.GRADIENTS,
             Category.BUFFERS,
             Category.INPUTS,
             Category.TRANSIENT_WEIGHTS,
@@ -32,7 +32,8 @@ PRECEDENCE = {
     )
 }
 """Who wins where a storage has several roles: a weight saved for backward is a weight, a flat buffer that weights are
-views of is weights, a batch saved for backward is the batch."""
+views of is weights, a bucket that gradients are views of for a while is a bucket, a batch saved for backward is the
+batch."""
 
 
 class _Entry(weakref.ref[torch.UntypedStorage]):

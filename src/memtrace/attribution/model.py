@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.storages import dtype_name
+from memtrace.attribution.storages import storages_of
 from memtrace.breakdown import EntryKey
 from memtrace.categories import Category
 
 
-def claim_model(model: nn.Module, ledger: Ledger) -> None:
-    """Claims every parameter and buffer of the module; tied and shared ones count once."""
+class Role(NamedTuple):
+    """What a storage is for, without its element type."""
+
+    category: Category
+    component: str = ""
+
+
+def claim_model(
+    model: nn.Module, ledger: Ledger, role_of: Callable[[torch.Tensor], Role | None] = lambda _: None
+) -> None:
+    """Claims every parameter and buffer of the module; tied and shared ones count once.
+
+    Args:
+        model: the module.
+        ledger: where to claim.
+        role_of: returns the role of a parameter that an engine has given another storage; None for plain weights.
+    """
     for parameter in model.parameters():
-        ledger.claim(parameter, Category.WEIGHTS, "trainable" if parameter.requires_grad else "frozen")
+        role = role_of(parameter) or Role(Category.WEIGHTS, "trainable" if parameter.requires_grad else "frozen")
+        ledger.claim(parameter, role.category, role.component)
     for buffer in model.buffers():
         ledger.claim(buffer, Category.BUFFERS)
 
@@ -28,14 +45,16 @@ def claim_gradients(parameters: Iterable[torch.Tensor], ledger: Ledger) -> None:
             ledger.claim(parameter.grad, Category.GRADIENTS)
 
 
-def gradient_bytes(parameters: Iterable[torch.Tensor], device: torch.device) -> dict[EntryKey, int]:
-    """Returns the bytes of `.grad` over the parameters, by element type, without touching the ledger.
+def gradient_bytes(gradients: Iterable[torch.Tensor | None], device: torch.device) -> dict[EntryKey, int]:
+    """Returns the bytes of the gradients that exist, by element type, without touching the ledger.
 
-    Counts each gradient as a tensor of its own: for a step that is not traced, about 0.2 us a parameter.
+    Counts each storage once: for a step that is not traced, about 0.5 us a parameter.
     """
-    totals: dict[torch.dtype, int] = {}
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is not None and gradient.device == device:
-            totals[gradient.dtype] = totals.get(gradient.dtype, 0) + gradient.nbytes
-    return {EntryKey(Category.GRADIENTS, "", dtype_name(dtype)): size for dtype, size in totals.items()}
+    totals: dict[str, int] = {}
+    seen: set[int] = set()
+    for gradient in gradients:
+        for storage, dtype in storages_of(gradient, device) if gradient is not None else ():
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                totals[dtype] = totals.get(dtype, 0) + storage.nbytes()
+    return {EntryKey(Category.GRADIENTS, "", dtype): size for dtype, size in totals.items()}

@@ -34,6 +34,15 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
+def wrapping_chain(optimizer: object) -> Iterator[object]:
+    """Yields the optimizer and everything that it wraps as `.optimizer`, the outermost first."""
+    seen: set[int] = set()
+    while optimizer is not None and id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        yield optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
+
+
 def optimizer_parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
     """Yields the tensors of all parameter groups."""
     for group in optimizer.param_groups:

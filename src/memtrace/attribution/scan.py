@@ -2,30 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from memtrace.attribution.engines import Engine, find_engines
+from memtrace.attribution.hidden import HiddenBuffers
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.model import claim_gradients, claim_model
-from memtrace.attribution.optimizers import claim_optimizer, optimizer_parameters
+from memtrace.attribution.model import Role, claim_gradients, claim_model, gradient_bytes
+from memtrace.attribution.optimizers import check_optimizer, claim_optimizer, optimizer_parameters, unwrap_optimizer
+from memtrace.breakdown import EntryKey
+from memtrace.errors import ConfigError
 
 
-def claim_persistent(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ledger: Ledger) -> None:
-    """Claims weights, buffers, master weights, optimizer state and the gradients that exist now.
+class Scan:
+    """A model, the optimizers that really step, and the engines between them.
 
-    Costs about 1 us for each storage: it is run when a tracer is attached, around each traced step, and after a step
-    in which an optimizer has made new state.
+    Args:
+        model: the module that is trained, wrapped by an engine or not.
+        optimizers: one optimizer or several, as the user has them.
+
+    Raises:
+        ConfigError: there is no optimizer, or one of them updates neither the model nor copies of its parameters.
     """
-    claim_model(model, ledger)
-    for optimizer in optimizers:
-        claim_optimizer(optimizer, model, ledger)
-    claim_all_gradients(model, optimizers, ledger)
 
+    def __init__(self, model: nn.Module, optimizers: object | Sequence[object]) -> None:
+        given = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
+        if not given:
+            raise ConfigError("a tracer needs at least one optimizer, got none")
+        self._model = model
+        self._given = given
+        self.optimizers = [unwrap_optimizer(optimizer) for optimizer in given]
+        self.engines: list[Engine] = []
+        self.find_engines()
+        for optimizer in self.optimizers:
+            if not any(engine.owns(optimizer) for engine in self.engines):
+                check_optimizer(optimizer, model)
 
-def claim_all_gradients(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ledger: Ledger) -> None:
-    """Claims `.grad` of the model's parameters and of master copies that optimizers hold."""
-    claim_gradients(model.parameters(), ledger)
-    for optimizer in optimizers:
-        claim_gradients(optimizer_parameters(optimizer), ledger)
+    @property
+    def prepares_gradients(self) -> bool:
+        """Whether an engine converts gradients between the last one and the step of the optimizer."""
+        return any(engine.prepares_gradients for engine in self.engines)
+
+    def find_engines(self) -> None:
+        """Looks for engines again: some can only be told in a forward pass."""
+        self.engines = find_engines(self._model, self._given)
+
+    def claim_persistent(self, ledger: Ledger) -> None:
+        """Claims weights, buffers, master weights, optimizer state, the engines' tensors and the gradients of now.
+
+        Costs about 1 us for each storage: it is run when a tracer is attached, around each traced step, and after a
+        step in which an optimizer has made new state.
+        """
+        for engine in self.engines:
+            engine.claim(ledger)
+        claim_model(self._model, ledger, self._role_of)
+        self.claim_optimizers(ledger)
+        self.claim_gradients(ledger)
+
+    def claim_optimizers(self, ledger: Ledger) -> None:
+        """Claims what the optimizers hold."""
+        for optimizer in self.optimizers:
+            claim_optimizer(optimizer, self._model, ledger)
+
+    def claim_gradients(self, ledger: Ledger) -> None:
+        """Claims `.grad` of the model's parameters and of master copies that optimizers hold, and the engines' own."""
+        for engine in self.engines:
+            engine.claim(ledger)
+        claim_gradients(self._model.parameters(), ledger)
+        for optimizer in self.optimizers:
+            claim_gradients(optimizer_parameters(optimizer), ledger)
+
+    def claim_passing(self, ledger: Ledger) -> None:
+        """Claims what engines hold for a part of a step only; nothing where there is no engine."""
+        for engine in self.engines:
+            engine.claim_passing(ledger)
+
+    def gradient_bytes(self, device: torch.device) -> dict[EntryKey, int]:
+        """Returns the bytes of the gradients that exist now, by element type, without touching the ledger."""
+        gradients = [parameter.grad for parameter in self._model.parameters()]
+        gradients += [gradient for engine in self.engines for gradient in engine.gradients()]
+        return gradient_bytes(gradients, device)
+
+    def gradient_leaves(self) -> Iterator[torch.Tensor]:
+        """Yields every tensor that autograd accumulates a gradient into."""
+        yield from self._model.parameters()
+        for engine in self.engines:
+            yield from engine.gradient_leaves()
+
+    def gathering_modules(self) -> Iterator[nn.Module]:
+        """Yields the modules whose weights an engine puts together for their forward pass."""
+        for engine in self.engines:
+            yield from engine.gathering_modules()
+
+    def hidden(self) -> Sequence[HiddenBuffers]:
+        """Returns what engines say about blocks that no Python object refers to."""
+        return [hidden for engine in self.engines if (hidden := engine.hidden_buffers()) is not None]
+
+    def finished(self, steps: Mapping[int, int]) -> bool:
+        """Returns whether every optimizer has stepped as often as it does in one step of the training.
+
+        Args:
+            steps: calls of `step()` so far, by the identity of the optimizer.
+        """
+        return all(steps.get(id(optimizer), 0) >= self._updates(optimizer) for optimizer in self.optimizers)
+
+    def state_sizes(self) -> list[int]:
+        """Returns for how many parameters each optimizer has state: a number that tells when to look again."""
+        return [len(optimizer.state) for optimizer in self.optimizers]
+
+    def _updates(self, optimizer: torch.optim.Optimizer) -> int:
+        owners = [engine for engine in self.engines if engine.owns(optimizer)]
+        return owners[0].updates_per_step(optimizer) if owners else 1
+
+    def _role_of(self, parameter: torch.Tensor) -> Role | None:
+        roles = (engine.role_of(parameter) for engine in self.engines)
+        return next((role for role in roles if role is not None), None)

@@ -17,7 +17,7 @@ from memtrace.breakdown import Breakdown, EntryKey, ordered_entries
 from memtrace.categories import Category, Moment, Phase
 from memtrace.sources.events import Block, Tag, TagEvent, Window
 
-_STEP_BOUND = frozenset({Category.ACTIVATIONS, Category.TRANSIENT_WEIGHTS})
+_STEP_BOUND = frozenset({(Category.ACTIVATIONS, ""), (Category.TRANSIENT_WEIGHTS, "autocast")})
 """Roles that end with the backward pass: a block that is still there after it is held by somebody else."""
 
 
@@ -109,7 +109,7 @@ class _Classifier:
 
     def __call__(self, life: Lifetime, position: int) -> EntryKey:
         tag = life.tag
-        if tag is not None and tag.category not in _STEP_BOUND:
+        if tag is not None and tag[:2] not in _STEP_BOUND:
             return EntryKey(*tag)
         before_step = life.begin < self._first
         if tag is not None and before_step and life.saved_ns is not None and life.saved_ns >= self._begin_ns:
@@ -249,11 +249,11 @@ class _Replay:
             closed = self._closed.get(note.address)
             if closed is not None and closed.end is not None and self._within_resolution(closed.end, note.time_ns):
                 life = closed
-            elif self._may_reveal and note.tag.category not in _STEP_BOUND:
+            elif self._may_reveal and note.tag[:2] not in _STEP_BOUND:
                 life = self._reveal(note.address, note.nbytes, None)
             else:
                 return
-        if note.tag.category in _STEP_BOUND:
+        if note.tag[:2] in _STEP_BOUND:
             life.saved_ns = note.time_ns
         if life.tag is None or PRECEDENCE[note.tag.category] <= PRECEDENCE[life.tag.category]:
             life.tag = note.tag

@@ -34,9 +34,9 @@ class HookSet:
         """Removes every hook, the last one first."""
         self._stack.close()
 
-    def before_forward(self, module: nn.Module, hook: Callable[..., None]) -> None:
-        """Calls `hook(module, args, kwargs)` before each forward of the module."""
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+    def before_forward(self, module: nn.Module, hook: Callable[..., None], *, prepend: bool = True) -> None:
+        """Calls `hook(module, args, kwargs)` before each forward of the module, before or after all other hooks."""
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend)
         self._stack.callback(handle.remove)
 
     def after_forward(self, module: nn.Module, hook: Callable[..., None]) -> None:

@@ -1,0 +1,31 @@
+"""Training engines: where those that shard, flatten or bucket keep their bytes. One file and one row each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from memtrace.attribution.engines import ddp, deepspeed, fsdp
+from memtrace.attribution.engines.engine import Engine
+
+Finder = Callable[[nn.Module, Sequence[object]], Engine | None]
+"""Returns the engine that trains this model with these optimizers, as the user handed them over; None for another.
+
+A finder imports nothing: an engine whose library is not loaded does not train anything.
+"""
+
+ENGINES: tuple[Finder, ...] = (
+    deepspeed.find,
+    fsdp.find,
+    ddp.find,
+)
+
+
+def find_engines(model: nn.Module, optimizers: Sequence[object]) -> list[Engine]:
+    """Returns every engine at work between this model and these optimizers, wrapped or not; mostly none."""
+    found = (find(model, optimizers) for find in ENGINES)
+    return [engine for engine in found if engine is not None]
+
+
+__all__ = ["ENGINES", "Engine", "Finder", "find_engines"]

@@ -1,0 +1,60 @@
+"""DistributedDataParallel: the buckets of the reducer.
+
+Run with torch 2.13. The reducer is C++ and lets no Python object refer to its buckets; it tells their sizes in what it
+logs about itself. With `gradient_as_bucket_view` each `.grad` is a view of its bucket, which is then a gradient and
+nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from memtrace.attribution.engines.engine import Engine
+from memtrace.attribution.hidden import HiddenBuffers
+from memtrace.attribution.storages import dtype_name
+from memtrace.categories import Category
+from memtrace.sources import torch_private
+from memtrace.sources.events import Tag
+
+
+def find(model: nn.Module, optimizers: Sequence[object]) -> Engine | None:
+    """Returns the engine where the model is wrapped in DistributedDataParallel.
+
+    The wrapper is the model itself, or it is running the model's forward pass now: a model does not know its wrapper.
+    """
+    library = sys.modules.get("torch.nn.parallel.distributed")
+    wrapper = getattr(library, "DistributedDataParallel", None)
+    if wrapper is None:
+        return None
+    if isinstance(model, wrapper):
+        return DdpEngine(model)
+    running = torch_private.running_ddp()
+    if running is not None and any(module is model for module in running.modules()):
+        return DdpEngine(running)
+    return None
+
+
+class DdpEngine(Engine):
+    """DistributedDataParallel.
+
+    Args:
+        wrapper: the DistributedDataParallel module.
+    """
+
+    name = "DDP"
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = wrapper
+
+    def hidden_buffers(self) -> HiddenBuffers | None:
+        """Returns the buckets of the gradients: those the reducer began with, and those it rebuilt in step 2."""
+        if self._wrapper.gradient_as_bucket_view:
+            return None
+        first, rebuilt = torch_private.ddp_bucket_bytes(self._wrapper)
+        types = {p.dtype for p in self._wrapper.parameters() if p.requires_grad}
+        tag = Tag(Category.COMM_BUFFERS, "bucket", dtype_name(types.pop()) if len(types) == 1 else "")
+        return HiddenBuffers(tag=tag, first=first, current=rebuilt or None)

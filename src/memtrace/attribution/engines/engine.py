@@ -1,0 +1,74 @@
+"""What memtrace asks of a training engine: the base of one file for each engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from memtrace.attribution.hidden import HiddenBuffers
+from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.model import Role
+
+
+class Engine:
+    """What an engine holds beside the model and the optimizer, and when its optimizer steps.
+
+    The answers here are those of an engine that holds nothing; a subclass overrides what is different. Nothing is
+    kept: every call looks at the engine's own attributes as they are now, and an attribute that a version of the
+    engine does not have holds nothing.
+    """
+
+    name: str
+    """As people write it, such as `DeepSpeed ZeRO-2`."""
+
+    prepares_gradients: bool = False
+    """Whether gradients are converted between the last one and the optimizer's step: the backward pass ends with the
+    last gradient then, not where the optimizer begins."""
+
+    def claim(self, ledger: Ledger) -> None:
+        """Claims what is held between steps. Run before the model and the optimizers are looked at: the first role of
+        a storage is kept against weaker ones."""
+
+    def claim_passing(self, ledger: Ledger) -> None:
+        """Claims what comes and goes within a step, as far as it is there now.
+
+        Run in traced steps only, often: after each gradient, before each forward pass of one of `gathering_modules`
+        and when the backward pass asks for saved tensors.
+        """
+
+    def gradients(self) -> Iterable[torch.Tensor]:
+        """Returns the gradients that are held now in other places than `.grad` of a parameter."""
+        return ()
+
+    def role_of(self, parameter: torch.Tensor) -> Role | None:
+        """Returns what the storage that a parameter has now is for; None where it is plain weights."""
+        return None
+
+    def owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Returns whether the engine has put its own tensors into the optimizer's parameter groups."""
+        return False
+
+    def updates_per_step(self, optimizer: torch.optim.Optimizer) -> int:
+        """Returns how often the engine calls `optimizer.step()` in one step of the training."""
+        return 1
+
+    def gathering_modules(self) -> Iterator[nn.Module]:
+        """Yields the modules whose weights are put together right before their forward pass."""
+        yield from ()
+
+    def gradient_leaves(self) -> Iterator[nn.Parameter]:
+        """Yields parameters that gradients are accumulated into and that the model does not list."""
+        yield from ()
+
+    def saved_as(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Returns the parameter that autograd must keep in place of a tensor that it saves.
+
+        None where the tensor itself will do: for an engine that does not replace the storage of its parameters.
+        """
+        return None
+
+    def hidden_buffers(self) -> HiddenBuffers | None:
+        """Returns what the engine says about buffers that no Python object refers to; None where it has none."""
+        return None

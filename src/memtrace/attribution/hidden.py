@@ -1,0 +1,69 @@
+"""Blocks that no Python object refers to, told by the sizes that their owner says they have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memtrace.attribution.timeline import Lifetime
+from memtrace.sources.events import Tag, TagEvent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenBuffers:
+    """What an engine says about buffers of its own that it shows nobody. Sizes are bytes."""
+
+    tag: Tag
+    first: Sequence[int]
+    """The buffers that it began with."""
+    current: Sequence[int] | None
+    """The buffers that it has now, with the same sum; None where it does not say yet."""
+
+
+def tag_hidden(lifetimes: Sequence[Lifetime], hidden: HiddenBuffers) -> None:
+    """Tags the blocks that are the hidden buffers.
+
+    A block is one of them where nobody else claims it and it has the size of one; the one that lived longest where
+    several have. Where the sizes of now are not known, blocks that were allocated one after the other, outlive the
+    window and add up to the sum are taken.
+    """
+    tagged = _tag_sizes(lifetimes, hidden.first, hidden.tag)
+    if hidden.current is not None:
+        _tag_sizes(lifetimes, hidden.current, hidden.tag)
+    elif any(life.end is not None for life in tagged):
+        _tag_run(lifetimes, sum(hidden.first), hidden.tag)
+
+
+def known_hidden(owners: Sequence[HiddenBuffers]) -> list[TagEvent]:
+    """Returns the buffers of now as blocks at made-up addresses, for a source that cannot list what exists."""
+    known = [(size, hidden.tag) for hidden in owners for size in hidden.current or ()]
+    return [TagEvent(0, -1 - position, size, tag) for position, (size, tag) in enumerate(known)]
+
+
+def _tag_sizes(lifetimes: Sequence[Lifetime], sizes: Sequence[int], tag: Tag) -> list[Lifetime]:
+    tagged = []
+    for size in sizes:
+        candidates = [life for life in lifetimes if life.tag is None and life.nbytes == size]
+        if candidates:
+            longest = max(candidates, key=_length)
+            longest.tag = tag
+            tagged.append(longest)
+    return tagged
+
+
+def _tag_run(lifetimes: Sequence[Lifetime], total: int, tag: Tag) -> None:
+    lasting = [life for life in lifetimes if life.tag is None and life.end is None and life.begin >= 0]
+    for start in range(len(lasting)):
+        reached = 0
+        for stop in range(start, len(lasting)):
+            reached += lasting[stop].nbytes
+            if reached == total:
+                for life in lasting[start : stop + 1]:
+                    life.tag = tag
+                return
+            if reached > total:
+                break
+
+
+def _length(life: Lifetime) -> float:
+    return float("inf") if life.end is None else life.end - life.begin
