@@ -1,0 +1,84 @@
+"""What a tracer exports while it is attached: the metrics endpoint, the step log, the text file at the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+from memtrace.breakdown import StepRecord
+from memtrace.config import TracerConfig
+from memtrace.errors import OutputError
+from memtrace.exporters.prometheus import registry_of, textfile_path, write_textfile
+from memtrace.exporters.server import Endpoint, MetricsServer, serve
+from memtrace.exporters.steplog import StepLog, step_log_path
+from memtrace.snapshot import RunIdentity, Snapshot
+
+logger = logging.getLogger("memtrace")
+
+
+class Exports:
+    """The outputs that the settings ask for, open until `close()`. Made by `Exports.open()`."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._server: MetricsServer | None = None
+        self._log: StepLog | None = None
+
+    @classmethod
+    def open(cls, snapshot: Callable[[], Snapshot], identity: RunIdentity, config: TracerConfig, log_dir: Path) -> Self:
+        """Opens all outputs, or none.
+
+        Args:
+            snapshot: returns the newest state of the tracer; called from the server's threads.
+            identity: which process of which run this is.
+            config: the settings.
+            log_dir: directory of the step log.
+
+        Raises:
+            ConfigError: the password file, the certificate or the key cannot be read.
+            OutputError: the address, every port tried, or the log directory cannot be used.
+        """
+        exports = cls()
+        with exports._stack as opening:
+            if config.textfile_dir is not None:
+                path = textfile_path(config.textfile_dir, identity.rank)
+                write_textfile(path, snapshot())  # now, so that a directory that cannot be written is told now
+                opening.callback(_leave_textfile, path, snapshot)
+            if config.step_log:
+                exports._log = StepLog(step_log_path(log_dir, identity.rank), max_bytes=config.log_max_bytes)
+                opening.push(exports._log)
+            endpoint = Endpoint.of(config, identity.local_rank)
+            if endpoint is not None:
+                exports._server = serve(registry_of(snapshot), endpoint)
+                opening.push(exports._server)
+            exports._stack = opening.pop_all()
+        return exports
+
+    @property
+    def url(self) -> str | None:
+        """Address of the metrics; None where none are served."""
+        return None if self._server is None else self._server.url
+
+    @property
+    def log_path(self) -> Path | None:
+        """File of the step log; None where none is written."""
+        return None if self._log is None else self._log.path
+
+    def write(self, record: StepRecord) -> None:
+        """Hands a finished step to the log."""
+        if self._log is not None:
+            self._log.write(record)
+
+    def close(self) -> None:
+        """Closes the outputs, the last one first; a second call does nothing."""
+        self._stack.close()
+
+
+def _leave_textfile(path: Path, snapshot: Callable[[], Snapshot]) -> None:
+    try:
+        write_textfile(path, snapshot())
+    except OutputError as error:  # the end of a run is no time to fail it
+        logger.warning("memtrace: %s", error)

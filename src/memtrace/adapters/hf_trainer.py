@@ -1,0 +1,103 @@
+"""The callback for Hugging Face Trainer: `Trainer(..., callbacks=[MemTraceCallback()])`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from memtrace.adapters.memory_tracer import MemoryTracer
+from memtrace.breakdown import StepRecord
+from memtrace.config import TracerConfig
+from memtrace.exporters.table import render_text
+
+logger = logging.getLogger("memtrace")
+
+
+class MemTraceCallback(TrainerCallback):
+    """Traces what Trainer trains, from `on_train_begin` to `on_train_end`.
+
+    Metrics are served from then on, the step log goes to `<output_dir>/memtrace`, and the table of the last traced
+    step is printed once at the end of training. A run that crashed leaves the callback usable: the next
+    `on_train_begin` starts anew.
+
+    Args:
+        **settings: fields of `TracerConfig`.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self._config = TracerConfig.from_settings(settings)
+        self._tracer: MemoryTracer | None = None
+
+    @property
+    def tracer(self) -> MemoryTracer | None:
+        """The tracer of the current or the last run; None before the first one."""
+        return self._tracer
+
+    def on_train_begin(  # type: ignore[override]  # Trainer passes model and optimizer by name
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        **kwargs: Any,
+    ) -> None:
+        """Attaches a tracer.
+
+        Raises:
+            ConfigError: the model or the optimizer cannot be traced.
+            OutputError: the port, the address or the log directory cannot be used.
+        """
+        if self._tracer is not None:
+            self._tracer.detach()
+        config = self._config if self._config.run_name else self._config.with_run_name(_run_name(args))
+        output_dir = Path(args.output_dir or ".")
+        self._tracer = MemoryTracer(model, optimizer, config, log_dir=output_dir / "memtrace", explicit_steps=True)
+        self._tracer.attach()
+        logger.info("memtrace: metrics at %s, step log %s", self._tracer.url, self._tracer.log_path)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begins a step."""
+        if self._tracer is not None:
+            self._tracer.begin_step(state.global_step + 1)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ends the step, after gradients were set to zero."""
+        if self._tracer is not None:
+            self._tracer.end_step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Detaches, and prints the table on the first process of each machine."""
+        if self._tracer is None:
+            return
+        snapshot = self._tracer.snapshot()
+        self._tracer.detach()
+        record = snapshot.latest_traced or snapshot.latest
+        if record is not None and state.is_local_process_zero:
+            self._tracer.guarded(_show, record)
+
+
+def _run_name(args: TrainingArguments) -> str | None:
+    """Returns the name that the user gave the run; None where Trainer has filled in the output directory's path."""
+    name = getattr(args, "run_name", None)
+    return name if name and name != args.output_dir else Path(args.output_dir or ".").resolve().name or None
+
+
+def _show(record: StepRecord) -> None:
+    """Writes the table to stderr above a progress bar that is still being drawn."""
+    tqdm.write(render_text(record), file=sys.stderr)

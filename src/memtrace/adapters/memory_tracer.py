@@ -1,0 +1,100 @@
+"""The tracer with its exports: what a `with` block, the callback and the optimizer wrapper all use."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from memtrace.adapters.exports import Exports
+from memtrace.config import TracerConfig
+from memtrace.snapshot import Snapshot
+from memtrace.sources.events import EventSource
+from memtrace.tracer import Tracer
+
+
+class MemoryTracer(Tracer):
+    """Traces a plain PyTorch loop, and exports what it sees while it is attached.
+
+    ```python
+    with MemoryTracer(model, optimizer) as tracer:
+        for batch in batches:
+            ...  # forward, backward, optimizer.step()
+    print(tracer.latest.moments[Moment.PEAK][Category.ACTIVATIONS])
+    ```
+
+    Args:
+        model: the module that is trained.
+        optimizers: one optimizer or several that update it.
+        config: settings; the defaults serve metrics on port 16368 + local rank and write the step log to
+            `memtrace-runs/<run_name>`.
+        log_dir: where the step log goes when the settings do not say.
+        explicit_steps: whether the loop calls `begin_step()` and `end_step()`.
+        source: where allocator events come from; by default the device's own.
+
+    Raises:
+        ConfigError: a setting, the model or an optimizer cannot be used.
+        OutputError: on attach, where the port, the address or the log directory cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        config: TracerConfig | None = None,
+        *,
+        log_dir: Path | None = None,
+        explicit_steps: bool = False,
+        source: EventSource | None = None,
+    ) -> None:
+        super().__init__(model, optimizers, config, explicit_steps=explicit_steps, source=source)
+        self._default_log_dir = log_dir
+        self._exports: Exports | None = None
+
+    @property
+    def log_path(self) -> Path | None:
+        """File of the step log; None where none is written."""
+        return None if self._exports is None else self._exports.log_path
+
+    @property
+    def url(self) -> str | None:
+        """Address of the metrics; None where none are served."""
+        return None if self._exports is None else self._exports.url
+
+    def attach(self) -> None:
+        """Installs the hooks and opens the exports; a tracer that is attached already is left as it is."""
+        if self._exports is not None:
+            return
+        super().attach()
+        run_dir = self._default_log_dir or Path("memtrace-runs") / self.identity.run_name
+        try:
+            exports = Exports.open(_weak_snapshot(self), self.identity, self.config, self.config.log_path(run_dir))
+        except BaseException:
+            super().detach()
+            raise
+        self._exports = exports
+        self.add_listener(exports.write)
+        # Also where the script ends, or drops the tracer, without a detach: the port and the log are given back.
+        self._close_exports = weakref.finalize(self, exports.close)
+
+    def detach(self) -> None:
+        """Takes off the hooks, then closes the exports."""
+        super().detach()
+        if self._exports is not None:
+            self.remove_listener(self._exports.write)
+            self._exports = None
+            self._close_exports()
+
+
+def _weak_snapshot(tracer: Tracer) -> Callable[[], Snapshot]:
+    """Returns `tracer.snapshot` without keeping the tracer, and through it the model, alive."""
+    alive, identity = weakref.ref(tracer), tracer.identity
+
+    def snapshot() -> Snapshot:
+        found = alive()
+        return Snapshot(identity=identity, up=False) if found is None else found.snapshot()
+
+    return snapshot
