@@ -1,0 +1,137 @@
+"""The risk of a run, step by step."""
+
+from dataclasses import replace
+
+import pytest
+from risk_steps import counted, traced
+
+from memtrace.categories import Category
+from memtrace.risk import RiskMonitor
+from memtrace.risk_reading import LargestBatch, RiskReading, ShapeSource
+
+
+def largest(tokens: int) -> LargestBatch:
+    return LargestBatch(tokens=tokens, positions=tokens // 2, source=ShapeSource.SETTING)
+
+
+def follow(monitor: RiskMonitor, lengths: list[int], *, capacity: int | None = 1000, leak: int = 0) -> RiskReading:
+    """Returns the reading after traced steps of these lengths within a capacity."""
+    reading = RiskReading(step=0)
+    for step, positions in enumerate(lengths, 1):
+        record = traced(step, positions=positions, leaked=leak * step)
+        headroom = None if capacity is None else capacity - 100 - leak * step
+        reading = monitor.observe(record, headroom_bytes=headroom)
+    return reading
+
+
+def test_risk_is_high_before_the_batch_that_does_not_fit() -> None:
+    """Steps of up to 40 positions foresee that 120 positions (1060 bytes) do not fit 1000."""
+    reading = follow(RiskMonitor(largest(240)), [10, 20, 30, 40, 15, 25, 35])
+    assert reading.peak is not None
+    assert reading.peak.predicted_bytes == 100 + 4 * 240
+    assert reading.oom_risk_ratio is not None
+    assert reading.oom_risk_ratio > 0.99
+
+
+def test_risk_is_low_where_the_largest_batch_fits() -> None:
+    """The same steps with a largest batch of 100 positions are no risk."""
+    reading = follow(RiskMonitor(largest(200)), [10, 20, 30, 40, 15, 25, 35])
+    assert reading.oom_risk_ratio is not None
+    assert reading.oom_risk_ratio < 0.01
+
+
+def test_risk_is_a_half_where_the_forecast_is_the_capacity() -> None:
+    """The definition: the probability that the largest batch takes more than there is."""
+    reading = follow(RiskMonitor(largest(240)), [10, 20, 30, 40, 15, 25, 35], capacity=1060)
+    assert reading.oom_risk_ratio == pytest.approx(0.5)
+
+
+def test_longest_seen_stands_for_the_largest_batch() -> None:
+    """Where nobody says how large batches can be, the largest one so far is foreseen."""
+    reading = follow(RiskMonitor(), [10, 40, 20])
+    assert reading.peak is not None
+    assert reading.peak.batch == LargestBatch(tokens=80, positions=40, source=ShapeSource.LONGEST_SEEN)
+
+
+def test_a_batch_beyond_what_was_said_takes_its_place() -> None:
+    """A largest batch that was exceeded is no longer believed."""
+    reading = follow(RiskMonitor(largest(20)), [10, 40, 20])
+    assert reading.peak is not None
+    assert reading.peak.batch.tokens == 80
+
+
+def test_leak_is_foretold_in_steps_and_seconds() -> None:
+    """With 8 bytes a step and 740 left the limit is 92 steps or 184 seconds away, and the risk is certain."""
+    reading = follow(RiskMonitor(), [10] * 10, leak=8)
+    assert reading.growth is not None
+    assert reading.growth.category is Category.UNATTRIBUTED
+    assert reading.growth.bytes_per_step == 8
+    assert reading.growth.steps_to_limit == (1000 - (100 + 80 + 80)) // 8
+    assert reading.growth.seconds_to_limit == 2 * reading.growth.steps_to_limit
+    assert reading.oom_risk_ratio == 1.0
+
+
+def test_leak_that_takes_hours_is_a_smaller_risk() -> None:
+    """Ten hours to the limit are a risk of a tenth."""
+    reading = follow(RiskMonitor(), [10] * 10, capacity=18_260, leak=1)
+    assert reading.growth is not None
+    assert reading.growth.seconds_to_limit == pytest.approx(36_000, rel=0.01)
+    assert reading.oom_risk_ratio == pytest.approx(0.1, rel=0.01)
+
+
+def test_without_a_capacity_there_is_a_forecast_and_no_risk() -> None:
+    """What the run may use is not known: the forecast stands alone."""
+    reading = follow(RiskMonitor(), [10] * 10, capacity=None, leak=1)
+    assert reading.peak is not None
+    assert reading.growth is not None
+    assert reading.growth.steps_to_limit is None
+    assert (reading.capacity_bytes, reading.oom_risk_ratio) == (None, None)
+
+
+def test_counted_steps_teach_by_the_high_water_mark() -> None:
+    """On a GPU a step that raises the allocator's mark has that peak; the first mark belongs to nobody."""
+    monitor = RiskMonitor(largest(200))
+    marks = [(50, 900), (10, 900), (60, 980), (20, 980), (70, 1060), (80, 1140)]
+    reading = RiskReading(step=0)
+    for step, (positions, mark) in enumerate(marks):
+        reading = monitor.observe(counted(step, positions=positions, mark=mark), headroom_bytes=3000)
+    assert reading.peak is not None
+    assert reading.peak.points == 3
+    assert reading.peak.predicted_bytes == 100 + 400 + 4 * 200
+    assert reading.worst_peak_bytes == 1140
+    assert reading.capacity_bytes == 3000 + 100
+
+
+def test_mark_that_somebody_reset_teaches_nothing() -> None:
+    """After a reset the mark falls; it is of an unknown part of the step."""
+    monitor = RiskMonitor()
+    for step, mark in enumerate((900, 500, 500)):
+        reading = monitor.observe(counted(step, positions=50, mark=mark), headroom_bytes=3000)
+    assert reading.peak is None
+
+
+def test_leak_outside_the_ledger_shows_on_counted_steps() -> None:
+    """What the allocator has in use at the end of a step beyond the known categories is unattributed."""
+    monitor = RiskMonitor()
+    for step in range(10):
+        record = counted(step, positions=10, mark=500, allocated=100 + 10 * step)
+        reading = monitor.observe(record, headroom_bytes=1000 - 10 * step)
+    assert reading.growth is not None
+    assert reading.growth.category is Category.UNATTRIBUTED
+    assert reading.growth.bytes_per_step == 10
+
+
+def test_a_reading_inside_a_step_does_not_take_capacity_away() -> None:
+    """On a CPU the process is read at any time; the best of the recent readings is the capacity."""
+    monitor = RiskMonitor()
+    monitor.observe(traced(1), headroom_bytes=900)
+    assert monitor.observe(traced(2), headroom_bytes=300).capacity_bytes == 1000
+
+
+def test_a_step_without_moments_or_batch_is_survived() -> None:
+    """A step in which the model saw no tensor and nothing was read changes nothing."""
+    monitor = RiskMonitor()
+    before = monitor.observe(traced(1), headroom_bytes=900)
+    after = monitor.observe(replace(traced(2), batch=None, moments={}, traced=False), headroom_bytes=None)
+    assert after.worst_peak_bytes == before.worst_peak_bytes
+    assert after.oom_risk_ratio is None
