@@ -64,6 +64,10 @@ class TracerConfig:
     """Steps after which a step is traced whatever it costs, where `overhead_budget` decides."""
     device_limit_bytes: int | None = None
     """What the run may use of the device, in bytes. None means all that the device has."""
+    max_tokens: int | None = None
+    """Tokens (samples x positions, padding included) of the largest micro batch that the run can meet: what the
+    forecast of the peak is made for. None takes the lengths of the dataset where Trainer has them at hand, else the
+    largest one seen."""
     device_poll_seconds: float = 1.0
     """Seconds between two readings of the device by the sampling thread. 0 reads at step ends only."""
     history: int = 256
@@ -92,6 +96,8 @@ class TracerConfig:
         _check_int("log_max_bytes", self.log_max_bytes, 64 * KIB, 2**63 - 1)
         if self.device_limit_bytes is not None:
             _check_int("device_limit_bytes", self.device_limit_bytes, 1, 2**63 - 1)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, 2**63 - 1)
         _check_number("device_poll_seconds", self.device_poll_seconds, 0, 3600)
         for name in ("step_log", "strict"):
             if not isinstance(getattr(self, name), bool):

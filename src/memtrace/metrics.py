@@ -141,6 +141,61 @@ STEP_PEAK = Metric(
     help="Most memory allocated at once within a step: the newest step whose peak is known.",
     absent="before the first traced step",
 )
+STEP_PEAK_TOKENS = Metric(
+    name="memtrace_step_peak_tokens",
+    type=MetricType.GAUGE,
+    help="Tokens (samples x positions) of the largest micro batch of the step that memtrace_step_peak_bytes is of.",
+    absent="before the first traced step, and where the model saw no tensor",
+)
+PREDICTED_PEAK = Metric(
+    name="memtrace_predicted_peak_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="What the largest micro batch that the run can still meet is expected to take at its peak.",
+    absent="before the first step with a known peak",
+)
+PREDICTED_PEAK_BAND = Metric(
+    name="memtrace_predicted_peak_band_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="Half width of the 95 % band around memtrace_predicted_peak_bytes.",
+    absent="as memtrace_predicted_peak_bytes",
+)
+PREDICTED_TOKENS = Metric(
+    name="memtrace_predicted_peak_tokens",
+    type=MetricType.GAUGE,
+    help="Tokens of that largest micro batch: from max_tokens, the dataset, or the longest one seen.",
+    absent="as memtrace_predicted_peak_bytes",
+)
+CAPACITY = Metric(
+    name="memtrace_capacity_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="What the tensors of the run may take in all: what they took at the end of the last step, plus the headroom.",
+    absent="as memtrace_headroom_bytes",
+)
+OOM_RISK = Metric(
+    name="memtrace_oom_risk_ratio",
+    type=MetricType.GAUGE,
+    unit=Unit.RATIO,
+    help="Probability, 0 to 1, that the largest micro batch to come, or a leak within the hour, exceeds the capacity.",
+    absent="where the capacity or the predicted peak is not known",
+)
+GROWTH = Metric(
+    name="memtrace_growth_per_step_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    labels=("category",),
+    help="How much what outlives steps grows with each of them, with the category that grows most.",
+    absent="where there is no steady growth",
+)
+TIME_TO_LIMIT = Metric(
+    name="memtrace_time_to_limit_seconds",
+    type=MetricType.GAUGE,
+    unit=Unit.SECONDS,
+    help="Time until that growth has brought the predicted peak to the capacity, at the pace of the last steps.",
+    absent="where there is no steady growth, or no known capacity",
+)
 PLAN = Metric(
     name="memtrace_plan_bytes",
     type=MetricType.GAUGE,
@@ -265,6 +320,14 @@ CATALOGUE: tuple[Metric, ...] = (
     MEMORY,
     ESTIMATED,
     STEP_PEAK,
+    STEP_PEAK_TOKENS,
+    PREDICTED_PEAK,
+    PREDICTED_PEAK_BAND,
+    PREDICTED_TOKENS,
+    CAPACITY,
+    OOM_RISK,
+    GROWTH,
+    TIME_TO_LIMIT,
     PLAN,
     ALLOCATED,
     RESERVED,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from memtrace.breakdown import Breakdown, DeviceReading, StepRecord, ordered_entries
 from memtrace.categories import PERSISTENT, Moment
+from memtrace.risk_reading import RiskReading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,8 @@ class Snapshot:
     """The newest reading of the device, which may be newer than the one in `latest`."""
     limit_bytes: int | None = None
     """What the run may use of the device: `device_limit_bytes`, else the device's total."""
+    risk: RiskReading | None = None
+    """What was foreseen after the latest step; None before the first one."""
     plan: Mapping[Moment, Breakdown] = field(default_factory=dict)
     """The plan the run was given, to be shown beside what was measured."""
 

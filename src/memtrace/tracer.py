@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,8 @@ from memtrace.categories import Moment
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
 from memtrace.guard import Guard
+from memtrace.risk import WARN_AT, RiskMonitor, advise
+from memtrace.risk_reading import LargestBatch, ShapeSource
 from memtrace.sampling import TraceSchedule
 from memtrace.snapshot import RunIdentity, Snapshot, Totals
 from memtrace.sources.cpu import CpuEvents
@@ -31,6 +34,8 @@ from memtrace.sources.hooks import HookSet
 from memtrace.sources.ranks import identify
 from memtrace.steps import StepInFlight
 from memtrace.tracing import TraceWindow
+
+logger = logging.getLogger("memtrace")
 
 Listener = Callable[[StepRecord], None]
 
@@ -80,6 +85,8 @@ class Tracer:
         self._step: StepInFlight | None = None
         self._sampler: DeviceSampler | None = None
         self._listeners: list[Listener] = []
+        self._risk = RiskMonitor(_largest_batch(self.config))
+        self._warned = False
         self._history: deque[StepRecord] = deque(maxlen=self.config.history)
         self._identity = RunIdentity(run_name=self.config.run_name or "run", device=str(self._device))
         self._snapshot = Snapshot(identity=self._identity, up=False)
@@ -134,6 +141,11 @@ class Tracer:
     def remove_listener(self, listener: Listener) -> None:
         """Stops calling `listener`."""
         self._listeners.remove(listener)
+
+    def expect_batch(self, batch: LargestBatch) -> None:
+        """Tells how large a micro batch the run can still meet, unless `max_tokens` of the settings says so already."""
+        if self.config.max_tokens is None:
+            self._risk.expect(batch)
 
     def trace_next(self) -> None:
         """Makes the next step a traced one."""
@@ -325,8 +337,17 @@ class Tracer:
             latest=record,
             latest_traced=record if record.traced else self._snapshot.latest_traced,
         )
+        self._foresee(record)
         for listener in self._listeners:
             listener(record)
+
+    def _foresee(self, record: StepRecord) -> None:
+        """Adds the risk to the snapshot, and warns once in the log of the run when it is high."""
+        risk = self._risk.observe(record, headroom_bytes=self._snapshot.headroom_bytes)
+        self._snapshot = replace(self._snapshot, risk=risk)
+        if not self._warned and risk.oom_risk_ratio is not None and risk.oom_risk_ratio >= WARN_AT:
+            self._warned = True
+            logger.warning("memtrace: rank %d, step %d: %s", record.rank, record.step, advise(risk))
 
     def _counted(self, step: StepInFlight) -> dict[Moment, Breakdown]:
         gradients = self._scan.gradient_bytes(self._device)
@@ -338,6 +359,12 @@ class Tracer:
         if sizes != self._state_sizes:
             self._state_sizes = sizes
             self._scan.claim_optimizers(self._ledger)
+
+
+def _largest_batch(config: TracerConfig) -> LargestBatch | None:
+    if config.max_tokens is None:
+        return None
+    return LargestBatch(tokens=config.max_tokens, source=ShapeSource.SETTING)
 
 
 def device_of(model: nn.Module) -> torch.device:

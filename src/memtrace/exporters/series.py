@@ -11,12 +11,13 @@ from memtrace import metrics
 from memtrace.breakdown import AllocatorReading, DeviceReading, EntryKey, StepRecord
 from memtrace.categories import Moment
 from memtrace.metrics import EXPORTED_MOMENTS, Metric
+from memtrace.risk_reading import PeakForecast, RiskReading
 from memtrace.snapshot import Snapshot
 
 OTHER = "other"
 """Component under which the smallest entries of a category are added up when there are too many."""
 
-MAX_MEMORY_SERIES = 36
+MAX_MEMORY_SERIES = 34
 """Series of `memtrace_memory_bytes`, all moments together: what `MAX_SERIES` leaves beside the plan and the rest."""
 
 Labels = dict[str, str]
@@ -107,6 +108,27 @@ def _step_peak(snapshot: Snapshot) -> float | None:
     return peak.total_bytes if peak.allocated_bytes is None else peak.allocated_bytes
 
 
+def _step_peak_tokens(snapshot: Snapshot) -> float | None:
+    for record in (snapshot.latest, snapshot.latest_traced):
+        if record is not None and Moment.PEAK in record.moments:
+            return None if record.batch is None else record.batch.largest_micro_batch_tokens
+    return None
+
+
+def _risk(value: Callable[[RiskReading], float | None]) -> Reader:
+    return _current(lambda snapshot: None if snapshot.risk is None else value(snapshot.risk))
+
+
+def _forecast(value: Callable[[PeakForecast], float]) -> Reader:
+    return _risk(lambda risk: None if risk.peak is None else value(risk.peak))
+
+
+def _growth(snapshot: Snapshot) -> Iterator[Sample]:
+    growth = None if snapshot.risk is None or not snapshot.up else snapshot.risk.growth
+    if growth is not None:
+        yield {"category": growth.category}, growth.bytes_per_step
+
+
 def _plan(snapshot: Snapshot) -> Iterator[Sample]:
     peak = snapshot.plan.get(Moment.PEAK)
     for category, size in () if peak is None else peak.by_category().items():
@@ -128,6 +150,14 @@ READERS: Mapping[Metric, Reader] = MappingProxyType(
         metrics.MEMORY: _memory,
         metrics.ESTIMATED: _estimated,
         metrics.STEP_PEAK: _current(_step_peak),
+        metrics.STEP_PEAK_TOKENS: _current(_step_peak_tokens),
+        metrics.PREDICTED_PEAK: _forecast(lambda peak: peak.predicted_bytes),
+        metrics.PREDICTED_PEAK_BAND: _forecast(lambda peak: peak.band_bytes),
+        metrics.PREDICTED_TOKENS: _forecast(lambda peak: peak.batch.tokens),
+        metrics.CAPACITY: _risk(lambda risk: risk.capacity_bytes),
+        metrics.OOM_RISK: _risk(lambda risk: risk.oom_risk_ratio),
+        metrics.GROWTH: _growth,
+        metrics.TIME_TO_LIMIT: _risk(lambda risk: None if risk.growth is None else risk.growth.seconds_to_limit),
         metrics.PLAN: _plan,
         metrics.ALLOCATED: _allocator(lambda reading: reading.allocated_bytes),
         metrics.RESERVED: _allocator(lambda reading: reading.reserved_bytes),

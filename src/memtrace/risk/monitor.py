@@ -42,6 +42,11 @@ class RiskMonitor:
         self._forecast: tuple[PeakForecast, int] | None = None
         """The newest forecast and the base that it stands on."""
 
+    def expect(self, largest: LargestBatch) -> None:
+        """Sets the largest micro batch that the run can still meet, for the forecasts from now on."""
+        self._largest = largest
+        self._forecast = None
+
     def observe(self, record: StepRecord, *, headroom_bytes: int | None) -> RiskReading:
         """Takes in a step and returns the risk after it.
 
