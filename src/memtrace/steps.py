@@ -16,7 +16,7 @@ from memtrace.categories import Moment, Phase
 
 @dataclass(slots=True, kw_only=True)
 class StepInFlight:
-    """Marks and readings of one step. Times are nanoseconds of `time.time_ns()`.
+    """Marks and readings of one step. Times are nanoseconds of the clock of the events, `now_ns`.
 
     The forward pass ends when the last tensor is saved for it: a loss outside the model belongs to it. The backward
     pass ends where the first optimizer begins or, where optimizers step inside the backward pass or call a closure,
@@ -25,7 +25,8 @@ class StepInFlight:
 
     number: int
     read: Callable[[], AllocatorReading | None]
-    begin_ns: int = field(default_factory=time.time_ns)
+    now_ns: Callable[[], int] = time.time_ns
+    begin_ns: int = field(init=False)
     recorded: bool | None = None
     """Whether the step ends as a traced record; None until its first forward pass."""
     phases: list[tuple[int, Phase]] = field(default_factory=list)
@@ -43,10 +44,13 @@ class StepInFlight:
     _optimizer_ns: int | None = None
     _last_gradient_ns: int | None = None
 
+    def __post_init__(self) -> None:
+        self.begin_ns = self.now_ns()
+
     def enter(self, phase: Phase) -> None:
         """Notes that a phase begins now."""
         if not self.phases or self.phases[-1][1] is not phase:
-            self.phases.append((time.time_ns(), phase))
+            self.phases.append((self.now_ns(), phase))
 
     def forward_begins(self, batch: torch.Tensor | None) -> None:
         """Notes a forward pass of the model on one micro batch."""
@@ -60,13 +64,13 @@ class StepInFlight:
 
     def forward_ends(self) -> None:
         """Notes the end of the model's forward pass."""
-        self._forward_end_ns = self._last_pack_ns = time.time_ns()
+        self._forward_end_ns = self._last_pack_ns = self.now_ns()
         self._note(Moment.FORWARD_END)
 
     def packed(self) -> None:
         """Notes that a tensor was saved for the backward pass."""
         if self.phases and self.phases[-1][1] is Phase.FORWARD:
-            self._last_pack_ns = time.time_ns()
+            self._last_pack_ns = self.now_ns()
 
     def backward_runs(self) -> None:
         """Notes that the backward pass is at work: a saved tensor was asked for, or a gradient accumulated."""
@@ -76,12 +80,12 @@ class StepInFlight:
     def gradient_accumulated(self) -> None:
         """Notes that a gradient was added to `.grad`."""
         self.backward_runs()
-        self._last_gradient_ns = time.time_ns()
+        self._last_gradient_ns = self.now_ns()
 
     def optimizer_begins(self) -> None:
         """Notes that an optimizer begins its step."""
         if self._optimizer_ns is None:
-            self._optimizer_ns = time.time_ns()
+            self._optimizer_ns = self.now_ns()
             self._note(Moment.BACKWARD_END)
         self.enter(Phase.OPTIMIZER)
 
@@ -105,7 +109,7 @@ class StepInFlight:
         }
         return StepMarks(
             begin_ns=self.begin_ns,
-            end_ns=time.time_ns(),
+            end_ns=self.now_ns(),
             forward_end_ns=forward_end,
             backward_end_ns=backward_end,
             phases=tuple(self.phases),

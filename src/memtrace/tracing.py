@@ -110,7 +110,7 @@ class TraceWindow:
         self._base = ()
 
     def _install(self) -> None:
-        self._tags = ActivationTags(self._model, self._ledger.device)
+        self._tags = ActivationTags(self._model, self._ledger.device, self._ledger.coordinates)
         self._hooks.after_gradient(self._scan.gradient_leaves(), self._guard.wrap(self._gradient))
         for module in self._scan.gathering_modules():
             self._hooks.before_forward(module, self._guard.wrap(self._gathered), prepend=False)

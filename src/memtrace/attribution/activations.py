@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import nn
 
 from memtrace.attribution.storages import storages_of
 from memtrace.categories import Category
-from memtrace.sources.events import Tag, TagEvent
+from memtrace.sources.events import MEMORY, Coordinates, Tag, TagEvent
 
 _VIEWS = (
     "TBackward",
@@ -35,9 +33,10 @@ class ActivationTags:
     has none and is told by its shape: the transposed view of a matrix, or a convolution's kernel.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, coordinates: Coordinates = MEMORY) -> None:
         self.notes: list[TagEvent] = []
         self._device = device
+        self._now_ns, self._address_of = coordinates.now_ns, coordinates.address_of
         frozen = [p for p in model.parameters() if not p.requires_grad and p.dtype is torch.float32]
         self._frozen_shapes = {tuple(p.shape) for p in frozen if p.dim() > 2}
         self._frozen_transposed = {(p.shape[1], p.shape[0]) for p in frozen if p.dim() == 2}
@@ -48,9 +47,8 @@ class ActivationTags:
         if tensor.dtype in (torch.bfloat16, torch.float16) and self._is_cast_weight(tensor):
             category, component = Category.TRANSIENT_WEIGHTS, "autocast"
         for storage, dtype in storages_of(tensor, self._device):
-            self.notes.append(
-                TagEvent(time.time_ns(), storage.data_ptr(), storage.nbytes(), Tag(category, component, dtype))
-            )
+            tag = Tag(category, component, dtype)
+            self.notes.append(TagEvent(self._now_ns(), self._address_of(storage), storage.nbytes(), tag))
 
     def _is_cast_weight(self, tensor: torch.Tensor) -> bool:
         node = tensor.grad_fn

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from memtrace.attribution.storages import storages_of
 from memtrace.categories import Category
-from memtrace.sources.events import Tag, TagEvent
+from memtrace.sources.events import MEMORY, Coordinates, Tag, TagEvent
 
 PRECEDENCE = {
     category: rank
@@ -46,14 +45,14 @@ class _Entry(weakref.ref[torch.UntypedStorage]):
     nbytes: int
     tag: Tag
 
-    def __init__(self, storage: torch.UntypedStorage, callback: Callable[[Any], None], tag: Tag) -> None:
+    def __init__(self, storage: torch.UntypedStorage, callback: Callable[[Any], None], tag: Tag, address: int) -> None:
         super().__init__(storage, callback)  # type: ignore[call-arg]  # typeshed has only __new__
         self.identity = id(storage)
-        self.address = storage.data_ptr()
+        self.address = address
         self.nbytes = storage.nbytes()
         self.tag = tag
 
-    def __new__(cls, storage: torch.UntypedStorage, callback: Callable[[Any], None], tag: Tag) -> _Entry:
+    def __new__(cls, storage: torch.UntypedStorage, callback: Callable[[Any], None], tag: Tag, address: int) -> _Entry:
         return super().__new__(cls, storage, callback)
 
 
@@ -63,10 +62,16 @@ class Ledger:
     A claim costs about 1 us a storage. The ledger keeps no tensor alive: a storage that dies leaves by itself.
     While a journal is kept, every claim and every death is noted with its time, so that the replay of events can
     give the block at that address its tag for as long as it lives.
+
+    Args:
+        device: the device whose storages are kept.
+        coordinates: how the events that the journal is joined with name an instant and a storage.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, coordinates: Coordinates = MEMORY) -> None:
         self._device = device
+        self._coordinates = coordinates
+        self._now_ns, self._address_of = coordinates.now_ns, coordinates.address_of
         self._entries: dict[int, _Entry] = {}
         self._journal: list[TagEvent] | None = None
         ledger = weakref.ref(self)
@@ -83,6 +88,11 @@ class Ledger:
         """The device whose storages are kept; others are passed over."""
         return self._device
 
+    @property
+    def coordinates(self) -> Coordinates:
+        """How instants and storages are named in the journal."""
+        return self._coordinates
+
     def __len__(self) -> int:
         return len(self._entries)
 
@@ -96,12 +106,12 @@ class Ledger:
             tag = Tag(category, component, dtype)
             entry = self._entries.get(id(storage))
             if entry is None:
-                entry = _Entry(storage, self._on_death, tag)
+                entry = _Entry(storage, self._on_death, tag, self._address_of(storage))
                 self._entries[entry.identity] = entry
             elif PRECEDENCE[entry.tag.category] >= PRECEDENCE[category]:
                 entry.tag = tag
             if self._journal is not None:
-                self._journal.append(TagEvent(time.time_ns(), storage.data_ptr(), storage.nbytes(), entry.tag))
+                self._journal.append(TagEvent(self._now_ns(), self._address_of(storage), storage.nbytes(), entry.tag))
 
     def role_of(self, tensor: torch.Tensor) -> Category | None:
         """Returns what the first storage of a tensor is known to be for."""
@@ -116,13 +126,13 @@ class Ledger:
 
     def live(self) -> list[TagEvent]:
         """Returns address, size and tag of every storage as it is now; storages resized to nothing are left out."""
-        now = time.time_ns()
+        now = self._now_ns()
         found = []
         for entry in list(self._entries.values()):
             storage = entry()
             if storage is None:
                 continue
-            entry.address, entry.nbytes = storage.data_ptr(), storage.nbytes()
+            entry.address, entry.nbytes = self._address_of(storage), storage.nbytes()
             if entry.nbytes:
                 found.append(TagEvent(now, entry.address, entry.nbytes, entry.tag))
         return found
@@ -147,4 +157,4 @@ class Ledger:
         if self._entries.get(entry.identity) is entry:
             del self._entries[entry.identity]
             if self._journal is not None:
-                self._journal.append(TagEvent(time.time_ns(), entry.address, entry.nbytes, None))
+                self._journal.append(TagEvent(self._now_ns(), entry.address, entry.nbytes, None))

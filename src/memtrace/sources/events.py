@@ -1,17 +1,34 @@
 """The types that all sources share: what the allocator did, and what is known of an address.
 
 These are the two streams that `attribution.timeline` joins. Both types are tuples because a step has tens of
-thousands of them. Times are nanoseconds of one clock, the one of `time.time_ns()`.
+thousands of them. Times are nanoseconds of one clock and addresses name storages, both as `Coordinates` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
+
 from memtrace.breakdown import AllocatorReading
 from memtrace.categories import Category
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coordinates:
+    """How events name an instant and a storage: tags must name them in the same way. The defaults are a device's."""
+
+    now_ns: Callable[[], int] = time.time_ns
+    """Nanoseconds of the clock of the events."""
+    address_of: Callable[[torch.UntypedStorage], int] = torch.UntypedStorage.data_ptr
+    """The address by which the events know a storage; no two live storages have the same."""
+
+
+MEMORY = Coordinates()
+"""Of storages that hold memory."""
 
 
 class Event(NamedTuple):
