@@ -149,3 +149,15 @@ class StepRecord:
     moments: Mapping[Moment, Breakdown] = field(default_factory=dict)
     allocator: AllocatorReading | None = None
     device_memory: DeviceReading | None = None
+
+    @property
+    def non_torch_bytes(self) -> int | None:
+        """What this process holds on the device beyond what the allocator reserved: context, NCCL, libraries.
+
+        None where that is not known. It counts as not known, too, where the driver's figure is below the allocator's:
+        then the two were read too far apart to be subtracted.
+        """
+        if self.allocator is None or self.device_memory is None:
+            return None
+        process, reserved = self.device_memory.process_bytes, self.allocator.reserved_bytes
+        return None if process is None or process < reserved else process - reserved

@@ -68,18 +68,6 @@ class Snapshot:
         return self.device.total_bytes
 
     @property
-    def non_torch_bytes(self) -> int | None:
-        """What this process holds on the device beyond the allocator's reserve, at the end of the last step.
-
-        None where that is not known. It counts as not known, too, where the driver's figure is below the allocator's:
-        then the two were read too far apart to be subtracted.
-        """
-        if self.latest is None or self.latest.allocator is None or self.latest.device_memory is None:
-            return None
-        process, reserved = self.latest.device_memory.process_bytes, self.latest.allocator.reserved_bytes
-        return None if process is None or process < reserved else process - reserved
-
-    @property
     def headroom_bytes(self) -> int | None:
         """What the run can still allocate: free memory plus allocator slack, within the limit; None where not known.
 

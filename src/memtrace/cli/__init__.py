@@ -1,1 +1,55 @@
-"""The `memtrace` command: one file for each subcommand."""
+"""The `memtrace` command: one file for each subcommand, and one place where errors become messages."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from io import TextIOWrapper
+
+import memtrace
+from memtrace.cli.command import Command
+from memtrace.cli.show import Show
+from memtrace.errors import MemTraceError
+
+COMMANDS: tuple[Command, ...] = (Show(),)
+"""Every subcommand, in the order of the help."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `memtrace` and returns its exit status: 0, or 2 for what the user got wrong.
+
+    Args:
+        argv: the arguments; those of the process where none are given.
+
+    Raises:
+        SystemExit: after `--help`, `--version` or a mistake in the arguments, as argparse does.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):  # an encoding without our signs must not end the command
+        sys.stdout.reconfigure(errors="replace")
+    arguments = _parser().parse_args(argv)
+    command: Command = arguments.command
+    try:
+        return command.run(arguments)
+    except MemTraceError as error:
+        print(f"memtrace: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="memtrace", description="What every byte of GPU memory is for in PyTorch training."
+    )
+    parser.add_argument("--version", action="version", version=f"memtrace {memtrace.__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(command.name, help=command.summary, description=command.summary)
+        command.add_arguments(subparser)
+        subparser.set_defaults(command=command)
+    return parser

@@ -162,7 +162,9 @@ READERS: Mapping[Metric, Reader] = MappingProxyType(
         metrics.ALLOCATED: _allocator(lambda reading: reading.allocated_bytes),
         metrics.RESERVED: _allocator(lambda reading: reading.reserved_bytes),
         metrics.SLACK: _allocator(lambda reading: reading.slack_bytes),
-        metrics.NON_TORCH: _current(lambda snapshot: snapshot.non_torch_bytes),
+        metrics.NON_TORCH: _current(
+            lambda snapshot: None if snapshot.latest is None else snapshot.latest.non_torch_bytes
+        ),
         metrics.DEVICE_TOTAL: _device(lambda reading: reading.total_bytes),
         metrics.DEVICE_USED: _device(lambda reading: reading.used_bytes),
         metrics.DEVICE_FREE: _device(lambda reading: reading.free_bytes),

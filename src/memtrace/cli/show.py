@@ -1,0 +1,113 @@
+"""`memtrace show`: the table of one step, or the peaks of all ranks side by side."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+
+from memtrace.breakdown import StepRecord
+from memtrace.categories import Moment
+from memtrace.errors import ConfigError, LogFormatError
+from memtrace.exporters.ranks import ranks_table
+from memtrace.exporters.steplog import read_step_log, step_log_path
+from memtrace.exporters.table import TABLE_WIDTH, step_table
+
+_RECENT = 100
+"""Records with a peak that are kept of each log, to find a step that all ranks have."""
+_LOG_NAME = re.compile(r"steps-rank(\d{1,9})\.jsonl(?:\.1)?")
+
+
+class Show:
+    """Shows what memory was for in a run that is going on or has ended."""
+
+    name = "show"
+    summary = "Show what memory was for in a step: the table of one rank, or all ranks side by side."
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declares the log and what to show of it."""
+        parser.add_argument("log", type=Path, metavar="LOG|RUN_DIR", help="a step log, or the directory that has them")
+        parser.add_argument(
+            "--step", type=int, metavar="N", help="step to show; by default the last one whose peak is known"
+        )
+        parser.add_argument("--rank", type=int, metavar="R", help="show the table of one rank of a run directory")
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Prints the table.
+
+        Raises:
+            ConfigError: the rank or the step is not in the log.
+            LogFormatError: the log cannot be read.
+        """
+        logs = find_logs(arguments.log)
+        if arguments.rank is not None:
+            logs = [log for log in logs if log == step_log_path(log.parent, arguments.rank)]
+            if not logs:
+                raise ConfigError(f"{arguments.log} has no log of rank {arguments.rank}")
+        records = choose_records(logs, arguments.step)
+        table = step_table(*records.values()) if len(records) == 1 else ranks_table(records)
+        console().print(table)
+        return 0
+
+
+def find_logs(path: Path) -> list[Path]:
+    """Returns the step logs that a path stands for: the file, or those of a directory in the order of the ranks.
+
+    Raises:
+        LogFormatError: a directory has none, or cannot be read.
+    """
+    if not path.is_dir():
+        return [path]
+    try:
+        names = [entry.name for entry in path.iterdir()]
+    except OSError as error:
+        raise LogFormatError(f"{path}: the directory cannot be read: {error.strerror}") from error
+    ranks = {int(found[1]) for name in names if (found := _LOG_NAME.fullmatch(name))}
+    if not ranks:
+        raise LogFormatError(f"{path}: there is no step log in this directory, no file steps-rank<R>.jsonl")
+    return [step_log_path(path, rank) for rank in sorted(ranks)]
+
+
+def choose_records(logs: Iterable[Path], step: int | None) -> dict[int, StepRecord]:
+    """Returns one record of each rank: of the given step, else of the newest step whose peak all ranks know.
+
+    Where they share no such step, or know no peak, it is each rank's newest record, one with a peak before others.
+    A log without records yet is left out.
+
+    Raises:
+        ConfigError: a log does not have the step.
+        LogFormatError: a log cannot be read, or none has a record.
+    """
+    recent = {log: _recent(log, step) for log in logs}
+    with_records = {log: records for log, records in recent.items() if records}
+    if not with_records:
+        raise LogFormatError(f"{', '.join(map(str, recent))}: there is no finished step yet")
+    common = set.intersection(*(set(records) for records in with_records.values()))
+    chosen = [records[max(common or records)] for records in with_records.values()]
+    return {record.rank: record for record in chosen}
+
+
+def _recent(log: Path, step: int | None) -> dict[int, StepRecord]:
+    """Returns records of one log by step: the wanted one, else the newest with a peak, else the newest of all."""
+    peaks: deque[StepRecord] = deque(maxlen=_RECENT)
+    last: StepRecord | None = None
+    for record in read_step_log(log):
+        last = record
+        if record.step == step or (step is None and Moment.PEAK in record.moments):
+            peaks.append(record)
+    if step is not None and last is not None and not peaks:
+        raise ConfigError(f"{log} has no step {step}; its last one is step {last.step}")
+    newest = peaks or ([last] if last is not None else [])
+    return {record.step: record for record in newest}
+
+
+def console() -> Console:
+    """Returns where commands print: as wide as the terminal, or `TABLE_WIDTH` where the output is none."""
+    fixed = None if sys.stdout.isatty() or "COLUMNS" in os.environ else TABLE_WIDTH
+    return Console(width=fixed)
