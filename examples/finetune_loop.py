@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding, DataCollatorWithPadding
 
 from memtrace import MemTraceOptimizer
+from memtrace.exporters.table import render_text
 
 
 class MasterWeights:
@@ -64,6 +65,7 @@ def main() -> None:
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(masters.copies, lr=options.learning_rate)
     if not options.no_memtrace:
         optimizer = MemTraceOptimizer(optimizer, model)
+        print(f"metrics while it trains: {optimizer.tracer.url}, step log: {optimizer.tracer.log_path}")
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)
 
     before = accuracy(model, evaluation_loader, device)
@@ -82,6 +84,12 @@ def main() -> None:
             print(f"step {step}: loss {loss.item():.3f}")
     after = accuracy(model, evaluation_loader, device)
     print(f"accuracy on held-out docstrings, {len(MODULES)} classes: {before:.1%} before, {after:.1%} after")
+
+    if isinstance(optimizer, MemTraceOptimizer):
+        record = optimizer.tracer.snapshot().latest_traced
+        optimizer.close()
+        if record is not None:
+            print(render_text(record))
 
 
 def endless(loader: DataLoader) -> Iterator[BatchEncoding]:
