@@ -76,6 +76,11 @@ RUN_INFO = Metric(
     labels=("run", "device", "local_rank", "world_size"),
     help="Which process of which run this is; always 1.",
 )
+WORLD_SIZE = Metric(
+    name="memtrace_world_size",
+    type=MetricType.GAUGE,
+    help="Processes that the run has in all.",
+)
 STEPS = Metric(
     name="memtrace_steps_total",
     type=MetricType.COUNTER,
@@ -310,6 +315,7 @@ CATALOGUE: tuple[Metric, ...] = (
     UP,
     BUILD_INFO,
     RUN_INFO,
+    WORLD_SIZE,
     STEPS,
     TRACED_STEPS,
     SELF_SECONDS,

@@ -17,7 +17,7 @@ from memtrace.snapshot import Snapshot
 OTHER = "other"
 """Component under which the smallest entries of a category are added up when there are too many."""
 
-MAX_MEMORY_SERIES = 34
+MAX_MEMORY_SERIES = 33
 """Series of `memtrace_memory_bytes`, all moments together: what `MAX_SERIES` leaves beside the plan and the rest."""
 
 Labels = dict[str, str]
@@ -140,6 +140,7 @@ READERS: Mapping[Metric, Reader] = MappingProxyType(
         metrics.UP: _one(lambda snapshot: snapshot.up),
         metrics.BUILD_INFO: lambda snapshot: [({"version": memtrace.__version__}, 1)],
         metrics.RUN_INFO: _run_info,
+        metrics.WORLD_SIZE: _one(lambda snapshot: snapshot.identity.world_size),
         metrics.STEPS: _one(lambda snapshot: snapshot.totals.steps),
         metrics.TRACED_STEPS: _one(lambda snapshot: snapshot.totals.traced_steps),
         metrics.SELF_SECONDS: _one(lambda snapshot: snapshot.totals.self_seconds),
