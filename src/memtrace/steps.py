@@ -19,8 +19,8 @@ class StepInFlight:
     """Marks and readings of one step. Times are nanoseconds of the clock of the events, `now_ns`.
 
     The forward pass ends when the last tensor is saved for it: a loss outside the model belongs to it. The backward
-    pass ends where the first optimizer begins or, where optimizers step inside the backward pass or call a closure,
-    with the last gradient.
+    pass ends where the first optimizer begins or, where optimizers step inside the backward pass or call a closure, or
+    an engine converts the gradients first, with the last gradient.
     """
 
     number: int
@@ -98,8 +98,8 @@ class StepInFlight:
         """Returns the marks of the finished step."""
         self._note(Moment.STEP_END)
         forward_end = max((t for t in (self._forward_end_ns, self._last_pack_ns) if t is not None), default=None)
-        inside = self._steps_inside_backward()
-        backward_end = self._last_gradient_ns if inside else self._optimizer_ns
+        inside = self.prepares_gradients or self._steps_inside_backward()
+        backward_end = self._last_gradient_ns if inside and self._last_gradient_ns is not None else self._optimizer_ns
         counters = {
             moment: reading.requested_bytes
             for moment, reading in self.readings.items()

@@ -237,7 +237,9 @@ class Tracer:
         if self._anchor.device != self._device:
             self._follow()
         number = number or self._snapshot.totals.steps + 1
-        self._step = StepInFlight(number=number, read=self._source.reading)
+        self._step = StepInFlight(
+            number=number, read=self._source.reading, prepares_gradients=self._scan.prepares_gradients
+        )
 
     def _decide(self, step: StepInFlight, batch: torch.Tensor | None) -> None:
         """Makes the step a traced one or a counted one, once its first batch is known."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from memtrace.attribution.activations import ActivationTags
 from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.engines import Engine
 from memtrace.attribution.hidden import known_hidden, tag_hidden
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.timeline import Timeline, replay
@@ -44,7 +46,7 @@ class TraceWindow:
         self._base: Sequence[TagEvent] = ()
         self._tags: ActivationTags | None = None
         self._saved = SavedTensorHooks(
-            lambda tensor: guard.run(self._packed, tensor), lambda: guard.run(self._unpacked)
+            lambda tensor: guard.run(self._packed, tensor), lambda tensor: guard.run(self._unpacked, tensor)
         )
 
     @property
@@ -112,32 +114,47 @@ class TraceWindow:
     def _install(self) -> None:
         self._tags = ActivationTags(self._model, self._ledger.device, self._ledger.coordinates)
         self._hooks.after_gradient(self._scan.gradient_leaves(), self._guard.wrap(self._gradient))
-        for module in self._scan.gathering_modules():
-            self._hooks.before_forward(module, self._guard.wrap(self._gathered), prepend=False)
+        for engine, module in self._scan.gathering():
+            gathered = partial(self._gathered, engine)
+            self._hooks.before_forward(module, self._guard.wrap(gathered), prepend=False)
 
     def _uninstall(self) -> None:
         self._tags = None
         self._saved.pop()
         self._hooks.close()
 
-    def _packed(self, tensor: torch.Tensor) -> None:
+    def _packed(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        step = self._current_step()
+        if self._tags is None or step is None:
+            return None
+        self._tags.pack(tensor)
+        step.packed()
+        if self._scan.engines:
+            self._ledger.note(tensor)
+            self._scan.claim_passing(self._ledger)
+        self._give_way()
+        return self._scan.saved_as(tensor)
+
+    def _unpacked(self, tensor: torch.Tensor) -> None:
         step = self._current_step()
         if self._tags is None or step is None:
             return
-        self._tags.pack(tensor)
-        self._scan.claim_passing(self._ledger)
-        step.packed()
-        self._give_way()
-
-    def _unpacked(self) -> None:
-        step = self._current_step()
-        if self._tags is not None and step is not None:
-            step.backward_runs()
+        step.backward_runs()
+        if self._scan.engines:
+            self._claim_role(tensor)
             self._scan.claim_passing(self._ledger)
 
-    def _gathered(self, *args: object) -> None:
+    def _gathered(self, engine: Engine, module: nn.Module, *args: object) -> None:
         if self._tags is not None:
-            self._scan.claim_passing(self._ledger)
+            engine.claim_gathered(module, self._ledger)
+
+    def _claim_role(self, tensor: torch.Tensor) -> None:
+        """Claims what an engine has put together again for the backward pass."""
+        role = self._scan.role_of(tensor) if isinstance(tensor, nn.Parameter) else None
+        if role is None:
+            self._ledger.note(tensor)
+        else:
+            self._ledger.claim(tensor, role.category, role.component)
 
     def _gradient(self, parameter: torch.Tensor) -> None:
         step = self._current_step()
@@ -145,7 +162,9 @@ class TraceWindow:
             return
         if parameter.grad is not None:
             self._ledger.claim(parameter.grad, Category.GRADIENTS)
-        self._scan.claim_passing(self._ledger)
+        if self._scan.engines:
+            self._claim_role(parameter)
+            self._scan.claim_passing(self._ledger)
         step.gradient_accumulated()
         self._give_way()
 

@@ -113,6 +113,18 @@ class Ledger:
             if self._journal is not None:
                 self._journal.append(TagEvent(self._now_ns(), self._address_of(storage), storage.nbytes(), entry.tag))
 
+    def note(self, tensor: torch.Tensor) -> None:
+        """Notes in the journal where the storage of this tensor is now, if the ledger knows it.
+
+        For storages that are resized while they live: each time they get another address.
+        """
+        if self._journal is None:
+            return
+        for storage, _ in storages_of(tensor, self._device):
+            entry = self._entries.get(id(storage))
+            if entry is not None:
+                self._journal.append(TagEvent(self._now_ns(), self._address_of(storage), storage.nbytes(), entry.tag))
+
     def role_of(self, tensor: torch.Tensor) -> Category | None:
         """Returns what the first storage of a tensor is known to be for."""
         for storage, _ in storages_of(tensor, self._device):

@@ -80,7 +80,7 @@ def claim_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, ledger: 
             else:
                 ledger.claim(parameter, Category.WEIGHTS, "trainable")
     for state in optimizer.state.values():
-        for component, tensor in _tensors(state):
+        for component, tensor in state_tensors(state):
             if _MASTER_NAME.search(component):
                 ledger.claim(tensor, Category.MASTER_WEIGHTS)
             else:
@@ -108,7 +108,7 @@ _FLAT_PADDING = 4096
 _MAX_DEPTH = 8
 
 
-def _tensors(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+def state_tensors(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (component, tensor) for every tensor in nested state.
 
     The component is the path of names to it, without positions: the third of a list `old_dirs` is `old_dirs`.
@@ -119,12 +119,12 @@ def _tensors(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, 
         if isinstance(value, Mapping):
             for key, item in value.items():
                 name = key if isinstance(key, str) else ""
-                yield from _tensors(item, f"{path}.{name}" if path and name else path or name, depth + 1)
+                yield from state_tensors(item, f"{path}.{name}" if path and name else path or name, depth + 1)
         elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
             for item in value:
-                yield from _tensors(item, path, depth + 1)
+                yield from state_tensors(item, path, depth + 1)
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             attributes = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-            yield from _tensors(attributes, path, depth + 1)
+            yield from state_tensors(attributes, path, depth + 1)
         elif hasattr(value, "__dict__") and not callable(value):
-            yield from _tensors(vars(value), path, depth + 1)
+            yield from state_tensors(vars(value), path, depth + 1)

@@ -57,7 +57,7 @@ class Scan:
         """
         for engine in self.engines:
             engine.claim(ledger)
-        claim_model(self._model, ledger, self._role_of)
+        claim_model(self._model, ledger, self.role_of)
         self.claim_optimizers(ledger)
         self.claim_gradients(ledger)
 
@@ -75,9 +75,17 @@ class Scan:
             claim_gradients(optimizer_parameters(optimizer), ledger)
 
     def claim_passing(self, ledger: Ledger) -> None:
-        """Claims what engines hold for a part of a step only; nothing where there is no engine."""
+        """Claims the buckets that engines have for a part of a step only; nothing where there is no engine."""
         for engine in self.engines:
             engine.claim_passing(ledger)
+
+    def saved_as(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Returns the parameter that must be saved for backward in place of this tensor; mostly None."""
+        for engine in self.engines:
+            parameter = engine.saved_as(tensor)
+            if parameter is not None:
+                return parameter
+        return None
 
     def gradient_bytes(self, device: torch.device) -> dict[EntryKey, int]:
         """Returns the bytes of the gradients that exist now, by element type, without touching the ledger."""
@@ -91,10 +99,11 @@ class Scan:
         for engine in self.engines:
             yield from engine.gradient_leaves()
 
-    def gathering_modules(self) -> Iterator[nn.Module]:
-        """Yields the modules whose weights an engine puts together for their forward pass."""
+    def gathering(self) -> Iterator[tuple[Engine, nn.Module]]:
+        """Yields each module whose weights an engine puts together for its forward pass, with the engine."""
         for engine in self.engines:
-            yield from engine.gathering_modules()
+            for module in engine.gathering_modules():
+                yield engine, module
 
     def hidden(self) -> Sequence[HiddenBuffers]:
         """Returns what engines say about blocks that no Python object refers to."""
@@ -116,6 +125,7 @@ class Scan:
         owners = [engine for engine in self.engines if engine.owns(optimizer)]
         return owners[0].updates_per_step(optimizer) if owners else 1
 
-    def _role_of(self, parameter: torch.Tensor) -> Role | None:
+    def role_of(self, parameter: torch.Tensor) -> Role | None:
+        """Returns what an engine says that the storage of a parameter is for now; None for plain weights."""
         roles = (engine.role_of(parameter) for engine in self.engines)
         return next((role for role in roles if role is not None), None)

@@ -69,9 +69,15 @@ class SavedTensorHooks:
     torch keeps saved-tensor hooks on a stack for each thread and applies the innermost pair only. So a pair of the
     user that is below ours is called by ours; and ours is taken off only when it is the innermost one, on the thread
     that put it on, so that the `with` block of a user never takes off the wrong pair.
+
+    Args:
+        on_pack: called with each tensor that is saved; what it returns is kept in its place, unless it is None.
+        on_unpack: called with each tensor that the backward pass asks for.
     """
 
-    def __init__(self, on_pack: Callable[[torch.Tensor], None], on_unpack: Callable[[], None]) -> None:
+    def __init__(
+        self, on_pack: Callable[[torch.Tensor], torch.Tensor | None], on_unpack: Callable[[torch.Tensor], None]
+    ) -> None:
         self._on_pack = on_pack
         self._on_unpack = on_unpack
         self._below: torch_private.SavedTensorHooks | None = None
@@ -107,9 +113,12 @@ class SavedTensorHooks:
         return True
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        self._on_pack(tensor)
-        return tensor if self._below is None else self._below[0](tensor)
+        stand_in = self._on_pack(tensor)
+        if self._below is not None:
+            return self._below[0](tensor)
+        return tensor if stand_in is None else stand_in
 
     def _unpack(self, packed: Any) -> torch.Tensor:
-        self._on_unpack()
-        return packed if self._below is None else self._below[1](packed)
+        tensor = packed if self._below is None else self._below[1](packed)
+        self._on_unpack(tensor)
+        return tensor

@@ -76,6 +76,8 @@ class DeepSpeedEngine(Engine):
         self._optimizer = optimizer
         self._model = model
         self._shards_weights = hasattr(optimizer, "fp16_partitioned_groups_flat")
+        self._gathered: dict[int, nn.Parameter] = {}
+        """Parameters by the address at which they were gathered last."""
         self.name = "DeepSpeed ZeRO-3" if self._shards_weights else "DeepSpeed"
 
     def claim(self, ledger: Ledger) -> None:
@@ -90,7 +92,7 @@ class DeepSpeedEngine(Engine):
         self.claim_passing(ledger)
 
     def claim_passing(self, ledger: Ledger) -> None:
-        """Claims the buckets of the reduction, which are made anew in each backward pass, and gathered weights."""
+        """Claims the buckets of the reduction, which are made anew in each backward pass."""
         for bucket in getattr(self._optimizer, "ipg_buckets", {}).values():
             _claim(bucket.buffer, Role(Category.COMM_BUFFERS, "reduce"), ledger)
 
@@ -117,12 +119,34 @@ class DeepSpeedEngine(Engine):
             return len(self._optimizer.fp16_partitioned_groups_flat)
         return len(getattr(self._optimizer, "single_partition_of_fp32_groups", ())) or 1
 
+    def claim_gathered(self, module: nn.Module, ledger: Ledger) -> None:
+        """Claims the full weights of a module."""
+        for parameter in module.parameters(recurse=False):
+            role = self.role_of(parameter)
+            if role is not None and parameter.numel() == parameter.ds_numel:
+                ledger.claim(parameter, role.category, role.component)
+                self._gathered[parameter.data_ptr()] = parameter
+        _claim(_gather_buffers(), Role(Category.COMM_BUFFERS, "all_gather"), ledger)
+
+    def saved_as(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Returns the parameter where its gathered weights are saved: ZeRO-3 frees them after each module."""
+        parameter = self._gathered.get(tensor.data_ptr()) if self._shards_weights else None
+        if parameter is None or parameter.data_ptr() != tensor.data_ptr():
+            return None
+        return parameter if (parameter.shape, parameter.stride()) == (tensor.shape, tensor.stride()) else None
+
     def gathering_modules(self) -> Iterator[nn.Module]:
         """Yields each module that has parameters of its own, where ZeRO-3 gathers them for its forward pass."""
         if self._shards_weights:
             for module in self._model.modules():
                 if any(True for _ in module.parameters(recurse=False)):
                     yield module
+
+
+def _gather_buffers() -> Any:
+    """Returns the flat outputs of all-gathers that ZeRO-3 keeps until the next step."""
+    library = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    return getattr(getattr(library, "AllGatherCoalescedHandle", None), "data_buffer", None)
 
 
 def _claim(held: Any, role: Role, ledger: Ledger) -> None:

@@ -32,11 +32,13 @@ class Engine:
         a storage is kept against weaker ones."""
 
     def claim_passing(self, ledger: Ledger) -> None:
-        """Claims what comes and goes within a step, as far as it is there now.
+        """Claims buckets that come and go within a step, as far as they are there now.
 
-        Run in traced steps only, often: after each gradient, before each forward pass of one of `gathering_modules`
-        and when the backward pass asks for saved tensors.
+        Run in traced steps only, but often: when autograd saves a tensor, asks for it again or has a gradient.
         """
+
+    def claim_gathered(self, module: nn.Module, ledger: Ledger) -> None:
+        """Claims the weights that were put together for the forward pass of one of `gathering_modules`."""
 
     def gradients(self) -> Iterable[torch.Tensor]:
         """Returns the gradients that are held now in other places than `.grad` of a parameter."""
@@ -55,7 +57,7 @@ class Engine:
         return 1
 
     def gathering_modules(self) -> Iterator[nn.Module]:
-        """Yields the modules whose weights are put together right before their forward pass."""
+        """Yields the modules whose weights are put together right before their forward pass, by an earlier hook."""
         yield from ()
 
     def gradient_leaves(self) -> Iterator[nn.Parameter]:
@@ -63,9 +65,10 @@ class Engine:
         yield from ()
 
     def saved_as(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Returns the parameter that autograd must keep in place of a tensor that it saves.
+        """Returns the parameter that autograd must keep in place of a tensor that it saves; None where that will do.
 
-        None where the tensor itself will do: for an engine that does not replace the storage of its parameters.
+        A hook on saved tensors makes autograd keep a parameter's storage of that moment. Where the engine gives the
+        parameter another storage afterwards, to free this one, the hook must keep the parameter instead.
         """
         return None
 

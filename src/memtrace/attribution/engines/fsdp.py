@@ -54,20 +54,23 @@ class FsdpEngine(Engine):
         for gradient in self.gradients():
             ledger.claim(gradient, Category.GRADIENTS)
         self.claim_passing(ledger)
+        for module in self._modules:
+            self.claim_gathered(module, ledger)
 
     def claim_passing(self, ledger: Ledger) -> None:
-        """Claims gathered weights, gradients of gathered weights and the buffers of collectives."""
+        """Claims the buffers of collectives."""
         for group in self._groups:
             for tensor in torch_private.fsdp_gather_buffers(group):
                 ledger.claim(tensor, Category.COMM_BUFFERS, "all_gather")
             for tensor in torch_private.fsdp_reduce_buffers(group):
                 ledger.claim(tensor, Category.COMM_BUFFERS, "reduce_scatter")
-        for parameter in self._parameters():
-            for tensor in parameter.all_gather_outputs:
-                ledger.claim(tensor, _GATHERED.category, _GATHERED.component)
-            gathered = torch_private.fsdp_gathered_parameter(parameter)
-            if gathered is not None and gathered.grad is not None:
-                ledger.claim(gathered.grad, Category.GRADIENTS, "unsharded")
+
+    def claim_gathered(self, module: nn.Module, ledger: Ledger) -> None:
+        """Claims the full weights of a sharded module, in the precision that it computes in."""
+        for group in torch_private.fsdp_groups(module):
+            for parameter in group.fsdp_params:
+                for tensor in parameter.all_gather_outputs:
+                    ledger.claim(tensor, _GATHERED.category, _GATHERED.component)
 
     def gradients(self) -> Iterable[torch.Tensor]:
         """Returns gradients that wait for a reduction because the last backward pass issued none."""
