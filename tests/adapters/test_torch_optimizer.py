@@ -32,7 +32,9 @@ def make_model() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4, scheduler=None, scaler=None) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4, scheduler=None, scaler=None
+) -> list[float]:
     torch.manual_seed(5)
     losses = []
     for _ in range(steps):
