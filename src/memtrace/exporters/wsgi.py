@@ -26,7 +26,7 @@ logger = logging.getLogger("memtrace")
 WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 IDLE_SECONDS = 5.0
-"""How long a client may take for one read or write, the TLS handshake included."""
+"""How long a client may take for one read or write, those of the TLS handshake included."""
 DEADLINE_SECONDS = 15.0
 """How long a connection may last altogether."""
 MAX_CONNECTIONS = 16
@@ -104,6 +104,8 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
         OSError: the address cannot be used.
     """
 
+    request_queue_size = 4 * MAX_CONNECTIONS  # with the usual 5, a client that comes sixth waits a second
+
     def __init__(self, host: str, port: int, app: WsgiApp, tls: ssl.SSLContext | None = None) -> None:
         self.app = app
         self._tls = tls
@@ -149,7 +151,6 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accepts a connection. The TLS handshake is left to the thread that will serve it."""
         connection, address = self.socket.accept()
-        connection.settimeout(IDLE_SECONDS)
         if self._tls is not None:
             connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         return connection, address
