@@ -179,6 +179,30 @@ int nvmlDeviceGetHandleByUUID(const char *uuid, void **handle)
     return NOT_FOUND;
 }
 
+int nvmlDeviceGetCount_v2(unsigned *count)
+{
+    static __thread machine_t machine;
+    int code = ask(&machine, __func__);
+    *count = 0;
+    for (int i = 0; i < machine.count; i++)
+        *count += !machine.devices[i].instance_of[0];
+    return code;
+}
+
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle)
+{
+    static __thread machine_t machine;
+    int code = ask(&machine, __func__);
+    if (code)
+        return code;
+    for (int i = 0; i < machine.count; i++)
+        if (!machine.devices[i].instance_of[0] && !index--) {
+            *handle = handle_of(i);
+            return SUCCESS;
+        }
+    return INVALID_ARGUMENT;
+}
+
 int nvmlDeviceGetUUID(void *handle, char *uuid, unsigned length)
 {
     ASK(handle);

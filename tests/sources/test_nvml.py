@@ -310,3 +310,20 @@ class TestInitialisation:
         stub_driver.says(GPU)
         stub_driver.run(READ)
         assert stub_driver.run("result = 'torch' in sys.modules") is False
+
+
+class TestListing:
+    LIST = "from memtrace.sources.nvml import device_uuids; result = device_uuids()"
+
+    def test_gpus_are_listed_in_the_order_of_the_driver(self, stub_driver: StubProcess) -> None:
+        """Instances of a GPU are not GPUs of their own."""
+        stub_driver.says(f"{GPU}mig on\ndevice MIG-{C} slice\ninstance_of GPU-{A}\ndevice GPU-{B} other\n")
+        assert stub_driver.run(self.LIST) == [f"GPU-{A}", f"GPU-{B}"]
+
+    @pytest.mark.parametrize("function", ["nvmlInitWithFlags", "nvmlDeviceGetCount_v2", "nvmlDeviceGetUUID"])
+    def test_a_driver_that_refuses_is_no_device(self, stub_driver: StubProcess, function: str) -> None:
+        """Whichever call fails, the error is one, and the count of initialisations is given back."""
+        stub_driver.says(f"{GPU}refuse {function} 999")
+        caught = "try:\n    device_uuids()\nexcept DeviceUnavailable as error:\n    result = str(error)"
+        message = stub_driver.run(f"from memtrace.sources.nvml import device_uuids\n{caught}")
+        assert "the NVIDIA driver" in message

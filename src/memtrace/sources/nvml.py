@@ -99,6 +99,25 @@ class NvmlDevice:
         return self._session
 
 
+def device_uuids() -> tuple[str, ...]:
+    """Returns the UUID of each GPU, in the driver's order, which is that of the PCI bus.
+
+    Raises:
+        DeviceUnavailable: no driver library, it cannot be initialised, or it does not answer.
+    """
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise DeviceUnavailable(f"the NVIDIA driver cannot be asked: {error}") from error
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return tuple(pynvml.nvmlDeviceGetUUID(handle) for handle in handles)
+    except pynvml.NVMLError as error:
+        raise DeviceUnavailable(f"the NVIDIA driver does not list its devices: {error}") from error
+    finally:
+        _shutdown()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Session:
     """One count of the library's initialisation and the device found under it; valid in one process."""
