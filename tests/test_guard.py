@@ -1,0 +1,66 @@
+"""Law 6: a fault inside memtrace never reaches the training loop."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from memtrace.guard import Guard
+
+
+def fail() -> None:
+    raise ZeroDivisionError("a fault")
+
+
+def test_first_fault_is_logged_once_and_ends_everything(caplog: pytest.LogCaptureFixture) -> None:
+    """One log entry with the traceback, one call of on_fault, and nothing runs afterwards."""
+    faults, runs = [], []
+    guard = Guard(lambda: faults.append(1))
+    with caplog.at_level(logging.ERROR, logger="memtrace"):
+        assert guard.run(fail) is None
+        assert guard.run(fail) is None
+        assert guard.run(runs.append, 1) is None
+        guard.wrap(runs.append)(2)
+    assert (faults, runs, guard.failed) == ([1], [], True)
+    assert len(caplog.records) == 1
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_fault_while_switching_off_is_contained(caplog: pytest.LogCaptureFixture) -> None:
+    """Taking the hooks off may fail as well: that, too, stays inside."""
+    guard = Guard(fail)
+    with caplog.at_level(logging.ERROR, logger="memtrace"):
+        guard.run(fail)
+    assert guard.failed
+    assert len(caplog.records) == 2
+
+
+def test_strict_raises_the_fault() -> None:
+    """Tests of memtrace see what went wrong."""
+    guard = Guard(lambda: None, strict=True)
+    with pytest.raises(ZeroDivisionError):
+        guard.run(fail)
+
+
+def test_interrupts_pass_through() -> None:
+    """Ctrl-C and SystemExit are the user's, not faults."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    guard = Guard(lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        guard.run(interrupt)
+    assert not guard.failed
+
+
+def test_results_pass_and_nested_time_counts_once() -> None:
+    """A run returns what the function returns; a run inside a run does not count twice."""
+    guard = Guard(lambda: None)
+    assert guard.run(lambda: guard.run(lambda: 7)) == 7
+    spent = guard.spent_ns
+    assert spent > 0
+    inner: list[int] = []
+    guard.run(lambda: inner.append(guard.spent_ns))
+    assert spent < inner[0] <= guard.spent_ns
