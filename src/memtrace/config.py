@@ -52,6 +52,9 @@ class TracerConfig:
     log_max_bytes: int = DEFAULT_LOG_MAX_BYTES
     """Size at which a step log is renamed to `steps-rank<R>.jsonl.1`, in place of the one before, and begun anew: a
     rank's logs never take more than twice as much."""
+    oom_reports: int = 5
+    """How many reports of failed allocations are kept for each rank, the newest ones, beside the step log. 0 writes
+    none."""
     run_name: str | None = None
     """Name of the run in metrics and logs. None means Trainer's run name, else the name of the script."""
     trace_every: int | None = None
@@ -92,6 +95,7 @@ class TracerConfig:
             _check_int("trace_every", self.trace_every, 0, 10**9)
         _check_int("max_trace_interval", self.max_trace_interval, 1, 10**9)
         _check_number("overhead_budget", self.overhead_budget, 0, 1)
+        _check_int("oom_reports", self.oom_reports, 0, 10**6)
         _check_int("history", self.history, 1, 10**6)
         _check_int("log_max_bytes", self.log_max_bytes, 64 * KIB, 2**63 - 1)
         if self.device_limit_bytes is not None:

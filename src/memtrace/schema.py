@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -52,7 +52,7 @@ class StepEncoder:
     def _breakdown(self, moment: Moment, breakdown: Breakdown) -> str:
         entries, text = self._entries.get(moment, ({}, "[]"))
         if entries != breakdown.entries:
-            text = _encode(_entry_documents(breakdown))
+            text = _encode(entry_documents(breakdown.entries))
             self._entries[moment] = (breakdown.entries, text)
         return f'{_encode(_breakdown_head(breakdown))[:-1]},"entries":{text}}}'
 
@@ -60,7 +60,8 @@ class StepEncoder:
 def moments_document(moments: Mapping[Moment, Breakdown]) -> dict[str, Any]:
     """Returns breakdowns by moment as plans and reports hold them, ready for `json`."""
     return {
-        moment.value: _breakdown_head(found) | {"entries": _entry_documents(found)} for moment, found in moments.items()
+        moment.value: _breakdown_head(found) | {"entries": entry_documents(found.entries)}
+        for moment, found in moments.items()
     }
 
 
@@ -84,10 +85,10 @@ def parse_step(document: Any, source: str) -> StepRecord:
         unix_seconds=step.number("unix_seconds"),
         self_seconds=step.number("self_seconds"),
         step_seconds=step.optional("step_seconds", Fields.number),
-        batch=_parse_batch(step.optional("batch", Fields.object)),
+        batch=parse_batch(step.optional("batch", Fields.object)),
         moments=parse_moments(step.object("moments")),
-        allocator=_parse_reading(AllocatorReading, step.optional("allocator", Fields.object)),
-        device_memory=_parse_reading(DeviceReading, step.optional("device_memory", Fields.object)),
+        allocator=parse_reading(AllocatorReading, step.optional("allocator", Fields.object)),
+        device_memory=parse_reading(DeviceReading, step.optional("device_memory", Fields.object)),
     )
 
 
@@ -102,7 +103,6 @@ def parse_moments(moments: Fields) -> Mapping[Moment, Breakdown]:
 
 
 def _step_head(record: StepRecord) -> dict[str, Any]:
-    batch = record.batch
     return {
         "schema": STEP_SCHEMA,
         "step": record.step,
@@ -112,14 +112,9 @@ def _step_head(record: StepRecord) -> dict[str, Any]:
         "unix_seconds": record.unix_seconds,
         "self_seconds": record.self_seconds,
         "step_seconds": record.step_seconds,
-        "batch": batch
-        and {
-            "shape": batch.shape,
-            "tokens": batch.tokens,
-            "largest_micro_batch_tokens": batch.largest_micro_batch_tokens,
-        },
-        "allocator": _reading_document(record.allocator),
-        "device_memory": _reading_document(record.device_memory),
+        "batch": batch_document(record.batch),
+        "allocator": reading_document(record.allocator),
+        "device_memory": reading_document(record.device_memory),
     }
 
 
@@ -128,14 +123,41 @@ def _breakdown_head(breakdown: Breakdown) -> dict[str, Any]:
     return head | {"estimated": True} if breakdown.estimated else head
 
 
-def _entry_documents(breakdown: Breakdown) -> list[dict[str, Any]]:
+def entry_documents(entries: Mapping[EntryKey, int]) -> list[dict[str, Any]]:
+    """Returns entries as steps, plans and reports hold them, ready for `json`."""
     return [
         {"category": key.category.value, "component": key.component, "dtype": key.dtype, "bytes": size}
-        for key, size in breakdown.entries.items()
+        for key, size in entries.items()
     ]
 
 
-def _reading_document(reading: AllocatorReading | DeviceReading | None) -> dict[str, Any] | None:
+def parse_entries(items: Iterable[Fields]) -> Mapping[EntryKey, int]:
+    """Returns the entries that an array of objects stands for, read-only.
+
+    Raises:
+        LogFormatError: one has not the documented form, or two are for the same.
+    """
+    entries: dict[EntryKey, int] = {}
+    for entry in items:
+        key = EntryKey(entry.word("category", Category), entry.text("component"), entry.text("dtype"))
+        if key in entries:
+            raise LogFormatError(f"{entry.source}: {entry.path.removesuffix('.')} must differ from the entries before")
+        entries[key] = entry.integer("bytes")
+    return ordered_entries(entries)
+
+
+def batch_document(batch: BatchShape | None) -> dict[str, Any] | None:
+    """Returns the shape of a batch as steps and reports hold it; None where it is not known."""
+    if batch is None:
+        return None
+    return {
+        "shape": batch.shape,
+        "tokens": batch.tokens,
+        "largest_micro_batch_tokens": batch.largest_micro_batch_tokens,
+    }
+
+
+def reading_document(reading: AllocatorReading | DeviceReading | None) -> dict[str, Any] | None:
     """Returns what is known; what is not has no field."""
     if reading is None:
         return None
@@ -148,21 +170,16 @@ def _reading_document(reading: AllocatorReading | DeviceReading | None) -> dict[
 
 
 def _parse_breakdown(moment: Moment, breakdown: Fields) -> Breakdown:
-    entries: dict[EntryKey, int] = {}
-    for entry in breakdown.objects("entries"):
-        key = EntryKey(entry.word("category", Category), entry.text("component"), entry.text("dtype"))
-        if key in entries:
-            raise LogFormatError(f"{entry.source}: {entry.path.removesuffix('.')} must differ from the entries before")
-        entries[key] = entry.integer("bytes")
     return Breakdown(
         moment=moment,
-        entries=ordered_entries(entries),
+        entries=parse_entries(breakdown.objects("entries")),
         allocated_bytes=breakdown.optional("allocated_bytes", Fields.integer),
         estimated=breakdown.optional("estimated", Fields.boolean) or False,
     )
 
 
-def _parse_batch(batch: Fields | None) -> BatchShape | None:
+def parse_batch(batch: Fields | None) -> BatchShape | None:
+    """Returns the shape of a batch; None where the document has none."""
     if batch is None:
         return None
     return BatchShape(
@@ -172,7 +189,8 @@ def _parse_batch(batch: Fields | None) -> BatchShape | None:
     )
 
 
-def _parse_reading(form: type[_Reading], reading: Fields | None) -> _Reading | None:
+def parse_reading(form: type[_Reading], reading: Fields | None) -> _Reading | None:
+    """Returns a reading of the allocator or of the device; None where the document has none."""
     if reading is None:
         return None
     return form(**{name: parse(reading, name) for name, parse in _READING_FIELDS[form].items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from memtrace.breakdown import Breakdown, DeviceReading, StepRecord, ordered_entries
+from memtrace.breakdown import AllocatorReading, Breakdown, DeviceReading, StepRecord, ordered_entries
 from memtrace.categories import PERSISTENT, Moment
 from memtrace.risk_reading import RiskReading
 
@@ -32,6 +32,22 @@ class Totals:
     self_seconds: float = 0.0
     ooms: int = 0
     retries: int = 0
+
+    def after(self, record: StepRecord) -> Totals:
+        """Returns the counters after one more step."""
+        told = record.allocator
+        return Totals(
+            steps=self.steps + 1,
+            traced_steps=self.traced_steps + record.traced,
+            self_seconds=self.self_seconds + record.self_seconds,
+            ooms=self.ooms if told is None or told.ooms is None else max(self.ooms, told.ooms),
+            retries=self.retries if told is None or told.retries is None else told.retries,
+        )
+
+    def after_oom(self, allocator: AllocatorReading | None) -> Totals:
+        """Returns the counters after one more failed allocation, which the allocator may have counted too."""
+        told = 0 if allocator is None else allocator.ooms or 0
+        return replace(self, ooms=max(self.ooms + 1, told))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,6 +36,9 @@ class StepInFlight:
     """Whether an engine converts gradients between the last one and the optimizer's step."""
     stepped: dict[int, int] = field(default_factory=dict)
     """How often each optimizer has stepped, by its identity."""
+    micro_batches: int = 0
+    """Forward passes so far, the one at work included."""
+    _in_forward: bool = False
     _shape: tuple[int, ...] | None = None
     _tokens: int = 0
     _largest: int = 0
@@ -47,6 +50,14 @@ class StepInFlight:
     def __post_init__(self) -> None:
         self.begin_ns = self.now_ns()
 
+    @property
+    def phase(self) -> Phase:
+        """The part of the step that is at work. What follows the model's forward pass counts as the backward pass."""
+        if not self.phases:
+            return Phase.OUTSIDE
+        last = self.phases[-1][1]
+        return Phase.BACKWARD if last is Phase.FORWARD and not self._in_forward else last
+
     def enter(self, phase: Phase) -> None:
         """Notes that a phase begins now."""
         if not self.phases or self.phases[-1][1] is not phase:
@@ -55,6 +66,8 @@ class StepInFlight:
     def forward_begins(self, batch: torch.Tensor | None) -> None:
         """Notes a forward pass of the model on one micro batch."""
         self.enter(Phase.FORWARD)
+        self._in_forward = True
+        self.micro_batches += 1
         self.before_forward = self.read()
         if batch is not None:
             tokens = count_tokens(batch)
@@ -64,6 +77,7 @@ class StepInFlight:
 
     def forward_ends(self) -> None:
         """Notes the end of the model's forward pass."""
+        self._in_forward = False
         self._forward_end_ns = self._last_pack_ns = self.now_ns()
         self._note(Moment.FORWARD_END)
 

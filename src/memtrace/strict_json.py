@@ -109,16 +109,19 @@ class Fields:
         except ValueError:
             self._wrong(name, f"one of {', '.join(vocabulary)}")
 
-    def by_word(self, vocabulary: type[_Word]) -> dict[_Word, Fields]:
-        """Returns the objects of an object whose field names are words of a vocabulary."""
+    def words(self, vocabulary: type[_Word]) -> list[_Word]:
+        """Returns the field names, which must be words of a vocabulary."""
         try:
-            words = [vocabulary(name) for name in self.values]
+            return [vocabulary(name) for name in self.values]
         except ValueError as error:
             place = self.path.removesuffix(".")
             raise LogFormatError(
                 f"{self.source}: each field of {place} must be one of {', '.join(vocabulary)}"
             ) from error
-        return {word: self.object(word) for word in words}
+
+    def by_word(self, vocabulary: type[_Word]) -> dict[_Word, Fields]:
+        """Returns the objects of an object whose field names are words of a vocabulary."""
+        return {word: self.object(word) for word in self.words(vocabulary)}
 
     def array(self, name: str) -> list[Any]:
         """Returns an array."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -14,21 +16,22 @@ from torch import nn
 from memtrace.attribution.counted import counted_moments
 from memtrace.attribution.inputs import claim_batch, count_tokens, main_input
 from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.model import device_of
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.storages import canonical_device
 from memtrace.breakdown import Breakdown, StepRecord
 from memtrace.categories import Moment
 from memtrace.config import TracerConfig
-from memtrace.errors import ConfigError
 from memtrace.guard import Guard
+from memtrace.oom.watch import OomWatch
+from memtrace.oom_report import OomReport
 from memtrace.risk import WARN_AT, RiskMonitor, advise
 from memtrace.risk_reading import LargestBatch, ShapeSource
 from memtrace.sampling import TraceSchedule
-from memtrace.snapshot import RunIdentity, Snapshot, Totals
-from memtrace.sources.cpu import CpuEvents
-from memtrace.sources.cuda import CudaEvents
+from memtrace.snapshot import RunIdentity, Snapshot
 from memtrace.sources.device import open_device
 from memtrace.sources.device_sampler import DeviceSampler
+from memtrace.sources.event_source import event_source
 from memtrace.sources.events import EventSource
 from memtrace.sources.hooks import HookSet
 from memtrace.sources.ranks import identify
@@ -93,12 +96,15 @@ class Tracer:
         self._attached = False
         self._spent_before_ns = 0
         self._state_sizes: list[int] = []
+        self._handled: int | None = None
 
     def __enter__(self) -> Self:
         self.attach()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.report_failure(error)
         self.detach()
 
     @property
@@ -147,6 +153,14 @@ class Tracer:
         if self.config.max_tokens is None:
             self._risk.expect(batch)
 
+    def report_failure(self, error: BaseException) -> None:
+        """Makes an OOM report of an exception that says so, and adds a note of it to the exception; ignores others."""
+        self._guard.run(self._oom.raised, error)
+
+    def report_restart(self) -> None:
+        """Makes an OOM report of a step in flight that the loop has given up because memory had run out."""
+        self._guard.run(self._oom.restarted)
+
     def trace_next(self) -> None:
         """Makes the next step a traced one."""
         self._schedule.ask()
@@ -187,6 +201,17 @@ class Tracer:
             guard=self._guard,
             current_step=lambda: self._step,
         )
+        self._oom = OomWatch(
+            model=self._model,
+            scan=self._scan,
+            source=self._source,
+            ledger=self._ledger,
+            window=self._window,
+            guard=self._guard,
+            current_step=lambda: self._step,
+            snapshot=self.snapshot,
+            publish=self._publish_oom,
+        )
 
     def _follow(self) -> None:
         """Starts anew on the device that the model has been moved to since the tracer was attached."""
@@ -216,6 +241,7 @@ class Tracer:
         self._hooks.after_forward(self._model, wrap(self._on_forward_end))
         for optimizer in self._scan.optimizers:
             self._hooks.around_step(optimizer, wrap(self._on_optimizer), wrap(self._on_optimizer_end))
+        self._hooks.callback(self._oom.subscribe())
         self._attached = True
 
     def _release(self) -> None:
@@ -250,6 +276,7 @@ class Tracer:
         step.recorded = wanted and self._window.is_open
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._handled = id(sys.exception())
         if not torch.is_grad_enabled():
             return
         if self._step is None:
@@ -267,6 +294,9 @@ class Tracer:
             self._window.forward_begins()
 
     def _on_forward_end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        error = sys.exception()
+        if output is None and error is not None and id(error) != self._handled:
+            self._oom.raised(error)
         if self._step is not None and torch.is_grad_enabled():
             self._step.forward_ends()
             self._window.forward_ends()
@@ -323,25 +353,22 @@ class Tracer:
         self._publish(record)
 
     def _publish(self, record: StepRecord) -> None:
-        before = self._snapshot.totals
-        allocator = record.allocator
-        totals = Totals(
-            steps=before.steps + 1,
-            traced_steps=before.traced_steps + record.traced,
-            self_seconds=before.self_seconds + record.self_seconds,
-            ooms=before.ooms if allocator is None or allocator.ooms is None else allocator.ooms,
-            retries=before.retries if allocator is None or allocator.retries is None else allocator.retries,
-        )
         self._history.append(record)
         self._snapshot = replace(
             self._snapshot,
-            totals=totals,
+            totals=self._snapshot.totals.after(record),
             latest=record,
             latest_traced=record if record.traced else self._snapshot.latest_traced,
         )
         self._foresee(record)
         for listener in self._listeners:
             listener(record)
+
+    def _publish_oom(self, report: OomReport, *, again: bool) -> Path | None:
+        """Counts a failed allocation, unless it was counted before; returns where its report is: nowhere here."""
+        if not again:
+            self._snapshot = replace(self._snapshot, totals=self._snapshot.totals.after_oom(report.allocator))
+        return None
 
     def _foresee(self, record: StepRecord) -> None:
         """Adds the risk to the snapshot, and warns once in the log of the run when it is high."""
@@ -367,25 +394,3 @@ def _largest_batch(config: TracerConfig) -> LargestBatch | None:
     if config.max_tokens is None:
         return None
     return LargestBatch(tokens=config.max_tokens, source=ShapeSource.SETTING)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Returns the device that holds most of the parameters' bytes.
-
-    Raises:
-        ConfigError: the model has no parameters, or they are on the meta device.
-    """
-    held: dict[torch.device, int] = {}
-    for parameter in model.parameters():
-        held[parameter.device] = held.get(parameter.device, 0) + parameter.numel() * parameter.element_size()
-    if not held:
-        raise ConfigError(f"the model must have parameters, got a {type(model).__name__} without any")
-    device = max(held, key=held.__getitem__)
-    if device.type == "meta":
-        raise ConfigError("the model must hold memory, got parameters on the meta device: materialise it first")
-    return device
-
-
-def event_source(device: torch.device) -> EventSource:
-    """Returns the source of allocator events of a device; a CPU's for every device that is not CUDA."""
-    return CudaEvents(device.index) if device.type == "cuda" else CpuEvents()

@@ -54,6 +54,11 @@ class TraceWindow:
         """Whether blocks are being tagged."""
         return self._tags is not None
 
+    @property
+    def saved(self) -> Sequence[TagEvent]:
+        """The tensors saved for backward since the window began; their storages may be gone. Empty without a window."""
+        return () if self._tags is None else self._tags.notes
+
     def adopt(self) -> bool:
         """Goes on with a source that was opened before memtrace was attached; returns whether there is one."""
         if not self._source.is_open:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -14,6 +15,8 @@ from memtrace.errors import OutputError
 from memtrace.exporters.prometheus import registry_of, textfile_path, write_textfile
 from memtrace.exporters.server import Endpoint, MetricsServer, serve
 from memtrace.exporters.steplog import StepLog, step_log_path
+from memtrace.oom.files import write_report
+from memtrace.oom_report import OomReport
 from memtrace.snapshot import RunIdentity, Snapshot
 
 logger = logging.getLogger("memtrace")
@@ -26,6 +29,9 @@ class Exports:
         self._stack = ExitStack()
         self._server: MetricsServer | None = None
         self._log: StepLog | None = None
+        self._leave_textfile: Callable[[], None] = lambda: None
+        self._oom_directory: Path | None = None
+        self._oom_reports = 0
 
     @classmethod
     def open(cls, snapshot: Callable[[], Snapshot], identity: RunIdentity, config: TracerConfig, log_dir: Path) -> Self:
@@ -46,7 +52,8 @@ class Exports:
             if config.textfile_dir is not None:
                 path = textfile_path(config.textfile_dir, identity.rank)
                 write_textfile(path, snapshot())  # now, so that a directory that cannot be written is told now
-                opening.callback(_leave_textfile, path, snapshot)
+                exports._leave_textfile = partial(_leave_textfile, path, snapshot)
+                opening.callback(exports._leave_textfile)
             if config.step_log:
                 exports._log = StepLog(step_log_path(log_dir, identity.rank), max_bytes=config.log_max_bytes)
                 opening.push(exports._log)
@@ -54,6 +61,8 @@ class Exports:
             if endpoint is not None:
                 exports._server = serve(registry_of(snapshot), endpoint)
                 opening.push(exports._server)
+            if config.oom_reports:
+                exports._oom_directory, exports._oom_reports = log_dir, config.oom_reports
             exports._stack = opening.pop_all()
         return exports
 
@@ -71,6 +80,20 @@ class Exports:
         """Hands a finished step to the log."""
         if self._log is not None:
             self._log.write(record)
+
+    def write_oom(self, report: OomReport) -> Path | None:
+        """Writes an OOM report and the text file, since nothing may follow; returns the report's file.
+
+        None where the settings want no reports, and where it cannot be written: that is logged.
+        """
+        self._leave_textfile()
+        if self._oom_directory is None:
+            return None
+        try:
+            return write_report(self._oom_directory, report, keep=self._oom_reports)
+        except OutputError as error:
+            logger.warning("memtrace: %s", error)
+            return None
 
     def close(self) -> None:
         """Closes the outputs, the last one first; a second call does nothing."""

@@ -60,6 +60,8 @@ class MemTraceCallback(TrainerCallback):
             OutputError: the port, the address or the log directory cannot be used.
         """
         if self._tracer is not None:
+            if args.auto_find_batch_size:
+                self._tracer.report_restart()
             self._tracer.detach()
         config = self._config if self._config.run_name else self._config.with_run_name(_run_name(args))
         output_dir = Path(args.output_dir or ".")

@@ -11,6 +11,7 @@ from torch import nn
 
 from memtrace.adapters.exports import Exports
 from memtrace.config import TracerConfig
+from memtrace.oom_report import OomReport
 from memtrace.snapshot import Snapshot
 from memtrace.sources.events import EventSource
 from memtrace.tracer import Tracer
@@ -87,6 +88,10 @@ class MemoryTracer(Tracer):
             self.remove_listener(self._exports.write)
             self._exports = None
             self._close_exports()
+
+    def _publish_oom(self, report: OomReport, *, again: bool) -> Path | None:
+        super()._publish_oom(report, again=again)
+        return None if self._exports is None else self._exports.write_oom(report)
 
 
 def _weak_snapshot(tracer: Tracer) -> Callable[[], Snapshot]:

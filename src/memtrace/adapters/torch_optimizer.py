@@ -61,12 +61,18 @@ class MemTraceOptimizer(torch.optim.Optimizer):
     def __enter__(self) -> MemTraceOptimizer:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._tracer.report_failure(error)
         self.close()
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Performs one step of the wrapped optimizer, with its arguments and its result."""
-        return self._inner.step(**kwargs) if closure is None else self._inner.step(closure, **kwargs)
+        try:
+            return self._inner.step(**kwargs) if closure is None else self._inner.step(closure, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            self._tracer.report_failure(error)
+            raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Does what the wrapped optimizer does."""

@@ -1,4 +1,4 @@
-"""What a module holds: weights and buffers, and the gradients of its parameters."""
+"""What a module holds: weights and buffers, the gradients of its parameters, and where it holds them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.storages import storages_of
 from memtrace.breakdown import EntryKey
 from memtrace.categories import Category
+from memtrace.errors import ConfigError
 
 
 class Role(NamedTuple):
@@ -58,3 +59,20 @@ def gradient_bytes(gradients: Iterable[torch.Tensor | None], device: torch.devic
                 seen.add(storage.data_ptr())
                 totals[dtype] = totals.get(dtype, 0) + storage.nbytes()
     return {EntryKey(Category.GRADIENTS, "", dtype): size for dtype, size in totals.items()}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Returns the device that holds most of the parameters' bytes.
+
+    Raises:
+        ConfigError: the model has no parameters, or they are on the meta device.
+    """
+    held: dict[torch.device, int] = {}
+    for parameter in model.parameters():
+        held[parameter.device] = held.get(parameter.device, 0) + parameter.numel() * parameter.element_size()
+    if not held:
+        raise ConfigError(f"the model must have parameters, got a {type(model).__name__} without any")
+    device = max(held, key=held.__getitem__)
+    if device.type == "meta":
+        raise ConfigError("the model must hold memory, got parameters on the meta device: materialise it first")
+    return device

@@ -51,7 +51,7 @@ class CudaEvents:
         self._owns_history = not recording
         if self._owns_history:
             torch_private.record_memory_history(self._max_events)
-        self._live_at_begin = tuple(live_blocks(_segments(), self._device_index))
+        self._live_at_begin = tuple(live_blocks(segments(), self._device_index))
         self._begin_ns = time.time_ns()
         return True
 
@@ -83,8 +83,11 @@ class CudaEvents:
         return parse_counters(torch.cuda.memory.memory_stats_as_nested_dict(self._device_index))
 
 
-def _segments() -> object:
-    """Returns the allocator's segments, without the history where torch can leave it out."""
+def segments() -> object:
+    """Returns the segments of all devices and their blocks, without the history where torch can leave it out.
+
+    Neither allocates on a device nor synchronises one.
+    """
     snapshot = torch.cuda.memory_snapshot
     lean = "include_traces" in inspect.signature(snapshot).parameters
     return snapshot(include_traces=False) if lean else snapshot()  # type: ignore[no-untyped-call]

@@ -138,6 +138,23 @@ def memory_snapshot_with_history() -> dict[str, Any]:
     return snapshot
 
 
+def attach_oom_observer(observer: Callable[[int, int, int, int], None]) -> bool:
+    """Calls `observer(device, requested, total, free)` whenever CUDA's caching allocator fails; bytes.
+
+    There is no public way to learn of it before the exception has unwound what held the memory. It cannot be taken off
+    again. It is called without the allocator's lock, on the thread that asked, and must not allocate on the device,
+    synchronise or raise. CUDA must be initialised.
+
+    Returns:
+        False where torch has no such call (a CPU build): the exception is then all that tells.
+    """
+    attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
+    if attach is None:
+        return False
+    attach(observer)
+    return True
+
+
 def is_wrapper_subclass(tensor: torch.Tensor) -> bool:
     """Returns whether the tensor only wraps other tensors (DTensor, quantised tensors) that hold the storage."""
     return hasattr(type(tensor), "__tensor_flatten__") and type(tensor) is not torch.Tensor

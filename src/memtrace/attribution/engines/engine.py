@@ -27,6 +27,9 @@ class Engine:
     """Whether gradients are converted between the last one and the optimizer's step: the backward pass ends with the
     last gradient then, not where the optimizer begins."""
 
+    shards: bool = False
+    """Whether the states, or the weights too, are spread over the ranks."""
+
     def claim(self, ledger: Ledger) -> None:
         """Claims what is held between steps. Run before the model and the optimizers are looked at: the first role of
         a storage is kept against weaker ones."""

@@ -41,6 +41,7 @@ class FsdpEngine(Engine):
     """
 
     name = "FSDP2"
+    shards = True
 
     def __init__(self, model: nn.Module, sharded: type) -> None:
         self._modules = [module for module in model.modules() if isinstance(module, sharded)]

@@ -1,0 +1,225 @@
+"""The OOM report for people: Markdown that also reads well as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+
+from memtrace.breakdown import EntryKey
+from memtrace.categories import Phase
+from memtrace.oom_report import OomReport, Witness
+from memtrace.units import format_bytes
+
+_PLACES = {
+    Phase.FORWARD: "in the forward pass",
+    Phase.BACKWARD: "after the forward pass, in the loss or in the backward pass",
+    Phase.OPTIMIZER: "in the optimizer's step",
+    Phase.OUTSIDE: "outside of a training step",
+}
+_UNKNOWN = "not known"
+
+
+def render_markdown(report: OomReport) -> str:
+    """Returns the report as a Markdown document."""
+    sections = (
+        _head(report),
+        _composition(report),
+        _remedies(report),
+        _holders(report),
+        _blocks(report),
+        _device(report),
+        _last_peak(report),
+    )
+    return "\n".join(line for section in sections for line in section)
+
+
+def headline(report: OomReport) -> str:
+    """Returns one sentence: where memory ran out, and what most of it was for."""
+    step = "" if report.step is None else f" at step {report.step}"
+    where = f"{step}, {_PLACES[report.request.phase]}"
+    top = next(iter(report.composition.by_category().items()), None)
+    if top is None:
+        return f"out of memory{where}"
+    category, size = top
+    share = size / report.composition.total_bytes
+    return f"out of memory{where}; most was {category}, {format_bytes(size)} ({share:.0%} of what is known)"
+
+
+def _head(report: OomReport) -> Iterator[str]:
+    request = report.request
+    moment = datetime.fromtimestamp(report.unix_seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    yield f"# Out of memory: {_text(report.run_name)}, rank {report.rank}, {report.device}"
+    yield ""
+    sentence = headline(report)
+    yield f"{sentence[0].upper()}{sentence[1:]}."
+    yield ""
+    batch = "" if report.batch is None else " x ".join(map(str, report.batch.shape))
+    yield from _table(
+        ("", ""),
+        [
+            ("time", moment),
+            ("asked for", _size(request.requested_bytes)),
+            ("free on the device then", _size(request.free_bytes)),
+            ("batch", f"{batch}, {report.batch.tokens} tokens in the step" if report.batch else _UNKNOWN),
+            ("module", _UNKNOWN if request.module is None else _module(request.module)),
+            ("told by", request.witness.value),
+            *([("message", _text(request.message))] if request.message else ()),
+        ],
+    )
+
+
+def _composition(report: OomReport) -> Iterator[str]:
+    composition = report.composition
+    yield "## What memory was for"
+    yield ""
+    if report.request.witness is Witness.RESTART:
+        yield "Read when Trainer began again: what the failed step held on top of this was gone by then."
+        yield ""
+    if not composition.complete:
+        yield (
+            "Only what lives longer than a step could be seen: this device lists no blocks, and the step was not "
+            "traced."
+        )
+        yield ""
+    if composition.estimated:
+        yield "Activations were told from other blocks by counters: the step was not traced."
+        yield ""
+    total = composition.total_bytes
+    rows = [
+        (key.category, key.component, key.dtype, format_bytes(size), f"{size / total:.1%}")
+        for key, size in composition.entries.items()
+    ]
+    yield from _table(
+        ("category", "component", "dtype", "bytes", "share"),
+        [*rows, ("**sum**", "", "", f"**{format_bytes(total)}**", "")],
+    )
+    if composition.allocated_bytes is not None:
+        yield f"The allocator counts {format_bytes(composition.allocated_bytes)}."
+        yield ""
+
+
+def _remedies(report: OomReport) -> Iterator[str]:
+    if not report.remedies:
+        return
+    yield "## What would have helped"
+    yield ""
+    yield "Each alone, computed from what was allocated at that moment; two together save less than their sum."
+    yield ""
+    fits = {True: "yes", False: "no", None: _UNKNOWN}
+    yield from _table(
+        ("remedy", "saves up to", "request would fit", "how"),
+        [
+            (_code(remedy.kind), format_bytes(remedy.saved_bytes), fits[remedy.would_fit], _text(remedy.advice))
+            for remedy in report.remedies
+        ],
+    )
+
+
+def _holders(report: OomReport) -> Iterator[str]:
+    if not report.holders:
+        return
+    yield "## Largest holders"
+    yield ""
+    yield "Modules by what is kept for their parameters and buffers. Activations are not told apart by module."
+    yield ""
+    yield from _table(
+        ("module", "count", "bytes", "of which"),
+        [
+            (
+                _module(holder.name),
+                str(holder.modules),
+                format_bytes(holder.total_bytes),
+                ", ".join(f"{category} {format_bytes(size)}" for category, size in holder.categories.items()),
+            )
+            for holder in report.holders
+        ],
+    )
+
+
+def _blocks(report: OomReport) -> Iterator[str]:
+    if not report.large_blocks:
+        return
+    yield "## Largest blocks"
+    yield ""
+    yield from _table(
+        ("bytes", "category", "module"),
+        [
+            (format_bytes(block.nbytes), _label(block.key), "" if block.module is None else _module(block.module))
+            for block in report.large_blocks
+        ],
+    )
+
+
+def _device(report: OomReport) -> Iterator[str]:
+    rows: list[tuple[str, str]] = []
+    allocator, cut_up, device = report.allocator, report.fragmentation, report.device_memory
+    if allocator is not None:
+        rows += [
+            ("allocated, as the allocator rounds it", _size(allocator.allocated_bytes)),
+            ("reserved by the allocator", _size(allocator.reserved_bytes)),
+            ("slack (reserved, not allocated)", _size(allocator.slack_bytes)),
+        ]
+    if cut_up is not None:
+        rows += [
+            ("free in the allocator's segments", f"{_size(cut_up.free_bytes)} in {cut_up.segments} segments"),
+            ("largest free piece", _size(cut_up.largest_free_bytes)),
+            ("expandable segments", "yes" if cut_up.expandable else "no"),
+        ]
+    if device is not None:
+        rows += [
+            ("device, total", _size(device.total_bytes)),
+            ("device, used", _size(device.used_bytes)),
+            ("device, free", _size(device.free_bytes)),
+            ("this process", _size(device.process_bytes)),
+            ("other processes", _size(device.other_processes_bytes)),
+        ]
+    if report.limit_bytes is not None:
+        rows.append(("limit of the settings", _size(report.limit_bytes)))
+    if rows:
+        yield "## Allocator and device"
+        yield ""
+        yield from _table(("", ""), rows)
+
+
+def _last_peak(report: OomReport) -> Iterator[str]:
+    peak = report.last_traced_peak
+    if peak is None:
+        return
+    yield f"## Peak of the last traced step ({report.last_traced_step})"
+    yield ""
+    yield from _table(
+        ("category", "bytes"),
+        [
+            *((category, format_bytes(size)) for category, size in peak.by_category().items()),
+            ("**sum**", f"**{format_bytes(peak.total_bytes)}**"),
+        ],
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|{' --- |' * len(head)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+    yield ""
+
+
+def _size(count: int | None) -> str:
+    return _UNKNOWN if count is None else f"{format_bytes(count)} ({count} B)"
+
+
+def _label(key: EntryKey) -> str:
+    return " ".join(part for part in key if part)
+
+
+def _text(text: str) -> str:
+    """Returns text that can stand in one cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _module(name: str) -> str:
+    return _code(name) if name else "the model itself"
+
+
+def _code(text: str) -> str:
+    return f"`{_text(text).replace('`', '')}`"

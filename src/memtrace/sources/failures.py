@@ -1,0 +1,101 @@
+"""Failures that nobody hands to memtrace: a device allocation that fails, and an exception that ends the process."""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from memtrace.sources import torch_private
+
+OnAllocationFailure = Callable[[int, int, int], None]
+"""Called with device index, requested bytes and free bytes of the device, on the thread that asked for memory."""
+OnCrash = Callable[[BaseException], None]
+"""Called with the exception that nobody has caught, before it is printed."""
+
+_ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
+
+
+class FailureRelay:
+    """Tells its subscribers of failures. There is one a process, since torch and Python have one place for each.
+
+    The allocator's observer cannot be taken off again: it is attached once, with the first subscriber on a CUDA device,
+    and does nothing while there is none. `sys.excepthook` is chained while there are subscribers. Subscribers are held
+    weakly, must not raise, and are not told of anything in a forked child.
+    """
+
+    def __init__(self) -> None:
+        self._subscribers: dict[int, tuple[weakref.WeakMethod[OnAllocationFailure], weakref.WeakMethod[OnCrash]]] = {}
+        self._count = 0
+        self._pid = os.getpid()
+        self._observing: bool | None = None
+        self._chained: _ExceptHook | None = None
+        self._before: _ExceptHook = sys.excepthook
+
+    def subscribe(
+        self, on_allocation_failure: OnAllocationFailure, on_crash: OnCrash, *, cuda: bool
+    ) -> Callable[[], None]:
+        """Tells two bound methods of failures from now on; returns what ends that.
+
+        Args:
+            on_allocation_failure: is told of failed device allocations, where torch has an observer for them.
+            on_crash: is told of an exception that ends the process.
+            cuda: whether the subscriber's device is a CUDA device, which must be initialised.
+        """
+        if cuda and self._observing is None:
+            self._observing = torch_private.attach_oom_observer(self._allocation_failed)
+        self._forget_the_dead()
+        if not self._subscribers:
+            self._pid = os.getpid()
+            self._before = sys.excepthook
+            # A new object each time: where somebody has chained theirs over an older one of ours, both may be called,
+            # and each must go on to what was there before itself.
+            self._chained = partial(self._crashed, self._before)
+            sys.excepthook = self._chained
+        self._count += 1
+        number = self._count
+        self._subscribers[number] = (weakref.WeakMethod(on_allocation_failure), weakref.WeakMethod(on_crash))
+        return partial(self._unsubscribe, number)
+
+    def _unsubscribe(self, number: int) -> None:
+        self._subscribers.pop(number, None)
+        if not self._subscribers and sys.excepthook is self._chained:
+            sys.excepthook = self._before
+            self._chained = None
+
+    def _forget_the_dead(self) -> None:
+        """Drops subscribers that are gone, and those of the process that this one was forked from."""
+        forked = self._pid != os.getpid()
+        self._subscribers = {
+            number: methods for number, methods in self._subscribers.items() if not forked and methods[0]() is not None
+        }
+
+    def _allocation_failed(self, device: int, requested: int, total: int, free: int) -> None:
+        if self._pid != os.getpid():
+            return
+        for on_failure, _ in list(self._subscribers.values()):
+            tell = on_failure()
+            if tell is not None:
+                tell(device, requested, free)
+
+    def _crashed(
+        self,
+        before: _ExceptHook,
+        kind: type[BaseException],
+        error: BaseException,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pid == os.getpid():
+            for _, on_crash in list(self._subscribers.values()):
+                tell = on_crash()
+                if tell is not None:
+                    tell(error)
+        before(kind, error, trace)
+
+
+FAILURES = FailureRelay()
+"""The relay of this process."""
