@@ -113,9 +113,9 @@ def accuracy(model: torch.nn.Module, loader: DataLoader, device: torch.device) -
 def parse_options() -> argparse.Namespace:
     """Returns the options of the command line."""
     parser = argparse.ArgumentParser(description="Fine-tune MiniLM in a plain loop with fp32 master weights.")
-    parser.add_argument("--max-steps", type=int, default=80, help="optimizer steps")
+    parser.add_argument("--max-steps", type=int, default=60, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=16, help="docstrings a batch")
-    parser.add_argument("--max-tokens", type=int, default=64, help="longer docstrings are cut")
+    parser.add_argument("--max-tokens", type=int, default=48, help="longer docstrings are cut")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-memtrace", action="store_true", help="the same run without memtrace, to compare")

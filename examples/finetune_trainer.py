@@ -89,10 +89,10 @@ def parse_options() -> argparse.Namespace:
     """Returns the options of the command line."""
     parser = argparse.ArgumentParser(description="Fine-tune MiniLM under Trainer with memtrace.")
     parser.add_argument("--output-dir", type=Path, default=Path("memtrace-runs/finetune-trainer"))
-    parser.add_argument("--max-steps", type=int, default=80, help="optimizer steps")
+    parser.add_argument("--max-steps", type=int, default=60, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=16, help="docstrings a batch")
     parser.add_argument("--accumulate", type=int, default=1, help="batches an optimizer step")
-    parser.add_argument("--max-tokens", type=int, default=64, help="longer docstrings are cut")
+    parser.add_argument("--max-tokens", type=int, default=48, help="longer docstrings are cut")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--bf16", action="store_true", help="fp32 weights under bf16 autocast")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
