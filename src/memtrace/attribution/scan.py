@@ -90,6 +90,8 @@ class Scan:
     def gradient_bytes(self, device: torch.device) -> dict[EntryKey, int]:
         """Returns the bytes of the gradients that exist now, by element type, without touching the ledger."""
         gradients = [parameter.grad for parameter in self._model.parameters()]
+        for optimizer in self.optimizers:  # master copies have gradients of their own
+            gradients += [parameter.grad for parameter in optimizer_parameters(optimizer)]
         gradients += [gradient for engine in self.engines for gradient in engine.gradients()]
         return gradient_bytes(gradients, device)
 
