@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memtrace.breakdown import AllocatorReading, Breakdown, DeviceReading, EntryKey, StepRecord
-from memtrace.categories import COLOURS, Category, Moment
+from memtrace.categories import COLOURS, PERSISTENT, Category, Moment
 from memtrace.units import GIB, MIB, format_bytes
 
 TABLE_WIDTH = 100
@@ -124,36 +124,51 @@ def _duration(seconds: float) -> str:
 
 
 def _moments_table(shown: Sequence[Breakdown]) -> Table:
-    peak = shown[-1]
-    whole, largest = peak.total_bytes, max(peak.by_category().values(), default=0)
     scale = Scale(max(breakdown.total_bytes for breakdown in shown))
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, show_edge=False)
-    table.add_column(f"sizes in {scale.unit}", ratio=1, min_width=14, no_wrap=True, vertical="bottom")
-    for breakdown in shown:
-        moment = breakdown.moment.value.replace("_", "\n")
-        head = f"{moment}\nestimated" if breakdown.estimated else moment
+    table.add_column(f"sizes in {scale.unit}", min_width=14, no_wrap=True, vertical="bottom")
+    heads = [*(_moment_head(breakdown) for breakdown in shown), f"share of\n{shown[-1].moment.replace('_', ' ')}"]
+    for head in heads:
         table.add_column(head, justify="right", min_width=8, no_wrap=True, vertical="bottom")
-    table.add_column("share", justify="right", min_width=6, no_wrap=True, vertical="bottom")
     table.add_column("", max_width=_BAR_WIDTH)
     for category in Category:
         keys = {key for breakdown in shown for key in breakdown.entries if key.category is category}
-        if not keys and category is not Category.UNATTRIBUTED:
-            continue
-        size = peak[category]
-        title = category_name(category)
-        if len(keys) == 1:
-            title.append(f"  {_component(*keys)}", "dim")
-        bar = Bar(largest, 0, size, color=COLOURS[category]) if size else ""
-        table.add_row(title, *(scale.cell(breakdown[category]) for breakdown in shown), _share(size, whole), bar)
-        if len(keys) > 1:
-            for label, sizes in _components(keys, shown):
-                share = _share(sizes[-1], whole)
-                table.add_row(f"    {label}", *(scale.cell(size) for size in sizes), share, style="dim")
+        if keys or category is Category.UNATTRIBUTED:
+            _add_category(table, category, keys, shown, scale)
     table.add_section()
     table.add_row("total", *(scale.cell(breakdown.total_bytes) for breakdown in shown), style="bold")
     if any(breakdown.allocated_bytes is not None for breakdown in shown):
         table.add_row("allocated, counted apart", *(scale.cell(breakdown.allocated_bytes) for breakdown in shown))
     return table
+
+
+def _moment_head(breakdown: Breakdown) -> str:
+    name = breakdown.moment.replace("_", "\n")
+    return f"{name}\nestimated" if breakdown.estimated else name
+
+
+def _add_category(
+    table: Table, category: Category, keys: set[EntryKey], shown: Sequence[Breakdown], scale: Scale
+) -> None:
+    """Adds the line of a category and, where it has several parts, one for each of them."""
+    peak = shown[-1]
+    whole, largest = peak.total_bytes, max(peak.by_category().values(), default=0)
+    title = category_name(category)
+    if len(keys) == 1:
+        title.append(f"  {_component(*keys)}", "dim")
+    cells = [scale.cell(_known_size(breakdown, category)) for breakdown in shown]
+    bar = Bar(largest, 0, peak[category], color=COLOURS[category]) if peak[category] else ""
+    table.add_row(title, *cells, _share(peak[category], whole), bar)
+    if len(keys) > 1:
+        for label, sizes in _components(keys, shown):
+            share = _share(sizes[-1], whole)
+            table.add_row(Text(f"    {label}"), *(scale.cell(size) for size in sizes), share, style="dim")
+
+
+def _known_size(breakdown: Breakdown, category: Category) -> int | None:
+    """Returns the bytes of a category; None where the breakdown is an estimate that cannot know it."""
+    size = breakdown[category]
+    return size if size or category in PERSISTENT or not breakdown.estimated else None
 
 
 def _share(size: int, whole: int) -> str:
@@ -199,7 +214,7 @@ def _device_sizes(reading: DeviceReading, non_torch: int | None) -> Iterator[tup
     yield "used", reading.used_bytes
     yield "free", reading.free_bytes
     yield "this process", reading.process_bytes
-    yield "not torch's", non_torch
+    yield "non-torch", non_torch
     yield "other processes", reading.other_processes_bytes
 
 

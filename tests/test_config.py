@@ -1,0 +1,93 @@
+"""Settings: what is right by default, and one clear error for each that is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memtrace.config import TracerConfig
+from memtrace.errors import ConfigError
+
+anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.lists(st.integers())
+names = st.sampled_from(sorted(TracerConfig.__dataclass_fields__)) | st.text(max_size=12)
+random_settings = st.dictionaries(names, anything, max_size=4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"port": 70000}, "port must be 0..65535, got 70000"),
+        ({"port": "16368"}, "port must be 0..65535, got '16368'"),
+        ({"port": True}, "port must be 0..65535, got True"),
+        ({"address": ""}, "address must be a host name or an IP address, got ''"),
+        ({"adress": "0.0.0.0"}, "unknown setting 'adress': did you mean 'address'?"),
+        ({"log_dir": ""}, "log_dir must be a path, got ''"),
+        ({"log_dir": 3}, "log_dir must be a path, got 3"),
+        ({"textfile_dir": ""}, "textfile_dir must be a path, got ''"),
+        ({"log_max_bytes": 10}, "log_max_bytes must be 65536..9223372036854775807, got 10"),
+        ({"run_name": " "}, "run_name must be a text that is not blank, got ' '"),
+        ({"strict": 1}, "strict must be True or False, got 1"),
+        ({"tls_cert_file": "c.pem"}, "tls_cert_file is set without tls_key_file: TLS needs both, plain HTTP neither"),
+        ({"tls_key_file": "k.pem"}, "tls_key_file is set without tls_cert_file: TLS needs both, plain HTTP neither"),
+        ({"basic_auth_user": "u"}, "basic_auth_user is set without a password: basic auth needs both"),
+        ({"basic_auth_password": "s3cret"}, "a password is set without basic_auth_user: basic auth needs both"),
+        ({"basic_auth_password_file": "f"}, "a password is set without basic_auth_user: basic auth needs both"),
+        ({"basic_auth_user": "a:b"}, "basic_auth_user must be a name without a colon, got 'a:b'"),
+        (
+            {"basic_auth_user": "u", "basic_auth_password": ""},
+            "basic_auth_password must be a text that is not empty",
+        ),
+        (
+            {"basic_auth_user": "u", "basic_auth_password": "s3cret", "basic_auth_password_file": "f"},
+            "basic_auth_password and basic_auth_password_file are both set: one of them is enough",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_told(wrong: dict[str, Any], message: str) -> None:
+    """The message says what was wrong and what was expected, and never a secret."""
+    with pytest.raises(ConfigError) as caught:
+        TracerConfig.from_settings(wrong)
+    assert str(caught.value) == message
+    assert "s3cret" not in str(caught.value)
+
+
+def check_settings(chosen: dict[str, Any]) -> None:
+    try:
+        config = TracerConfig.from_settings(chosen)
+    except ConfigError as error:
+        assert str(error)
+    else:
+        assert all(getattr(config, name) == value for name, value in chosen.items())
+
+
+@given(random_settings)
+def test_random_settings_are_right_or_an_error(given_settings: dict[str, Any]) -> None:
+    """Whatever is set, the outcome is a configuration or a ConfigError."""
+    check_settings(given_settings)
+
+
+@pytest.mark.long
+@given(random_settings)
+@settings(max_examples=2500, deadline=None)
+def test_random_settings_are_right_or_an_error_at_length(given_settings: dict[str, Any]) -> None:
+    """The same, more often."""
+    check_settings(given_settings)
+
+
+def test_every_setting_is_explained() -> None:
+    """Each field has its docstring below it: the settings' reference is made of them."""
+    source = Path(__file__).parent.parent.joinpath("src", "memtrace", "config.py").read_text(encoding="utf-8")
+    lines = source.splitlines()
+    for name in TracerConfig.__dataclass_fields__:
+        (at,) = (number for number, line in enumerate(lines) if line.startswith(f"    {name}: "))
+        assert lines[at + 1].lstrip().startswith('"""'), name
+
+
+def test_the_log_directory_has_a_default() -> None:
+    """What was set comes first, else what the edge proposes."""
+    assert TracerConfig().log_path(Path("out")) == Path("out")
+    assert TracerConfig(log_dir="mine").log_path(Path("out")) == Path("mine")
