@@ -1,3 +1,3 @@
 """What all tests share."""
 
-pytest_plugins = ("prometheus_server", "stub_nvml")
+pytest_plugins = ("nothing_left", "prometheus_server", "stub_nvml")

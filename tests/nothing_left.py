@@ -1,0 +1,55 @@
+"""Before and after every test: no thread of memtrace, no hook and no profiler is left in the process."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+PATIENCE_SECONDS = 5.0
+"""How long a thread that has been told to end may take to do so."""
+
+
+def memtrace_threads() -> list[str]:
+    """Returns the names of memtrace's threads that are alive; those that are just ending may end."""
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("memtrace")]
+    for thread in threads:
+        thread.join(PATIENCE_SECONDS)
+    return [thread.name for thread in threads if thread.is_alive()]
+
+
+def global_hooks_of_torch() -> dict[str, Any]:
+    """Returns every process-wide hook registry of torch that is in use; nothing where torch is not loaded."""
+    loaded = [sys.modules.get(name) for name in ("torch.nn.modules.module", "torch.optim.optimizer")]
+    registries = {name: value for module in loaded if module is not None for name, value in vars(module).items()}
+    return {
+        name: dict(value)
+        for name, value in registries.items()
+        if name.startswith("_global") and isinstance(value, Mapping) and value
+    }
+
+
+def recorders_of_torch() -> dict[str, Any]:
+    """Returns what records or intercepts on this thread: saved-tensor hooks, a profiler, dispatch modes."""
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "autograd"):
+        return {}
+    found = {
+        "saved-tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(False),
+        "profiler": torch.autograd._profiler_enabled(),
+        "dispatch modes": torch._C._len_torch_dispatch_stack(),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """Looks before and after each test."""
+    hooks = global_hooks_of_torch()
+    assert (memtrace_threads(), recorders_of_torch()) == ([], {})
+    yield
+    assert (memtrace_threads(), recorders_of_torch()) == ([], {})
+    assert global_hooks_of_torch() == hooks
