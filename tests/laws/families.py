@@ -5,7 +5,7 @@ Every model is tiny and real: built from its configuration, or from plain torch,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -327,10 +327,12 @@ FAMILIES = (
 )
 
 
-def combinations() -> Iterator[Combination]:
-    """Yields every row of the table that its family can do."""
-    for family in FAMILIES:
-        for recipe in Recipe:
-            for way in Way:
-                if recipe not in family.left_out and way not in family.left_out:
-                    yield Combination(family, recipe, way)
+def combinations() -> list[Combination]:
+    """Returns every row of the table that its family can do."""
+    return [
+        Combination(family, recipe, way)
+        for family in FAMILIES
+        for recipe in Recipe
+        for way in Way
+        if recipe not in family.left_out and way not in family.left_out
+    ]

@@ -114,7 +114,7 @@ def test_after_the_step_there_are_no_temporaries(run: BornRun) -> None:
 def test_the_table_is_as_large_as_it_should_be() -> None:
     """At least ten families, every recipe for each of them, and a reason for what is left out."""
     assert len(FAMILIES) >= 10
-    rows = list(combinations())
+    rows = combinations()
     assert len({str(row) for row in rows}) == len(rows)
     for family in FAMILIES:
         assert {row.recipe for row in rows if row.family is family} == set(Recipe)
