@@ -25,11 +25,11 @@ def of(request: PlanRequest) -> Iterator[str]:
         )
     if recipe.name == "qlora":
         yield "All base weights are quantized; embeddings and head, which libraries leave in bfloat16, take more."
-    if recipe.casts:
+    if recipe.casts and request.sharding.strategy is not Strategy.FSDP:
         yield "Autocast copies are counted for all trained parameters; embeddings and norms are not cast."
     if request.optimizer.note:
         yield request.optimizer.note
-    if request.accumulation_steps == 1:
+    if request.accumulation_steps == 1 and request.activations:
         yield (
             "The peak counts activations and gradients both whole. So it is with gradient accumulation; with one micro "
             "batch gradients come as activations go, and the peak is an upper bound."
@@ -87,5 +87,5 @@ def _step(request: PlanRequest) -> Iterator[str]:
             f"The optimizer's step is fused. torch's foreach step, the default of {request.optimizer.source} on a GPU, "
             f"holds {size / GB:.4g} GB of temporaries besides; the upper end of the range counts them."
         )
-    elif request.sharding.strategy in (Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3):
+    elif request.sharding.copies_gradients and request.recipe.gradients != "float32":
         yield "During the step each rank holds its gradients in float32, too, as DeepSpeed's optimizers do."

@@ -73,11 +73,13 @@ def zero3_estimate(
     """
     layer = 4 * largest_layer
     shared = {Offload.NONE: 18, Offload.OPTIMIZER: 2, Offload.PARAMETERS: 0}[offload]
-    on_host = {Offload.NONE: 0, Offload.OPTIMIZER: 16, Offload.PARAMETERS: 18}[offload] * (1 / cluster.nodes)
+    on_host = {Offload.NONE: 0, Offload.OPTIMIZER: 16, Offload.PARAMETERS: 18}[offload]
+    node_share = 1 / cluster.nodes
     if offload is Offload.NONE:
         host: float = (largest_layer if zero_init else parameters) * 4 * cluster.gpus_per_node
     else:
-        host = parameters * (on_host if zero_init else max(4 * cluster.gpus_per_node, on_host))
+        spread = parameters * on_host * node_share  # in DeepSpeed's order: floats round differently in another
+        host = spread if zero_init else parameters * max(4 * cluster.gpus_per_node, on_host * node_share)
     return Estimate(cpu_bytes=int(host * BUFFER_FACTOR), gpu_bytes=layer + int(shared * parameters / cluster.gpus))
 
 
@@ -130,7 +132,11 @@ def plan_by_deepspeed(request: PlanRequest, *, nodes: int = 1) -> Plan:
 
 
 def _entries(request: PlanRequest, gpu_bytes: int) -> Iterator[tuple[EntryKey, int]]:
-    """Yields DeepSpeed's figure by category; what its rounding leaves over goes to the weights."""
+    """Yields DeepSpeed's figure by category; what its rounding leaves over goes to the weights.
+
+    Its 18 bytes are float32 masters, gradients and two moments, and 2 bytes more: 16-bit gradients in stage 2, whose
+    weights are whole on every rank, and 16-bit weights in stage 3.
+    """
     sharding, low = request.sharding, request.recipe.weights
     rest = gpu_bytes
     if sharding.strategy is Strategy.ZERO3:
@@ -141,7 +147,7 @@ def _entries(request: PlanRequest, gpu_bytes: int) -> Iterator[tuple[EntryKey, i
     if sharding.offload is Offload.NONE:
         for key, each in (
             (EntryKey(Category.MASTER_WEIGHTS, "", "float32"), 4),
-            (EntryKey(Category.GRADIENTS, "", low), 2),
+            (EntryKey(Category.GRADIENTS, "", low), 2 if sharding.strategy is Strategy.ZERO2 else 0),
             (EntryKey(Category.GRADIENTS, "", "float32"), 4),
             (EntryKey(Category.OPTIMIZER_STATE, "exp_avg", "float32"), 4),
             (EntryKey(Category.OPTIMIZER_STATE, "exp_avg_sq", "float32"), 4),

@@ -157,7 +157,7 @@ class _Step:
             return
         if self._strategy is Strategy.ZERO0:
             yield _part(Category.COMM_BUFFERS, "reduce", self._recipe.gradients, min(trainable, ZERO_REDUCE_BUCKET))
-        elif self._sharding.is_zero and self._recipe.gradients != "float32":
+        elif self._sharding.copies_gradients and self._recipe.gradients != "float32":
             elements = self._sharding.share(trainable)
             if self._strategy is Strategy.ZERO3:
                 elements = min(elements, ZERO3_SUB_GROUP)

@@ -8,12 +8,12 @@ the total and an out-of-memory message the capacity; a plan is held against it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from memtrace.errors import PlanError
 from memtrace.planning.lookup import by_name
-from memtrace.planning.plan import ByteRange
+from memtrace.planning.plan import ByteRange, Fit, Plan
 from memtrace.units import GIB, MIB
 
 CONTEXT = ByteRange(low=256 * MIB, high=GIB)
@@ -98,12 +98,20 @@ def find_device(name: str) -> Device:
     return by_name("device", starts[0] if len(starts) == 1 else name, DEVICES)
 
 
-def overhead(world_size: int) -> ByteRange:
-    """Returns what a process of a world of this size holds on its GPU beyond torch's allocator."""
-    return CONTEXT if world_size == 1 else CONTEXT + COMMUNICATOR
+def held_against(plan: Plan, device: str, capacity_bytes: int, world_size: int) -> Plan:
+    """Returns the plan with its verdict on a device.
 
-
-def with_slack(allocated: ByteRange) -> ByteRange:
-    """Returns what the caching allocator may reserve for what is allocated, where its blocks are not simulated."""
-    high = None if allocated.high is None else int(allocated.high * (1 + SLACK_RATIO))
-    return ByteRange(low=allocated.low, high=high)
+    Args:
+        plan: without one.
+        device: its name.
+        capacity_bytes: what a process can use of it.
+        world_size: ranks of the run; more than one need a communicator.
+    """
+    if plan.reserved_bytes is not None:
+        held = ByteRange(low=plan.allocated.low, high=plan.reserved_bytes)
+    elif plan.allocated.high is not None:
+        held = ByteRange(low=plan.allocated.low, high=int(plan.allocated.high * (1 + SLACK_RATIO)))
+    else:
+        held = plan.allocated
+    beside = CONTEXT if world_size == 1 else CONTEXT + COMMUNICATOR
+    return replace(plan, fit=Fit(device=device, capacity_bytes=capacity_bytes, needed=held + beside))

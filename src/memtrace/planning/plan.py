@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from memtrace.breakdown import Breakdown
 from memtrace.categories import Moment
@@ -92,16 +92,6 @@ class Plan:
     def verdict(self) -> Verdict | None:
         """Whether it fits; None where no device was named."""
         return None if self.fit is None else self.fit.verdict
-
-    def on(self, device: str, capacity_bytes: int, needed: ByteRange) -> Self:
-        """Returns this plan held against a device.
-
-        Args:
-            device: its name.
-            capacity_bytes: what a process can use of it.
-            needed: what the whole process needs.
-        """
-        return replace(self, fit=Fit(device=device, capacity_bytes=capacity_bytes, needed=needed))
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:

@@ -32,6 +32,11 @@ class Strategy(StrEnum):
     ZERO3 = "zero3"
     FSDP = "fsdp"
 
+    @property
+    def label(self) -> str:
+        """Its name for people, such as `ZeRO 2`."""
+        return f"ZeRO {self.value[-1]}" if self in ZERO_STAGES else self.value.upper()
+
 
 ZERO_STAGES: tuple[Strategy, ...] = (Strategy.ZERO0, Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3)
 """By stage number."""
@@ -76,6 +81,11 @@ class Sharding:
     def is_zero(self) -> bool:
         """Whether DeepSpeed runs the step."""
         return self.strategy in ZERO_STAGES
+
+    @property
+    def copies_gradients(self) -> bool:
+        """Whether the step makes float32 copies of 16-bit gradients on the device (DeepSpeed's ZeRO optimizers)."""
+        return self.strategy in _OFFLOADS_OPTIMIZER and self.offload is Offload.NONE
 
     @property
     def shards_states(self) -> bool:

@@ -1,0 +1,50 @@
+"""A plan as markdown, for issues and documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from memtrace.cli.plan_rows import facts, gigabytes, headline, peak_rows, remedy_rows
+from memtrace.planning.plan import Plan
+from memtrace.planning.remedies import Remedy
+
+
+def plan_markdown(plan: Plan, found: list[Remedy] | None = None) -> str:
+    """Returns a plan as markdown: the same figures as the table, without colours."""
+    return "\n".join(_lines(plan, found))
+
+
+def _lines(plan: Plan, found: list[Remedy] | None) -> Iterator[str]:
+    yield f"**{_escaped(headline(plan))}**"
+    yield ""
+    yield from _row(("at the peak", "", "GB", "GiB", "share"))
+    yield "|---|---|--:|--:|--:|"
+    for row in peak_rows(plan):
+        share = f"{row.share:.1%}" if row.size else ""
+        if row.category is None:
+            total = ["total", "", *gigabytes(row.size, plan.total_bytes), share]
+            yield from _row([f"**{cell}**" if cell else "" for cell in total])
+        else:
+            yield from _row((row.category.value, row.part, *gigabytes(row.size, plan.total_bytes), share))
+    yield ""
+    for name, said in facts(plan):
+        yield f"- {_escaped(name)}: {_escaped(said)}"
+    if found:
+        yield ""
+        yield from _row(("what if", "saves at the peak", "leaves", "then it"))
+        yield "|---|--:|--:|---|"
+        for cells in remedy_rows(found):
+            yield from _row(cells)
+    yield ""
+    for sentence in plan.assumptions:
+        yield f"- {_escaped(sentence)}"
+
+
+def _row(cells: Sequence[str]) -> Iterator[str]:
+    yield f"| {' | '.join(_escaped(cell, keep='*') for cell in cells)} |"
+
+
+def _escaped(text: str, keep: str = "") -> str:
+    """Returns a text in which nothing is markup, but for the characters to keep."""
+    special = {character: f"\\{character}" for character in "\\`*|<[" if character not in keep}
+    return "".join(special.get(character, character) if character.isprintable() else " " for character in text)

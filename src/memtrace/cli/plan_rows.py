@@ -1,0 +1,114 @@
+"""What a plan says, as rows of text that the table and the markdown share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from memtrace.categories import Category, Moment
+from memtrace.planning.plan import Fit, Plan, Verdict
+from memtrace.planning.remedies import Remedy
+from memtrace.planning.sharding import Strategy
+from memtrace.units import GB, GIB, format_bytes
+
+_VERDICTS = {
+    Verdict.FITS: "fits",
+    Verdict.UNCERTAIN: "uncertain",
+    Verdict.DOES_NOT_FIT: "does not fit",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One entry of the peak, or its total."""
+
+    category: Category | None
+    """None for the total."""
+    part: str
+    size: int
+    share: float
+
+
+def peak_rows(plan: Plan) -> Iterator[Row]:
+    """Yields the entries at the peak, then their total."""
+    peak = plan.moments[Moment.PEAK]
+    whole = peak.total_bytes
+    for key, size in peak.entries.items():
+        part = f"{key.component} {key.dtype}".strip()
+        yield Row(category=key.category, part=part, size=size, share=size / whole)
+    yield Row(category=None, part="", size=whole, share=1.0 if whole else 0.0)
+
+
+def gigabytes(size: int, largest: int) -> tuple[str, str]:
+    """Returns a size in GB and in GiB.
+
+    Args:
+        size: bytes.
+        largest: of the sizes beside it, which all get the same number of digits: one from 100 GB on, two from 1 GB on,
+            else three.
+    """
+    digits = 1 if largest >= 100 * GB else 2 if largest >= GB else 3
+    return _digits(size / GB, digits), _digits(size / GIB, digits)
+
+
+def _digits(number: float, digits: int) -> str:
+    least = 10**-digits
+    return f"<{least:.{digits}f}" if 0 < number < least / 2 else f"{number:,.{digits}f}"
+
+
+def headline(plan: Plan) -> str:
+    """Returns what was asked for, in one line."""
+    setup = dict(plan.setup)
+    parts = [f"{setup['parameters']:,} parameters" if "parameters" in setup else "plan", plan.recipe, plan.optimizer]
+    if setup.get("mode") == "deepspeed":
+        parts.append("DeepSpeed's constants")
+    if setup.get("strategy", "none") != "none":
+        parts.append(f"{_label(setup['strategy'])} over {setup.get('world_size', 1)} ranks")
+    if "offload" in setup:
+        parts.append(f"{setup['offload']} offloaded")
+    return " · ".join(part for part in parts if part)
+
+
+def _label(strategy: str | int | float) -> str:
+    """Returns a strategy's name for people; a plan from elsewhere may have one that is not known here."""
+    return Strategy(strategy).label if strategy in list(Strategy) else str(strategy)
+
+
+def facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yields what there is besides the peak: other moments, the host, the device."""
+    for moment, breakdown in plan.moments.items():
+        if moment is not Moment.PEAK:
+            yield moment.value.replace("_", " "), _both(breakdown.total_bytes)
+    if plan.reserved_bytes is not None:
+        yield "reserved by the allocator", _both(plan.reserved_bytes)
+    if plan.host_bytes:
+        yield "in host memory", _both(plan.host_bytes)
+    if plan.fit is not None:
+        yield plan.fit.device, verdict_of(plan.fit)
+
+
+def verdict_of(fit: Fit) -> str:
+    """Returns the verdict with its reasons, in one line."""
+    needed = format_bytes(fit.needed.low)
+    if fit.needed.high is None:
+        needed = f"at least {needed}"
+    elif fit.needed.high != fit.needed.low:
+        needed = f"{needed} to {format_bytes(fit.needed.high)}"
+    worst, best = fit.headroom
+    spare = best if worst is None or fit.verdict is Verdict.DOES_NOT_FIT else worst
+    said = f"{format_bytes(spare)} to spare" if spare >= 0 else f"{format_bytes(-spare)} short"
+    if fit.verdict is Verdict.UNCERTAIN:
+        said = f"{said} at worst, {format_bytes(best)} to spare at best" if worst is not None else f"{said} at best"
+    return f"{_VERDICTS[fit.verdict]}: needs {needed} of {format_bytes(fit.capacity_bytes)}, {said}"
+
+
+def remedy_rows(found: list[Remedy]) -> Iterator[tuple[str, str, str, str]]:
+    """Yields name, saving, what is left at the peak and the verdict of each remedy."""
+    for remedy in found:
+        fit = remedy.plan.fit
+        verdict = "" if fit is None else _VERDICTS[fit.verdict]
+        yield remedy.name, _both(remedy.saved_bytes), _both(remedy.plan.total_bytes), verdict
+
+
+def _both(size: int) -> str:
+    return "{} GB ({} GiB)".format(*gigabytes(size, size))
