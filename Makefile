@@ -19,7 +19,7 @@ TEST_ENV := KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long lint format venv debian-test constraints clean
+.PHONY: help demo test grafana-render test-long lint format venv debian-test constraints clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,8 +29,12 @@ demo: venv ## fine-tune a small real model on this machine and show what its mem
 	KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_trainer.py --output-dir $(DEMO_DIR)
 	$(BIN)/memtrace show $(DEMO_DIR)/memtrace
 
-test: venv debian-test lint ## linters, types, layers and all tests but the long ones and those for a GPU
+test: venv debian-test grafana-render lint ## linters, types, layers and all tests but the long ones and those for a GPU
 	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist loadfile
+
+grafana-render: ## the page that draws dashboards with Grafana's UI library, for the tests
+	@scripts/debian-packages.sh node
+	integrations/grafana/render/build.sh .cache/grafana-render
 
 test-long: venv debian-test ## soak, scale and large fuzz runs
 	@if grep -rq --include='*.py' 'mark\.long' tests; then \

@@ -21,6 +21,7 @@ is_there() { # need
         prometheus) have prometheus && have promtool ;;
         alertmanager) have prometheus-alertmanager && have amtool ;;
         chromium) have chromium ;;
+        node) have node npm ;;
         *) echo "$0: unknown need '$1'" >&2; exit 2 ;;
     esac
 }
@@ -31,6 +32,7 @@ packages_for() { # need
         compiler) echo gcc libc6-dev ;;
         prometheus) echo prometheus ;;
         alertmanager) echo prometheus-alertmanager ;;
+        node) echo nodejs npm ;;
         chromium) echo chromium fonts-dejavu-core ;; # a page without any font renders as boxes
     esac
 }
