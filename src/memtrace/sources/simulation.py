@@ -1,0 +1,180 @@
+"""The mode in which a training step runs on tensors without memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from memtrace.errors import PlanError
+from memtrace.sources import torch_fake
+from memtrace.sources.kernels import Target
+from memtrace.sources.known_values import KnownValues, run
+from memtrace.sources.operator_results import Call, OperatorResults, map_tensors
+from memtrace.sources.results import Constant, Input, NewTensor, Operator, Result, ViewOf
+from memtrace.sources.simulated import SimulatedEvents
+from memtrace.sources.simulated_tensor import DEVICE, SimulatedTensor, begin_of, layout_of, new_tensor, tensor_on
+
+_ADD = torch.ops.aten.add.Tensor
+_PLAIN_VALUES = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
+"""Operators that return a value of Python, and always depend on values."""
+
+
+class _Block(weakref.ref[torch.UntypedStorage]):
+    """A weak reference to a simulated storage, with its address; None for a storage of size 0."""
+
+    __slots__ = ("address", "identity")
+
+    address: int | None
+    identity: int
+
+
+class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
+    """Runs torch on tensors without memory, and turns every block that real tensors would take into events.
+
+    Operators below autograd are answered with tensors of the right layout, so that model code, autograd,
+    checkpointing, autocast and optimizers run as they are. Costs about 15 us an operator.
+
+    Args:
+        target: the kind of device whose kernels are simulated.
+
+    Raises:
+        PlanError: an operator depends on values that are not known, or nobody knows what it returns.
+    """
+
+    def __init__(self, target: Target = Target.CPU) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.events = SimulatedEvents(self._address_of)
+        self._blocks: dict[int, _Block] = {}
+        self._results = OperatorResults(target)
+        self._known = KnownValues()
+        self._adopted: dict[int, torch.UntypedStorage] = {}
+        """What stands for the storages of real tensors that were met, by the identity of the real one."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Returns False: nothing is compiled here, and keeping the compiler out costs 5 us an operator."""
+        return False
+
+    def adopt(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns a simulated tensor in place of a real one or one on the meta device; a simulated one as it is.
+
+        Tensors that share a storage still do. Values of small integer tensors are kept, others are not.
+        """
+        if isinstance(tensor, SimulatedTensor):
+            return tensor
+        storage = tensor.untyped_storage()
+        layout, offset = layout_of(tensor), begin_of(tensor)
+        if id(storage) in self._adopted:
+            return tensor_on(self._adopted[id(storage)], layout, offset)
+        adopted = self._new(NewTensor(layout, storage.nbytes(), offset))
+        self._adopted[id(storage)] = adopted.untyped_storage()
+        weakref.finalize(storage, self._adopted.pop, id(storage), None)
+        if not tensor.is_meta:
+            self._known.learn(adopted, tensor)
+        return adopted
+
+    def adopt_module(self, module: nn.Module) -> None:
+        """Puts simulated tensors in place of all parameters and buffers; shared ones stay shared."""
+        replaced: dict[int, torch.Tensor] = {}
+        for owner in module.modules():
+            for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+                if id(tensor) not in replaced:
+                    replaced[id(tensor)] = self._adopt_member(tensor)
+                setattr(owner, name, replaced[id(tensor)])
+
+    def _adopt_member(self, tensor: torch.Tensor) -> torch.Tensor:
+        adopted = self.adopt(tensor.detach())
+        if not isinstance(tensor, nn.Parameter):
+            return adopted
+        with self:
+            parameter = nn.Parameter(adopted, requires_grad=tensor.requires_grad)
+        vars(parameter).update(vars(tensor))
+        return parameter
+
+    def __torch_dispatch__(
+        self,
+        func: Operator,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch_fake.DEVICE_OF:
+            return DEVICE
+        if func.namespace == "profiler":
+            return func(*args, **(kwargs or {}))
+        if func is _ADD and torch_fake.is_engine_sum(args[0]) and layout_of(args[0]) == layout_of(args[1]):
+            return tensor_on(args[0].untyped_storage(), layout_of(args[0]), begin_of(args[0]))
+        call = Call.of(func, args, kwargs or {})
+        if any(type(tensor) is not SimulatedTensor for tensor in call.inputs):
+            call = Call.of(func, map_tensors(self.adopt, args), map_tensors(self.adopt, kwargs or {}))
+        if func in _PLAIN_VALUES:
+            return self._by_value(call, None)
+        try:
+            result = self._results.of(call)
+        except torch_fake.DATA_DEPENDENT as error:
+            return map_tensors(self._stand_in, self._by_value(call, error))
+        except torch_fake.UNSUPPORTED as error:
+            raise PlanError(f"{func} cannot be simulated: torch has no fake kernel for it ({error})") from error
+        answer = self._build(result, call, list(call.inputs))
+        self._known.follow(call, answer)
+        return answer
+
+    def _by_value(self, call: Call, error: Exception | None) -> Any:
+        """Returns the real result of a call that depends on values."""
+        values = self._known.inputs(call)
+        if values is None:
+            raise PlanError(
+                f"{call.operator} depends on values that a simulation does not have (those of weights and activations):"
+                " choose an implementation whose shapes do not depend on the data, such as "
+                "experts_implementation='batched_mm' for a mixture of experts"
+            ) from error
+        return run(call, values)
+
+    def _stand_in(self, real: torch.Tensor) -> SimulatedTensor:
+        tensor = self._new(NewTensor(layout_of(real), real.untyped_storage().nbytes(), begin_of(real)))
+        self._known.learn(tensor, real)
+        return tensor
+
+    def _build(self, result: Result, call: Call, tensors: list[torch.Tensor]) -> Any:
+        """Returns what a description describes; `tensors` are the inputs, and what was built so far."""
+        if isinstance(result, NewTensor):
+            tensors.append(self._new(result))
+            return tensors[-1]
+        if isinstance(result, ViewOf):
+            base, layout = tensors[result.position], result.layout
+            begin = begin_of(base) * base.element_size() // layout.dtype.itemsize
+            tensors.append(tensor_on(base.untyped_storage(), layout, begin + result.offset))
+            return tensors[-1]
+        if isinstance(result, Input):
+            if torch.Tag.inplace_view in call.operator.tags:
+                with torch_fake.without_dispatch():
+                    call.operator(*call.args, **call.kwargs)
+            return tensors[result.position]
+        if isinstance(result, Constant):
+            return result.value
+        return result.kind(self._build(item, call, tensors) for item in result.items)
+
+    def _new(self, description: NewTensor) -> SimulatedTensor:
+        tensor = new_tensor(description.layout, description.nbytes, description.offset)
+        storage = tensor.untyped_storage()
+        block = _Block(storage, self._died)
+        block.identity = id(storage)
+        block.address = self.events.allocate(description.nbytes) if description.nbytes else None
+        self._blocks[block.identity] = block
+        return tensor
+
+    def _died(self, block: weakref.ref[torch.UntypedStorage]) -> None:
+        assert isinstance(block, _Block)
+        del self._blocks[block.identity]
+        self._known.forget(block.identity)
+        if block.address is not None:
+            self.events.free(block.address)
+
+    def _address_of(self, storage: torch.UntypedStorage) -> int:
+        """Returns the address of a simulated storage; 0, which no block has, for any other."""
+        block = self._blocks.get(id(storage))
+        return block.address or 0 if block is not None else 0
