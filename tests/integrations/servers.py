@@ -1,0 +1,76 @@
+"""Real servers on loopback, started for a test and ended with it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+START_SECONDS = 60
+"""How long a server may take to be ready on a machine that is busy with other tests."""
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(command: list[str], ready_url: str, log: Path) -> Iterator[None]:
+    """Runs a server until the block ends; the block begins once it answers."""
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        try:
+            _wait(process, ready_url, log)
+            yield
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return
+        except OSError:
+            time.sleep(0.05)
+    raise RuntimeError(f"{process.args} is not ready:\n{log.read_text()[-3000:]}")
+
+
+@contextmanager
+def prometheus(directory: Path, config: str = "", *, data: Path | None = None) -> Iterator[str]:
+    """Runs Prometheus with this configuration and, where given, over this data; yields its address."""
+    file = directory / "prometheus.yml"
+    file.write_text(config)
+    url = f"http://127.0.0.1:{free_port()}"
+    command = [
+        "prometheus",
+        f"--config.file={file}",
+        f"--storage.tsdb.path={data or directory / 'data'}",
+        "--storage.tsdb.retention.time=10y",
+        f"--web.listen-address={url.removeprefix('http://')}",
+        "--log.level=warn",
+    ]
+    with server(command, f"{url}/-/ready", directory / "prometheus.log"):
+        yield url
+
+
+def ask(url: str, path: str, **parameters: str) -> Any:
+    """Returns the data of an answer of Prometheus's interface."""
+    query = urllib.parse.urlencode(parameters)
+    try:
+        with urllib.request.urlopen(f"{url}/api/v1/{path}?{query}", timeout=60) as answer:
+            return json.load(answer)["data"]
+    except urllib.error.HTTPError as error:
+        raise AssertionError(f"{path} {parameters}: {error.read().decode()}") from error

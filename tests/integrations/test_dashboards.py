@@ -1,0 +1,153 @@
+"""The shipped dashboards: as built, as queried, and as drawn by Grafana's UI library."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import files, page
+from promql import ROOT, unknown
+from recorded import backfill
+from servers import prometheus
+
+from memtrace.categories import COLOURS, Category
+
+GRAFANA = ROOT / "integrations" / "grafana"
+SHIPPED = sorted((GRAFANA / "dashboards").glob("*.json"))
+BUNDLE = ROOT / ".cache" / "grafana-render" / "bundle"
+DRAWN = """() => {
+    const { panels, drawn, errors } = memtraceReport;
+    return panels ? drawn >= panels : errors.length;
+}"""
+NAMES = [path.stem for path in SHIPPED]
+
+
+def dashboard(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def panels(path: Path) -> list[dict[str, Any]]:
+    return [panel for panel in dashboard(path)["panels"] if panel["type"] != "row"]
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Prometheus that holds the last hour of a recorded run of four ranks."""
+    directory = tmp_path_factory.mktemp("history")
+    data = backfill(directory, ranks=4, steps=236, end=time.time() - 10)
+    with prometheus(directory, data=data) as url:
+        yield url
+
+
+def test_committed_dashboards_are_those_that_are_built(tmp_path: Path) -> None:
+    """Built again, every dashboard is the committed one, byte for byte."""
+    script = GRAFANA / "build_dashboards.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in SHIPPED]
+    for path in SHIPPED:
+        assert (tmp_path / path.name).read_text() == path.read_text()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+def test_expressions_use_what_exists(path: Path) -> None:
+    """Every panel, annotation and variable uses only metrics and labels that are exported."""
+    shown = dashboard(path)
+    expressions = [target["expr"] for panel in panels(path) for target in panel["targets"]]
+    expressions += [annotation["expr"] for annotation in shown["annotations"]["list"]]
+    queries = [v["query"]["query"] for v in shown["templating"]["list"] if v["type"] == "query"]
+    expressions += [query.removeprefix("label_values(").rsplit(",", 1)[0] for query in queries]
+    assert expressions
+    assert [wrong for expression in expressions for wrong in unknown(expression)] == []
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+def test_dashboard_keeps_the_rules_of_the_linter(path: Path) -> None:
+    """What grafana/dashboard-linter asks for: sources by variable, words and units on panels, `.+` for all."""
+    shown = dashboard(path)
+    variables = {variable["name"]: variable for variable in shown["templating"]["list"]}
+    assert list(variables) == ["datasource", "job", "run", "instance", "rank"]
+    for name in ("job", "instance", "rank"):
+        assert variables[name]["allValue"] == ".+"
+        assert variables[name]["multi"]
+    ids = [panel["id"] for panel in shown["panels"]]
+    assert len(set(ids)) == len(ids)
+    for panel in panels(path):
+        assert panel["title"]
+        assert panel["description"]
+        assert panel["fieldConfig"]["defaults"]["unit"]
+        for target in panel["targets"]:
+            assert target["datasource"]["uid"] == "${datasource}"
+            if "rate(" in target["expr"] or "increase(" in target["expr"]:
+                assert "$__rate_interval" in target["expr"]
+
+
+def test_stack_has_the_order_and_colours_of_the_vocabulary() -> None:
+    """The composition of the peak stacks all categories in their order, each in its one colour."""
+    panel = next(p for p in panels(GRAFANA / "dashboards/memtrace-run.json") if p["title"] == "Composition of the peak")
+    legends = [target["legendFormat"] for target in panel["targets"]]
+    assert legends == [*Category, "capacity"]
+    colours = {
+        override["matcher"]["options"]: setting["value"]["fixedColor"]
+        for override in panel["fieldConfig"]["overrides"]
+        for setting in override["properties"]
+        if setting["id"] == "color"
+    }
+    assert {category: colours[category] for category in Category} == dict(COLOURS)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+def test_dashboard_is_drawn(path: Path, history: str, tmp_path: Path) -> None:
+    """In Chromium no query fails, no variable stays, no panel is empty, no panel type is unknown."""
+    errors = draw(path, history, tmp_path / f"{path.stem}.png")
+    assert errors == []
+    assert (tmp_path / f"{path.stem}.png").stat().st_size > 30_000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "piechart"}, "unknown panel type piechart"),
+        ({"targets": [{"refId": "A", "expr": "memtrace_no_such_metric"}]}, "no data"),
+        ({"targets": [{"refId": "A", "expr": "sum(("}]}, "parse error"),
+        ({"targets": [{"refId": "A", "expr": 'memtrace_up{job="$nobody"}'}]}, "unresolved variable $nobody"),
+    ],
+    ids=["unknown panel type", "empty panel", "broken query", "unresolved variable"],
+)
+def test_what_is_wrong_is_found(change: dict[str, Any], message: str, history: str, tmp_path: Path) -> None:
+    """A dashboard with a fault of each kind does not pass."""
+    broken = dashboard(SHIPPED[0])
+    next(panel for panel in broken["panels"] if panel["type"] == "timeseries").update(change)
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(broken))
+    assert any(message in error for error in draw(path, history, tmp_path / "broken.png"))
+
+
+def test_several_ranks_can_be_chosen(history: str, tmp_path: Path) -> None:
+    """A variable with several values becomes an alternation, and the dashboard is drawn for those."""
+    errors = draw(SHIPPED[0], history, tmp_path / "two.png", "&var-rank=1&var-rank=3")
+    assert errors == []
+
+
+def draw(path: Path, prometheus_url: str, picture: Path, parameters: str = "") -> list[str]:
+    """Draws a dashboard, keeps its picture, and returns all that was wrong."""
+    assert BUNDLE.is_dir(), "run `make grafana-render` first: it builds the page that draws dashboards"
+    site = picture.with_suffix("")
+    shutil.copytree(BUNDLE, site)
+    shutil.copy(path, site / "dashboard.json")
+    with files(site) as url, page() as (opened, wrong, _):
+        opened.goto(f"{url}/index.html?dashboard=dashboard.json&prometheus={prometheus_url}{parameters}")
+        opened.wait_for_function(DRAWN, timeout=120_000)
+        opened.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        opened.screenshot(path=str(picture), full_page=True)
+        report = opened.evaluate("() => memtraceReport")
+    assert report["panels"]
+    fonts = "/public/fonts/"  # of Grafana's server; its library does not ship them
+    return [*report["errors"], *(text for text in wrong if fonts not in text)]
