@@ -26,7 +26,9 @@ def storages_of(tensor: torch.Tensor, device: torch.device) -> Iterator[StorageV
     if torch_private.is_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         for name in names:
-            yield from storages_of(getattr(tensor, name), device)
+            part = getattr(tensor, name)
+            if isinstance(part, torch.Tensor):  # a DTensor names its mesh too
+                yield from storages_of(part, device)
     elif tensor.layout is torch.strided:
         if tensor.device == device:
             storage = tensor.untyped_storage()

@@ -35,6 +35,7 @@ _HELD: tuple[tuple[str, Role], ...] = (
     ("temp_grad_buffer_for_cpu_offload", Role(Category.COMM_BUFFERS, "offload")),
     ("temp_grad_buffer_for_gpu_offload", Role(Category.COMM_BUFFERS, "offload")),
     ("inf_or_nan_tracker", Role(Category.BUFFERS, "overflow")),
+    ("_global_grad_norm", Role(Category.BUFFERS, "grad_norm")),
 )
 """Attributes of DeepSpeed's optimizers that hold tensors, however nested, between steps."""
 
@@ -76,8 +77,12 @@ class DeepSpeedEngine(Engine):
         self._optimizer = optimizer
         self._model = model
         self._shards_weights = hasattr(optimizer, "fp16_partitioned_groups_flat")
+        self.shards = self._shards_weights or hasattr(optimizer, "single_partition_of_fp32_groups")
         self._gathered: dict[int, nn.Parameter] = {}
         """Parameters by the address at which they were gathered last."""
+        registries = (getattr(module, "ds_inflight_param_registry", None) for module in model.modules())
+        self._in_flight = [registry for registry in registries if registry is not None]
+        """All-gathers that were begun for modules to come, with their flat outputs."""
         self.name = "DeepSpeed ZeRO-3" if self._shards_weights else "DeepSpeed"
 
     def claim(self, ledger: Ledger) -> None:
@@ -92,9 +97,10 @@ class DeepSpeedEngine(Engine):
         self.claim_passing(ledger)
 
     def claim_passing(self, ledger: Ledger) -> None:
-        """Claims the buckets of the reduction, which are made anew in each backward pass."""
+        """Claims the buckets of the reduction, which are made anew in each backward pass, and ZeRO-2's partition."""
         for bucket in getattr(self._optimizer, "ipg_buckets", {}).values():
             _claim(bucket.buffer, Role(Category.COMM_BUFFERS, "reduce"), ledger)
+        _claim(getattr(self._optimizer, "grads_in_partition", None), Role(Category.GRADIENTS), ledger)
 
     def gradients(self) -> Iterable[torch.Tensor]:
         """Returns the partitions of the reduced gradients."""
@@ -126,7 +132,10 @@ class DeepSpeedEngine(Engine):
             if role is not None and parameter.numel() == parameter.ds_numel:
                 ledger.claim(parameter, role.category, role.component)
                 self._gathered[parameter.data_ptr()] = parameter
-        _claim(_gather_buffers(), Role(Category.COMM_BUFFERS, "all_gather"), ledger)
+        for registry in self._in_flight:
+            for handle in registry.values():
+                for gather in getattr(handle, "handles", (handle,)):
+                    _claim(getattr(gather, "partitions", None), Role(Category.COMM_BUFFERS, "all_gather"), ledger)
 
     def saved_as(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Returns the parameter where its gathered weights are saved: ZeRO-3 frees them after each module."""
@@ -141,12 +150,6 @@ class DeepSpeedEngine(Engine):
             for module in self._model.modules():
                 if any(True for _ in module.parameters(recurse=False)):
                     yield module
-
-
-def _gather_buffers() -> Any:
-    """Returns the flat outputs of all-gathers that ZeRO-3 keeps until the next step."""
-    library = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
-    return getattr(getattr(library, "AllGatherCoalescedHandle", None), "data_buffer", None)
 
 
 def _claim(held: Any, role: Role, ledger: Ledger) -> None:

@@ -1,0 +1,73 @@
+"""What the processes of an engine test hand to the test: one JSON file a rank."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from memtrace.breakdown import StepRecord
+from memtrace.sources.cpu import CpuEvents
+
+MICRO_BATCHES = 2
+
+
+def write_report(report: dict[str, Any]) -> None:
+    """Writes `<REPORT_DIR>/rank<R>.json`."""
+    rank = os.environ.get("RANK", "0")
+    Path(os.environ["REPORT_DIR"], f"rank{rank}.json").write_text(json.dumps(report))
+
+
+def record_to_json(record: StepRecord) -> dict[str, Any]:
+    """Returns the moments of a record with their entries as rows."""
+    return {
+        "step": record.step,
+        "traced": record.traced,
+        "moments": {
+            moment.value: {
+                "allocated_bytes": breakdown.allocated_bytes,
+                "entries": [[*key, size] for key, size in breakdown.entries.items()],
+            }
+            for moment, breakdown in record.moments.items()
+        },
+    }
+
+
+def peak_without_memtrace(train: Callable[[], Iterable[object]], step: int) -> int:
+    """Returns the peak of allocated bytes in one step of a run from birth that memtrace has no part in.
+
+    Args:
+        train: builds everything, then yields before the first step and after each one.
+        step: the number of the step, from 1.
+    """
+    gc.collect()
+    source = CpuEvents()
+    assert source.open(), "another profiler records"
+    marks = []
+    for _ in train():
+        marks.append(time.time_ns())
+    window = source.close()
+    assert window.running_totals is not None
+    before = window.running_totals[0] - window.events[0].delta
+    totals = zip(window.events, window.running_totals, strict=True)
+    in_step = [total - before for event, total in totals if marks[step - 1] <= event.time_ns <= marks[step]]
+    return max(in_step)
+
+
+def checksum(model: nn.Module) -> list[float]:
+    """Returns a sum of each parameter that differs where one bit of it does, nearly always."""
+    return [float(local(p).double().mul(torch.arange(1, local(p).numel() + 1).view_as(local(p))).sum()) for p in model.parameters()]
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """Returns the part of a parameter that this rank holds."""
+    detached = parameter.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached

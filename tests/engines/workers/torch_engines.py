@@ -1,0 +1,111 @@
+"""Trains with FSDP2 and DDP under memtrace, from before the model is built."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from model import batch, build_model
+from report import MICRO_BATCHES, checksum, peak_without_memtrace, record_to_json, write_report
+from settled import init_settled_gloo
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from memtrace.attribution.engines import find_engines
+from memtrace.config import TracerConfig
+from memtrace.sources.cpu import CpuEvents
+from memtrace.tracer import Tracer
+
+STEPS = 3
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+FSDP: dict[str, dict[str, Any]] = {
+    "fsdp": {},
+    "fsdp-keep": {"reshard_after_forward": False},
+    "fsdp-bf16": {"mp_policy": BF16},
+    "fsdp-bf16-keep": {"mp_policy": BF16, "reshard_after_forward": False},
+}
+DDP: dict[str, dict[str, Any]] = {
+    "ddp": {"bucket_cap_mb": 0.05},
+    "ddp-view": {"bucket_cap_mb": 0.05, "gradient_as_bucket_view": True},
+}
+
+
+def build(name: str) -> nn.Module:
+    model = build_model()
+    if name in DDP:
+        return DistributedDataParallel(model, **DDP[name])
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh, **FSDP[name])
+    return fully_shard(model, mesh=mesh, **FSDP[name])
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> Iterator[None]:
+    """Trains; yields before the first step and after each one."""
+    yield
+    for step in range(STEPS):
+        for micro in range(MICRO_BATCHES):
+            last = micro == MICRO_BATCHES - 1
+            # DDP reduces with the last micro batch only.
+            waiting = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else None
+            with waiting or contextlib.nullcontext():
+                loss = model(**batch(dist.get_rank(), step * MICRO_BATCHES + micro)).loss
+                loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
+
+
+def run(name: str) -> dict[str, Any]:
+    plain_losses: list[float] = []
+    plain: list[nn.Module] = []
+
+    def train_plain() -> Iterator[None]:
+        plain.append(build(name))
+        yield from steps(plain[0], torch.optim.AdamW(plain[0].parameters(), lr=1e-3), plain_losses)
+
+    numels = [parameter.numel() for parameter in build_model().parameters()]
+    plain_peak = peak_without_memtrace(train_plain, step=2)
+    source = CpuEvents()
+    source.open()
+    model = build(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses: list[float] = []
+    config = TracerConfig(strict=True, port=None, trace_every=0, device_poll_seconds=0)
+    with Tracer(model, optimizer, config, source=source, explicit_steps=True) as tracer:
+        for number, _ in enumerate(steps(model, optimizer, losses)):
+            if number:
+                tracer.end_step()
+            if number == STEPS - 1:
+                tracer.trace_next()
+            if number < STEPS:
+                tracer.begin_step()
+        records = [record_to_json(record) for record in tracer.history]
+    return {
+        "engines": [engine.name for engine in find_engines(model, [optimizer])],
+        "numels": numels,
+        "shapes": [list(parameter.shape) for parameter in build_model().parameters()],
+        "records": records,
+        "losses": losses,
+        "plain_losses": plain_losses,
+        "plain_peak": plain_peak,
+        "same_weights": checksum(model) == checksum(plain[0]),
+    }
+
+
+def main() -> None:
+    init_settled_gloo()
+    write_report({name: run(name) for name in os.environ["VARIANTS"].split(",")})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Trains with each stage of DeepSpeed ZeRO under memtrace, from before the model is built."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from model import batch, build_model
+from report import MICRO_BATCHES, checksum, peak_without_memtrace, record_to_json, write_report
+from settled import init_settled_gloo
+
+from memtrace.config import TracerConfig
+from memtrace.sources.cpu import CpuEvents
+from memtrace.tracer import Tracer
+
+BUCKET_ELEMENTS = 20_000
+STEPS = 3
+VARIANTS: dict[str, dict[str, Any]] = {
+    "zero-0": {"stage": 0},
+    "zero-1": {"stage": 1},
+    "zero-2": {"stage": 2},
+    "zero-2-overlap": {"stage": 2, "overlap_comm": True},
+    "zero-3": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero-3-persistent": {"stage": 3, "stage3_param_persistence_threshold": 100},
+}
+
+
+def initialize(zero: dict[str, Any]) -> Any:
+    model = build_model()
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": MICRO_BATCHES,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"contiguous_gradients": True, "reduce_bucket_size": BUCKET_ELEMENTS, **zero},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "gradient_clipping": 1.0,
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+    return engine
+
+
+def steps(engine: Any, losses: list[float]) -> Iterator[None]:
+    """Trains; yields before the first step and after each one."""
+    yield
+    for step in range(STEPS):
+        for micro in range(MICRO_BATCHES):
+            loss = engine(**batch(dist.get_rank(), step * MICRO_BATCHES + micro)).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        yield
+
+
+def run(zero: dict[str, Any]) -> dict[str, Any]:
+    plain_losses: list[float] = []
+    plain: list[Any] = []
+
+    def train_plain() -> Iterator[None]:
+        plain.append(initialize(zero))
+        yield from steps(plain[0], plain_losses)
+
+    numels = [parameter.numel() for parameter in build_model().parameters()]
+    plain_peak = peak_without_memtrace(train_plain, step=2)
+    source = CpuEvents()
+    source.open()
+    engine = initialize(zero)
+    losses: list[float] = []
+    config = TracerConfig(strict=True, port=None, trace_every=0, device_poll_seconds=0)
+    with Tracer(engine, engine.optimizer, config, source=source, explicit_steps=True) as tracer:
+        training = steps(engine, losses)
+        for number, _ in enumerate(training):
+            if number:
+                tracer.end_step()
+            if number == STEPS - 1:
+                tracer.trace_next()
+            if number < STEPS:
+                tracer.begin_step()
+        records = [record_to_json(record) for record in tracer.history]
+    return {
+        "numels": numels,
+        "records": records,
+        "losses": losses,
+        "plain_losses": plain_losses,
+        "plain_peak": plain_peak,
+        "same_weights": checksum(engine.module) == checksum(plain[0].module),
+    }
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)
+    # Gloo alone: the shared-memory collectives would be compiled first, for minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    init_settled_gloo()
+    deepspeed.init_distributed(verbose=False)
+    wanted = os.environ["VARIANTS"].split(",")
+    write_report({name: run(VARIANTS[name]) for name in wanted})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
