@@ -71,6 +71,8 @@ class TracerConfig:
     """Tokens (samples x positions, padding included) of the largest micro batch that the run can meet: what the
     forecast of the peak is made for. None takes the lengths of the dataset where Trainer has them at hand, else the
     largest one seen."""
+    plan: str | os.PathLike[str] | None = None
+    """Plan of this run, as `memtrace plan --json` writes it: exported as `memtrace_plan_bytes` beside the measured."""
     device_poll_seconds: float = 1.0
     """Seconds between two readings of the device by the sampling thread. 0 reads at step ends only."""
     history: int = 256
@@ -84,7 +86,7 @@ class TracerConfig:
             _check_int("port", self.port, 0, 65535)
         if not isinstance(self.address, str) or not self.address:
             raise ConfigError(f"address must be a host name or an IP address, got {self.address!r}")
-        for name in ("log_dir", "textfile_dir", "tls_cert_file", "tls_key_file", "basic_auth_password_file"):
+        for name in ("log_dir", "plan", "textfile_dir", "tls_cert_file", "tls_key_file", "basic_auth_password_file"):
             path = getattr(self, name)
             if path is not None and (not isinstance(path, (str, os.PathLike)) or not os.fspath(path)):
                 raise ConfigError(f"{name} must be a path, got {path!r}")

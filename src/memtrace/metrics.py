@@ -205,8 +205,8 @@ PLAN = Metric(
     name="memtrace_plan_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
-    labels=("category",),
-    help="What the plan of this run expects of a category at the peak.",
+    labels=("category", "component", "dtype", "moment"),
+    help="What the plan of this run expects at the peak, in the labels of memtrace_memory_bytes.",
     absent="without a plan",
 )
 ALLOCATED = Metric(

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import memtrace
 from memtrace import metrics
 from memtrace.breakdown import AllocatorReading, DeviceReading, EntryKey, StepRecord
-from memtrace.categories import Moment
+from memtrace.categories import Category, Moment
 from memtrace.metrics import EXPORTED_MOMENTS, Metric
 from memtrace.risk_reading import PeakForecast, RiskReading
 from memtrace.snapshot import Snapshot
@@ -19,6 +19,9 @@ OTHER = "other"
 
 MAX_MEMORY_SERIES = 33
 """Series of `memtrace_memory_bytes`, all moments together: what `MAX_SERIES` leaves beside the plan and the rest."""
+
+MAX_PLAN_SERIES = len(Category)
+"""Series of `memtrace_plan_bytes`: one for each category at most."""
 
 Labels = dict[str, str]
 Sample = tuple[Labels, float | None]
@@ -91,7 +94,11 @@ def _memory(snapshot: Snapshot) -> Iterator[Sample]:
         for key, size in breakdown.entries.items()
     }
     for (moment, key), size in fold(sizes, MAX_MEMORY_SERIES).items():
-        yield {"category": key.category, "component": key.component, "dtype": key.dtype, "moment": moment}, size
+        yield _entry_labels(moment, key), size
+
+
+def _entry_labels(moment: Moment, key: EntryKey) -> Labels:
+    return {"category": key.category, "component": key.component, "dtype": key.dtype, "moment": moment}
 
 
 def _estimated(snapshot: Snapshot) -> Iterator[Sample]:
@@ -131,8 +138,9 @@ def _growth(snapshot: Snapshot) -> Iterator[Sample]:
 
 def _plan(snapshot: Snapshot) -> Iterator[Sample]:
     peak = snapshot.plan.get(Moment.PEAK)
-    for category, size in () if peak is None else peak.by_category().items():
-        yield {"category": category}, size
+    sizes = {} if peak is None else {(Moment.PEAK, key): size for key, size in peak.entries.items()}
+    for (moment, key), size in fold(sizes, MAX_PLAN_SERIES).items():
+        yield _entry_labels(moment, key), size
 
 
 READERS: Mapping[Metric, Reader] = MappingProxyType(
