@@ -1,0 +1,207 @@
+"""Law 4: attach and detach together change nothing, wherever the loop was when it ended."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from laws.families import FAMILIES, Combination, Recipe, Way
+from laws.loop import Loop
+from nothing_left import global_hooks_of_torch, memtrace_threads, recorders_of_torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from memtrace.config import TracerConfig
+from memtrace.sources.cpu import CpuEvents
+from memtrace.tracer import Tracer
+
+TRACED = TracerConfig(strict=True, port=None, step_log=False, trace_every=1)
+COUNTED = TracerConfig(strict=True, port=None, step_log=False, trace_every=0)
+ROWS = [Combination(family, Recipe.FP32, Way.PLAIN) for family in FAMILIES]
+
+
+class Broken(Exception):
+    """What the training loop raises."""
+
+
+def hooks_of(loop: Loop) -> dict[str, dict[Any, Any]]:
+    """Every hook on the model, its modules, its parameters and the optimizer, by where it is; empty places left out."""
+    owners: list[tuple[str, object]] = [("optimizer", loop.optimizer), *loop.model.named_modules()]
+    found = {
+        f"{name}.{attribute}": dict(value)
+        for name, owner in owners
+        for attribute, value in vars(owner).items()
+        if "hook" in attribute and isinstance(value, dict)
+    }
+    for name, parameter in [*loop.model.named_parameters(), *((f"master {i}", m) for i, m in enumerate(loop.masters))]:
+        for attribute in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            found[f"{name}.{attribute}"] = dict(getattr(parameter, attribute) or {})
+    return {place: hooks for place, hooks in found.items() if hooks}
+
+
+def methods_of(loop: Loop) -> dict[str, object]:
+    """What could have been replaced: attributes that the objects have of their own and that can be called."""
+    owners: list[tuple[str, object]] = [("optimizer", loop.optimizer), *loop.model.named_modules()]
+    return {
+        f"{name}.{attribute}": value
+        for name, owner in owners
+        for attribute, value in vars(owner).items()
+        if callable(value) and not isinstance(value, nn.Module)
+    }
+
+
+def operators_are_recorded() -> bool:
+    """Whether a profile made now sees operators: memtrace switches them off while it records."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        torch.ones(3).add(1)
+    return "aten::add" in {event.key for event in profiler.key_averages()}
+
+
+@contextmanager
+def unchanged(loop: Loop) -> Iterator[None]:
+    """Asserts that model, optimizer, torch and the process are afterwards as they were before."""
+    hooks, methods, registries = hooks_of(loop), methods_of(loop), global_hooks_of_torch()
+    threads = set(threading.enumerate())
+    yield
+    assert hooks_of(loop) == hooks
+    assert methods_of(loop) == methods
+    assert global_hooks_of_torch() == registries
+    assert recorders_of_torch() == {}
+    assert memtrace_threads() == []
+    assert set(threading.enumerate()) <= threads
+    assert operators_are_recorded()
+
+
+def fail(*_: object) -> None:
+    raise Broken
+
+
+@contextmanager
+def broken_forward(loop: Loop) -> Iterator[None]:
+    """Makes the last module of the model raise."""
+    handle = list(loop.model.modules())[-1].register_forward_pre_hook(fail)
+    yield
+    handle.remove()
+
+
+@contextmanager
+def broken_backward(loop: Loop) -> Iterator[None]:
+    """Makes the gradient of one parameter raise."""
+    handle = loop.trainable[len(loop.trainable) // 2].register_hook(fail)
+    yield
+    handle.remove()
+
+
+@contextmanager
+def broken_optimizer(loop: Loop) -> Iterator[None]:
+    """Makes the optimizer raise in the middle of its step."""
+    group = loop.optimizer.param_groups[-1]
+    betas, group["betas"] = group["betas"], None
+    yield
+    group["betas"] = betas
+
+
+BREAKS: dict[str, Callable[[Loop], Any]] = {
+    "forward": broken_forward,
+    "backward": broken_backward,
+    "optimizer": broken_optimizer,
+}
+
+
+@pytest.mark.parametrize("config", [TRACED, COUNTED], ids=["traced", "counted"])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_after_a_run_everything_is_as_before(row: Combination, config: TracerConfig) -> None:
+    """Every family: hooks, methods, threads and recorders."""
+    loop = Loop(row)
+    with unchanged(loop):
+        with Tracer(loop.model, loop.optimizer, config) as tracer:
+            assert hooks_of(loop)
+            loop.step()
+            loop.step()
+        assert not tracer.attached
+
+
+@pytest.mark.parametrize("part", BREAKS)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_after_an_exception_everything_is_as_before(row: Combination, part: str) -> None:
+    """It reaches the caller as it is, out of a traced step, and nothing stays behind."""
+    loop = Loop(row)
+    loop.step()
+    expected = TypeError if part == "optimizer" else Broken
+    with unchanged(loop), BREAKS[part](loop):
+        before = hooks_of(loop)
+        with pytest.raises(expected), Tracer(loop.model, loop.optimizer, TRACED):
+            loop.step()
+        assert hooks_of(loop) == before
+
+
+@pytest.mark.parametrize("moment", ["attached", "forward", "backward"])
+def test_detach_in_the_middle_of_a_traced_step(moment: str) -> None:
+    """By hand, between any two lines of the loop."""
+    loop = Loop(ROWS[0])
+    loop.step()
+    tracer = Tracer(loop.model, loop.optimizer, TRACED)
+    with unchanged(loop):
+        tracer.attach()
+        if moment != "attached":
+            loss = loop.combination.family.loss(loop.model, loop.combination.batch())
+            if moment == "backward":
+                loss.backward()
+        tracer.detach()
+    loop.step()
+
+
+def test_detach_twice_and_attach_again() -> None:
+    """The second detach does nothing; a tracer can be attached again and goes on counting."""
+    loop = Loop(ROWS[0])
+    tracer = Tracer(loop.model, loop.optimizer, TRACED)
+    with unchanged(loop):
+        for steps in (1, 2):
+            tracer.attach()
+            tracer.attach()
+            loop.step()
+            tracer.detach()
+            tracer.detach()
+            assert tracer.snapshot().totals.steps == steps
+    assert [record.step for record in tracer.history] == [1, 2]
+
+
+def test_detached_inside_the_forward_pass() -> None:
+    """A user's hook that detaches while memtrace's own hooks are running."""
+    loop = Loop(Combination(FAMILIES[0], Recipe.FP32, Way.PLAIN))
+    tracer = Tracer(loop.model, loop.optimizer, TRACED)
+    with unchanged(loop):
+        tracer.attach()
+        handle = list(loop.model.modules())[-1].register_forward_pre_hook(lambda *_: tracer.detach())
+        loop.step()
+        handle.remove()
+    assert tracer.latest is None
+
+
+def test_a_half_failed_attach_leaves_nothing() -> None:
+    """An optimizer that refuses hooks: the error is the caller's, and the hooks that were installed are gone."""
+
+    class Refusing(torch.optim.SGD):
+        def register_step_post_hook(self, hook: Any) -> Any:
+            raise Broken
+
+    loop = Loop(Combination(FAMILIES[0], Recipe.FP32, Way.PLAIN))
+    loop.optimizer = Refusing(loop.trainable, lr=0.1)
+    with unchanged(loop), pytest.raises(Broken):
+        Tracer(loop.model, loop.optimizer, TRACED).attach()
+
+
+def test_a_tracer_that_is_dropped_inside_a_window_from_birth() -> None:
+    """A window that was begun before the tracer is closed by its detach."""
+    source = CpuEvents()
+    assert source.open()
+    loop = Loop(ROWS[0])
+    tracer = Tracer(loop.model, loop.optimizer, TRACED, source=source)
+    with unchanged(loop):
+        tracer.attach()
+        tracer.detach()
+        assert not source.is_open
