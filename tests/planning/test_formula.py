@@ -136,6 +136,7 @@ class TestEngines:
         """Without activations the peak is in the step: 16-bit gradients and a float32 copy of this rank's share."""
         peak = plan_by_formula(request(sharding=sharded(ZERO_STAGES[stage], 2))).moments[Moment.PEAK]
         assert peak.entries[EntryKey(Category.GRADIENTS, "", "float32")] == 16 * GB
+        assert peak.entries[EntryKey(Category.GRADIENTS, "", "bfloat16")] == 8 * GB
         assert peak[Category.COMM_BUFFERS] == 0
 
     def test_zero_keeps_masters_whatever_the_recipe(self) -> None:

@@ -16,7 +16,7 @@ from memtrace.planning.request import PlanRequest
 from memtrace.planning.sharding import ZERO_STAGES, Offload, Sharding, Strategy
 from memtrace.units import parse_bytes
 
-_COUNT = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d{1,3})?)\s*([kKmMbBtT]?)\s*")
+_COUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})?)\s*([kKmMbBtT]?)\s*")
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 

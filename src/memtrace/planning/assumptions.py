@@ -25,7 +25,9 @@ def of(request: PlanRequest) -> Iterator[str]:
         )
     if recipe.name == "qlora":
         yield "All base weights are quantized; embeddings and head, which libraries leave in bfloat16, take more."
-    if recipe.casts and request.sharding.strategy is not Strategy.FSDP:
+    if recipe.casts and request.sharding.strategy is Strategy.ZERO3:
+        yield "Autocast copies are counted for one unit: the linear layers of ZeRO 3 do not keep them."
+    elif recipe.casts and request.sharding.strategy is not Strategy.FSDP:
         yield "Autocast copies are counted for all trained parameters; embeddings and norms are not cast."
     if request.optimizer.note:
         yield request.optimizer.note

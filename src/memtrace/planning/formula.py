@@ -46,9 +46,9 @@ def plan_by_formula(request: PlanRequest) -> Plan:
         Moment.STEP_END: standing,
     }
     backward = waiting + forward + gathered + list(step.reduction())
-    update = waiting + list(step.update())
+    update = always + list(step.update())
     peak = max(backward, update, key=_total)
-    low = max(_total(held_in_forward + forward), _total(update))
+    low = max(map(_total, (held_in_forward + forward, waiting, update)))
     high = max(_total(backward), _total(update) + step.foreach_bytes())
     return Plan(
         recipe=request.recipe.name,
@@ -151,17 +151,22 @@ class _Step:
             yield _part(Category.GRADIENTS, "unsharded", compute, trained)
 
     def update(self) -> Iterator[Part]:
-        """Yields what the optimizer's step adds, without torch's foreach temporaries."""
+        """Yields the gradients that the optimizer's step works on, and what it allocates; not foreach temporaries.
+
+        DeepSpeed's ZeRO optimizers copy the gradients of this rank's share to float32, and in stage 1 have dropped
+        the others by then (stage_1_and_2.py, `step`; stage3.py, `_prepare_fp32_grad_for_sub_group`).
+        """
         trainable = self._request.trainable
-        if not trainable or self._offload is not Offload.NONE or self._recipe.gradients_persist:
+        if not trainable or self._offload is not Offload.NONE:
             return
-        if self._strategy is Strategy.ZERO0:
+        copied = self._sharding.copies_gradients and self._recipe.gradients != "float32"
+        share = self._sharding.share(trainable)
+        yield _part(Category.GRADIENTS, "", self._recipe.gradients, share) if copied else self._gradient_part()
+        if copied:
+            at_a_time = min(share, ZERO3_SUB_GROUP) if self._strategy is Strategy.ZERO3 else share
+            yield _part(Category.GRADIENTS, "", "float32", at_a_time)
+        elif self._strategy is Strategy.ZERO0:
             yield _part(Category.COMM_BUFFERS, "reduce", self._recipe.gradients, min(trainable, ZERO_REDUCE_BUCKET))
-        elif self._sharding.copies_gradients and self._recipe.gradients != "float32":
-            elements = self._sharding.share(trainable)
-            if self._strategy is Strategy.ZERO3:
-                elements = min(elements, ZERO3_SUB_GROUP)
-            yield _part(Category.GRADIENTS, "", "float32", elements)
 
     def foreach_bytes(self) -> int:
         """Returns what torch's foreach step would allocate besides; 0 where DeepSpeed brings its own optimizer."""
