@@ -60,15 +60,16 @@ def from_blocks(
     Returns:
         One holding a block, and whether the split of untagged blocks is an estimate.
     """
-    tags = _strongest(known)
+    live = list(blocks)
+    tags = _strongest(known, {block.address: block.nbytes for block in live})
     holdings: list[Holding] = []
     untagged: list[Block] = []
-    for block in blocks:
-        found = tags.get(block.address)
-        if found is None or (found.tag.category in _SAVED_FOR_BACKWARD and found.nbytes != block.nbytes):
+    for block in live:
+        tag = tags.get(block.address)
+        if tag is None:
             untagged.append(block)
         else:
-            holdings.append(Holding(address=block.address, nbytes=block.nbytes, key=EntryKey(*found.tag)))
+            holdings.append(Holding(address=block.address, nbytes=block.nbytes, key=EntryKey(*tag)))
     holdings += _take_hidden(untagged, hidden)
     lingering = _lingering_bytes(holdings, sum(block.nbytes for block in untagged), step)
     for block in sorted(untagged, key=lambda block: -block.nbytes):
@@ -134,20 +135,17 @@ def bounded(entries: Mapping[EntryKey, int]) -> Mapping[EntryKey, int]:
     return ordered_entries(kept)
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    nbytes: int
-    tag: Tag
-
-
-def _strongest(known: Iterable[TagEvent]) -> Mapping[int, _Known]:
-    tags: dict[int, _Known] = {}
+def _strongest(known: Iterable[TagEvent], live: Mapping[int, int]) -> Mapping[int, Tag]:
+    """Returns the strongest tag of each live address, given the sizes of the blocks that are there."""
+    tags: dict[int, Tag] = {}
     for found in known:
-        if found.tag is None:
+        if found.tag is None or found.address not in live:
+            continue
+        if found.tag.category in _SAVED_FOR_BACKWARD and found.nbytes != live[found.address]:
             continue
         before = tags.get(found.address)
-        if before is None or PRECEDENCE[found.tag.category] <= PRECEDENCE[before.tag.category]:
-            tags[found.address] = _Known(found.nbytes, found.tag)
+        if before is None or PRECEDENCE[found.tag.category] <= PRECEDENCE[before.category]:
+            tags[found.address] = found.tag
     return tags
 
 

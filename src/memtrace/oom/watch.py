@@ -183,11 +183,20 @@ class OomWatch:
 
     def _facts(self) -> ModelFacts:
         return ModelFacts(
-            checkpointing=bool(getattr(self._model, "is_gradient_checkpointing", False)),
+            checkpointing=_checkpoints(self._model),
             repeated_blocks=repeated_blocks(self._model),
             sharded=any(engine.shards for engine in self._scan.engines),
             foreach=any(_works_on_lists(optimizer, self._ledger.device) for optimizer in self._scan.optimizers),
         )
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Whether a model of transformers has activation checkpointing on; the older name is asked where it is the one."""
+    inner = getattr(model, "module", model)
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        if hasattr(inner, name):
+            return bool(getattr(inner, name))
+    return False
 
 
 def _phase(step: StepInFlight | None) -> Phase:

@@ -63,6 +63,9 @@ class FailureRelay:
 
     def _unsubscribe(self, number: int) -> None:
         self._subscribers.pop(number, None)
+        self._unchain_if_idle()
+
+    def _unchain_if_idle(self) -> None:
         if not self._subscribers and sys.excepthook is self._chained:
             sys.excepthook = self._before
             self._chained = None
@@ -73,6 +76,7 @@ class FailureRelay:
         self._subscribers = {
             number: methods for number, methods in self._subscribers.items() if not forked and methods[0]() is not None
         }
+        self._unchain_if_idle()
 
     def _allocation_failed(self, device: int, requested: int, total: int, free: int) -> None:
         if self._pid != os.getpid():
