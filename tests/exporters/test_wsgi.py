@@ -185,11 +185,11 @@ def test_a_forked_child_does_not_keep_the_port() -> None:
     script = """
         child = os.fork()
         if child == 0:
-            print("forked", flush=True)
+            os.write(1, b"forked\\n")  # whole lines: two processes write here
             sys.stdin.read()
             os._exit(0)
-        print(server.server_port, flush=True)
-        time.sleep(600)
+        os.write(1, f"{server.server_port}\\n".encode())
+        time.sleep(60)
     """
     with run(script) as process:
         assert process.stdin is not None
