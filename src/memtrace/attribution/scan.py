@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ class Scan:
         ConfigError: there is no optimizer, or one of them updates neither the model nor copies of its parameters.
     """
 
-    def __init__(self, model: nn.Module, optimizers: object | Sequence[object]) -> None:
+    def __init__(self, model: nn.Module, optimizers: Any) -> None:
         given = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
         if not given:
             raise ConfigError("a tracer needs at least one optimizer, got none")
@@ -95,7 +96,7 @@ class Scan:
         gradients += [gradient for engine in self.engines for gradient in engine.gradients()]
         return gradient_bytes(gradients, device)
 
-    def gradient_leaves(self) -> Iterator[torch.Tensor]:
+    def gradient_leaves(self) -> Iterator[nn.Parameter]:
         """Yields every tensor that autograd accumulates a gradient into."""
         yield from self._model.parameters()
         for engine in self.engines:

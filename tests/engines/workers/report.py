@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from all_threads import AllThreadsEvents
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from memtrace.breakdown import StepRecord
-from memtrace.sources.cpu import CpuEvents
 
 MICRO_BATCHES = 2
 
@@ -49,22 +49,32 @@ def peak_without_memtrace(train: Callable[[], Iterable[object]], step: int) -> i
         step: the number of the step, from 1.
     """
     gc.collect()
-    source = CpuEvents()
+    source = AllThreadsEvents()
     assert source.open(), "another profiler records"
     marks = []
     for _ in train():
         marks.append(time.time_ns())
     window = source.close()
-    assert window.running_totals is not None
-    before = window.running_totals[0] - window.events[0].delta
-    totals = zip(window.events, window.running_totals, strict=True)
-    in_step = [total - before for event, total in totals if marks[step - 1] <= event.time_ns <= marks[step]]
-    return max(in_step)
+    position = marks[step - 1], marks[step]
+    total, peak = 0, 0
+    live: dict[int, int] = {}
+    for event in window.events:
+        if event.delta > 0:
+            total += event.delta - live.pop(event.address, 0)
+            live[event.address] = event.delta
+        else:
+            total -= live.pop(event.address, 0)
+        if position[0] <= event.time_ns <= position[1]:
+            peak = max(peak, total)
+    return peak
 
 
 def checksum(model: nn.Module) -> list[float]:
     """Returns a sum of each parameter that differs where one bit of it does, nearly always."""
-    return [float(local(p).double().mul(torch.arange(1, local(p).numel() + 1).view_as(local(p))).sum()) for p in model.parameters()]
+    return [
+        float(local(p).double().mul(torch.arange(1, local(p).numel() + 1).view_as(local(p))).sum())
+        for p in model.parameters()
+    ]
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:

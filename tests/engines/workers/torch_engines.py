@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from all_threads import AllThreadsEvents
 from model import batch, build_model
 from report import MICRO_BATCHES, checksum, peak_without_memtrace, record_to_json, write_report
-from settled import init_settled_gloo
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memtrace.attribution.engines import find_engines
 from memtrace.config import TracerConfig
-from memtrace.sources.cpu import CpuEvents
 from memtrace.tracer import Tracer
 
 STEPS = 3
@@ -73,7 +72,7 @@ def run(name: str) -> dict[str, Any]:
 
     numels = [parameter.numel() for parameter in build_model().parameters()]
     plain_peak = peak_without_memtrace(train_plain, step=2)
-    source = CpuEvents()
+    source = AllThreadsEvents()
     source.open()
     model = build(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -91,6 +90,7 @@ def run(name: str) -> dict[str, Any]:
     return {
         "engines": [engine.name for engine in find_engines(model, [optimizer])],
         "numels": numels,
+        "names": [name for name, _ in build_model().named_parameters()],
         "shapes": [list(parameter.shape) for parameter in build_model().parameters()],
         "records": records,
         "losses": losses,
@@ -101,7 +101,7 @@ def run(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    init_settled_gloo()
+    dist.init_process_group("gloo")
     write_report({name: run(name) for name in os.environ["VARIANTS"].split(",")})
     dist.barrier()
     dist.destroy_process_group()

@@ -9,12 +9,13 @@ from typing import Any
 
 import deepspeed
 import torch.distributed as dist
+from all_threads import AllThreadsEvents
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from model import batch, build_model
 from report import MICRO_BATCHES, checksum, peak_without_memtrace, record_to_json, write_report
-from settled import init_settled_gloo
 
 from memtrace.config import TracerConfig
-from memtrace.sources.cpu import CpuEvents
 from memtrace.tracer import Tracer
 
 BUCKET_ELEMENTS = 20_000
@@ -55,6 +56,18 @@ def steps(engine: Any, losses: list[float]) -> Iterator[None]:
         yield
 
 
+def estimate(stage: int, numels: list[int]) -> int | None:
+    """Returns the bytes a GPU that DeepSpeed's own estimators tell; there is none for ZeRO 0 and 1."""
+    ranks = dist.get_world_size()
+    if stage == 2:
+        return estimate_zero2_model_states_mem_needs(sum(numels), ranks, cpu_offload=False)[1]
+    if stage == 3:
+        return estimate_zero3_model_states_mem_needs(
+            sum(numels), max(numels), ranks, cpu_offload=False, cpu_offload_params=False
+        )[1]
+    return None
+
+
 def run(zero: dict[str, Any]) -> dict[str, Any]:
     plain_losses: list[float] = []
     plain: list[Any] = []
@@ -65,7 +78,7 @@ def run(zero: dict[str, Any]) -> dict[str, Any]:
 
     numels = [parameter.numel() for parameter in build_model().parameters()]
     plain_peak = peak_without_memtrace(train_plain, step=2)
-    source = CpuEvents()
+    source = AllThreadsEvents()
     source.open()
     engine = initialize(zero)
     losses: list[float] = []
@@ -82,6 +95,7 @@ def run(zero: dict[str, Any]) -> dict[str, Any]:
         records = [record_to_json(record) for record in tracer.history]
     return {
         "numels": numels,
+        "estimate": estimate(zero["stage"], numels),
         "records": records,
         "losses": losses,
         "plain_losses": plain_losses,
@@ -94,7 +108,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     # Gloo alone: the shared-memory collectives would be compiled first, for minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    init_settled_gloo()
+    dist.init_process_group("gloo")
     deepspeed.init_distributed(verbose=False)
     wanted = os.environ["VARIANTS"].split(",")
     write_report({name: run(VARIANTS[name]) for name in wanted})

@@ -129,7 +129,7 @@ class DeepSpeedEngine(Engine):
         """Claims the full weights of a module."""
         for parameter in module.parameters(recurse=False):
             role = self.role_of(parameter)
-            if role is not None and parameter.numel() == parameter.ds_numel:
+            if role is not None and parameter.numel() == getattr(parameter, "ds_numel", None):
                 ledger.claim(parameter, role.category, role.component)
                 self._gathered[parameter.data_ptr()] = parameter
         for registry in self._in_flight:

@@ -1,0 +1,89 @@
+"""DistributedDataParallel on two ranks, from birth, with `no_sync` for all micro batches but the last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from entries import sum_of, total, traced
+from tables import check_table, per_parameter
+
+VARIANTS = ("ddp", "ddp-view")
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def runs(launch) -> list[dict[str, Any]]:
+    return launch("torch_engines.py", VARIANTS=",".join(VARIANTS))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_categories_add_up(runs, variant, rank):
+    """On every traced step and moment the categories are what was allocated, byte for byte."""
+    steps = list(traced(runs[rank][variant]))
+    assert len(steps) == 2
+    for step in steps:
+        for moment in step["moments"].values():
+            assert sum_of(moment) == moment["allocated_bytes"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_training_is_the_same(runs, variant, rank):
+    """Losses and final weights are those of the run without memtrace; the engine was found."""
+    run = runs[rank][variant]
+    assert run["losses"] == run["plain_losses"]
+    assert run["same_weights"]
+    assert run["engines"] == ["DDP"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_everything_is_whole_on_each_rank(runs, variant, rank):
+    """Weights, gradients and both moments have four bytes a parameter; nothing is padded."""
+    run = runs[rank][variant]
+    size = 4 * sum(run["numels"])
+    for step in traced(run):
+        moment = step["moments"]["backward_end"]
+        assert total(moment, "weights") == size
+        assert total(moment, "gradients") == size
+        assert total(moment, "optimizer_state", "exp_avg") == size
+        assert total(moment, "optimizer_state", "exp_avg_sq") == size
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_buckets_are_a_second_copy_of_the_gradients(runs, rank):
+    """In the step in which the reducer rebuilds its buckets, and in a later one whose window opened after that."""
+    run = runs[rank]["ddp"]
+    for step in traced(run):
+        for moment in ("backward_end", "step_end", "peak"):
+            assert total(step["moments"][moment], "comm_buffers", "bucket", "float32") == 4 * sum(run["numels"])
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_gradients_that_are_views_need_no_buckets(runs, rank):
+    """With `gradient_as_bucket_view` the bucket is the gradient."""
+    for step in traced(runs[rank]["ddp-view"]):
+        for moment in step["moments"].values():
+            assert total(moment, "comm_buffers") == 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hardly_anything_is_unattributed(runs, variant):
+    """At the peak at most 1 % is claimed by nobody: the loss that the loop keeps."""
+    for run in (rank[variant] for rank in runs):
+        for step in traced(run):
+            peak = step["moments"]["peak"]
+            assert total(peak, "unattributed") <= 0.01 * peak["allocated_bytes"]
+
+
+def test_the_page_has_the_measured_bytes(runs):
+    """docs/engines.md shows rank 0."""
+    rows = []
+    for variant, label in (("ddp", "default"), ("ddp-view", "`gradient_as_bucket_view`")):
+        run = runs[0][variant]
+        moment = list(traced(run))[-1]["moments"]["backward_end"]
+        parts = [total(moment, name) for name in ("weights", "gradients", "optimizer_state", "comm_buffers")]
+        rows.append([label, *(per_parameter(part, sum(run["numels"])) for part in parts)])
+    check_table("ddp", ["", "weights", "gradients", "optimizer state", "comm_buffers"], rows)

@@ -1,0 +1,188 @@
+"""DeepSpeed ZeRO 0 to 3 with bf16 weights and fp32 masters, two ranks, gradient accumulation 2, from birth."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from entries import sum_of, total, traced
+from tables import check_table, per_parameter
+
+STAGES = ("zero-0", "zero-1", "zero-2", "zero-2-overlap", "zero-3", "zero-3-persistent")
+RANKS = 2
+BUCKET_BYTES = 2 * 20_000
+
+
+@pytest.fixture(scope="module")
+def runs(launch) -> list[dict[str, Any]]:
+    return launch("zero.py", VARIANTS=",".join(STAGES))
+
+
+def padded(numels: list[int], stage: str) -> int:
+    """Elements of all parameters as the stage pads them, over all ranks.
+
+    ZeRO 1 and 2 pad the flat buffer to two elements (4 bytes of bf16) a rank; ZeRO 3 pads each parameter to the ranks.
+    """
+    if stage.startswith("zero-3"):
+        return sum(RANKS * math.ceil(numel / RANKS) for numel in numels)
+    if stage == "zero-0":
+        return sum(numels)
+    return 2 * RANKS * math.ceil(sum(numels) / (2 * RANKS))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_categories_add_up(runs, stage, rank):
+    """On every traced step and moment the categories are what was allocated, byte for byte."""
+    steps = list(traced(runs[rank][stage]))
+    assert len(steps) == 2
+    for step in steps:
+        assert {"forward_end", "backward_end", "step_end", "peak"} == set(step["moments"])
+        for moment in step["moments"].values():
+            assert sum_of(moment) == moment["allocated_bytes"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_training_is_the_same(runs, stage, rank):
+    """Losses and final weights are those of the run without memtrace."""
+    run = runs[rank][stage]
+    assert run["losses"] == run["plain_losses"]
+    assert run["same_weights"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_persistent_categories_have_their_closed_form(runs, stage, rank):
+    """Weights are sharded from stage 3 on, masters and optimizer state from stage 1 on; the rest is padding."""
+    run = runs[rank][stage]
+    elements = padded(run["numels"], stage)
+    weights = elements // RANKS if stage.startswith("zero-3") else elements
+    state = elements if stage == "zero-0" else elements // RANKS
+    for step in traced(run):
+        for moment in step["moments"].values():
+            assert total(moment, "weights", "trainable", "bfloat16") == 2 * weights
+            assert total(moment, "master_weights", "", "float32") == 4 * state
+            assert total(moment, "optimizer_state", "exp_avg", "float32") == 4 * state
+            assert total(moment, "optimizer_state", "exp_avg_sq", "float32") == 4 * state
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_gradients_have_their_closed_form(runs, stage, rank):
+    """At the end of the backward pass: whole in stages 0 and 1, this rank's partition in stages 2 and 3.
+
+    ZeRO-2 keeps each gradient that lies in its partition, or in a part of it, whole; with accumulation once for the
+    sum so far and once for the micro batch that just ended.
+    """
+    run = runs[rank][stage]
+    elements = sum(run["numels"])
+    for step in traced(run):
+        gradients = total(step["moments"]["backward_end"], "gradients", None, "bfloat16")
+        if stage in ("zero-0", "zero-1"):
+            assert gradients == 2 * elements
+        elif stage.startswith("zero-2"):
+            assert gradients == 2 * 2 * sum(in_partition(run["numels"], rank))
+        else:
+            assert gradients == 2 * padded(run["numels"], stage) // RANKS
+
+
+def in_partition(numels: list[int], rank: int) -> list[int]:
+    """Elements of the parameters of which a part lies in this rank's half of the flat buffer."""
+    size = padded(numels, "zero-2") // RANKS
+    begin, found = 0, []
+    for numel in numels:
+        if begin < (rank + 1) * size and begin + numel > rank * size:
+            found.append(numel)
+        begin += numel
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_the_optimizer_sees_a_float32_partition(runs, stage):
+    """Right before the inner optimizer steps, ZeRO 1 and up hold this rank's gradients in float32, once."""
+    for run in (rank[stage] for rank in runs):
+        size = 4 * padded(run["numels"], stage) // RANKS
+        found = {total(m, "gradients", None, "float32") for s in traced(run) for m in s["moments"].values()}
+        assert found <= {0, size}
+
+
+@pytest.mark.parametrize(("stage", "buckets"), [("zero-1", 1), ("zero-2", 1), ("zero-2-overlap", 2), ("zero-3", 1)])
+def test_the_reduction_has_its_buckets(runs, stage, buckets):
+    """During the backward pass there is one bucket of the configured size, two where reduction overlaps."""
+    for run in (rank[stage] for rank in runs):
+        for step in traced(run):
+            assert total(step["moments"]["backward_end"], "comm_buffers", "reduce") == buckets * BUCKET_BYTES
+
+
+def test_small_parameters_that_zero_3_keeps_gathered_are_weights(runs):
+    """Parameters below the persistence threshold stay whole between steps, beside their shards."""
+    for run in (rank["zero-3-persistent"] for rank in runs):
+        kept = [RANKS * math.ceil(numel / RANKS) for numel in run["numels"] if numel < 100]
+        for step in traced(run):
+            assert total(step["moments"]["step_end"], "weights", "gathered") == 2 * sum(kept)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_hardly_anything_is_unattributed(runs, stage):
+    """At the peak at most 1 % is claimed by nobody: the loss that the loop keeps, and scalars of the engine."""
+    for run in (rank[stage] for rank in runs):
+        for step in traced(run):
+            peak = step["moments"]["peak"]
+            assert total(peak, "unattributed") <= 0.01 * peak["allocated_bytes"]
+
+
+@pytest.fixture(scope="module")
+def one_rank(launch) -> dict[str, Any]:
+    return launch("zero.py", processes=1, VARIANTS="zero-0,zero-1,zero-2")[0]
+
+
+@pytest.mark.parametrize("stage", ["zero-0", "zero-1"])
+def test_one_rank_has_the_sixteen_bytes(one_rank, stage):
+    """Weights 2, masters 4, gradients 2, exp_avg 4 and exp_avg_sq 4 bytes a parameter, but for one of padding."""
+    run = one_rank[stage]
+    parameters = sum(run["numels"])
+    proportions = {
+        ("weights", "trainable"): 2,
+        ("master_weights", ""): 4,
+        ("gradients", ""): 2,
+        ("optimizer_state", "exp_avg"): 4,
+        ("optimizer_state", "exp_avg_sq"): 4,
+    }
+    for step in traced(run):
+        moment = step["moments"]["backward_end"]
+        for (category, component), width in proportions.items():
+            assert total(moment, category, component) - width * parameters in (0, width)
+
+
+def test_zero_2_on_one_rank_holds_the_gradients_twice_while_it_accumulates(one_rank):
+    """The sum of the micro batches so far and the micro batch that just ended, both whole in bf16."""
+    run = one_rank["zero-2"]
+    for step in traced(run):
+        assert total(step["moments"]["backward_end"], "gradients") == 2 * 2 * sum(run["numels"])
+
+
+def test_the_page_has_the_measured_bytes(runs):
+    """docs/engines.md shows rank 0 beside the ZeRO paper's figures and DeepSpeed's own estimator."""
+    rows = []
+    for stage in ("zero-0", "zero-1", "zero-2", "zero-3"):
+        run = runs[0][stage]
+        parameters = sum(run["numels"])
+        moment = next(traced(run))["moments"]["backward_end"]
+        parts = [total(moment, name) for name in ("weights", "master_weights", "gradients", "optimizer_state")]
+        estimate = run["estimate"]
+        rows.append(
+            [
+                stage.replace("zero-", "ZeRO-"),
+                *(per_parameter(part, parameters) for part in [*parts, sum(parts)]),
+                PAPER[stage],
+                "-" if estimate is None else per_parameter(estimate, parameters),
+            ]
+        )
+    header = ["", "weights", "masters", "gradients", "optimizer state", "sum", "ZeRO paper", "DeepSpeed's estimator"]
+    check_table("deepspeed", header, rows)
+
+
+PAPER = {"zero-0": "16.00", "zero-1": "10.00", "zero-2": "9.00", "zero-3": "8.00"}
+"""2 + 2 + 12, of which each stage divides more by two ranks (Rajbhandari et al., 2020, figure 1)."""

@@ -1,0 +1,124 @@
+"""FSDP2 on two ranks, from birth: float32 and bf16 to compute, resharded after the forward pass and not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from entries import sum_of, total, traced
+from tables import check_table, per_parameter
+
+VARIANTS = ("fsdp", "fsdp-keep", "fsdp-bf16", "fsdp-bf16-keep")
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def runs(launch) -> list[dict[str, Any]]:
+    return launch("torch_engines.py", VARIANTS=",".join(VARIANTS))
+
+
+def sharded(shapes: list[list[int]], rank: int | None = None) -> int:
+    """Elements of this rank's shards: whole rows; for `rank` None with the padding to the same number on each rank."""
+    elements = 0
+    for rows, *rest in shapes:
+        most = math.ceil(rows / RANKS)
+        own = most if rank is None else min(most, rows - rank * most)
+        elements += own * math.prod(rest)
+    return elements
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_categories_add_up(runs, variant, rank):
+    """On every traced step and moment the categories are what was allocated, byte for byte."""
+    steps = list(traced(runs[rank][variant]))
+    assert len(steps) == 2
+    for step in steps:
+        for moment in step["moments"].values():
+            assert sum_of(moment) == moment["allocated_bytes"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_training_is_the_same(runs, variant, rank):
+    """Losses and final shards are those of the run without memtrace; the engine was found."""
+    run = runs[rank][variant]
+    assert run["losses"] == run["plain_losses"]
+    assert run["same_weights"]
+    assert run["engines"] == ["FSDP2"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_shards_have_their_closed_form(runs, variant, rank):
+    """Shards are masters where bf16 computes and weights where float32 does; state is that of the unpadded rows."""
+    run = runs[rank][variant]
+    held, other = ("master_weights", "weights") if "bf16" in variant else ("weights", "master_weights")
+    for step in traced(run):
+        for moment in step["moments"].values():
+            assert total(moment, held, None, "float32") == 4 * sharded(run["shapes"])
+            assert total(moment, other) == 0
+            assert total(moment, "optimizer_state", "exp_avg") == 4 * sharded(run["shapes"], rank)
+            assert total(moment, "optimizer_state", "exp_avg_sq") == 4 * sharded(run["shapes"], rank)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_reduced_gradients_have_their_closed_form(runs, variant, rank):
+    """After the backward pass this rank has the gradients of its shards in float32, padded like them."""
+    run = runs[rank][variant]
+    for step in traced(run):
+        moment = step["moments"]["backward_end"]
+        assert total(moment, "gradients", "", "float32") == 4 * sharded(run["shapes"])
+
+
+@pytest.mark.parametrize("variant", ["fsdp-keep", "fsdp-bf16-keep"])
+def test_without_resharding_all_weights_are_gathered_after_the_forward_pass(runs, variant):
+    """They are transient, whole, padded, and in the precision that computes; after the step they are gone."""
+    kind, width = ("bfloat16", 2) if "bf16" in variant else ("float32", 4)
+    for run in (rank[variant] for rank in runs):
+        for step in traced(run):
+            gathered = total(step["moments"]["forward_end"], "transient_weights", "all_gather", kind)
+            assert gathered == RANKS * width * sharded(run["shapes"])
+            assert total(step["moments"]["step_end"], "transient_weights") == 0
+
+
+@pytest.mark.parametrize(("variant", "width"), [("fsdp", 4), ("fsdp-bf16", 2)])
+def test_with_resharding_only_the_root_is_gathered_after_the_forward_pass(runs, variant, width):
+    """The layers' copies are freed after each layer; FSDP keeps those of the root module for the backward pass."""
+    for run in (rank[variant] for rank in runs):
+        layers = [shape for shape, name in zip(run["shapes"], run["names"], strict=True) if "encoder.layer" in name]
+        root = sharded(run["shapes"]) - sharded(layers)
+        for step in traced(run):
+            assert total(step["moments"]["forward_end"], "transient_weights") == RANKS * width * root
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_hardly_anything_is_unattributed(runs, variant):
+    """At the peak at most 1 % is claimed by nobody: the loss that the loop keeps."""
+    for run in (rank[variant] for rank in runs):
+        for step in traced(run):
+            peak = step["moments"]["peak"]
+            assert total(peak, "unattributed") <= 0.01 * peak["allocated_bytes"]
+
+
+def test_the_page_has_the_measured_bytes(runs):
+    """docs/engines.md shows rank 0."""
+    names = {
+        "fsdp": "float32, reshard",
+        "fsdp-keep": "float32, keep",
+        "fsdp-bf16": "bf16, reshard",
+        "fsdp-bf16-keep": "bf16, keep",
+    }
+    rows = []
+    for variant, label in names.items():
+        run = runs[0][variant]
+        moments = next(traced(run))["moments"]
+        parts = [
+            total(moments["backward_end"], name)
+            for name in ("weights", "master_weights", "gradients", "optimizer_state")
+        ]
+        parts.append(total(moments["forward_end"], "transient_weights"))
+        rows.append([label, *(per_parameter(part, sum(run["numels"])) for part in parts)])
+    check_table("fsdp", ["", "weights", "masters", "gradients", "optimizer state", "gathered copies"], rows)
