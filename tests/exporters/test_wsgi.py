@@ -166,14 +166,23 @@ def test_requests_are_not_logged(server: BoundedServer, capfd: pytest.CaptureFix
 
 
 def run(script: str) -> subprocess.Popen[str]:
-    """Starts a program that serves `hello` as `server`, in a process of its own."""
+    """Starts a program that serves `hello` as `server`, in a process of its own.
+
+    Its port lies below those that the system gives away, so that nobody else takes it once it is free.
+    """
     preamble = """
         import os, sys, time
         from memtrace.exporters.wsgi import BoundedServer
         def hello(environ, start_response):
             start_response("200 OK", [])
             return [b"hello"]
-        server = BoundedServer("127.0.0.1", 0, hello)
+        server = None
+        for port in range(20_000 + os.getpid() % 10_000, 32_000):
+            try:
+                server = BoundedServer("127.0.0.1", port, hello)
+                break
+            except OSError:
+                continue
         server.start()
     """
     program = textwrap.dedent(preamble) + textwrap.dedent(script)

@@ -158,7 +158,9 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Gives the connection a thread; when all are busy, the oldest connection makes room."""
         if not self._slots.acquire(blocking=False):
-            min(self._serving.copy().values(), key=lambda connection: connection.since).cut_off()
+            oldest = min(self._serving.copy().values(), key=lambda connection: connection.since, default=None)
+            if oldest is not None:
+                oldest.cut_off()
             if not self._slots.acquire(timeout=IDLE_SECONDS):
                 self.shutdown_request(request)
                 return
