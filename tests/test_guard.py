@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from memtrace.errors import ConfigError
 from memtrace.guard import Guard
 
 
@@ -64,3 +65,57 @@ def test_results_pass_and_nested_time_counts_once() -> None:
     inner: list[int] = []
     guard.run(lambda: inner.append(guard.spent_ns))
     assert spent < inner[0] <= guard.spent_ns
+
+
+def test_setting_up_lets_errors_for_the_user_through() -> None:
+    """What the user got wrong is told before training starts, with everything undone."""
+
+    def refuse() -> None:
+        raise ConfigError("port must be 0..65535")
+
+    undone: list[int] = []
+    guard = Guard(lambda: None)
+    with pytest.raises(ConfigError, match="port"):
+        guard.set_up(refuse, undo=lambda: undone.append(1))
+    assert undone == [1]
+    assert not guard.failed
+
+
+def test_fault_while_setting_up_is_contained(caplog: pytest.LogCaptureFixture) -> None:
+    """A fault of memtrace's own costs the monitoring, not the training; strict raises it."""
+    faults: list[int] = []
+    guard = Guard(lambda: faults.append(1))
+    with caplog.at_level(logging.ERROR, logger="memtrace"):
+        guard.set_up(fail, undo=lambda: None)
+        guard.set_up(lambda: faults.append(2), undo=lambda: None)
+    assert faults == [1]
+    assert guard.failed
+    undone: list[int] = []
+    with pytest.raises(ZeroDivisionError):
+        Guard(lambda: None, strict=True).set_up(fail, undo=lambda: undone.append(1))
+    assert undone == [1]
+
+
+def test_interrupt_while_setting_up_undoes_and_passes() -> None:
+    """Ctrl-C in the middle of attaching leaves nothing behind."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    undone: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        Guard(lambda: None).set_up(interrupt, undo=lambda: undone.append(1))
+    assert undone == [1]
+
+
+def test_finishing_runs_after_a_fault_and_contains_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    """Taking memtrace off happens whatever was before, and raises nothing."""
+    done: list[int] = []
+    guard = Guard(lambda: None)
+    with caplog.at_level(logging.ERROR, logger="memtrace"):
+        guard.run(fail)
+        guard.finish(lambda: done.append(1))
+        guard.finish(fail)
+    assert done == [1]
+    with pytest.raises(ZeroDivisionError):
+        Guard(lambda: None, strict=True).finish(fail)

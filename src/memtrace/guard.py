@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from memtrace.errors import MemTraceError
+
 logger = logging.getLogger("memtrace")
 
 
@@ -15,7 +17,7 @@ class Guard:
 
     The first fault is logged with its traceback, `on_fault` is called once, and from then on nothing runs any more.
     `strict` raises the fault instead, for tests of memtrace itself. What the user got wrong (`ConfigError` before
-    training) is not run through a guard.
+    training) passes through `set_up` only.
     """
 
     def __init__(self, on_fault: Callable[[], None], *, strict: bool = False) -> None:
@@ -54,6 +56,39 @@ class Guard:
             if outermost and self._begin_ns is not None:
                 self._spent_ns += time.perf_counter_ns() - self._begin_ns
                 self._begin_ns = None
+
+    def set_up(self, function: Callable[[], None], undo: Callable[[], None]) -> None:
+        """Calls `function`, which prepares memtrace; where it raises, `undo()` is called.
+
+        A fault is treated as in `run`. An error that memtrace raises on purpose reaches the user.
+
+        Raises:
+            MemTraceError: a setting, the model or an output cannot be used.
+        """
+        if self._failed:
+            return
+        try:
+            function()
+        except MemTraceError:
+            undo()
+            raise
+        except Exception:
+            if self._strict:
+                undo()
+                raise
+            self._fail()
+        except BaseException:
+            undo()
+            raise
+
+    def finish(self, function: Callable[[], None]) -> None:
+        """Calls `function`, which takes memtrace off, also after a fault; what it raises is logged."""
+        try:
+            function()
+        except Exception:
+            if self._strict:
+                raise
+            logger.exception("memtrace could not take off everything of its own")
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., None]:
         """Returns a hook that runs `function` and returns None, whatever happens."""

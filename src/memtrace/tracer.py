@@ -25,6 +25,7 @@ from memtrace.config import TracerConfig
 from memtrace.guard import Guard
 from memtrace.oom.watch import OomWatch
 from memtrace.oom_report import OomReport
+from memtrace.planning.plan import read_plan
 from memtrace.risk import WARN_AT, RiskMonitor, advise
 from memtrace.risk_reading import LargestBatch, ShapeSource
 from memtrace.sampling import TraceSchedule
@@ -35,6 +36,7 @@ from memtrace.sources.event_source import event_source
 from memtrace.sources.events import EventSource
 from memtrace.sources.hooks import HookSet
 from memtrace.sources.ranks import identify
+from memtrace.sources.torch_private import backward_is_running
 from memtrace.steps import StepInFlight
 from memtrace.tracing import TraceWindow
 
@@ -61,6 +63,8 @@ class Tracer:
 
     Raises:
         ConfigError: the model has no parameters, or an optimizer holds none of them.
+        LogFormatError: the plan file is no plan.
+        OutputError: the plan file cannot be read.
     """
 
     def __init__(
@@ -92,7 +96,8 @@ class Tracer:
         self._warned = False
         self._history: deque[StepRecord] = deque(maxlen=self.config.history)
         self._identity = RunIdentity(run_name=self.config.run_name or "run", device=str(self._device))
-        self._snapshot = Snapshot(identity=self._identity, up=False)
+        plan = {} if self.config.plan is None else read_plan(Path(self.config.plan)).moments
+        self._snapshot = Snapshot(identity=self._identity, up=False, plan=plan)
         self._attached = False
         self._spent_before_ns = 0
         self._state_sizes: list[int] = []
@@ -167,17 +172,13 @@ class Tracer:
 
     def attach(self) -> None:
         """Installs the hooks. A tracer that is attached already is left as it is; a half-failed attach is undone."""
-        if self._attached:
-            return
-        try:
-            self._attach()
-        except BaseException:
-            self.detach()
-            raise
+        if not self._attached:
+            self._guard.set_up(self._attach, undo=self.detach)
 
     def detach(self) -> None:
         """Takes off every hook, stops the sampling thread and forgets a step in flight. Records stay readable."""
-        self._release()
+        self._guard.run(self._settle)
+        self._guard.finish(self._release)
 
     def begin_step(self, number: int | None = None) -> None:
         """Begins a step, where the loop tells its steps; `number` is the loop's own count, from 1."""
@@ -277,8 +278,9 @@ class Tracer:
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._handled = id(sys.exception())
-        if not torch.is_grad_enabled():
-            return
+        self._settle()
+        if not torch.is_grad_enabled() or backward_is_running():
+            return  # evaluation, or a checkpoint around the model that computes it again
         if self._step is None:
             if self._explicit:
                 return
@@ -287,21 +289,23 @@ class Tracer:
         assert step is not None
         batch = main_input(args, kwargs, getattr(module, "main_input_name", None))
         if step.recorded is None:
+            self._scan.look_in_forward()
             self._decide(step, batch)
         step.forward_begins(batch)
         if self._window.is_open:
             claim_batch(args, kwargs, self._ledger)
-            self._window.forward_begins()
+        self._window.forward_begins()
 
     def _on_forward_end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         error = sys.exception()
         if output is None and error is not None and id(error) != self._handled:
             self._oom.raised(error)
-        if self._step is not None and torch.is_grad_enabled():
+        if self._step is not None and torch.is_grad_enabled() and not backward_is_running():
             self._step.forward_ends()
             self._window.forward_ends()
 
     def _on_optimizer(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._settle()
         if self._step is None:
             if self._explicit:
                 return
@@ -318,13 +322,23 @@ class Tracer:
             return
         self._step.optimizer_ends(optimizer)
         if not self._explicit and self._scan.finished(self._step.stepped):
+            self._step.marks = self._step.ends()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Ends the step in flight if it is over.
+
+        Where optimizers step inside the backward pass that comes later, with the next forward pass or with `detach()`:
+        torch keeps a recording on until the backward pass has ended.
+        """
+        if self._step is not None and self._step.marks is not None and not backward_is_running():
             self._end()
 
     def _end(self) -> None:
         step, self._step = self._step, None
         if step is None:
             return
-        marks = step.ends()
+        marks = step.marks or step.ends()
         moments: Mapping[Moment, Breakdown] | None = None
         if step.recorded and self._window.is_open:
             timeline = self._window.close()

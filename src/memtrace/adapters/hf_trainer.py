@@ -16,6 +16,7 @@ from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.breakdown import StepRecord
 from memtrace.config import TracerConfig
 from memtrace.exporters.table import render_text
+from memtrace.guard import Guard
 
 logger = logging.getLogger("memtrace")
 
@@ -59,10 +60,15 @@ class MemTraceCallback(TrainerCallback):
             ConfigError: the model or the optimizer cannot be traced.
             OutputError: the port, the address or the log directory cannot be used.
         """
-        if self._tracer is not None:
+        guard = Guard(lambda: None, strict=self._config.strict)
+        guard.set_up(lambda: self._begin(args, model, optimizer), undo=lambda: None)
+
+    def _begin(self, args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        before, self._tracer = self._tracer, None
+        if before is not None:  # the run before has ended without on_train_end
             if args.auto_find_batch_size:
-                self._tracer.report_restart()
-            self._tracer.detach()
+                before.report_restart()
+            before.detach()
         config = self._config if self._config.run_name else self._config.with_run_name(_run_name(args))
         output_dir = Path(args.output_dir or ".")
         self._tracer = MemoryTracer(model, optimizer, config, log_dir=output_dir / "memtrace", explicit_steps=True)

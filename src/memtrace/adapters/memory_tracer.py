@@ -70,12 +70,12 @@ class MemoryTracer(Tracer):
         if self._exports is not None:
             return
         super().attach()
+        if self.attached:
+            self._guard.set_up(self._open_exports, undo=super().detach)
+
+    def _open_exports(self) -> None:
         run_dir = self._default_log_dir or Path("memtrace-runs") / self.identity.run_name
-        try:
-            exports = Exports.open(_weak_snapshot(self), self.identity, self.config, self.config.log_path(run_dir))
-        except BaseException:
-            super().detach()
-            raise
+        exports = Exports.open(_weak_snapshot(self), self.identity, self.config, self.config.log_path(run_dir))
         self._exports = exports
         self.add_listener(exports.write)
         # Also where the script ends, or drops the tracer, without a detach: the port and the log are given back.
@@ -84,6 +84,9 @@ class MemoryTracer(Tracer):
     def detach(self) -> None:
         """Takes off the hooks, then closes the exports."""
         super().detach()
+        self._guard.finish(self._drop_exports)
+
+    def _drop_exports(self) -> None:
         if self._exports is not None:
             self.remove_listener(self._exports.write)
             self._exports = None
