@@ -35,8 +35,8 @@ class Scan:
         self._model = model
         self._given = given
         self.optimizers = [unwrap_optimizer(optimizer) for optimizer in given]
-        self.engines: list[Engine] = []
-        self.find_engines()
+        self.engines = find_engines(model, given)
+        self._looked_in_forward = False
         for optimizer in self.optimizers:
             if not any(engine.owns(optimizer) for engine in self.engines):
                 check_optimizer(optimizer, model)
@@ -46,9 +46,11 @@ class Scan:
         """Whether an engine converts gradients between the last one and the step of the optimizer."""
         return any(engine.prepares_gradients for engine in self.engines)
 
-    def find_engines(self) -> None:
-        """Looks for engines again: some can only be told in a forward pass."""
-        self.engines = find_engines(self._model, self._given)
+    def look_in_forward(self) -> None:
+        """Looks for engines once more, in the first forward pass: a model does not know a wrapper around it."""
+        if not self._looked_in_forward:
+            self._looked_in_forward = True
+            self.engines = find_engines(self._model, self._given)
 
     def claim_persistent(self, ledger: Ledger) -> None:
         """Claims weights, buffers, master weights, optimizer state, the engines' tensors and the gradients of now.
