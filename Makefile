@@ -65,7 +65,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 debian-test:
-	@scripts/debian-packages.sh compiler prometheus alertmanager chromium
+	@scripts/debian-packages.sh compiler openssl prometheus alertmanager chromium
 
 # To add a dependency: name it in pyproject.toml, then `make venv constraints` pins what pip chose for it. To raise the
 # pins: empty constraints.txt but for the line of torch, `make clean venv constraints`. On a machine whose torch is the

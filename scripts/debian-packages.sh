@@ -11,16 +11,20 @@ python="${PYTHON:-python3.11}"
 policy=/usr/sbin/policy-rc.d
 
 have() { # program...: whether all of them are on the path
-    command -v "$@" >/dev/null
+    local program
+    for program in "$@"; do
+        command -v "$program" >/dev/null || return 1
+    done
 }
 
 is_there() { # need
     case "$1" in
         venv) "$python" -c 'import ensurepip, venv' 2>/dev/null ;;
-        compiler) have cc && echo '#include <stdio.h>' | cc -E - >/dev/null 2>&1 ;;
+        compiler) have cc c++ && echo '#include <stdio.h>' | cc -E - >/dev/null 2>&1 ;;
         prometheus) have prometheus && have promtool ;;
         alertmanager) have prometheus-alertmanager && have amtool ;;
         chromium) have chromium ;;
+        openssl) have openssl ;;
         node) have node npm ;;
         *) echo "$0: unknown need '$1'" >&2; exit 2 ;;
     esac
@@ -29,9 +33,10 @@ is_there() { # need
 packages_for() { # need
     case "$1" in
         venv) echo python3.11 python3.11-venv ;;
-        compiler) echo gcc libc6-dev ;;
+        compiler) echo gcc g++ libc6-dev ;;
         prometheus) echo prometheus ;;
         alertmanager) echo prometheus-alertmanager ;;
+        openssl) echo openssl ;;
         node) echo nodejs npm ;;
         chromium) echo chromium fonts-dejavu-core ;; # a page without any font renders as boxes
     esac
