@@ -36,6 +36,8 @@ class StepInFlight:
     """Whether an engine converts gradients between the last one and the optimizer's step."""
     stepped: dict[int, int] = field(default_factory=dict)
     """How often each optimizer has stepped, by its identity."""
+    marks: StepMarks | None = None
+    """Set when the step is over."""
     micro_batches: int = 0
     """Forward passes so far, the one at work included."""
     _in_forward: bool = False

@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from memtrace.attribution.activations import ActivationTags
-from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.engines import Engine
 from memtrace.attribution.hidden import known_hidden, tag_hidden
+from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.timeline import Timeline, replay
 from memtrace.categories import Category
 from memtrace.guard import Guard
 from memtrace.sources.events import EventSource, TagEvent
 from memtrace.sources.hooks import HookSet, SavedTensorHooks
+from memtrace.sources.torch_private import backward_is_running
 from memtrace.steps import StepInFlight
 
 
@@ -43,6 +44,8 @@ class TraceWindow:
         self._source, self._ledger, self._guard = source, ledger, guard
         self._current_step = current_step
         self._hooks = HookSet()
+        self._leftover = HookSet()
+        """A hook that takes off what a window abandoned inside a backward pass had to leave."""
         self._base: Sequence[TagEvent] = ()
         self._tags: ActivationTags | None = None
         self._saved = SavedTensorHooks(
@@ -70,6 +73,7 @@ class TraceWindow:
 
     def open(self) -> bool:
         """Looks at all persistent storages anew and begins a window; False where the source cannot record now."""
+        self._let_go()
         if not self._source.open():
             return False
         self._ledger.clear(keep=Category.INPUTS)
@@ -80,8 +84,11 @@ class TraceWindow:
         return True
 
     def forward_begins(self) -> None:
-        """Puts the saved-tensor hooks on for a forward pass."""
-        self._saved.push()
+        """Puts the saved-tensor hooks on for a forward pass; without a window, takes off what a backward pass left."""
+        if self.is_open:
+            self._saved.push()
+        else:
+            self._let_go()
 
     def forward_ends(self) -> None:
         """Takes the saved-tensor hooks off again where the user's own lie below; else a loss may still follow."""
@@ -110,11 +117,18 @@ class TraceWindow:
         return timeline
 
     def abandon(self) -> None:
-        """Takes everything off and forgets the window; safe at any time."""
+        """Takes everything off and forgets the window; safe at any time.
+
+        Inside a backward pass the recording and the saved-tensor hooks cannot come off: they do with the model's next
+        forward pass, or when this is called again.
+        """
         self._uninstall()
-        self._source.abandon()
         self._ledger.end_journal()
         self._base = ()
+        if backward_is_running() and (self._saved.is_on or self._source.is_open):
+            self._leftover.before_forward(self._model, lambda *_: self._let_go())
+        else:
+            self._let_go()
 
     def _install(self) -> None:
         self._tags = ActivationTags(self._model, self._ledger.device, self._ledger.coordinates)
@@ -127,6 +141,14 @@ class TraceWindow:
         self._tags = None
         self._saved.pop()
         self._hooks.close()
+
+    def _let_go(self) -> None:
+        """Takes off the saved-tensor hooks and ends the recording, where an abandoned window has left them."""
+        if backward_is_running():
+            return
+        self._leftover.close()
+        self._saved.pop()
+        self._source.abandon()
 
     def _packed(self, tensor: torch.Tensor) -> torch.Tensor | None:
         step = self._current_step()

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from memtrace.config import TracerConfig
 from memtrace.sources.cpu import CpuEvents
+from memtrace.sources.events import Window
 from memtrace.tracer import Tracer
 
 TRACED = TracerConfig(strict=True, port=None, step_log=False, trace_every=1)
@@ -180,6 +181,67 @@ def test_detached_inside_the_forward_pass() -> None:
         loop.step()
         handle.remove()
     assert tracer.latest is None
+
+
+@pytest.mark.parametrize("config", [TRACED, COUNTED], ids=["traced", "counted"])
+def test_detached_inside_the_backward_pass(config: TracerConfig) -> None:
+    """torch keeps recorders on until a backward pass has ended: what is left then goes with the next forward pass."""
+    loop = Loop(Combination(FAMILIES[0], Recipe.FP32, Way.PLAIN))
+    tracer = Tracer(loop.model, loop.optimizer, config)
+    with unchanged(loop):
+        tracer.attach()
+        handle = loop.trainable[0].register_hook(lambda _: tracer.detach())
+        loop.step()
+        handle.remove()
+        assert tracer.latest is None
+        loop.model.eval()
+        with torch.no_grad():
+            loop.combination.family.loss(loop.model, loop.combination.batch())
+        loop.model.train()
+
+
+def test_detached_twice_inside_and_after_the_backward_pass() -> None:
+    """Without another forward pass, the second detach takes off what the first one could not."""
+    loop = Loop(Combination(FAMILIES[0], Recipe.FP32, Way.PLAIN))
+    tracer = Tracer(loop.model, loop.optimizer, TRACED)
+    with unchanged(loop):
+        tracer.attach()
+        handle = loop.trainable[0].register_hook(lambda _: tracer.detach())
+        loop.step()
+        handle.remove()
+        tracer.detach()
+
+
+@pytest.mark.parametrize("part", ["forward", "backward", "optimizer"])
+def test_after_a_fault_of_memtrace_itself_nothing_is_left(part: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Wherever it happens: training goes on, and by the end of the run everything is off."""
+    loop = Loop(Combination(FAMILIES[0], Recipe.FP32, Way.PLAIN))
+    reached = {"forward": False, "backward": False, "optimizer": False}
+    loop.model.register_forward_hook(lambda *_: reached.update(forward=True))
+    loop.trainable[0].register_post_accumulate_grad_hook(lambda _: reached.update(backward=True))
+    loop.optimizer.register_step_pre_hook(lambda *_: reached.update(optimizer=True))
+
+    class Faulty(CpuEvents):
+        def interrupted(self) -> bool:
+            if reached[part]:
+                raise Broken("a fault of memtrace")
+            return super().interrupted()
+
+        def close(self) -> Window:
+            if part == "optimizer" and reached[part]:
+                reached[part] = False
+                raise Broken("a fault of memtrace")
+            return super().close()
+
+    forgiving = TracerConfig(port=None, step_log=False, trace_every=1)
+    tracer = Tracer(loop.model, loop.optimizer, forgiving, source=Faulty())
+    with unchanged(loop):
+        with tracer:
+            loop.step()
+            losses = loop.step()
+        assert losses
+    assert not tracer.snapshot().up
+    assert "memtrace has met a fault of its own" in caplog.text
 
 
 def test_a_half_failed_attach_leaves_nothing() -> None:

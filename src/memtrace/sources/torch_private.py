@@ -110,6 +110,16 @@ def pop_saved_tensor_hooks() -> None:
     torch._C._autograd._pop_saved_tensors_default_hooks()
 
 
+def backward_is_running() -> bool:
+    """Returns whether this thread is inside a node of a backward pass; False where torch cannot tell.
+
+    torch saves the thread's profiler and saved-tensor hooks before each node, and before the callbacks at the end of
+    the pass, and puts them back afterwards: what is switched on or off in between is undone.
+    """
+    probe = getattr(torch._C, "_current_autograd_node", None)
+    return probe is not None and probe() is not None
+
+
 def record_memory_history(max_entries: int) -> None:
     """Starts CUDA's allocator history without stacks, in an empty ring of `max_entries` events.
 
