@@ -80,45 +80,67 @@ class SavedTensorHooks:
     ) -> None:
         self._on_pack = on_pack
         self._on_unpack = on_unpack
-        self._below: torch_private.SavedTensorHooks | None = None
+        self._pair: _Pair | None = None
         self._thread: int | None = None
 
     @property
     def is_on(self) -> bool:
         """Whether the pair is on the stack."""
-        return self._thread is not None
+        return self._pair is not None
 
     @property
     def covers_user_hooks(self) -> bool:
         """Whether a pair of the user lies below: then ours must come off in the call that put it on."""
-        return self._below is not None
+        return self._pair is not None and self._pair.below is not None
 
     def push(self) -> None:
-        """Puts the pair on this thread's stack, unless it is there or the user has forbidden such hooks."""
-        if self.is_on or not torch_private.saved_tensor_hooks_allowed():
+        """Puts the pair on this thread's stack, unless it is there or such hooks are forbidden.
+
+        The user can forbid them; inside a node of a backward pass torch would take them off again.
+        """
+        if self.is_on or not torch_private.saved_tensor_hooks_allowed() or torch_private.backward_is_running():
             return
-        self._below = torch_private.saved_tensor_hooks()
-        torch_private.push_saved_tensor_hooks(self._pack, self._unpack)
+        self._pair = _Pair(self._on_pack, self._on_unpack, below=torch_private.saved_tensor_hooks())
+        torch_private.push_saved_tensor_hooks(self._pair.pack, self._pair.unpack)
         self._thread = threading.get_ident()
 
     def pop(self) -> bool:
-        """Takes the pair off where that is possible now; returns whether it is off."""
-        if not self.is_on:
+        """Takes the pair off where that is possible now; returns whether it is off.
+
+        Inside a node of a backward pass torch would put it back.
+        """
+        if self._pair is None:
             return True
+        if torch_private.backward_is_running() or threading.get_ident() != self._thread:
+            return False
         top = torch_private.saved_tensor_hooks()
-        if threading.get_ident() != self._thread or top is None or top[0] != self._pack:
+        if top is None or top[0] != self._pair.pack:
             return False
         torch_private.pop_saved_tensor_hooks()
-        self._thread = self._below = None
+        self._pair = self._thread = None
         return True
 
-    def _pack(self, tensor: torch.Tensor) -> Any:
+
+class _Pair:
+    """One pair on the stack. Tensors that were saved through it come back through it, also when it is off again."""
+
+    def __init__(
+        self,
+        on_pack: Callable[[torch.Tensor], torch.Tensor | None],
+        on_unpack: Callable[[torch.Tensor], None],
+        below: torch_private.SavedTensorHooks | None,
+    ) -> None:
+        self._on_pack = on_pack
+        self._on_unpack = on_unpack
+        self.below = below
+
+    def pack(self, tensor: torch.Tensor) -> Any:
         stand_in = self._on_pack(tensor)
-        if self._below is not None:
-            return self._below[0](tensor)
+        if self.below is not None:
+            return self.below[0](tensor)
         return tensor if stand_in is None else stand_in
 
-    def _unpack(self, packed: Any) -> torch.Tensor:
-        tensor = packed if self._below is None else self._below[1](packed)
+    def unpack(self, packed: Any) -> torch.Tensor:
+        tensor = packed if self.below is None else self.below[1](packed)
         self._on_unpack(tensor)
         return tensor
