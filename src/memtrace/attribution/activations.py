@@ -66,8 +66,6 @@ class ActivationTags:
         return False
 
     def _looks_like_frozen_cast(self, tensor: torch.Tensor) -> bool:
-        if not torch.is_autocast_enabled(tensor.device.type):
-            return False
         shape = tuple(tensor.shape)
         if tensor.dim() == 2:
             return tensor.stride() == (1, shape[0]) and shape in self._frozen_transposed
