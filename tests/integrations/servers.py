@@ -11,7 +11,9 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Condition, Thread
 from typing import Any
 
 START_SECONDS = 60
@@ -74,3 +76,69 @@ def ask(url: str, path: str, **parameters: str) -> Any:
             return json.load(answer)["data"]
     except urllib.error.HTTPError as error:
         raise AssertionError(f"{path} {parameters}: {error.read().decode()}") from error
+
+
+@contextmanager
+def alertmanager(directory: Path, config: str) -> Iterator[str]:
+    """Runs Alertmanager with this configuration; yields its address."""
+    file = directory / "alertmanager.yml"
+    file.write_text(config)
+    url = f"http://127.0.0.1:{free_port()}"
+    command = [
+        "prometheus-alertmanager",
+        f"--config.file={file}",
+        f"--storage.path={directory / 'alertmanager'}",
+        f"--web.listen-address={url.removeprefix('http://')}",
+        "--cluster.listen-address=",
+    ]
+    with server(command, f"{url}/-/ready", directory / "alertmanager.log"):
+        yield url
+
+
+class Webhook:
+    """Receives what Alertmanager sends, until `close()`."""
+
+    def __init__(self) -> None:
+        self._arrived: list[dict[str, Any]] = []
+        self._news = Condition()
+        webhook = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with webhook._news:
+                    webhook._arrived += [{"path": self.path, **alert} for alert in body["alerts"]]
+                    webhook._news.notify_all()
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = Thread(target=self._http.serve_forever, daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+
+    def firing(self) -> list[dict[str, Any]]:
+        """Returns the alerts that have arrived firing."""
+        with self._news:
+            return [alert for alert in self._arrived if alert["status"] == "firing"]
+
+    def wait_for(self, name: str, seconds: float = 90) -> dict[str, Any]:
+        """Returns the first firing alert of this name; fails where none arrives in time."""
+
+        def found() -> dict[str, Any] | None:
+            fired = (alert for alert in self._arrived if alert["status"] == "firing")
+            return next((alert for alert in fired if alert["labels"]["alertname"] == name), None)
+
+        with self._news:
+            alert = self._news.wait_for(found, seconds)
+            assert alert is not None, f"no {name} arrived, but {[a['labels'] for a in self._arrived]}"
+            return alert
+
+    def close(self) -> None:
+        """Stops listening."""
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()

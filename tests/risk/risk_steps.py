@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from memtrace.breakdown import AllocatorReading, BatchShape, Breakdown, EntryKey, StepRecord
+from dataclasses import replace
+
+from memtrace.breakdown import AllocatorReading, BatchShape, Breakdown, DeviceReading, EntryKey, StepRecord
 from memtrace.categories import Category, Moment, Phase
 
 
@@ -22,19 +24,25 @@ def batch(samples: int, positions: int) -> BatchShape:
 
 
 def traced(step: int, *, positions: int = 10, leaked: int = 0, weights: int = 100, per_token: int = 4) -> StepRecord:
-    """Returns a traced step on a CPU that takes `per_token` bytes a token and keeps `leaked` bytes."""
+    """Returns a traced step on a GPU that takes `per_token` bytes a token and keeps `leaked` bytes."""
     end = {Category.WEIGHTS: weights, Category.UNATTRIBUTED: leaked}
     peak = {**end, Category.ACTIVATIONS: per_token * 2 * positions}
     return StepRecord(
         step=step,
         rank=0,
-        device="cpu",
+        device="cuda:0",
         traced=True,
         unix_seconds=1000.0 + 2 * step,
         self_seconds=0.0,
         batch=batch(2, positions),
         moments={Moment.STEP_END: breakdown(Moment.STEP_END, end), Moment.PEAK: breakdown(Moment.PEAK, peak)},
+        allocator=AllocatorReading(allocated_bytes=weights + leaked, reserved_bytes=1000),
     )
+
+
+def on_cpu(record: StepRecord, *, process: int) -> StepRecord:
+    """Returns the step as if on a CPU, where there is no allocator to ask, but the process."""
+    return replace(record, device="cpu", allocator=None, device_memory=DeviceReading(process_bytes=process))
 
 
 def counted(step: int, *, positions: int, mark: int, allocated: int = 100, weights: int = 100) -> StepRecord:

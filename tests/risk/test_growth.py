@@ -42,6 +42,7 @@ def test_leak_in_every_tenth_step_is_found() -> None:
         pytest.param(lambda step: min(step, 20) * 100, id="a cache that is full"),
         pytest.param(lambda step: round(10_000 * (1 - 0.9**step)), id="a cache that fills"),
         pytest.param(lambda step: 10_000 - 100 * step, id="shrinking"),
+        pytest.param(lambda step: step // 8, id="a few bytes"),
     ],
 )
 def test_what_is_no_leak_is_not_found(level: Callable[[int], int]) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from risk_steps import counted, traced
+from risk_steps import counted, on_cpu, traced
 
 from memtrace.categories import Category
 from memtrace.risk import RiskMonitor
@@ -124,8 +124,35 @@ def test_leak_outside_the_ledger_shows_on_counted_steps() -> None:
 def test_a_reading_inside_a_step_does_not_take_capacity_away() -> None:
     """On a CPU the process is read at any time; the best of the recent readings is the capacity."""
     monitor = RiskMonitor()
-    monitor.observe(traced(1), headroom_bytes=900)
-    assert monitor.observe(traced(2), headroom_bytes=300).capacity_bytes == 1000
+    monitor.observe(on_cpu(traced(1), process=500), headroom_bytes=900)
+    assert monitor.observe(on_cpu(traced(2), process=1100), headroom_bytes=300).capacity_bytes == 1000
+
+
+def grown_on_cpu(*, left_behind: int, process: int) -> RiskReading:
+    """Returns the reading after ten steps that leave so much behind each, while the process grows by so much."""
+    monitor = RiskMonitor()
+    for step in range(10):
+        record = on_cpu(traced(step, leaked=left_behind), process=500 + process * step)
+        reading = monitor.observe(record, headroom_bytes=900 - process * step)
+    return reading
+
+
+def test_on_a_cpu_a_leak_is_what_steps_leave_behind_and_the_process_keeps() -> None:
+    """No trace there sees what an earlier step has left behind: it is added up, and the resident set confirms it."""
+    growth = grown_on_cpu(left_behind=10, process=10).growth
+    assert growth is not None
+    assert growth.category is Category.UNATTRIBUTED
+    assert growth.bytes_per_step == 10
+
+
+def test_on_a_cpu_what_the_next_step_replaces_is_no_leak() -> None:
+    """Logits that live until the next step are left behind by every step, and the process does not grow."""
+    assert grown_on_cpu(left_behind=10, process=0).growth is None
+
+
+def test_on_a_cpu_a_process_that_grows_alone_is_no_leak_of_tensors() -> None:
+    """Allocators and libraries warm up; no step leaves anything behind."""
+    assert grown_on_cpu(left_behind=0, process=10).growth is None
 
 
 def test_a_step_without_moments_or_batch_is_survived() -> None:

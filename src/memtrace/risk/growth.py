@@ -16,6 +16,10 @@ MIN_STEPS = 8
 """Fewer do not make a trend."""
 STILL_GROWING = 0.5
 """The newer half of the window must grow at least this share as fast as the older half: caches fill and stop."""
+MIN_SHARE = 0.001
+"""Growth over the window that is worth a word, as a share of the level: every step leaves a few scalars behind."""
+BORNE_OUT = 0.5
+"""Share of what steps left behind by which the process must have grown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +29,8 @@ class Level:
     step: int
     unix_seconds: float
     by_category: Mapping[Category, int]
+    process_bytes: int | None = None
+    """What the process held, where the categories alone cannot tell whether what was left behind is still there."""
 
     @property
     def total(self) -> int:
@@ -59,9 +65,11 @@ class GrowthTrend:
             return None
         half = len(levels) // 2
         older, newer = _slope(levels[:half]), _slope(levels[half:])
-        if newer <= 0 or newer < STILL_GROWING * older:
-            return None
         first, last = levels[0], levels[-1]
+        if last.total - first.total < MIN_SHARE * first.total or newer < STILL_GROWING * older:
+            return None
+        if not _borne_out(levels):
+            return None
         grown = {c: last.by_category.get(c, 0) - first.by_category.get(c, 0) for c in Category}
         steps = last.step - first.step
         return Growth(
@@ -76,6 +84,19 @@ def _climbs(totals: Sequence[int]) -> bool:
     quarters = [totals[len(totals) * i // 4 : len(totals) * (i + 1) // 4] for i in range(4)]
     lowest = [min(quarter) for quarter in quarters]
     return all(a < b for a, b in pairwise(lowest)) and lowest[-1] > max(quarters[0])
+
+
+def _borne_out(levels: Sequence[Level]) -> bool:
+    """Whether the process grew with the levels, where it was looked at: by the lowest of each half of the window.
+
+    Steps leave tensors behind that the next step replaces, such as the last logits; those do not add up.
+    """
+    held = [level.process_bytes for level in levels if level.process_bytes is not None]
+    if len(held) < len(levels):
+        return True
+    half = len(levels) // 2
+    grown = min(held[half:]) - min(held[:half])
+    return grown >= BORNE_OUT * (levels[half].total - levels[0].total)
 
 
 def _slope(levels: Sequence[Level]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from math import erfc, sqrt
 
 from memtrace.breakdown import AllocatorReading, Breakdown, StepRecord
@@ -17,7 +18,7 @@ HORIZON_SECONDS = 3600.0
 """A leak that takes longer than this to reach the limit counts for proportionally less."""
 STANDARD_DEVIATIONS = 1.96
 """Half width of a 95 % band of a normal distribution, in standard deviations."""
-READINGS = 64
+READINGS = 16
 """On a CPU, capacities that are looked back on: a reading of the process may fall into the middle of a step."""
 
 
@@ -39,6 +40,9 @@ class RiskMonitor:
         self._worst_peak: int | None = None
         self._leftover = 0
         """Bytes that outlived the last step and that no persistent category holds."""
+        self._left_behind = 0
+        """On a CPU, what all steps together have left behind, if none of it has gone since."""
+        self._last_traced: int | None = None
         self._forecast: tuple[PeakForecast, int] | None = None
         """The newest forecast and the base that it stands on."""
 
@@ -56,8 +60,9 @@ class RiskMonitor:
         """
         by_category = self._persistent(record)
         base = sum(by_category.values())
-        if by_category and self._is_exact(record):
-            self._trend.add(Level(step=record.step, unix_seconds=record.unix_seconds, by_category=by_category))
+        level = self._level(record, by_category)
+        if level is not None:
+            self._trend.add(level)
         learned = self._learn(record, base)
         capacity = self._capacity(record, headroom_bytes)
         peak = self._foresee(base, learned)
@@ -83,8 +88,29 @@ class RiskMonitor:
             self._leftover = max(0, end.allocated_bytes - end.total_bytes)
         return {**found, Category.UNATTRIBUTED: self._leftover}
 
-    def _is_exact(self, record: StepRecord) -> bool:
-        return record.moments[Moment.STEP_END].allocated_bytes is not None
+    def _level(self, record: StepRecord, by_category: Mapping[Category, int]) -> Level | None:
+        """Returns what outlived the step, in a form in which steps can be compared; None where they cannot.
+
+        A trace on a CPU begins with what the ledger knows: it has what this step leaves behind, and not what earlier
+        steps did. There the leftovers are added up, and the process must bear them out: see `Level.process_bytes`.
+        """
+        end = record.moments.get(Moment.STEP_END)
+        if end is None or end.allocated_bytes is None:
+            return None
+        if record.allocator is not None:
+            return Level(step=record.step, unix_seconds=record.unix_seconds, by_category=by_category)
+        process = None if record.device_memory is None else record.device_memory.process_bytes
+        if process is None:
+            return None
+        since = 1 if self._last_traced is None else record.step - self._last_traced
+        self._last_traced = record.step
+        self._left_behind += since * end[Category.UNATTRIBUTED]
+        return Level(
+            step=record.step,
+            unix_seconds=record.unix_seconds,
+            by_category={**by_category, Category.UNATTRIBUTED: self._left_behind},
+            process_bytes=process,
+        )
 
     def _learn(self, record: StepRecord, base: int) -> bool:
         """Learns from a step whose peak is known; returns whether it did."""
