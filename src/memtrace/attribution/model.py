@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.storages import storages_of
+from memtrace.attribution.storages import state_tensors, storages_of
 from memtrace.breakdown import EntryKey
 from memtrace.categories import Category
 from memtrace.errors import ConfigError
@@ -35,6 +35,9 @@ def claim_model(
     for parameter in model.parameters():
         role = role_of(parameter) or Role(Category.WEIGHTS, "trainable" if parameter.requires_grad else "frozen")
         ledger.claim(parameter, role.category, role.component)
+        if type(parameter) is not nn.Parameter:  # a quantised one keeps its scales as attributes
+            for _, tensor in state_tensors(vars(parameter)):
+                ledger.claim(tensor, role.category, role.component)
     for buffer in model.buffers():
         ledger.claim(buffer, Category.BUFFERS)
 

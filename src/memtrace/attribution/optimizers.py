@@ -9,15 +9,14 @@ Roles, not element types, tell a master copy from a moment:
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.storages import state_tensors
 from memtrace.categories import Category
 from memtrace.errors import ConfigError
 
@@ -104,27 +103,3 @@ def _is_master_of(tensor: torch.Tensor, model: nn.Module) -> bool:
 
 _FLAT_PADDING = 4096
 """Elements by which engines pad a flat master copy for alignment at most."""
-
-_MAX_DEPTH = 8
-
-
-def state_tensors(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (component, tensor) for every tensor in nested state.
-
-    The component is the path of names to it, without positions: the third of a list `old_dirs` is `old_dirs`.
-    """
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif depth < _MAX_DEPTH:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                name = key if isinstance(key, str) else ""
-                yield from state_tensors(item, f"{path}.{name}" if path and name else path or name, depth + 1)
-        elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-            for item in value:
-                yield from state_tensors(item, path, depth + 1)
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            attributes = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-            yield from state_tensors(attributes, path, depth + 1)
-        elif hasattr(value, "__dict__") and not callable(value):
-            yield from state_tensors(vars(value), path, depth + 1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,3 +50,28 @@ def canonical_device(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+_MAX_DEPTH = 8
+
+
+def state_tensors(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (component, tensor) for every tensor in nested containers and objects.
+
+    The component is the path of names to it, without positions: the third of a list `old_dirs` is `old_dirs`.
+    """
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif depth < _MAX_DEPTH:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                name = key if isinstance(key, str) else ""
+                yield from state_tensors(item, f"{path}.{name}" if path and name else path or name, depth + 1)
+        elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+            for item in value:
+                yield from state_tensors(item, path, depth + 1)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            attributes = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            yield from state_tensors(attributes, path, depth + 1)
+        elif hasattr(value, "__dict__") and not callable(value):
+            yield from state_tensors(vars(value), path, depth + 1)

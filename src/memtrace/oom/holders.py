@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from memtrace.attribution.optimizers import optimizer_parameters, state_tensors
-from memtrace.attribution.storages import storages_of
+from memtrace.attribution.optimizers import optimizer_parameters
+from memtrace.attribution.storages import state_tensors, storages_of
 from memtrace.categories import Category
 from memtrace.oom.composition import Holding
 from memtrace.oom_report import Holder, LargeBlock
