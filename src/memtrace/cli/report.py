@@ -1,0 +1,77 @@
+"""`memtrace report`: a run as one HTML file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from memtrace.cli.show import find_logs
+from memtrace.errors import ConfigError, LogFormatError, OutputError
+from memtrace.exporters.run_history import OomText, RunHistory, observe
+from memtrace.exporters.steplog import read_step_log
+from memtrace.units import parse_bytes
+
+
+class Report:
+    """Writes what the log directory of a run tells as a page for a browser."""
+
+    name = "report"
+    summary = "Write a run as one HTML file: what took the memory, what to do first, ranks, out-of-memory reports."
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declares the directory, the file to write, and the limit of the run."""
+        parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the directory that has the step logs")
+        parser.add_argument(
+            "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html"
+        )
+        parser.add_argument(
+            "--limit", metavar="SIZE", help="what the run may use of its device, such as 24GiB; default: all of it"
+        )
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Writes the file and says where.
+
+        Raises:
+            ConfigError: plotly is not installed, or the limit is not a size.
+            LogFormatError: a log cannot be read, or none has a step.
+            OutputError: the file cannot be written.
+        """
+        try:
+            from memtrace.exporters.html import render_html  # noqa: PLC0415 - plotly takes a second to import
+        except ImportError as error:
+            raise ConfigError(f"a report needs plotly ({error}): pip install 'torch-memtrace[report]'") from error
+        limit = None if arguments.limit is None else parse_bytes(arguments.limit)
+        page = render_html(read_run(arguments.run_dir, limit))
+        try:
+            arguments.output.write_text(page, encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise OutputError(f"{arguments.output} cannot be written: {error.strerror}") from error
+        print(arguments.output)
+        return 0
+
+
+def read_run(directory: Path, limit_bytes: int | None) -> RunHistory:
+    """Returns a run as its log directory tells it.
+
+    Raises:
+        LogFormatError: there is no log, a log cannot be read, or no step has ended yet.
+    """
+    histories = [observe(read_step_log(log), limit_bytes=limit_bytes) for log in find_logs(directory)]
+    ranks = [history for history in histories if history is not None]
+    if not ranks:
+        raise LogFormatError(f"{directory}: there is no finished step yet")
+    home = directory if directory.is_dir() else directory.parent
+    reports = [_read_report(path) for path in sorted(home.glob("oom-rank*.md"))]
+    return RunHistory(name=_name(directory.resolve()), ranks=ranks, oom_reports=reports)
+
+
+def _name(directory: Path) -> str:
+    """Returns the name of the run: that of the directory, or of the one above where it is Trainer's `memtrace`."""
+    return directory.parent.name if directory.name == "memtrace" else directory.name
+
+
+def _read_report(path: Path) -> OomText:
+    try:
+        return OomText(name=path.stem, text=path.read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise LogFormatError(f"{path}: the report cannot be read: {error.strerror}") from error
