@@ -11,10 +11,11 @@ from io import TextIOWrapper
 import memtrace
 from memtrace.cli.command import Command
 from memtrace.cli.plan import PlanCommand
+from memtrace.cli.report import Report
 from memtrace.cli.show import Show
 from memtrace.errors import MemTraceError
 
-COMMANDS: tuple[Command, ...] = (Show(), PlanCommand())
+COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Report())
 """Every subcommand, in the order of the help."""
 
 
