@@ -58,7 +58,7 @@ class ActivationTags:
             if node.name() == "ToCopyBackward0":
                 source = node.next_functions[0][0]
                 variable = getattr(source, "variable", None)
-                return isinstance(variable, torch.Tensor) and variable.dtype is torch.float32
+                return isinstance(variable, nn.Parameter) and variable.dtype is torch.float32
             below = node.next_functions[0][0] if node.next_functions else None
             if below is None or not node.name().startswith(_VIEWS):
                 return False
