@@ -1,13 +1,15 @@
 """Where the kernels of a device do other than torch's fake kernels say.
 
 The fake kernels describe what compiled code may rely on. For eager code they are right but for the cases here. What a
-kernel takes and gives back inside is not described at all: on a CPU it is scratch for each thread (oneDNN's packed
-operands for bfloat16 products are the largest part), and is left out.
+kernel takes and gives back inside is not described at all. On CUDA the backward pass of attention takes the most, and
+is counted here. On a CPU it is scratch for each thread (oneDNN's packed operands for bfloat16 products and
+convolutions are the largest part), and is left out; so are the sorting of indices in the backward pass of embeddings
+and the workspaces of convolutions on CUDA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 
@@ -68,3 +70,48 @@ def _as_type(result: Result, dtype: torch.dtype) -> Result:
         return result
     nbytes = result.nbytes // result.layout.dtype.itemsize * dtype.itemsize
     return replace(result, layout=result.layout._replace(dtype=dtype), nbytes=nbytes)
+
+
+def scratch_bytes(target: Target, operator: Operator, inputs: Sequence[torch.Tensor]) -> int:
+    """Returns what a kernel of the target takes inside, and gives back before it returns."""
+    count = _CUDA_SCRATCH.get(operator) if target is Target.CUDA else None
+    return 0 if count is None else count(inputs)
+
+
+def _flash_backward(inputs: Sequence[torch.Tensor]) -> int:
+    """The query's gradient in float32, one number a row, and with grouped queries the gradients of repeated keys and
+    values.
+
+    Source: `mha_bwd` in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
+    """
+    _, query, key = inputs[:3]
+    batch, heads, rows, size = query.shape
+    rounded = batch * heads * _round_up(rows, 128)
+    sums = rounded * _round_up(size, 32) * 4 + rounded * 4
+    if key.shape[1] == heads:
+        return sums
+    return sums + 2 * batch * heads * key.shape[2] * size * key.dtype.itemsize
+
+
+def _efficient_backward(inputs: Sequence[torch.Tensor]) -> int:
+    """One number a row in float32.
+
+    Source: `_efficient_attention_backward` in aten/src/ATen/native/transformers/cuda/attention_backward.cu.
+    """
+    batch, heads, rows, _ = inputs[1].shape
+    return batch * heads * rows * 4
+
+
+_CUDA_SCRATCH: Mapping[Operator, Callable[[Sequence[torch.Tensor]], int]] = {
+    aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+}
+
+CUBLAS_WORKSPACES = (4096 * 1024 * 2 + 16 * 1024 * 8,) * 2
+"""Bytes that cuBLAS keeps from its first product on, of torch's allocator: once for the thread of the training loop and
+once for autograd's. On Hopper each is 32 MiB. Source: `parseChosenWorkspaceSize` in
+aten/src/ATen/cuda/CublasHandlePool.cpp."""
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -49,7 +49,7 @@ class SimulatedTensor(torch.Tensor):
         return f"SimulatedTensor({tuple(self.shape)}, {self.dtype})"
 
     def tolist(self) -> Any:
-        """Returns known values as torch does; torch itself leaves this out for tensors that are dispatched in Python."""
+        """Returns known values; torch itself leaves this out for tensors that are dispatched in Python."""
         return self.item() if self.dim() == 0 else [part.tolist() for part in self.unbind()]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from memtrace.errors import PlanError
 from memtrace.sources import torch_fake
-from memtrace.sources.kernels import Target
+from memtrace.sources.kernels import Target, scratch_bytes
 from memtrace.sources.known_values import KnownValues, run
 from memtrace.sources.operator_results import Call, OperatorResults, map_tensors
 from memtrace.sources.results import Constant, Input, NewTensor, Operator, Result, ViewOf
@@ -19,12 +19,13 @@ from memtrace.sources.simulated import SimulatedEvents
 from memtrace.sources.simulated_tensor import DEVICE, SimulatedTensor, begin_of, layout_of, new_tensor, tensor_on
 
 _ADD = torch.ops.aten.add.Tensor
+_LIFT = torch.ops.aten.lift_fresh.default
 _PLAIN_VALUES = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
 """Operators that return a value of Python, and always depend on values."""
 
 
 class _Block(weakref.ref[torch.UntypedStorage]):
-    """A weak reference to a simulated storage, with its address; None for a storage of size 0."""
+    """A weak reference to a simulated storage, with its address; None where it takes no block."""
 
     __slots__ = ("address", "identity")
 
@@ -47,6 +48,7 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, target: Target = Target.CPU) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._target = target
         self.events = SimulatedEvents(self._address_of)
         self._blocks: dict[int, _Block] = {}
         self._results = OperatorResults(target)
@@ -62,7 +64,8 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
     def adopt(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns a simulated tensor in place of a real one or one on the meta device; a simulated one as it is.
 
-        Tensors that share a storage still do. Values of small integer tensors are kept, others are not.
+        Tensors that share a storage still do. Values of small integer tensors are kept, others are not. A single number
+        that Python code made (an optimizer's step count) stays on the host where the target is CUDA: it takes no block.
         """
         if isinstance(tensor, SimulatedTensor):
             return tensor
@@ -70,7 +73,8 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         layout, offset = layout_of(tensor), begin_of(tensor)
         if id(storage) in self._adopted:
             return tensor_on(self._adopted[id(storage)], layout, offset)
-        adopted = self._new(NewTensor(layout, storage.nbytes(), offset))
+        on_host = self._target is Target.CUDA and tensor.dim() == 0 and not tensor.is_meta
+        adopted = self._new(NewTensor(layout, storage.nbytes(), offset), on_device=not on_host)
         self._adopted[id(storage)] = adopted.untyped_storage()
         weakref.finalize(storage, self._adopted.pop, id(storage), None)
         if not tensor.is_meta:
@@ -111,15 +115,25 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         call = Call.of(func, args, kwargs or {})
         if any(type(tensor) is not SimulatedTensor for tensor in call.inputs):
             call = Call.of(func, map_tensors(self.adopt, args), map_tensors(self.adopt, kwargs or {}))
-        if func in _PLAIN_VALUES:
+        if func is _LIFT:
+            return call.inputs[0]
+        return self._answer(call)
+
+    def _answer(self, call: Call) -> Any:
+        if call.operator in _PLAIN_VALUES:
             return self._by_value(call, None)
         try:
             result = self._results.of(call)
         except torch_fake.DATA_DEPENDENT as error:
             return map_tensors(self._stand_in, self._by_value(call, error))
         except torch_fake.UNSUPPORTED as error:
-            raise PlanError(f"{func} cannot be simulated: torch has no fake kernel for it ({error})") from error
+            raise PlanError(
+                f"{call.operator} cannot be simulated: torch has no fake kernel for it ({error})"
+            ) from error
         answer = self._build(result, call, list(call.inputs))
+        scratch = scratch_bytes(self._target, call.operator, call.inputs)
+        if scratch:
+            self.events.free(self.events.allocate(scratch))
         self._known.follow(call, answer)
         return answer
 
@@ -158,12 +172,12 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
             return result.value
         return result.kind(self._build(item, call, tensors) for item in result.items)
 
-    def _new(self, description: NewTensor) -> SimulatedTensor:
+    def _new(self, description: NewTensor, *, on_device: bool = True) -> SimulatedTensor:
         tensor = new_tensor(description.layout, description.nbytes, description.offset)
         storage = tensor.untyped_storage()
         block = _Block(storage, self._died)
         block.identity = id(storage)
-        block.address = self.events.allocate(description.nbytes) if description.nbytes else None
+        block.address = self.events.allocate(description.nbytes) if description.nbytes and on_device else None
         self._blocks[block.identity] = block
         return tensor
 

@@ -64,12 +64,11 @@ def is_engine_sum(gradient: torch.Tensor) -> bool:
 def quiet() -> Iterator[None]:
     """Keeps torch from logging the traceback of a fake kernel that refuses its arguments: the error tells it all."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    disabled, logger.disabled = logger.disabled, True
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.disabled = disabled
 
 
 def fake_kernels() -> FakeTensorMode:

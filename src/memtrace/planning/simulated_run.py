@@ -1,0 +1,232 @@
+"""Two training steps on tensors without memory; the second one is looked at as the live tracer looks at a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from memtrace.attribution.inputs import claim_batch, main_input
+from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.scan import Scan
+from memtrace.attribution.timeline import Timeline
+from memtrace.breakdown import BatchShape, Breakdown
+from memtrace.categories import Moment
+from memtrace.errors import MemTraceError, PlanError
+from memtrace.guard import Guard
+from memtrace.planning.recipe import Recipe
+from memtrace.planning.updates import MakeOptimizer, Updates, updates_of
+from memtrace.sources.cuda_functions import CudaFunctions
+from memtrace.sources.events import Event
+from memtrace.sources.hooks import HookSet
+from memtrace.sources.kernels import CUBLAS_WORKSPACES, Target
+from memtrace.sources.operator_results import map_tensors
+from memtrace.sources.simulated_tensor import DEVICE
+from memtrace.sources.simulation import Simulation
+from memtrace.steps import StepInFlight
+from memtrace.tracing import TraceWindow
+
+Loss = Callable[[nn.Module, Any], torch.Tensor]
+
+_REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What model code raises for a configuration or a batch that it cannot use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What a simulated step is made from."""
+
+    make_model: Callable[[], nn.Module]
+    """Called once, with the meta device as the default."""
+    make_batch: Callable[[], Any]
+    """Called for each micro batch; tensors on a CPU or on the meta device."""
+    loss: Loss
+    recipe: Recipe
+    make_optimizer: MakeOptimizer
+    accumulation_steps: int
+    target: Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedRun:
+    """What happened in two steps."""
+
+    moments: Mapping[Moment, Breakdown]
+    """Of the second step."""
+    timeline: Timeline
+    """From before the model was made to the end of the second step: all its blocks begin within."""
+    parameters: int
+    trainable: int
+    batch: BatchShape | None
+
+    def events(self) -> list[Event]:
+        """Returns every allocation and free, in order."""
+        changes: dict[int, Event] = {}
+        for life in self.timeline.lifetimes:
+            changes[life.begin] = Event(life.begin_ns, life.address, life.nbytes)
+            if life.end is not None:
+                changes[life.end] = Event(self.timeline.change_ns[life.end], life.address, -life.nbytes)
+        return [changes[position] for position in sorted(changes)]
+
+
+def run_two_steps(training: Training) -> SimulatedRun:
+    """Runs two steps and returns what happened; the random state of the caller is left as it is.
+
+    Raises:
+        PlanError: the model cannot be made, refuses the batch, or does what cannot be simulated.
+    """
+    simulation = Simulation(training.target)
+    simulation.events.open()
+    with torch.random.fork_rng(devices=[]), ExitStack() as stack:
+        model = _model_of(training)
+        simulation.adopt_module(model)
+        stack.enter_context(simulation)
+        if training.target is Target.CUDA:
+            stack.enter_context(CudaFunctions())
+            for nbytes in CUBLAS_WORKSPACES:
+                simulation.events.allocate(nbytes)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with refusals("the optimizer cannot be made"):
+            updates = updates_of(training.recipe, trainable, training.make_optimizer)
+        stack.callback(updates.close)
+        with _Recorder(model, updates.optimizer, simulation) as recorder:
+            _step(training, model, updates, simulation)
+            recorder.ready = True
+            _step(training, model, updates, simulation)
+    if recorder.moments is None or recorder.timeline is None:
+        raise PlanError("the loss never ran the model: it must call the module that it is given")
+    return SimulatedRun(
+        moments=recorder.moments,
+        timeline=recorder.timeline,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        trainable=sum(parameter.numel() for parameter in trainable),
+        batch=recorder.batch,
+    )
+
+
+class _Recorder:
+    """Marks the parts of a step and tags its blocks, through the hooks that the live tracer uses."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, simulation: Simulation) -> None:
+        self.ready = False
+        """Whether the next step is the one to look at."""
+        self.timeline: Timeline | None = None
+        self.moments: Mapping[Moment, Breakdown] | None = None
+        self.batch: BatchShape | None = None
+        self._model, self._optimizer = model, optimizer
+        self._clock = simulation.events.coordinates.now_ns
+        self._ledger = Ledger(DEVICE, simulation.events.coordinates)
+        self._step: StepInFlight | None = None
+        self._hooks = HookSet()
+        self._window = TraceWindow(
+            model=model,
+            scan=Scan(model, optimizer),
+            source=simulation.events,
+            ledger=self._ledger,
+            guard=Guard(lambda: None, strict=True),
+            current_step=lambda: self._step,
+        )
+
+    def __enter__(self) -> Self:
+        self._window.adopt()
+        self._hooks.before_forward(self._model, self._forward_begins)
+        self._hooks.after_forward(self._model, self._forward_ends)
+        self._hooks.around_step(self._optimizer, self._optimizer_begins, self._optimizer_ends)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._hooks.close()
+        self._window.abandon()
+
+    def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not self.ready or not torch.is_grad_enabled():
+            return
+        if self._step is None:
+            self._step = StepInFlight(number=2, read=lambda: None, now_ns=self._clock)
+        self._step.forward_begins(main_input(args, kwargs, getattr(module, "main_input_name", None)))
+        claim_batch(args, kwargs, self._ledger)
+        self._window.forward_begins()
+
+    def _forward_ends(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if self._step is not None and torch.is_grad_enabled():
+            self._step.forward_ends()
+            self._window.forward_ends()
+
+    def _optimizer_begins(self, *_: object) -> None:
+        if self._step is not None:
+            self._step.optimizer_begins()
+            self._window.backward_ends()
+
+    def _optimizer_ends(self, *_: object) -> None:
+        if self._step is None:
+            return
+        self._step.optimizer_ends(self._optimizer)
+        marks, self.batch = self._step.ends(), self._step.batch()
+        self.timeline = self._window.close()
+        self._step = None
+        assert self.timeline is not None, "a simulation loses no events"
+        self.moments = self.timeline.moments(marks)
+
+
+@contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Turns what model code raises about what it was given into a PlanError that begins with `what`."""
+    try:
+        yield
+    except MemTraceError:
+        raise
+    except _REFUSALS as error:
+        text = str(error).strip() or "without a message"
+        raise PlanError(f"{what}: {type(error).__name__}: {text}") from error
+
+
+def _model_of(training: Training) -> nn.Module:
+    """Returns the model on the meta device, its parameters in the types of the recipe."""
+    with refusals("the model cannot be made"), torch.device("meta"):
+        model = training.make_model()
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"make_model must return a torch.nn.Module, got {type(model).__name__}")
+    recipe = training.recipe
+    frozen_dtype = recipe.frozen_base[0].dtype if recipe.frozen_base else recipe.weights
+    for parameter in model.parameters():
+        dtype = getattr(torch, recipe.weights if parameter.requires_grad else frozen_dtype)
+        if parameter.is_floating_point() and dtype.is_floating_point and parameter.dtype is not dtype:
+            parameter.data = parameter.data.to("meta", dtype)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PlanError(f"the model must have parameters that are trained, got a {type(model).__name__} without any")
+    return model.train()
+
+
+def _step(training: Training, model: nn.Module, updates: Updates, simulation: Simulation) -> None:
+    for _ in range(training.accumulation_steps):
+        with refusals("the batch cannot be made"):
+            batch = map_tensors(simulation.adopt, training.make_batch())
+        with refusals("the model refused the batch"):
+            with _precision(training.recipe):
+                loss = training.loss(model, batch)
+            if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+                raise PlanError(f"the loss must be one number in a tensor, got {loss!r}")
+            torch.autograd.backward(loss)
+        del batch, loss
+    with refusals("the optimizer refused its step"):
+        updates.step()
+        updates.zero_grad()
+
+
+def _precision(recipe: Recipe) -> AbstractContextManager[object]:
+    if not recipe.casts:
+        return nullcontext()
+    return torch.autocast(DEVICE.type, getattr(torch, recipe.compute))

@@ -1,0 +1,126 @@
+"""What torch calls on a CUDA device where it calls something else on a CPU.
+
+Simulated tensors say that they are on a CPU, because autograd of a torch without CUDA refuses others. These functions
+decide by device before anything is dispatched, so they are answered here as CUDA would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from memtrace.sources.simulated_tensor import DEVICE
+
+aten = torch.ops.aten
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+_FLASH_HEAD_MULTIPLE = 8
+_EFFICIENT_BIAS_MULTIPLE = 16
+
+_AUTOCAST_TO_FLOAT32 = frozenset(
+    {
+        F.layer_norm,
+        F.group_norm,
+        F.softmax,
+        F.log_softmax,
+        F.softplus,
+        *(getattr(torch, name) for name in ("cumsum", "exp", "log", "pow", "prod", "rsqrt", "softmax", "log_softmax")),
+        *(getattr(torch, name) for name in ("sum", "norm", "reciprocal", "cumprod", "cosine_similarity", "cdist")),
+        *(getattr(torch.Tensor, name) for name in ("cumsum", "exp", "log", "pow", "prod", "rsqrt", "softmax")),
+        *(getattr(torch.Tensor, name) for name in ("log_softmax", "sum", "norm", "reciprocal", "__pow__")),
+    }
+)
+"""Functions that CUDA's autocast runs in float32 and a CPU's runs in the type that it finds.
+
+Source: torch's documentation of automatic mixed precision, "CUDA Ops that can autocast to float32", and "CPU Ops"."""
+
+
+class CudaFunctions(TorchFunctionMode):
+    """Answers dropout, attention and autocast's choice of float32 as a CUDA device does."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func in _AUTOCAST_TO_FLOAT32 and torch.is_autocast_enabled(DEVICE.type):
+            args = tuple(_in_float32(value) for value in args)
+        return func(*args, **kwargs)
+
+
+def _in_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _LOW_PRECISION else value
+
+
+def _dropout(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:  # as the signature of F.dropout
+    """One kernel that saves a mask of booleans; a CPU saves the scaled mask in the type of the input."""
+    if not training or p == 0:
+        return F.dropout(input, p, training, inplace)
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _attention(  # noqa: PLR0917 - the signature of F.scaled_dot_product_attention
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Flash attention where its conditions hold, else memory-efficient attention, else plain products.
+
+    Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp and attention.cpp. Where cuDNN's attention is preferred
+    to flash attention it saves the same tensors.
+    """
+    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    output: torch.Tensor
+    if attn_mask is None and query.dtype in _LOW_PRECISION and query.dim() == 4 and query.shape[-1] <= 256:
+        size = query.shape[-1]
+        padding = -size % _FLASH_HEAD_MULTIPLE
+        if padding:
+            scale = size**-0.5 if scale is None else scale
+            query, key, value = (F.pad(tensor, (0, padding)) for tensor in (query, key, value))
+        flash = aten._scaled_dot_product_flash_attention
+        output, *_ = flash(query, key, value, dropout_p, is_causal, False, scale=scale)
+        return output[..., :size] if padding else output
+    if query.dim() == 4 and not (enable_gqa and query.shape[1] != key.shape[1]):
+        bias = None if attn_mask is None else _bias(attn_mask, query, key)
+        saves = any(tensor.requires_grad for tensor in (query, key, value))
+        efficient = aten._scaled_dot_product_efficient_attention
+        output, *_ = efficient(query, key, value, bias, saves, dropout_p, is_causal, scale=scale)
+        return output
+    plain = aten._scaled_dot_product_attention_math
+    output, *_ = plain(query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa)
+    return output
+
+
+def _autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor as autocast hands it to attention."""
+    if torch.is_autocast_enabled(DEVICE.type) and tensor.dtype is torch.float32:
+        return tensor.to(torch.get_autocast_dtype(DEVICE.type))
+    return tensor
+
+
+def _bias(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Returns a mask as a bias of the query's type, its rows padded to 16 elements."""
+    if mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    columns = mask.shape[-1]
+    if columns % _EFFICIENT_BIAS_MULTIPLE:
+        mask = F.pad(mask, (0, -columns % _EFFICIENT_BIAS_MULTIPLE))[..., :columns]
+    return mask.expand(*query.shape[:-1], key.shape[-2])
