@@ -1,4 +1,4 @@
-"""What a tracer exports while it is attached: the metrics endpoint, the step log, the text file at the end."""
+"""What a tracer exports while it is attached: metrics endpoint and target file, step log, the text file at the end."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from memtrace.errors import OutputError
 from memtrace.exporters.prometheus import registry_of, textfile_path, write_textfile
 from memtrace.exporters.server import Endpoint, MetricsServer, serve
 from memtrace.exporters.steplog import StepLog, step_log_path
+from memtrace.exporters.targets import TargetFile, target_path
 from memtrace.oom.files import write_report
 from memtrace.oom_report import OomReport
 from memtrace.snapshot import RunIdentity, Snapshot
@@ -61,6 +62,8 @@ class Exports:
             if endpoint is not None:
                 exports._server = serve(registry_of(snapshot), endpoint)
                 opening.push(exports._server)
+                if config.step_log:
+                    opening.callback(TargetFile(target_path(log_dir, identity.rank), exports._server.url).close)
             if config.oom_reports:
                 exports._oom_directory, exports._oom_reports = log_dir, config.oom_reports
             exports._stack = opening.pop_all()
