@@ -67,7 +67,9 @@ def read_run(directory: Path, limit_bytes: int | None) -> RunHistory:
 
 def _name(directory: Path) -> str:
     """Returns the name of the run: that of the directory, or of the one above where it is Trainer's `memtrace`."""
-    return directory.parent.name if directory.name == "memtrace" else directory.name
+    if directory.name == "memtrace":
+        return directory.parent.name
+    return directory.stem if directory.is_file() else directory.name
 
 
 def _read_report(path: Path) -> OomText:

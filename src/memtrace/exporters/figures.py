@@ -12,6 +12,8 @@ from memtrace.exporters.run_history import Observed, RankHistory, RunHistory
 from memtrace.units import GIB, MIB
 
 CAPACITY_COLOUR, FORECAST_COLOUR, PEAK_COLOUR = "#444c56", "#c98a1b", "#1f60c4"
+FAR_ABOVE = 4
+"""A line that lies this many times above the highest peak is left out."""
 _MOMENT_NAMES = {
     Moment.FORWARD_END: "end of forward",
     Moment.BACKWARD_END: "end of backward",
@@ -103,10 +105,11 @@ def _composition(steps: Sequence[Observed], moment: Moment, axis: Axis, *, capac
 def _line(
     name: str, steps: Sequence[Observed], value: Callable[[Observed], int | None], axis: Axis
 ) -> list[go.Scatter]:
-    """Returns a dashed line; none where no step knows the value."""
-    values = [axis(value(step)) for step in steps]
-    if not any(values):
+    """Returns a dashed line; none where no step knows the value, or where it would flatten all the others."""
+    known = [size for step in steps if (size := value(step)) is not None]
+    if not known or min(known) > FAR_ABOVE * max(step.peak_bytes or 0 for step in steps):
         return []
+    values = [axis(value(step)) for step in steps]
     style = {"color": CAPACITY_COLOUR, "dash": "dash"}
     return [go.Scatter(x=[s.record.step for s in steps], y=values, name=name, mode="lines", line=style)]
 
@@ -174,10 +177,9 @@ def _tokens(steps: Sequence[Observed], axis: Axis) -> go.Figure:
 
 
 def _moments(step: Observed, axis: Axis) -> go.Figure:
-    shown = [
-        (name, step.record.moments[moment]) for moment, name in _MOMENT_NAMES.items() if moment in step.record.moments
-    ]
-    return _stacked([name for name, _ in shown], [breakdown for _, breakdown in shown], axis, "")
+    moments = step.record.moments
+    shown = [moment for moment in _MOMENT_NAMES if moment in moments]
+    return _stacked([_MOMENT_NAMES[moment] for moment in shown], [moments[moment] for moment in shown], axis)
 
 
 def _ranks(ranks: Sequence[RankHistory], axis: Axis) -> go.Figure:

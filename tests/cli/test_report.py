@@ -1,0 +1,64 @@
+"""`memtrace report`."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from memtrace.cli import main
+
+RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """The log directory of a run of two ranks under Trainer, with an out-of-memory report."""
+    directory = tmp_path / "my-run" / "memtrace"
+    directory.mkdir(parents=True)
+    for rank, name in enumerate(("llama-fp32-adamw", "bert-lora")):
+        text = (RUNS / f"{name}.jsonl").read_text()
+        (directory / f"steps-rank{rank}.jsonl").write_text(text.replace('"rank":0', f'"rank":{rank}'))
+    (directory / "oom-rank1-20260101T000000.000Z.md").write_text("# Out of memory: 3 GiB were asked for")
+    return directory
+
+
+def test_report_is_written(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file has the name of the run, both ranks and the report of the failure; its path is printed."""
+    output = tmp_path / "out.html"
+    assert main(["report", str(run_dir), "-o", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    page = output.read_text()
+    assert "<h1>my-run</h1>" in page
+    assert "2 ranks" in page
+    assert "3 GiB were asked for" in page
+
+
+def test_limit_is_what_the_risk_is_measured_against(run_dir: Path, tmp_path: Path) -> None:
+    """With a limit that the run exceeds, the report says so first."""
+    output = tmp_path / "out.html"
+    assert main(["report", str(run_dir), "-o", str(output), "--limit", "400MiB"]) == 0
+    assert "risk 100%" in output.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/directory"], "there is no such step log"),
+        (["{run}", "--limit", "much"], "a size must be a number and a unit"),
+        (["{run}", "-o", "{run}"], "cannot be written"),
+    ],
+)
+def test_mistakes_are_told(
+    arguments: list[str], message: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the user got wrong is one line and exit status 2."""
+    assert main(["report", *(argument.format(run=run_dir) for argument in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_single_log_will_do(tmp_path: Path) -> None:
+    """The path of one rank's log is a run of one rank."""
+    log = tmp_path / "steps-rank0.jsonl"
+    shutil.copy(RUNS / "t5-sgd-momentum.jsonl", log)
+    assert main(["report", str(log), "-o", str(tmp_path / "out.html")]) == 0
+    assert "1 rank " in (tmp_path / "out.html").read_text()
