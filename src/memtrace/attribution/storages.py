@@ -55,23 +55,35 @@ def canonical_device(device: torch.device) -> torch.device:
 _MAX_DEPTH = 8
 
 
-def state_tensors(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+def state_tensors(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (component, tensor) for every tensor in nested containers and objects.
 
-    The component is the path of names to it, without positions: the third of a list `old_dirs` is `old_dirs`.
+    The component is the path of names to it, without positions: the third of a list `old_dirs` is `old_dirs`. What is
+    reached in several ways is looked into once, by the first of them.
     """
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif depth < _MAX_DEPTH:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                name = key if isinstance(key, str) else ""
-                yield from state_tensors(item, f"{path}.{name}" if path and name else path or name, depth + 1)
-        elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-            for item in value:
-                yield from state_tensors(item, path, depth + 1)
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            attributes = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-            yield from state_tensors(attributes, path, depth + 1)
-        elif hasattr(value, "__dict__") and not callable(value):
-            yield from state_tensors(vars(value), path, depth + 1)
+    seen: set[int] = set()
+
+    def walk(value: Any, path: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
+        if isinstance(value, torch.Tensor):
+            yield path, value
+        elif depth < _MAX_DEPTH and id(value) not in seen:
+            seen.add(id(value))
+            for name, part in _parts(value):
+                yield from walk(part, f"{path}.{name}" if path and name else path or name, depth + 1)
+
+    return walk(value, "", 0)
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields what a container or an object holds, with its name; parts without one have an empty name."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield key if isinstance(key, str) else "", part
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        for part in value:
+            yield "", part
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield field.name, getattr(value, field.name)
+    elif hasattr(value, "__dict__") and not callable(value):
+        yield from vars(value).items()
