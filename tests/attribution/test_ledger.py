@@ -75,7 +75,7 @@ class TestSharing:
     def test_compressed_rows_count_their_parts(self, ledger: Ledger) -> None:
         """Row pointers, column indices and values."""
         pointers, columns = torch.tensor([0, 1, 3]), torch.tensor([0, 0, 1])
-        rows = torch.sparse_csr_tensor(pointers, columns, torch.ones(3))
+        rows = torch.sparse_csr_tensor(pointers, columns, torch.ones(3), check_invariants=True)
         ledger.claim(rows, Category.WEIGHTS)
         assert bytes_of(ledger) == {"weights//int64": (3 + 3) * 8, "weights//float32": 12}
 
