@@ -79,6 +79,13 @@ def test_leak_that_takes_hours_is_a_smaller_risk() -> None:
     assert reading.oom_risk_ratio == pytest.approx(0.1, rel=0.01)
 
 
+def test_a_limit_that_others_fill_leaves_no_capacity() -> None:
+    """Where the process is over its limit without any tensor, the capacity is 0 and the risk is certain."""
+    reading = follow(RiskMonitor(), [10] * 3, capacity=-500)
+    assert reading.capacity_bytes == 0
+    assert reading.oom_risk_ratio == 1.0
+
+
 def test_without_a_capacity_there_is_a_forecast_and_no_risk() -> None:
     """What the run may use is not known: the forecast stands alone."""
     reading = follow(RiskMonitor(), [10] * 10, capacity=None, leak=1)

@@ -142,13 +142,13 @@ class RiskMonitor:
         return mark - rounding
 
     def _capacity(self, record: StepRecord, headroom_bytes: int | None) -> int | None:
-        """Returns what tensors may take in all: what they take, plus the headroom."""
+        """Returns what tensors may take in all: what they take, plus the headroom; 0 where others take it all."""
         end = record.moments.get(Moment.STEP_END)
         if headroom_bytes is None or end is None:
             return None
         if record.allocator is not None:
-            return headroom_bytes + record.allocator.allocated_bytes
-        self._capacities.append(headroom_bytes + _held(end))
+            return max(0, headroom_bytes + record.allocator.allocated_bytes)
+        self._capacities.append(max(0, headroom_bytes + _held(end)))
         return max(self._capacities)
 
     def _foresee(self, base: int, learned: bool) -> PeakForecast | None:
