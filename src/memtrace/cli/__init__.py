@@ -13,9 +13,10 @@ from memtrace.cli.command import Command
 from memtrace.cli.plan import PlanCommand
 from memtrace.cli.report import Report
 from memtrace.cli.show import Show
+from memtrace.cli.watch import Watch
 from memtrace.errors import MemTraceError
 
-COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Report())
+COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Report(), Watch())
 """Every subcommand, in the order of the help."""
 
 
