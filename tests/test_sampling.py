@@ -1,0 +1,155 @@
+"""When steps are traced: the account of wall time, and what makes a trace due sooner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+
+from memtrace.breakdown import AllocatorReading, BatchShape, Breakdown, EntryKey, StepRecord
+from memtrace.categories import Category, Moment
+from memtrace.sampling import TraceSchedule, picture_changed
+
+GIB = 2**30
+
+
+def record(
+    step: int,
+    *,
+    traced: bool,
+    now: float = 0.0,
+    seconds: float = 1.0,
+    cost: float = 0.0,
+    tokens: int = 100,
+    state: int = GIB,
+    high_water: int | None = None,
+) -> StepRecord:
+    entries = {EntryKey(Category.OPTIMIZER_STATE, "exp_avg", "float32"): state}
+    allocator = None
+    if high_water is not None:
+        allocator = AllocatorReading(allocated_bytes=0, reserved_bytes=0, peak_allocated_bytes=high_water)
+    return StepRecord(
+        step=step,
+        rank=0,
+        device="cpu",
+        traced=traced,
+        unix_seconds=now,
+        self_seconds=cost,
+        step_seconds=seconds,
+        batch=BatchShape(shape=(1, tokens), tokens=tokens, largest_micro_batch_tokens=tokens),
+        allocator=allocator,
+        moments={moment: Breakdown(moment=moment, entries=entries) for moment in (Moment.STEP_END, Moment.PEAK)},
+    )
+
+
+@dataclass
+class Run:
+    """A training of equal steps, each of them counted or traced as the schedule says."""
+
+    schedule: TraceSchedule
+    step_seconds: float = 1.0
+    trace_seconds: float = 0.1
+    """What memtrace takes on a traced step; half of it makes the step itself longer."""
+    counted_cost: float = 0.0
+    now: float = 0.0
+    spent: float = 0.0
+    step: int = 0
+
+    def go(self, steps: int, **changes: int) -> list[int]:
+        """Returns the numbers of the traced steps."""
+        traced = []
+        for _ in range(steps):
+            self.step += 1
+            wants = self.schedule.wants(self.step, has_state=self.step > 1, tokens=changes.get("tokens", 100))
+            slower, own = (self.trace_seconds / 2, self.trace_seconds / 2) if wants else (0.0, self.counted_cost)
+            self.now += self.step_seconds + slower + own
+            self.spent += slower + own
+            seconds = self.step_seconds + slower
+            self.schedule.ended(record(self.step, traced=wants, now=self.now, seconds=seconds, cost=own, **changes))
+            if wants:
+                traced.append(self.step)
+        return traced
+
+
+def budgeted(budget: float = 0.005, longest: int = 10**6) -> TraceSchedule:
+    return TraceSchedule(trace_every=None, overhead_budget=budget, max_trace_interval=longest)
+
+
+def fixed(every: int) -> TraceSchedule:
+    return TraceSchedule(trace_every=every, overhead_budget=0.005, max_trace_interval=10)
+
+
+def test_first_trace_is_of_the_first_step_that_begins_with_state() -> None:
+    """Usually the second; the first one after a resume; the second one for an optimizer without state."""
+    assert Run(budgeted()).go(3) == [2]
+    assert budgeted().wants(1, has_state=True, tokens=1)
+    assert not budgeted().wants(1, has_state=False, tokens=1)
+    assert budgeted().wants(2, has_state=False, tokens=1)
+
+
+@pytest.mark.parametrize(("every", "traced"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (3, [2, 5]), (0, [2])])
+def test_fixed_interval(every: int, traced: list[int]) -> None:
+    """`trace_every` counts from the last trace, whatever that costs; 0 traces once."""
+    assert Run(fixed(every)).go(6) == traced
+
+
+def test_on_demand_traces_the_next_step_once() -> None:
+    """Also where no further trace would be due."""
+    run = Run(fixed(0))
+    run.go(5)
+    run.schedule.ask()
+    assert run.go(5) == [6]
+
+
+def test_step_that_could_not_be_traced_is_made_up_for() -> None:
+    """Another profiler was active: the next step is due instead."""
+    schedule = fixed(0)
+    assert schedule.wants(2, has_state=True, tokens=1)
+    schedule.missed()
+    schedule.ended(record(2, traced=False))
+    assert schedule.wants(3, has_state=True, tokens=1)
+
+
+@pytest.mark.parametrize("budget", [0.001, 0.005, 0.05])
+@pytest.mark.parametrize("trace_seconds", [0.05, 1.0, 7.0])
+def test_budget_is_kept_and_used(budget: float, trace_seconds: float) -> None:
+    """Over a long run memtrace takes its share of wall time, its own cost and the slower steps together, no more."""
+    run = Run(budgeted(budget), trace_seconds=trace_seconds)
+    traced = run.go(30_000)
+    assert run.spent <= budget * run.now + trace_seconds, "at most the first trace is owed"
+    assert run.spent >= 0.8 * budget * run.now - trace_seconds, "and what is earned is spent"
+    gaps = [later - earlier for earlier, later in pairwise(traced[1:])]
+    assert max(gaps) - min(gaps) <= 1, "traces of a steady run are evenly spaced"
+
+
+def test_what_counted_steps_take_is_on_the_account() -> None:
+    """A memtrace that spends the budget on counting traces only as often as it must."""
+    run = Run(budgeted(0.005, longest=100), counted_cost=0.006)
+    assert run.go(400) == [2, 102, 202, 302]
+
+
+def test_never_less_than_once_in_the_longest_interval() -> None:
+    """However dear a trace is."""
+    assert Run(budgeted(0.0, longest=50), trace_seconds=100).go(160) == [2, 52, 102, 152]
+
+
+@pytest.mark.parametrize("changes", [{"tokens": 200}, {"state": 2 * GIB}, {"high_water": 3 * GIB}])
+def test_new_picture_is_traced_sooner(changes: dict[str, int]) -> None:
+    """A larger batch, a category that moved, a new high-water mark: as soon as the account is not overdrawn."""
+    before = {"high_water": GIB} if "high_water" in changes else {}
+    steady, changed = Run(budgeted()), Run(budgeted())
+    steady.go(150, **before)
+    changed.go(30, **before)
+    due = steady.go(500, **before)[0]
+    sooner = changed.go(500, **changes)[0]
+    assert sooner < due - 5
+
+
+def test_same_picture_is_no_news() -> None:
+    """Equal steps, and changes below a hundredth of the peak, leave the trace valid."""
+    traced = record(2, traced=True, high_water=GIB)
+    assert not picture_changed(record(3, traced=False, high_water=GIB), traced)
+    assert not picture_changed(record(3, traced=False, state=GIB + GIB // 200, high_water=GIB + GIB // 200), traced)
+    assert picture_changed(record(3, traced=False, state=GIB + GIB // 50), traced)
+    assert picture_changed(record(3, traced=False, high_water=GIB + GIB // 50), traced)
