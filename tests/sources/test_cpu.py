@@ -1,0 +1,197 @@
+"""Memory events of the CPU, from torch's real profiler."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from memtrace.sources import torch_private
+from memtrace.sources.cpu import CpuEvents
+from memtrace.sources.events import Window
+
+SIZE = 4096
+
+
+@pytest.fixture
+def source() -> Iterator[CpuEvents]:
+    source = CpuEvents()
+    yield source
+    source.abandon()
+
+
+def changes(window: Window, nbytes: int = SIZE) -> list[int]:
+    """The signs of the changes of blocks of one size, in order."""
+    return [1 if event.delta > 0 else -1 for event in window.events if abs(event.delta) == nbytes]
+
+
+def block(nbytes: int = SIZE) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+class TestWindow:
+    """What a window has in it."""
+
+    def test_allocations_and_frees(self, source: CpuEvents) -> None:
+        """Address, size and time of each; the address is the storage's."""
+        before_ns = time.time_ns()
+        assert source.open()
+        tensor = block()
+        address = tensor.untyped_storage().data_ptr()
+        del tensor
+        window = source.close()
+        assert window.complete
+        assert window.live_at_begin is None
+        seen = [event for event in window.events if abs(event.delta) == SIZE]
+        assert [(event.address, event.delta) for event in seen] == [(address, SIZE), (address, -SIZE)]
+        assert before_ns <= window.begin_ns <= seen[0].time_ns <= seen[1].time_ns <= window.end_ns <= time.time_ns()
+
+    def test_the_running_total_is_the_profilers_own(self, source: CpuEvents) -> None:
+        """It changes by each event's size; where it began is not told."""
+        assert source.open()
+        kept = [block(size) for size in (100, 200, 300)]
+        del kept[1]
+        window = source.close()
+        assert window.running_totals is not None
+        assert len(window.running_totals) == len(window.events)
+        steps = [after - before for before, after in pairwise(window.running_totals)]
+        assert steps == [event.delta for event in window.events[1:]]
+
+    def test_events_are_in_order_of_time(self, source: CpuEvents) -> None:
+        """Also those of a backward pass."""
+        weight = torch.ones(32, 32, requires_grad=True)
+        assert source.open()
+        for _ in range(3):
+            (weight @ weight).tanh().sum().backward()
+        times = [event.time_ns for event in source.close().events]
+        assert times == sorted(times)
+
+    def test_a_block_from_before_has_no_event(self, source: CpuEvents) -> None:
+        """The ledger must tell that it died."""
+        tensor = block()
+        assert source.open()
+        del tensor
+        assert changes(source.close()) == []
+
+    def test_a_block_that_outlives_the_window(self, source: CpuEvents) -> None:
+        """Its free is seen in the next window, where there is one."""
+        assert source.open()
+        tensor = block()
+        assert changes(source.close()) == [1]
+        assert source.open()
+        del tensor
+        assert changes(source.close()) == [-1]
+
+    def test_other_threads_are_not_seen(self, source: CpuEvents) -> None:
+        """A thread of the user's allocates for itself."""
+        assert source.open()
+        other = threading.Thread(target=block)
+        other.start()
+        other.join()
+        assert changes(source.close()) == []
+
+    def test_an_empty_window(self, source: CpuEvents) -> None:
+        """Nothing happened."""
+        assert source.open()
+        window = source.close()
+        assert changes(window) == []
+        assert window.complete
+
+    def test_one_window_at_a_time(self, source: CpuEvents) -> None:
+        """Opening an open one does nothing."""
+        assert source.open()
+        assert not source.open()
+        assert source.is_open
+        source.close()
+        assert not source.is_open
+
+    def test_an_abandoned_window_is_forgotten(self, source: CpuEvents) -> None:
+        """And another one can be opened; abandoning twice does nothing."""
+        assert source.open()
+        kept = block()
+        source.abandon()
+        source.abandon()
+        assert not source.is_open
+        assert source.open()
+        assert changes(source.close()) == []
+        del kept
+
+    def test_there_are_no_counters(self, source: CpuEvents) -> None:
+        """The CPU's allocator keeps none."""
+        assert source.reading() is None
+
+
+def operators(profiler: profile) -> set[str]:
+    return {event.key for event in profiler.key_averages()}
+
+
+class TestOtherProfilers:
+    """There is one profiler in a process."""
+
+    def test_operators_are_recorded_again_afterwards(self, source: CpuEvents) -> None:
+        """They are switched off only while a window is open."""
+        for end in (source.close, source.abandon):
+            assert source.open()
+            end()
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                block().add(1)
+            assert "aten::add" in operators(profiler)
+
+    def test_the_user_was_first(self, source: CpuEvents) -> None:
+        """No window, and their profile has everything."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            assert not source.open()
+            block().add(1)
+        assert not source.is_open
+        assert "aten::add" in operators(profiler)
+
+    def test_another_source_was_first(self, source: CpuEvents) -> None:
+        """Two tracers: the second one waits for its turn."""
+        second = CpuEvents()
+        assert source.open()
+        assert not second.open()
+        source.close()
+        assert second.open()
+        second.close()
+
+    @pytest.mark.parametrize("end", ["close", "abandon"])
+    def test_the_user_comes_second(self, source: CpuEvents, end: str) -> None:
+        """The window is given up; what follows is in their profile."""
+        assert source.open()
+        assert not source.interrupted()
+        profiler = profile(activities=[ProfilerActivity.CPU])
+        profiler.start()
+        assert source.interrupted()
+        if end == "close":
+            window = source.close()
+            assert not window.complete
+            assert not window.events
+        else:
+            source.abandon()
+        block().add(1)
+        profiler.stop()
+        assert "aten::add" in operators(profiler)
+        assert source.open()
+
+    def test_the_user_comes_and_goes_inside_the_window(self, source: CpuEvents) -> None:
+        """Nobody records any more: the window is lost, and nothing else is stopped."""
+        assert source.open()
+        with profile(activities=[ProfilerActivity.CPU]):
+            block()
+        assert not source.close().complete
+        assert source.open()
+        assert source.close().complete
+
+
+def test_a_torch_without_these_calls(source: CpuEvents, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs the traces, not the run."""
+    monkeypatch.delattr(torch.autograd, "_prepare_profiler")
+    assert not source.open()
+    with pytest.raises(torch_private.ProfilerUnavailable, match=torch.__version__.replace("+", r"\+")):
+        torch_private.start_memory_profiler()
+    assert not torch_private.profiler_is_recording()

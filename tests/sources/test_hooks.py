@@ -1,0 +1,235 @@
+"""Hooks that come off together, and saved-tensor hooks beside those of the user."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
+
+from memtrace.sources.hooks import HookSet, SavedTensorHooks
+
+
+class TestHookSet:
+    """Registered through torch's public calls."""
+
+    def test_the_module_is_watched_from_before_to_after(self) -> None:
+        """Before all hooks of the user, with the arguments by position and by name; after its forward pass."""
+        module, calls = nn.Linear(2, 2), []
+        module.register_forward_pre_hook(lambda *_: calls.append("user"))
+        with HookSet() as hooks:
+            hooks.before_forward(module, lambda _, args, kwargs: calls.append((len(args), sorted(kwargs))))
+            hooks.after_forward(module, lambda _, args, output: calls.append(tuple(output.shape)))
+            module(input=torch.ones(1, 2))
+        module(torch.ones(1, 2))
+        assert calls == [(0, ["input"]), "user", (1, 2), "user"]
+
+    def test_a_forward_pass_that_raises_ends_too(self) -> None:
+        """The hook is called without an output."""
+        module, calls = nn.Linear(2, 2), []
+        with HookSet() as hooks:
+            hooks.after_forward(module, lambda _, args, output: calls.append(output))
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                module(torch.ones(1, 3))
+        assert calls == [None]
+
+    def test_around_the_step(self) -> None:
+        """Before and after each step of this optimizer."""
+        optimizer, calls = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), []
+        with HookSet() as hooks:
+            hooks.around_step(optimizer, lambda *_: calls.append("before"), lambda *_: calls.append("after"))
+            optimizer.step()
+        optimizer.step()
+        assert calls == ["before", "after"]
+
+    def test_after_each_gradient_that_can_come(self) -> None:
+        """Of parameters that are trained; frozen ones and results have none accumulated."""
+        model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+        model[0].weight.requires_grad_(False)
+        seen: list[torch.Tensor] = []
+        with HookSet() as hooks:
+            hooks.after_gradient([*model.parameters(), model[1].weight * 2], seen.append)
+            model(torch.ones(1, 2)).sum().backward()
+        model(torch.ones(1, 2)).sum().backward()
+        assert seen == [model[1].weight]
+
+    def test_closed_in_reverse_and_once(self) -> None:
+        """The last one first; closing again does nothing; a closed set can be used again."""
+        calls: list[str] = []
+        hooks = HookSet()
+        hooks.callback(lambda: calls.append("first"))
+        hooks.callback(lambda: calls.append("second"))
+        hooks.close()
+        hooks.close()
+        assert calls == ["second", "first"]
+        hooks.callback(lambda: calls.append("third"))
+        hooks.close()
+        assert calls[-1] == "third"
+
+
+class Boxes:
+    """Saved-tensor hooks of a user: what they pack must come back through them."""
+
+    def __init__(self) -> None:
+        self.packed = self.unpacked = 0
+
+    def __call__(self) -> saved_tensors_hooks:
+        return saved_tensors_hooks(self.pack, self.unpack)
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        self.packed += 1
+        return [tensor.clone()]
+
+    def unpack(self, box: Any) -> torch.Tensor:
+        self.unpacked += 1
+        assert isinstance(box, list)
+        return box[0]
+
+
+class Watch:
+    """A pair of memtrace's and what it has seen."""
+
+    def __init__(self) -> None:
+        self.packed: list[torch.Tensor] = []
+        self.unpacked = 0
+        self.pair = SavedTensorHooks(self.on_pack, self.on_unpack)
+
+    def on_pack(self, tensor: torch.Tensor) -> None:
+        self.packed.append(tensor)
+
+    def on_unpack(self, tensor: torch.Tensor) -> None:
+        self.unpacked += 1
+
+
+def top() -> object:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+WEIGHT = torch.ones(3, requires_grad=True)
+
+
+def saved_once() -> torch.Tensor:
+    """Saves one tensor for backward."""
+    return WEIGHT.exp()
+
+
+class TestSavedTensorHooks:
+    """One stack for each thread, of which torch applies the innermost pair."""
+
+    def test_it_stays_on_until_it_is_taken_off(self) -> None:
+        """From one call to a later one; pushing or popping twice does nothing."""
+        watch = Watch()
+        watch.pair.push()
+        watch.pair.push()
+        assert watch.pair.is_on
+        saved_once().sum().backward()
+        assert (len(watch.packed), watch.unpacked) == (1, 1)
+        assert watch.pair.pop()
+        assert watch.pair.pop()
+        assert not watch.pair.is_on
+        assert top() is None
+        saved_once()
+        assert len(watch.packed) == 1
+
+    def test_it_sees_the_tensors_themselves(self) -> None:
+        """And gives back what it was given: results are the same bits."""
+        watch = Watch()
+        watch.pair.push()
+        result = saved_once()
+        watch.pair.pop()
+        assert watch.packed[0].data_ptr() == result.data_ptr()
+
+    def test_another_tensor_may_take_the_place(self) -> None:
+        """Where `on_pack` returns one."""
+        stand_in = torch.full((3,), 2.0)
+        pair = SavedTensorHooks(lambda tensor: stand_in, lambda tensor: None)
+        pair.push()
+        x = torch.zeros(3, requires_grad=True)
+        result = x.exp()
+        pair.pop()
+        result.sum().backward()
+        assert torch.equal(x.grad, stand_in)
+
+    def test_hooks_of_the_user_below_are_called(self) -> None:
+        """Both see the tensor; the pair says that it covers them."""
+        watch, boxes = Watch(), Boxes()
+        with boxes():
+            watch.pair.push()
+            assert watch.pair.covers_user_hooks
+            result = saved_once()
+            assert watch.pair.pop()
+        result.sum().backward()
+        assert (boxes.packed, boxes.unpacked) == (1, 1)
+        assert (len(watch.packed), watch.unpacked) == (1, 1)
+
+    def test_what_was_packed_comes_back_when_the_pair_covers_others(self) -> None:
+        """Taken off, put on over other hooks: each tensor returns through the hooks that packed it."""
+        watch, first, second = Watch(), Boxes(), Boxes()
+        results = []
+        for boxes in (first, second, None):
+            if boxes is None:
+                watch.pair.push()
+                results.append(saved_once())
+                watch.pair.pop()
+                continue
+            with boxes():
+                watch.pair.push()
+                results.append(saved_once())
+                watch.pair.pop()
+        assert not watch.pair.covers_user_hooks
+        for result in results:
+            result.sum().backward()
+        assert (first.unpacked, second.unpacked, watch.unpacked) == (1, 1, 3)
+
+    def test_hooks_of_the_user_above_are_theirs_alone(self) -> None:
+        """torch calls the innermost pair only, and their block takes off their own."""
+        watch, boxes = Watch(), Boxes()
+        watch.pair.push()
+        with boxes():
+            assert not watch.pair.pop(), "it is not the innermost one"
+            saved_once()
+        assert (boxes.packed, len(watch.packed)) == (1, 0)
+        saved_once()
+        assert len(watch.packed) == 1
+        assert watch.pair.pop()
+
+    def test_another_thread_cannot_take_it_off(self) -> None:
+        """Each thread has its own stack."""
+        watch, outcome = Watch(), []
+        watch.pair.push()
+        other = threading.Thread(target=lambda: outcome.append(watch.pair.pop()))
+        other.start()
+        other.join()
+        assert outcome == [False]
+        assert watch.pair.pop()
+
+    def test_where_the_user_has_forbidden_them(self) -> None:
+        """Nothing is put on, and nothing raises."""
+        watch = Watch()
+        with disable_saved_tensors_hooks("not here"):
+            watch.pair.push()
+            assert not watch.pair.is_on
+            saved_once()
+        assert watch.packed == []
+
+    def test_inside_a_backward_pass(self) -> None:
+        """torch puts the stack back behind each node: neither pushing nor popping would last, so neither is done."""
+        watch, late = Watch(), Watch()
+        outcome: list[bool] = []
+
+        def inside(gradient: torch.Tensor) -> None:
+            outcome.append(watch.pair.pop())
+            late.pair.push()
+            outcome.append(late.pair.is_on)
+
+        watch.pair.push()
+        x = torch.ones(2, requires_grad=True)
+        x.register_hook(inside)
+        x.exp().sum().backward()
+        assert outcome == [False, False]
+        assert watch.pair.is_on
+        assert watch.pair.pop()
+        assert top() is None
