@@ -182,7 +182,7 @@ def sparse_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def fsdp_groups(module: torch.nn.Module) -> list[Any]:
-    """Returns the parameter groups of a module that `fully_shard` has sharded; the public API shows none of their tensors.
+    """Returns the parameter groups of a module that `fully_shard` has sharded: no public call shows their tensors.
 
     Empty where torch has changed: FSDP2 is then attributed by the model and the optimizer alone.
     """
