@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from memtrace.adapters.dataset_lengths import largest_batch
 from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.breakdown import StepRecord
 from memtrace.config import TracerConfig
@@ -62,6 +63,8 @@ class MemTraceCallback(TrainerCallback):
         """
         guard = Guard(lambda: None, strict=self._config.strict)
         guard.set_up(lambda: self._begin(args, model, optimizer), undo=lambda: None)
+        if self._tracer is not None:
+            self._tracer.guarded(self._expect, kwargs.get("train_dataloader"), args.train_batch_size)
 
     def _begin(self, args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         before, self._tracer = self._tracer, None
@@ -74,6 +77,12 @@ class MemTraceCallback(TrainerCallback):
         self._tracer = MemoryTracer(model, optimizer, config, log_dir=output_dir / "memtrace", explicit_steps=True)
         self._tracer.attach()
         logger.info("memtrace: metrics at %s, step log %s", self._tracer.url, self._tracer.log_path)
+
+    def _expect(self, loader: object, batch_size: int) -> None:
+        """Tells the tracer the largest micro batch that the dataset has, where that costs nothing to know."""
+        batch = largest_batch(getattr(loader, "dataset", None), batch_size)
+        if batch is not None and self._tracer is not None:
+            self._tracer.expect_batch(batch)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
