@@ -52,10 +52,14 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 
 @contextmanager
 def prometheus(directory: Path, config: str = "", *, data: Path | None = None) -> Iterator[str]:
-    """Runs Prometheus with this configuration and, where given, over this data; yields its address."""
+    """Runs Prometheus with this configuration and, where given, over this data; yields its address.
+
+    Its own port takes the place of `{port}` in the configuration.
+    """
     file = directory / "prometheus.yml"
-    file.write_text(config)
-    url = f"http://127.0.0.1:{free_port()}"
+    port = free_port()
+    file.write_text(config.replace("{port}", str(port)))
+    url = f"http://127.0.0.1:{port}"
     command = [
         "prometheus",
         f"--config.file={file}",

@@ -44,13 +44,6 @@ class Texts(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": tokens, "labels": tokens}
 
 
-class InOrder(Trainer):
-    """Takes the samples in their order."""
-
-    def _get_train_sampler(self, *arguments: Any, **more: Any) -> torch.utils.data.Sampler[int]:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-
 class Hold(TrainerCallback):
     """Waits for the test before a step; stops in the end, so that the metrics stay up while the test looks."""
 
@@ -64,7 +57,7 @@ class Hold(TrainerCallback):
                 time.sleep(0.05)
 
 
-class KeepsOutputs(InOrder):
+class KeepsOutputs(Trainer):
     """Keeps the logits of every step in a list, for a metric that nobody computes."""
 
     kept: ClassVar[list[torch.Tensor]] = []
@@ -80,7 +73,7 @@ def train(
     callbacks: list[TrainerCallback],
     lengths: tuple[int, ...],
     steps: int,
-    trainer: type[Trainer] = InOrder,
+    trainer: type[Trainer] = Trainer,
 ) -> None:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -98,6 +91,7 @@ def train(
         use_cpu=True,
         report_to=[],
         save_strategy="no",
+        train_sampling_strategy="sequential",
         logging_steps=1000,
         disable_tqdm=True,
         dataloader_pin_memory=False,

@@ -1,0 +1,209 @@
+"""1,024 ranks in one Prometheus: scrapes, rules and dashboards keep up. `make test-long` runs this."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from subprocess import run
+from threading import Thread
+
+import pytest
+from promql import ROOT, RULES
+from recorded import open_metrics
+from servers import ask, prometheus
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+
+DASHBOARDS = sorted((ROOT / "integrations" / "grafana" / "dashboards").glob("*.json"))
+RANKS = 1024
+TRAINING = '{job="training"}'
+SCRAPE_SECONDS = 15
+HISTORY_STEPS = 30
+HISTORY_SECONDS = 3600
+QUERY_SECONDS = 2.0
+"""What the issue allows a query of a dashboard to take."""
+CONFIG = """
+global: {{scrape_interval: {interval}s, evaluation_interval: {interval}s}}
+rule_files: [{rules}]
+scrape_configs:
+  - job_name: training
+    file_sd_configs: [{{files: ["{directory}/targets-*.json"]}}]
+  - job_name: prometheus
+    static_configs: [{{targets: ["127.0.0.1:{port}"]}}]
+"""
+
+
+def instance(rank: int) -> str:
+    return f"node-{rank // 8}:{16368 + rank % 8}"
+
+
+@cache
+def exposition() -> tuple[str, ...]:
+    """Returns the lines of one rank after each step of a recorded run, with `@R` and `@I` for rank and instance."""
+    lines = list(open_metrics(1, HISTORY_STEPS, time.time() - SCRAPE_SECONDS, job="training"))[:-1]
+    shared = [
+        line.replace('rank="0"', 'rank="@R"').replace('instance="gpu-node-0:16368"', 'instance="@I"') for line in lines
+    ]
+    return tuple(line.replace('world_size="1"', f'world_size="{RANKS}"') for line in shared)
+
+
+def backfilled(directory: Path) -> Path:
+    """Writes an hour of all ranks as data of a Prometheus."""
+    text, data = directory / "history.om", directory / "data"
+    stretched = [_stretched(line) for line in exposition()]
+    with text.open("w") as file:
+        for rank in range(RANKS):
+            file.writelines(line.replace("@R", str(rank)).replace("@I", instance(rank)) for line in stretched)
+        file.write("# EOF\n")
+    run(
+        ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(text), str(data)], check=True, capture_output=True
+    )
+    text.unlink()
+    return data
+
+
+def _stretched(line: str) -> str:
+    """Spreads the steps over the hour before the last one."""
+    series, value, moment = line.rsplit(" ", 2)
+    end = time.time() - SCRAPE_SECONDS
+    age = (end - float(moment)) * HISTORY_SECONDS / (HISTORY_STEPS * 15)
+    return f"{series} {value} {end - age:.3f}\n"
+
+
+@contextmanager
+def trainers(directory: Path) -> Iterator[None]:
+    """Serves every rank at a path of its own, and writes the target files that say where."""
+    newest = [line.rsplit(" ", 1)[0] for line in exposition()[-len(exposition()) // HISTORY_STEPS :]]
+    text = "\n".join(re.sub(r'job="training",instance="@I",', "", line) for line in newest) + "\n"
+
+    class Rank(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            body = text.replace("@R", self.path.removeprefix("/rank/")).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = RANKS
+        daemon_threads = True
+
+    with Server(("127.0.0.1", 0), Rank) as http:
+        thread = Thread(target=http.serve_forever)
+        thread.start()
+        for node in range(RANKS // 8):
+            targets = [
+                {
+                    "targets": [f"127.0.0.1:{http.server_port}"],
+                    "labels": {"__metrics_path__": f"/rank/{rank}", "instance": instance(rank)},
+                }
+                for rank in range(node * 8, node * 8 + 8)
+            ]
+            (directory / f"targets-{node}.json").write_text(json.dumps(targets))
+        try:
+            yield
+        finally:
+            http.shutdown()
+            thread.join()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """A Prometheus with all ranks, after some scrapes and evaluations."""
+
+    url: str
+
+    def value(self, query: str) -> float:
+        result = ask(self.url, "query", query=query)["result"]
+        assert result, query
+        return float(result[0]["value"][1])
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    directory = tmp_path_factory.mktemp("fleet")
+    data = backfilled(directory)
+    with trainers(directory):
+        config = CONFIG.format(interval=SCRAPE_SECONDS, rules=RULES, directory=directory, port="{port}")
+        with prometheus(directory, config, data=data) as url:
+            found = Fleet(url=url)
+            _after_evaluations(url, 4)
+            yield found
+
+
+def _after_evaluations(url: str, times: int) -> None:
+    """Waits for so many evaluations of the rules, all ranks having been scraped before the last of them."""
+    seen: set[str] = set()
+    deadline = time.monotonic() + 60 + times * 2 * SCRAPE_SECONDS
+    while len(seen) <= times:
+        assert time.monotonic() < deadline
+        seen.add(ask(url, "rules")["groups"][0]["lastEvaluation"])
+        time.sleep(0.5)
+
+
+def test_every_rank_is_scraped_in_time(fleet: Fleet) -> None:
+    """All ranks are up, and no scrape takes a tenth of its interval."""
+    assert fleet.value(f"sum(up{TRAINING})") == RANKS
+    slowest = fleet.value(f"max(scrape_duration_seconds{TRAINING})")
+    print(f"slowest scrape {slowest:.3f} s")
+    print(f"samples a rank: {fleet.value(f'max(scrape_samples_scraped{TRAINING})'):.0f}")
+    print(f"Prometheus takes {fleet.value('process_resident_memory_bytes') / 2**20:.0f} MiB")
+    print(f"and {fleet.value('rate(process_cpu_seconds_total[1m])'):.2f} cores")
+    assert slowest < SCRAPE_SECONDS / 10
+
+
+def test_rules_are_evaluated_within_their_interval(fleet: Fleet) -> None:
+    """The whole group takes less than half of its interval, and no evaluation was missed."""
+    group = ask(fleet.url, "rules")["groups"][0]
+    print(f"rules take {group['evaluationTime']:.2f} s")
+    assert group["evaluationTime"] < SCRAPE_SECONDS / 2
+    assert fleet.value("prometheus_rule_group_iterations_missed_total") == 0
+
+
+def test_alerts_see_all_ranks(fleet: Fleet) -> None:
+    """The run is counted whole: nobody is missing, and no alert of memory fires."""
+    assert fleet.value("run:memtrace_ranks:count") == RANKS
+    firing = ask(fleet.url, "query", query='ALERTS{alertstate="firing"}')["result"]
+    assert [alert["metric"]["alertname"] for alert in firing] == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "integrations/grafana/dashboards").glob("*.json")), ids=lambda p: p.stem
+)
+def test_dashboard_queries_are_quick(path: Path, fleet: Fleet) -> None:
+    """Each query of a dashboard over the last hour, all ranks chosen, answers in two seconds."""
+    now = time.time()
+    slow, slowest = [], 0.0
+    for panel in json.loads(path.read_text())["panels"]:
+        for target in panel.get("targets", []):
+            expression = _with_all(target["expr"])
+            begun = time.perf_counter()
+            if target.get("instant"):
+                ask(fleet.url, "query", query=expression, time=str(now))
+            else:
+                ask(fleet.url, "query_range", query=expression, start=str(now - 3600), end=str(now), step="15")
+            took = time.perf_counter() - begun
+            slowest = max(slowest, took)
+            if took > QUERY_SECONDS:
+                slow.append((panel["title"], target["refId"], round(took, 2)))
+    print(f"slowest query of {path.stem}: {slowest:.2f} s")
+    assert slow == []
+
+
+def _with_all(expression: str) -> str:
+    values = {"job": ".+", "run": "llama-3-8b-chat", "instance": ".+", "rank": ".+", "__range": "3600s"}
+    values |= {"__rate_interval": "4m", "__interval": "15s"}
+    return re.sub(r"\$(\w+)", lambda match: values[match[1]], expression)
