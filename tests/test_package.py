@@ -22,6 +22,7 @@ PUBLIC = [
     "Moment",
     "StepRecord",
     "TracerConfig",
+    "plan",
 ]
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memtrace.categories import Category, Moment
     from memtrace.config import TracerConfig
     from memtrace.errors import ConfigError, MemTraceError
+    from memtrace.planning.simulate import plan
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _HOMES = {
     "Moment": "memtrace.categories",
     "StepRecord": "memtrace.breakdown",
     "TracerConfig": "memtrace.config",
+    "plan": "memtrace.planning.simulate",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "Moment",
     "StepRecord",
     "TracerConfig",
+    "plan",
 ]
 
 

@@ -221,7 +221,7 @@ def _step(training: Training, model: nn.Module, updates: Updates, simulation: Si
                 raise PlanError(f"the loss must be one number in a tensor, got {loss!r}")
             torch.autograd.backward(loss)
         del batch, loss
-    with refusals("the optimizer refused its step"):
+    with refusals("the optimizer refused its step"), simulation.guessing():
         updates.step()
         updates.zero_grad()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, target: Target = Target.CPU) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._target = target
+        self._guesses = False
         self.events = SimulatedEvents(self._address_of)
         self._blocks: dict[int, _Block] = {}
         self._results = OperatorResults(target)
@@ -61,6 +63,15 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         """Returns False: nothing is compiled here, and keeping the compiler out costs 5 us an operator."""
         return False
 
+    @contextmanager
+    def guessing(self) -> Iterator[None]:
+        """Answers 1 where an unknown number is asked for: an optimizer scales by norms, and no size follows from them."""
+        self._guesses = True
+        try:
+            yield
+        finally:
+            self._guesses = False
+
     def adopt(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns a simulated tensor in place of a real one or one on the meta device; a simulated one as it is.
 
@@ -69,6 +80,10 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         """
         if isinstance(tensor, SimulatedTensor):
             return tensor
+        with torch_fake.without_dispatch():
+            return self._adopt(tensor)
+
+    def _adopt(self, tensor: torch.Tensor) -> SimulatedTensor:
         storage = tensor.untyped_storage()
         layout, offset = layout_of(tensor), begin_of(tensor)
         if id(storage) in self._adopted:
@@ -140,6 +155,8 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
     def _by_value(self, call: Call, error: Exception | None) -> Any:
         """Returns the real result of a call that depends on values."""
         values = self._known.inputs(call)
+        if values is None and self._guesses and call.operator in _PLAIN_VALUES:
+            return torch.ones((), dtype=call.inputs[0].dtype).item()
         if values is None:
             raise PlanError(
                 f"{call.operator} depends on values that a simulation does not have (those of weights and activations):"
