@@ -57,17 +57,22 @@ PART_COLOURS = {
 }
 
 
+def selected(metric: Metric, **labels: str) -> str:
+    """Returns the series of a metric that the variables select, of any run."""
+    more = "".join(f',{name}="{value}"' for name, value in labels.items())
+    return f"{metric.name}{{{SELECTOR}{more}}}"
+
+
 def of(metric: Metric, **labels: str) -> str:
     """Returns the series of a metric for the ranks of the run that were chosen."""
-    more = "".join(f',{name}="{value}"' for name, value in labels.items())
-    return f"({metric.name}{{{SELECTOR}{more}}} and on ({RANK}) {RUN})"
+    return f"({selected(metric, **labels)} and on ({RANK}) {RUN})"
 
 
 def of_fullest(metric: Metric, **labels: str) -> str:
     """Returns the series of a metric for one of the chosen ranks: that with the highest peak of the time shown."""
-    peaks = f"max_over_time({metrics.STEP_PEAK.name}{{{SELECTOR}}}[$__range] @ end())"
+    peaks = f"max_over_time({selected(metrics.STEP_PEAK)}[$__range] @ end())"
     fullest = f"topk(1, {peaks} and on ({RANK}) last_over_time({RUN}[$__range] @ end()))"
-    return f"({of(metric, **labels)} and on ({RANK}) {fullest})"
+    return f"({selected(metric, **labels)} and on ({RANK}) {fullest})"
 
 
 def composition(moment: str) -> list[tuple[str, str]]:
