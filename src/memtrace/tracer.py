@@ -150,8 +150,8 @@ class Tracer:
         self._listeners.append(listener)
 
     def remove_listener(self, listener: Listener) -> None:
-        """Stops calling `listener`."""
-        self._listeners.remove(listener)
+        """Stops calling `listener`; one that is not called is left alone."""
+        self._listeners = [known for known in self._listeners if known != listener]
 
     def expect_batch(self, batch: LargestBatch) -> None:
         """Tells how large a micro batch the run can still meet, unless `max_tokens` of the settings says so already."""

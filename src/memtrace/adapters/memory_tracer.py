@@ -76,10 +76,10 @@ class MemoryTracer(Tracer):
     def _open_exports(self) -> None:
         run_dir = self._default_log_dir or Path("memtrace-runs") / self.identity.run_name
         exports = Exports.open(_weak_snapshot(self), self.identity, self.config, self.config.log_path(run_dir))
-        self._exports = exports
-        self.add_listener(exports.write)
         # Also where the script ends, or drops the tracer, without a detach: the port and the log are given back.
         self._close_exports = weakref.finalize(self, exports.close)
+        self._exports = exports
+        self.add_listener(exports.write)
 
     def detach(self) -> None:
         """Takes off the hooks, then closes the exports."""
@@ -87,10 +87,10 @@ class MemoryTracer(Tracer):
         self._guard.finish(self._drop_exports)
 
     def _drop_exports(self) -> None:
-        if self._exports is not None:
-            self.remove_listener(self._exports.write)
-            self._exports = None
+        exports, self._exports = self._exports, None
+        if exports is not None:
             self._close_exports()
+            self.remove_listener(exports.write)
 
     def _publish_oom(self, report: OomReport, *, again: bool) -> Path | None:
         super()._publish_oom(report, again=again)

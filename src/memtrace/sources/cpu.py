@@ -44,12 +44,14 @@ class CpuEvents:
     def close(self) -> Window:
         """Ends the window and returns what happened in it; `complete` is False where another profiler took over."""
         assert self._begin_ns is not None, "close() without open()"
-        begin_ns, self._begin_ns = self._begin_ns, None
-        end_ns = time.time_ns()
+        begin_ns, end_ns = self._begin_ns, time.time_ns()
         if torch_private.user_profiler_is_recording() or not torch_private.profiler_is_recording():
             torch_private.give_up_memory_profiler()
+            self._begin_ns = None
             return Window(begin_ns=begin_ns, end_ns=end_ns, events=(), live_at_begin=None, complete=False)
-        rows = sorted(torch_private.stop_memory_profiler(), key=lambda row: row[0])
+        recorded = torch_private.stop_memory_profiler()
+        self._begin_ns = None  # only now: after a fault on the way here, abandon() must still end the recording
+        rows = sorted(recorded, key=lambda row: row[0])
         return Window(
             begin_ns=begin_ns,
             end_ns=end_ns,
