@@ -54,3 +54,11 @@ def test_a_trend_needs_some_steps() -> None:
     """Growth over fewer steps than the minimum is no trend yet."""
     assert growth(lambda step: 70 * step, steps=MIN_STEPS - 1) is None
     assert growth(lambda step: 70 * step, steps=MIN_STEPS) is not None
+
+
+def test_steps_that_are_counted_anew_begin_a_new_trend() -> None:
+    """A run that starts again from step 1 in the same process is no trend with what was before."""
+    trend = GrowthTrend()
+    for step in (*range(1, 30), *range(1, MIN_STEPS)):
+        trend.add(Level(step=step, unix_seconds=float(step), by_category={Category.UNATTRIBUTED: 100 * step}))
+    assert trend.growth() is None

@@ -62,9 +62,7 @@ def parse_scrape(text: str, source: str) -> Scrape:
         raise LogFormatError(f"{source}: must serve metrics in the text format, but {error}") from error
     up = metrics.UP.name
     if up not in samples:
-        raise LogFormatError(
-            f"{source}: there is no {up}; is this the address of a trainer with memtrace?"
-        )
+        raise LogFormatError(f"{source}: there is no {up}; is this the address of a trainer with memtrace?")
     return Scrape(samples=samples)
 
 

@@ -55,7 +55,9 @@ class GrowthTrend:
         self._levels: deque[Level] = deque(maxlen=WINDOW)
 
     def add(self, level: Level) -> None:
-        """Takes in the level after one more step."""
+        """Takes in the level after one more step. Where the steps are counted anew, the trend begins anew."""
+        if self._levels and level.step <= self._levels[-1].step:
+            self._levels.clear()
         self._levels.append(level)
 
     def growth(self) -> Growth | None:

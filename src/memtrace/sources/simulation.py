@@ -65,7 +65,7 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def guessing(self) -> Iterator[None]:
-        """Answers 1 where an unknown number is asked for: an optimizer scales by norms, and no size follows from them."""
+        """Answers 1 where an unknown number is asked for: optimizers scale by norms, and no size follows from them."""
         self._guesses = True
         try:
             yield

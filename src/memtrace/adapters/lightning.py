@@ -1,0 +1,99 @@
+"""The callback for Lightning: `Trainer(callbacks=[MemTraceLightningCallback()])`. Needs the extra `lightning`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from memtrace.adapters.memory_tracer import MemoryTracer
+from memtrace.config import TracerConfig
+from memtrace.guard import Guard
+
+logger = logging.getLogger("memtrace")
+
+
+class MemTraceLightningCallback(Callback):
+    """Traces what Lightning's Trainer trains, from `on_train_start` to the end of training.
+
+    A step is an optimizer step: all batches that are accumulated for it. Metrics are served while training runs, the
+    step log goes to `<default_root_dir>/memtrace`. Lightning runs forward and backward pass in the closure of the
+    optimizer's step, so that gradients of one step live until the backward pass of the next one.
+
+    Args:
+        **settings: fields of `TracerConfig`.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self._config = TracerConfig.from_settings(settings)
+        self._tracer: MemoryTracer | None = None
+        self._step: int | None = None
+
+    @property
+    def tracer(self) -> MemoryTracer | None:
+        """The tracer of the current or the last run; None before the first one."""
+        return self._tracer
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attaches a tracer.
+
+        Raises:
+            ConfigError: the model or an optimizer cannot be traced.
+            OutputError: the port, the address or the log directory cannot be used.
+        """
+        guard = Guard(lambda: None, strict=self._config.strict)
+        guard.set_up(lambda: self._begin(trainer, pl_module), undo=lambda: None)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begins a step with its first batch."""
+        if self._tracer is not None and self._step is None:
+            self._step = trainer.global_step
+            self._tracer.begin_step(trainer.global_step + 1)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends the step after the batch with which the optimizers have stepped."""
+        if self._tracer is not None and self._step not in (None, trainer.global_step):
+            self._step = None
+            self._tracer.end_step()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detaches."""
+        self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Detaches, since training ends here."""
+        self._end()
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+        model, log_dir = trained_module(pl_module), Path(trainer.default_root_dir) / "memtrace"
+        self._tracer = MemoryTracer(model, trainer.optimizers, self._config, log_dir=log_dir, explicit_steps=True)
+        self._tracer.attach()
+        logger.info("memtrace: metrics at %s, step log %s", self._tracer.url, self._tracer.log_path)
+
+    def _end(self) -> None:
+        self._step = None
+        if self._tracer is not None:
+            self._tracer.detach()
+
+
+def trained_module(module: nn.Module) -> nn.Module:
+    """Returns the innermost module that has all the parameters.
+
+    Lightning calls `training_step` and not the module itself; what `training_step` calls is mostly the one network
+    that the module holds. A LightningModule with several is returned as it is: its steps are traced where
+    `training_step` calls `self(...)`.
+    """
+    count = sum(1 for _ in module.parameters())
+    for child in module.children():
+        if sum(1 for _ in child.parameters()) == count and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            return trained_module(child) if isinstance(child, LightningModule) else child
+    return module
