@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -36,12 +37,12 @@ class HookSet:
 
     def before_forward(self, module: nn.Module, hook: Callable[..., None], *, prepend: bool = True) -> None:
         """Calls `hook(module, args, kwargs)` before each forward of the module, before or after all other hooks."""
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend)
+        handle = module.register_forward_pre_hook(_outside_graphs(hook), with_kwargs=True, prepend=prepend)
         self._stack.callback(handle.remove)
 
     def after_forward(self, module: nn.Module, hook: Callable[..., None]) -> None:
         """Calls `hook(module, args, output)` after each forward of the module, also of one that raised."""
-        handle = module.register_forward_hook(hook, always_call=True)
+        handle = module.register_forward_hook(_outside_graphs(hook), always_call=True)
         self._stack.callback(handle.remove)
 
     def around_step(
@@ -61,6 +62,18 @@ class HookSet:
     def callback(self, function: Callable[[], Any]) -> None:
         """Calls `function` when the set is closed."""
         self._stack.callback(function)
+
+
+def _outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
+    """Returns the hook as torch's compiler leaves it out of a graph, where the compiler is loaded.
+
+    Traced into the graph of a compiled module, a hook would run once instead of each time, and change the graph. The
+    compiler is not loaded for that: it takes seconds, and most runs do without.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return hook
+    outside: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return outside
 
 
 class SavedTensorHooks:
