@@ -121,7 +121,9 @@ def test_a_trainer_killed_near_its_limit_is_told(tmp_path: Path) -> None:
     """SIGKILL leaves nothing to scrape: the alert is made of what was known before."""
     with job("near_limit", tmp_path) as running:
         running.wait_until_it_waits()
-        running.webhook.wait_for("MemtraceOomPredicted")
+        evaluated(running, times=8)
+        left = ask(running.prometheus, "query", query="rank:memtrace_headroom:ratio")
+        assert float(left["result"][0]["value"][1]) < 0.1
         assert "MemtraceTrainerVanishedNearLimit" not in names(running)
         running.process.send_signal(signal.SIGKILL)
         alert = running.webhook.wait_for("MemtraceTrainerVanishedNearLimit")
