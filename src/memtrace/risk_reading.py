@@ -30,6 +30,11 @@ class LargestBatch:
     source: ShapeSource
 
 
+def largest_by_setting(max_tokens: int | None) -> LargestBatch | None:
+    """Returns the batch that the setting `max_tokens` describes; None where it is not set."""
+    return None if max_tokens is None else LargestBatch(tokens=max_tokens, source=ShapeSource.SETTING)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeakForecast:
     """The peak of the largest batch that the run can still meet."""

@@ -27,7 +27,7 @@ from memtrace.oom.watch import OomWatch
 from memtrace.oom_report import OomReport
 from memtrace.planning.plan import read_plan
 from memtrace.risk import WARN_AT, RiskMonitor, advise
-from memtrace.risk_reading import LargestBatch, ShapeSource
+from memtrace.risk_reading import LargestBatch, largest_by_setting
 from memtrace.sampling import TraceSchedule
 from memtrace.snapshot import RunIdentity, Snapshot
 from memtrace.sources.device import open_device
@@ -92,7 +92,7 @@ class Tracer:
         self._step: StepInFlight | None = None
         self._sampler: DeviceSampler | None = None
         self._listeners: list[Listener] = []
-        self._risk = RiskMonitor(_largest_batch(self.config))
+        self._risk = RiskMonitor(largest_by_setting(self.config.max_tokens))
         self._warned = False
         self._history: deque[StepRecord] = deque(maxlen=self.config.history)
         self._identity = RunIdentity(run_name=self.config.run_name or "run", device=str(self._device))
@@ -100,7 +100,6 @@ class Tracer:
         self._snapshot = Snapshot(identity=self._identity, up=False, plan=plan)
         self._attached = False
         self._spent_before_ns = 0
-        self._state_sizes: list[int] = []
         self._handled: int | None = None
 
     def __enter__(self) -> Self:
@@ -236,7 +235,6 @@ class Tracer:
         )
         if not self._window.adopt():
             self._scan.claim_persistent(self._ledger)
-        self._state_sizes = self._scan.state_sizes()
         wrap = self._guard.wrap
         self._hooks.before_forward(self._model, wrap(self._on_forward))
         self._hooks.after_forward(self._model, wrap(self._on_forward_end))
@@ -271,7 +269,7 @@ class Tracer:
     def _decide(self, step: StepInFlight, batch: torch.Tensor | None) -> None:
         """Makes the step a traced one or a counted one, once its first batch is known."""
         tokens = 0 if batch is None else count_tokens(batch)
-        wanted = self._schedule.wants(step.number, has_state=any(self._state_sizes), tokens=tokens)
+        wanted = self._schedule.wants(step.number, has_state=self._scan.has_state, tokens=tokens)
         if wanted and not self._window.is_open and not self._window.open():
             self._schedule.missed()
         step.recorded = wanted and self._window.is_open
@@ -347,7 +345,7 @@ class Tracer:
             else:
                 moments = timeline.moments(marks)
         traced = moments is not None
-        self._learn_new_state()
+        self._scan.learn_new_state(self._ledger)
         spent_ns = self._guard.spent_ns
         record = StepRecord(
             step=step.number,
@@ -395,16 +393,3 @@ class Tracer:
     def _counted(self, step: StepInFlight) -> dict[Moment, Breakdown]:
         gradients = self._scan.gradient_bytes(self._device)
         return counted_moments(self._ledger.totals(), gradients, step.before_forward, step.readings)
-
-    def _learn_new_state(self) -> None:
-        """Looks at the optimizers again where a step has made new state; a length is all that is compared."""
-        sizes = self._scan.state_sizes()
-        if sizes != self._state_sizes:
-            self._state_sizes = sizes
-            self._scan.claim_optimizers(self._ledger)
-
-
-def _largest_batch(config: TracerConfig) -> LargestBatch | None:
-    if config.max_tokens is None:
-        return None
-    return LargestBatch(tokens=config.max_tokens, source=ShapeSource.SETTING)

@@ -37,6 +37,7 @@ class Scan:
         self.optimizers = [unwrap_optimizer(optimizer) for optimizer in given]
         self.engines = find_engines(model, given)
         self._looked_in_forward = False
+        self._state_sizes: list[int] = []
         for optimizer in self.optimizers:
             if not any(engine.owns(optimizer) for engine in self.engines):
                 check_optimizer(optimizer, model)
@@ -122,9 +123,17 @@ class Scan:
         """
         return all(steps.get(id(optimizer), 0) >= self._updates(optimizer) for optimizer in self.optimizers)
 
-    def state_sizes(self) -> list[int]:
-        """Returns for how many parameters each optimizer has state: a number that tells when to look again."""
-        return [len(optimizer.state) for optimizer in self.optimizers]
+    @property
+    def has_state(self) -> bool:
+        """Whether an optimizer has state for any parameter."""
+        return any(optimizer.state for optimizer in self.optimizers)
+
+    def learn_new_state(self, ledger: Ledger) -> None:
+        """Claims what the optimizers hold where a step has made new state; a length is all that is compared."""
+        sizes = [len(optimizer.state) for optimizer in self.optimizers]
+        if sizes != self._state_sizes:
+            self._state_sizes = sizes
+            self.claim_optimizers(ledger)
 
     def _updates(self, optimizer: torch.optim.Optimizer) -> int:
         owners = [engine for engine in self.engines if engine.owns(optimizer)]
