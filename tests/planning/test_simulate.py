@@ -16,6 +16,7 @@ from memtrace.breakdown import EntryKey
 from memtrace.categories import Category, Moment
 from memtrace.errors import PlanError
 from memtrace.planning.plan import Plan, parse_plan, plan_document
+from memtrace.planning.torch_optimizers import StepKernels, make_optimizer
 
 WIDTH, DEPTH, SAMPLES = 64, 4, 16
 WEIGHTS = DEPTH * (WIDTH * WIDTH + WIDTH)
@@ -160,9 +161,7 @@ def test_eight_bit_states_take_a_byte_and_their_scales() -> None:
 def test_other_optimizers_are_run_as_they_are(name: str) -> None:
     """The state at the end of a simulated step has the size of the state after a real one."""
     real = Tower()
-    from memtrace.planning.torch_optimizers import make_optimizer
-
-    optimizer = make_optimizer(name, foreach=False)(list(real.parameters()))
+    optimizer = make_optimizer(name, StepKernels.LOOP)(list(real.parameters()))
     real(**features()).backward()
     optimizer.step()
     size = sum(

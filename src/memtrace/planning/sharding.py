@@ -62,6 +62,8 @@ class Sharding:
     offload: Offload = Offload.NONE
     overlap_comm: bool = False
     """Whether ZeRO-1 and 2 reduce one bucket while they fill a second."""
+    reduce_bucket: int = ZERO_REDUCE_BUCKET
+    """Elements of DeepSpeed's reduce bucket. A plan by formula takes the default."""
     gradient_as_bucket_view: bool = False
     """Whether DDP's gradients are views of its buckets."""
 

@@ -14,7 +14,7 @@ from memtrace.planning.caching_allocator import CachingAllocator, replay
 from memtrace.planning.plan import ByteRange, Plan
 from memtrace.planning.recipe import Recipe, find_recipe
 from memtrace.planning.simulated_run import Loss, SimulatedRun, Training, run_two_steps
-from memtrace.planning.torch_optimizers import make_optimizer
+from memtrace.planning.torch_optimizers import StepKernels, make_optimizer
 from memtrace.planning.updates import MakeOptimizer
 from memtrace.sources.kernels import CUBLAS_WORKSPACES, Target
 
@@ -55,7 +55,10 @@ def plan(
         raise PlanError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
     target, found = Target(device), find_recipe(recipe)
     if isinstance(optimizer, str):
-        name, make = optimizer, make_optimizer(optimizer, foreach=target is Target.CUDA)
+        name, make = (
+            optimizer,
+            make_optimizer(optimizer, StepKernels.FOREACH if target is Target.CUDA else StepKernels.LOOP),
+        )
     else:
         name, make = "custom", optimizer
     run = run_two_steps(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -13,13 +13,16 @@ from torch import nn
 from memtrace.attribution.inputs import claim_batch, main_input
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
-from memtrace.attribution.timeline import Timeline
+from memtrace.attribution.timeline import StepMarks, Timeline
 from memtrace.breakdown import BatchShape, Breakdown
 from memtrace.categories import Moment
 from memtrace.errors import MemTraceError, PlanError
 from memtrace.guard import Guard
+from memtrace.planning.by_module import ModuleSpans, Span
 from memtrace.planning.recipe import Recipe
+from memtrace.planning.sharding import Sharding, Strategy
 from memtrace.planning.updates import MakeOptimizer, Updates, updates_of
+from memtrace.planning.zero_updates import ZeroUpdates
 from memtrace.sources.cuda_functions import CudaFunctions
 from memtrace.sources.events import Event
 from memtrace.sources.hooks import HookSet
@@ -58,6 +61,7 @@ class Training:
     make_optimizer: MakeOptimizer
     accumulation_steps: int
     target: Target
+    sharding: Sharding = field(default_factory=Sharding)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,10 @@ class SimulatedRun:
     """Of the second step."""
     timeline: Timeline
     """From before the model was made to the end of the second step: all its blocks begin within."""
+    marks: StepMarks
+    """When the second step entered its parts."""
+    spans: Sequence[Span]
+    """When each module ran in the second step."""
     parameters: int
     trainable: int
     batch: BatchShape | None
@@ -98,21 +106,26 @@ def run_two_steps(training: Training) -> SimulatedRun:
             stack.enter_context(CudaFunctions())
             for nbytes in CUBLAS_WORKSPACES:
                 simulation.events.allocate(nbytes)
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        with refusals("the model cannot be sharded"):
+            model = _sharded(model, training, stack)
         with refusals("the optimizer cannot be made"):
-            updates = updates_of(training.recipe, trainable, training.make_optimizer)
+            updates = _updates(model, training)
         stack.callback(updates.close)
-        with _Recorder(model, updates.optimizer, simulation) as recorder:
+        with _Recorder(model, updates, simulation) as recorder:
             _step(training, model, updates, simulation)
             recorder.ready = True
             _step(training, model, updates, simulation)
-    if recorder.moments is None or recorder.timeline is None:
+    if recorder.timeline is None or recorder.marks is None:
         raise PlanError("the loss never ran the model: it must call the module that it is given")
     return SimulatedRun(
-        moments=recorder.moments,
+        moments=recorder.timeline.moments(recorder.marks),
         timeline=recorder.timeline,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        trainable=sum(parameter.numel() for parameter in trainable),
+        marks=recorder.marks,
+        spans=recorder.modules.spans,
+        parameters=parameters,
+        trainable=trainable,
         batch=recorder.batch,
     )
 
@@ -120,20 +133,21 @@ def run_two_steps(training: Training) -> SimulatedRun:
 class _Recorder:
     """Marks the parts of a step and tags its blocks, through the hooks that the live tracer uses."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, simulation: Simulation) -> None:
+    def __init__(self, model: nn.Module, updates: Updates, simulation: Simulation) -> None:
         self.ready = False
         """Whether the next step is the one to look at."""
         self.timeline: Timeline | None = None
-        self.moments: Mapping[Moment, Breakdown] | None = None
+        self.marks: StepMarks | None = None
         self.batch: BatchShape | None = None
-        self._model, self._optimizer = model, optimizer
+        self._model, self._updates, self._optimizer = model, updates, updates.optimizer
+        self.modules = ModuleSpans(simulation.events.coordinates.now_ns)
         self._clock = simulation.events.coordinates.now_ns
         self._ledger = Ledger(DEVICE, simulation.events.coordinates)
         self._step: StepInFlight | None = None
         self._hooks = HookSet()
         self._window = TraceWindow(
             model=model,
-            scan=Scan(model, optimizer),
+            scan=Scan(model, updates.optimizer),
             source=simulation.events,
             ledger=self._ledger,
             guard=Guard(lambda: None, strict=True),
@@ -142,6 +156,8 @@ class _Recorder:
 
     def __enter__(self) -> Self:
         self._window.adopt()
+        self._updates.claim(self._ledger)
+        self.modules.watch(self._model, self._hooks)
         self._hooks.before_forward(self._model, self._forward_begins)
         self._hooks.after_forward(self._model, self._forward_ends)
         self._hooks.around_step(self._optimizer, self._optimizer_begins, self._optimizer_ends)
@@ -155,7 +171,12 @@ class _Recorder:
         if not self.ready or not torch.is_grad_enabled():
             return
         if self._step is None:
-            self._step = StepInFlight(number=2, read=lambda: None, now_ns=self._clock)
+            self._step = StepInFlight(
+                number=2,
+                read=lambda: None,
+                now_ns=self._clock,
+                prepares_gradients=self._updates.prepares_gradients,
+            )
         self._step.forward_begins(main_input(args, kwargs, getattr(module, "main_input_name", None)))
         claim_batch(args, kwargs, self._ledger)
         self._window.forward_begins()
@@ -168,17 +189,17 @@ class _Recorder:
     def _optimizer_begins(self, *_: object) -> None:
         if self._step is not None:
             self._step.optimizer_begins()
+            self._updates.claim(self._ledger)
             self._window.backward_ends()
 
     def _optimizer_ends(self, *_: object) -> None:
         if self._step is None:
             return
         self._step.optimizer_ends(self._optimizer)
-        marks, self.batch = self._step.ends(), self._step.batch()
+        self.marks, self.batch = self._step.ends(), self._step.batch()
         self.timeline = self._window.close()
         self._step = None
         assert self.timeline is not None, "a simulation loses no events"
-        self.moments = self.timeline.moments(marks)
 
 
 @contextmanager
@@ -200,18 +221,47 @@ def _model_of(training: Training) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise PlanError(f"make_model must return a torch.nn.Module, got {type(model).__name__}")
     recipe = training.recipe
-    frozen_dtype = recipe.frozen_base[0].dtype if recipe.frozen_base else recipe.weights
+    held = recipe.updated if training.sharding.strategy is Strategy.FSDP else recipe.weights
+    frozen = recipe.frozen_base[0].dtype if recipe.frozen_base else held
     for parameter in model.parameters():
-        dtype = getattr(torch, recipe.weights if parameter.requires_grad else frozen_dtype)
+        dtype = getattr(torch, held if parameter.requires_grad else frozen)
         if parameter.is_floating_point() and dtype.is_floating_point and parameter.dtype is not dtype:
-            parameter.data = parameter.data.to("meta", dtype)
+            parameter.data = parameter.data.to(dtype)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PlanError(f"the model must have parameters that are trained, got a {type(model).__name__} without any")
     return model.train()
 
 
+def _sharded(model: nn.Module, training: Training, stack: ExitStack) -> nn.Module:
+    """Returns the model as one rank holds it, where the real engine can shard it."""
+    sharding = training.sharding
+    if sharding.strategy is not Strategy.FSDP:
+        return model
+    from memtrace.planning.sharded_updates import fully_sharded  # noqa: PLC0415 - torch.distributed takes a second
+    from memtrace.sources.fake_ranks import fake_ranks  # noqa: PLC0415
+
+    stack.enter_context(fake_ranks(sharding.world_size))
+    return fully_sharded(model, training.recipe, sharding.world_size)
+
+
+def _updates(model: nn.Module, training: Training) -> Updates:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if training.sharding.strategy is Strategy.DDP:
+        from memtrace.planning.sharded_updates import DdpUpdates  # noqa: PLC0415 - torch.distributed takes a second
+
+        return DdpUpdates(
+            trainable, training.make_optimizer, gradients_are_views=training.sharding.gradient_as_bucket_view
+        )
+    if training.sharding.strategy is Strategy.FSDP:
+        return Updates(trainable, training.make_optimizer)
+    if training.sharding.strategy in (Strategy.ZERO1, Strategy.ZERO2):
+        return ZeroUpdates(trainable, training.make_optimizer, training.sharding)
+    return updates_of(training.recipe, trainable, training.make_optimizer)
+
+
 def _step(training: Training, model: nn.Module, updates: Updates, simulation: Simulation) -> None:
-    for _ in range(training.accumulation_steps):
+    for micro in range(training.accumulation_steps):
+        updates.micro_batch_begins(last=micro == training.accumulation_steps - 1)
         with refusals("the batch cannot be made"):
             batch = map_tensors(simulation.adopt, training.make_batch())
         with refusals("the model refused the batch"):

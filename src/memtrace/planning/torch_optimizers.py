@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +17,21 @@ _MIN_8BIT_SIZE = 4096
 """Parameters with fewer elements keep float32 states. Source: bitsandbytes, optim/optimizer.py, `min_8bit_size`."""
 
 _Build = Callable[..., torch.optim.Optimizer]
+
+
+class StepKernels(StrEnum):
+    """How torch's optimizers go through the parameters."""
+
+    LOOP = "loop"
+    """One at a time, torch's default on a CPU."""
+    FOREACH = "foreach"
+    """As lists, torch's default on a GPU."""
+    FUSED = "fused"
+    """In one kernel, without temporaries."""
+
+
+_FUSED = frozenset({"adamw", "adam", "adamw-amsgrad", "sgd", "sgd-momentum", "adagrad"})
+"""Optimizers of torch that have a fused kernel."""
 
 _FOREACH: Mapping[str, tuple[_Build, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -67,12 +83,12 @@ class BlockwiseAdamW(torch.optim.Optimizer):
                     self.state[parameter] = _blockwise_state(parameter)
 
 
-def make_optimizer(name: str, *, foreach: bool) -> MakeOptimizer:
+def make_optimizer(name: str, kernels: StepKernels) -> MakeOptimizer:
     """Returns a function that makes the optimizer with this name.
 
     Args:
         name: as in `memtrace.planning.optimizers`.
-        foreach: whether torch's list implementation is used, as by default on a GPU; else one parameter at a time.
+        kernels: how it goes through the parameters. FUSED is FOREACH where it has no fused kernel.
 
     Raises:
         PlanError: the name is not known, or the optimizer cannot be simulated.
@@ -85,7 +101,9 @@ def make_optimizer(name: str, *, foreach: bool) -> MakeOptimizer:
     if name == "adafactor-hf":
         return _transformers_adafactor
     build, settings = _FOREACH[name]
-    return lambda parameters: build(parameters, foreach=foreach, **settings)
+    if kernels is StepKernels.FUSED and name in _FUSED:
+        return lambda parameters: build(parameters, fused=True, **settings)
+    return lambda parameters: build(parameters, foreach=kernels is not StepKernels.LOOP, **settings)
 
 
 def _transformers_adafactor(parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:

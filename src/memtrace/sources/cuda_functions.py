@@ -6,7 +6,7 @@ decide by device before anything is dispatched, so they are answered here as CUD
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,12 @@ aten = torch.ops.aten
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _FLASH_HEAD_MULTIPLE = 8
+_FLASH_MAX_HEAD = 256
 _EFFICIENT_BIAS_MULTIPLE = 16
+
+_BACKWARD = frozenset({torch.Tensor.backward, torch.autograd.backward})
+_INPUTS_POSITION = 4
+"""Position of the argument `inputs` of both."""
 
 _AUTOCAST_TO_FLOAT32 = frozenset(
     {
@@ -50,6 +55,8 @@ class CudaFunctions(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _BACKWARD and not _names_inputs(args, kwargs):
+            return self._backward(*args, **kwargs)
         if func is F.dropout:
             return _dropout(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
@@ -57,6 +64,30 @@ class CudaFunctions(TorchFunctionMode):
         if func in _AUTOCAST_TO_FLOAT32 and torch.is_autocast_enabled(DEVICE.type):
             args = tuple(_in_float32(value) for value in args)
         return func(*args, **kwargs)
+
+    def _backward(
+        self,
+        tensors: torch.Tensor | Sequence[torch.Tensor],
+        gradient: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: None = None,
+        *,
+        grad_tensors: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+    ) -> None:
+        """Runs a backward pass with this mode on: what is recomputed in it must take the way that it took before."""
+        outputs = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        given = gradient if grad_tensors is None else grad_tensors
+        gradients = [given] * len(outputs) if given is None or isinstance(given, torch.Tensor) else list(given)
+        pairs = list(zip(outputs, gradients, strict=True))
+        edges = [torch.autograd.graph.get_gradient_edge(output) for output in outputs]
+        ones = [torch.ones_like(output) if known is None else known for output, known in pairs]
+        with self:  # edges, unlike tensors, do not come here again
+            torch.autograd.backward(edges, ones, retain_graph, create_graph, inputs=inputs)
+
+
+def _names_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return len(args) > _INPUTS_POSITION or kwargs.get("inputs") is not None
 
 
 def _in_float32(value: Any) -> Any:
@@ -89,7 +120,7 @@ def _attention(  # noqa: PLR0917 - the signature of F.scaled_dot_product_attenti
     """
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
     output: torch.Tensor
-    if attn_mask is None and query.dtype in _LOW_PRECISION and query.dim() == 4 and query.shape[-1] <= 256:
+    if attn_mask is None and _flash_takes(query, value):
         size = query.shape[-1]
         padding = -size % _FLASH_HEAD_MULTIPLE
         if padding:
@@ -107,6 +138,11 @@ def _attention(  # noqa: PLR0917 - the signature of F.scaled_dot_product_attenti
     plain = aten._scaled_dot_product_attention_math
     output, *_ = plain(query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa)
     return output
+
+
+def _flash_takes(query: torch.Tensor, value: torch.Tensor) -> bool:
+    low, size = query.dtype in _LOW_PRECISION, query.shape[-1]
+    return low and query.dim() == 4 and size <= _FLASH_MAX_HEAD and size == value.shape[-1]
 
 
 def _autocast(tensor: torch.Tensor) -> torch.Tensor:

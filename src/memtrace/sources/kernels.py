@@ -74,7 +74,7 @@ def _as_type(result: Result, dtype: torch.dtype) -> Result:
 
 def scratch_bytes(target: Target, operator: Operator, inputs: Sequence[torch.Tensor]) -> int:
     """Returns what a kernel of the target takes inside, and gives back before it returns."""
-    count = _CUDA_SCRATCH.get(operator) if target is Target.CUDA else None
+    count = _SCRATCH[target].get(operator)
     return 0 if count is None else count(inputs)
 
 
@@ -102,9 +102,20 @@ def _efficient_backward(inputs: Sequence[torch.Tensor]) -> int:
     return batch * heads * rows * 4
 
 
-_CUDA_SCRATCH: Mapping[Operator, Callable[[Sequence[torch.Tensor]], int]] = {
-    aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
-    aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+def _copy_of_input(inputs: Sequence[torch.Tensor]) -> int:
+    """Gloo reduces a copy of its input.
+
+    Source: torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, `_reduce_scatter_base`.
+    """
+    return inputs[1].numel() * inputs[1].element_size()
+
+
+_SCRATCH: Mapping[Target, Mapping[Operator, Callable[[Sequence[torch.Tensor]], int]]] = {
+    Target.CPU: {torch.ops.c10d._reduce_scatter_base_.default: _copy_of_input},
+    Target.CUDA: {
+        aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+        aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    },
 }
 
 CUBLAS_WORKSPACES = (4096 * 1024 * 2 + 16 * 1024 * 8,) * 2

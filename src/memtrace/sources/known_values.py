@@ -1,4 +1,4 @@
-"""Values of simulated tensors that follow from the batch's integers: masks, positions, lengths.
+"""Values of simulated tensors that follow from the batch and from constants: masks, positions, lengths.
 
 Model code asks for such values to decide what to compute (`mask.all()`, `lengths.tolist()`); with them a simulation
 takes the way that the real step takes. Nothing is known of what follows from weights.
@@ -15,15 +15,17 @@ from memtrace.sources.operator_results import Call, map_tensors
 from memtrace.sources.results import Operator
 from memtrace.sources.simulated_tensor import begin_of, layout_of
 
-MAX_ELEMENTS = 2**20
+MAX_INTEGERS = 2**20
 """Larger tensors have no known values: no model decides by them, and a mask over all pairs of positions is large."""
+
+MAX_FLOATS = 2**17
+"""The same for floating-point tensors, such as a mask of ones for each token."""
 
 
 class KnownValues:
     """Real storages beside simulated ones, by the identity of the simulated storage.
 
-    Views need no bookkeeping: a view of a known storage is known. Integers and booleans are kept, and single numbers
-    of any type.
+    Views need no bookkeeping: a view of a known storage is known. Large tensors are left out.
     """
 
     def __init__(self) -> None:
@@ -104,8 +106,8 @@ def run(call: Call, values: Sequence[torch.Tensor]) -> Any:
 
 
 def _worth_keeping(tensor: torch.Tensor) -> bool:
-    elements, dtype = tensor.numel(), tensor.dtype
-    return elements == 1 or (elements <= MAX_ELEMENTS and not dtype.is_floating_point and not dtype.is_complex)
+    exact = not tensor.dtype.is_floating_point and not tensor.dtype.is_complex
+    return tensor.numel() <= (MAX_INTEGERS if exact else MAX_FLOATS)
 
 
 def _argument(call: Call, position: int, name: str) -> Any:

@@ -20,6 +20,9 @@ from memtrace.sources.simulated import SimulatedEvents
 from memtrace.sources.simulated_tensor import DEVICE, SimulatedTensor, begin_of, layout_of, new_tensor, tensor_on
 
 _ADD = torch.ops.aten.add.Tensor
+_FSDP = "fsdp"
+"""Namespace of the operators that FSDP2 gathers weights with; it resizes the storages that they fill itself."""
+
 _LIFT = torch.ops.aten.lift_fresh.default
 _PLAIN_VALUES = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
 """Operators that return a value of Python, and always depend on values."""
@@ -51,6 +54,8 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._target = target
         self._guesses = False
+        self._resized: dict[int, None] = {}
+        """Identities of storages that may be resized without an operator, which nobody tells."""
         self.events = SimulatedEvents(self._address_of)
         self._blocks: dict[int, _Block] = {}
         self._results = OperatorResults(target)
@@ -75,7 +80,7 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
     def adopt(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns a simulated tensor in place of a real one or one on the meta device; a simulated one as it is.
 
-        Tensors that share a storage still do. Values of small integer tensors are kept, others are not. A single number
+        Tensors that share a storage still do. Values of small tensors are kept. A single number
         that Python code made (an optimizer's step count) stays on the host where the target is CUDA: it takes no block.
         """
         if isinstance(tensor, SimulatedTensor):
@@ -123,8 +128,12 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if func is torch_fake.DEVICE_OF:
             return DEVICE
-        if func.namespace == "profiler":
+        if func.namespace == "profiler" or torch_fake.fake_mode_is_on():
             return func(*args, **(kwargs or {}))
+        if self._resized:
+            self._see_resized()
+        if any(kind is not SimulatedTensor for kind in types):
+            return NotImplemented  # a wrapper such as DTensor calls again with the tensors that it wraps
         if func is _ADD and torch_fake.is_engine_sum(args[0]) and layout_of(args[0]) == layout_of(args[1]):
             return tensor_on(args[0].untyped_storage(), layout_of(args[0]), begin_of(args[0]))
         call = Call.of(func, args, kwargs or {})
@@ -150,6 +159,8 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         if scratch:
             self.events.free(self.events.allocate(scratch))
         self._known.follow(call, answer)
+        if call.operator.namespace == _FSDP:
+            self._resized.update((id(tensor.untyped_storage()), None) for tensor in call.inputs)
         return answer
 
     def _by_value(self, call: Call, error: Exception | None) -> Any:
@@ -198,9 +209,23 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         self._blocks[block.identity] = block
         return tensor
 
+    def _see_resized(self) -> None:
+        """Frees and allocates the blocks of storages that FSDP2 has resized to nothing and back."""
+        for identity in self._resized:
+            block = self._blocks[identity]
+            storage = block()
+            if storage is None:
+                continue
+            if block.address is not None and not storage.nbytes():
+                self.events.free(block.address)
+                block.address = None
+            elif block.address is None and storage.nbytes():
+                block.address = self.events.allocate(storage.nbytes())
+
     def _died(self, block: weakref.ref[torch.UntypedStorage]) -> None:
         assert isinstance(block, _Block)
         del self._blocks[block.identity]
+        self._resized.pop(block.identity, None)
         self._known.forget(block.identity)
         if block.address is not None:
             self.events.free(block.address)

@@ -71,6 +71,11 @@ def quiet() -> Iterator[None]:
         logger.disabled = disabled
 
 
+def fake_mode_is_on() -> bool:
+    """Returns whether somebody (such as DTensor, to learn a shape) runs fake kernels below the current mode."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def fake_kernels() -> FakeTensorMode:
     """Returns a mode in which operators compute shapes, strides and element types, and nothing else."""
     return FakeTensorMode()
@@ -84,6 +89,7 @@ __all__ = [
     "FakeTensorMode",
     "as_subclass",
     "fake_kernels",
+    "fake_mode_is_on",
     "is_engine_sum",
     "no_torch_function",
     "quiet",

@@ -1,0 +1,112 @@
+"""One rank's view of DDP and FSDP, run on tensors without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from memtrace.attribution.ledger import Ledger
+from memtrace.categories import Category
+from memtrace.planning.recipe import Recipe
+from memtrace.planning.updates import MakeOptimizer, Updates
+from memtrace.sources.hooks import HookSet
+from memtrace.sources.simulated_tensor import DEVICE
+from memtrace.units import MIB
+
+DDP_FIRST_BUCKET = MIB
+DDP_BUCKET = 25 * MIB
+"""Bytes at which the first bucket is full, and all others. Source: torch.nn.parallel.DistributedDataParallel,
+`bucket_cap_mb`, and `compute_bucket_assignment_by_size` in torch/csrc/distributed/c10d/reducer.cpp."""
+
+
+class DdpUpdates(Updates):
+    """DistributedDataParallel: buckets that hold a second copy of all gradients, or the gradients themselves.
+
+    Its reducer is C++ that reads memory, so that the real one cannot run here. Buckets live as long as the wrapper, and
+    are filled with the last micro batch (`no_sync` before that, as Trainer does).
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], make_optimizer: MakeOptimizer, *, gradients_are_views: bool
+    ) -> None:
+        super().__init__(parameters, make_optimizer)
+        self._buckets: list[torch.Tensor] = []
+        self._views: dict[nn.Parameter, torch.Tensor] = {}
+        """Where each gradient lies in its bucket, where gradients are views."""
+        self._reduces = True
+        self._hooks = HookSet()
+        for bucket in bucket_parameters(parameters):
+            sizes = [parameter.numel() for parameter in bucket]
+            self._buckets.append(torch.empty(sum(sizes), dtype=bucket[0].dtype, device=DEVICE))
+            if gradients_are_views:
+                parts = torch.split(self._buckets[-1], sizes)
+                self._views |= {
+                    parameter: part.view_as(parameter) for parameter, part in zip(bucket, parts, strict=True)
+                }
+        self._hooks.after_gradient(self._views, self._move)
+
+    def micro_batch_begins(self, *, last: bool) -> None:
+        """Fills the buckets with the last micro batch."""
+        self._reduces = last
+
+    def claim(self, ledger: Ledger) -> None:
+        """Claims the buckets."""
+        for bucket in self._buckets:
+            if self._views:
+                ledger.claim(bucket, Category.GRADIENTS)
+            else:
+                ledger.claim(bucket, Category.COMM_BUFFERS, "bucket")
+
+    def close(self) -> None:
+        """Takes off hooks."""
+        self._hooks.close()
+
+    def _move(self, parameter: torch.Tensor) -> None:
+        """Puts a gradient into its bucket, and the view of it in its place."""
+        if self._reduces and parameter.grad is not None:
+            assert isinstance(parameter, nn.Parameter)
+            view = self._views[parameter]
+            view.copy_(parameter.grad)
+            parameter.grad = view
+
+
+def bucket_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Yields the parameters of each bucket, in the order in which their gradients come: the last ones first."""
+    bucket: list[nn.Parameter] = []
+    size, limit = 0, DDP_FIRST_BUCKET
+    for parameter in reversed(parameters):
+        bucket.append(parameter)
+        size += parameter.numel() * parameter.element_size()
+        if size >= limit:
+            yield bucket
+            bucket, size, limit = [], 0, DDP_BUCKET
+    if bucket:
+        yield bucket
+
+
+def fully_sharded(model: nn.Module, recipe: Recipe, world_size: int) -> nn.Module:
+    """Shards the model with FSDP2, layer by layer, as one rank of `world_size` fake ones.
+
+    Weights in float32 are the masters where the recipe computes in a lower type: FSDP2 gathers copies in that type.
+    """
+    mesh = init_device_mesh(DEVICE.type, (world_size,))
+    policy = MixedPrecisionPolicy()
+    if recipe.compute != recipe.updated:
+        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, recipe.compute), reduce_dtype=torch.float32)
+    for unit in sharding_units(model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def sharding_units(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields the repeated layers of a model: the elements of its outermost lists of modules."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from sharding_units(child)

@@ -1,0 +1,27 @@
+"""A process group of ranks that are not there: collectives return at once and move nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore  # the only home of torch's "fake" backend
+
+from memtrace.errors import PlanError
+
+
+@contextmanager
+def fake_ranks(world_size: int) -> Iterator[None]:
+    """Makes this process rank 0 of `world_size` for as long as the context lasts.
+
+    Raises:
+        PlanError: the process has a process group of its own.
+    """
+    if dist.is_initialized():
+        raise PlanError("a sharded plan needs a process without a process group: plan before init_process_group")
+    dist.init_process_group(backend="fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
