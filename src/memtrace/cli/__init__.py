@@ -10,13 +10,14 @@ from io import TextIOWrapper
 
 import memtrace
 from memtrace.cli.command import Command
+from memtrace.cli.compare import Compare
 from memtrace.cli.plan import PlanCommand
 from memtrace.cli.report import Report
 from memtrace.cli.show import Show
 from memtrace.cli.watch import Watch
 from memtrace.errors import MemTraceError
 
-COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Report(), Watch())
+COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Compare(), Report(), Watch())
 """Every subcommand, in the order of the help."""
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from memtrace.cli.plan_markdown import plan_markdown
 from memtrace.cli.plan_options import (
@@ -16,6 +18,7 @@ from memtrace.cli.plan_options import (
 )
 from memtrace.cli.plan_table import plan_table
 from memtrace.cli.show import console
+from memtrace.cli.simulation_options import add_simulation_arguments, check_simulation_options
 from memtrace.errors import PlanError
 from memtrace.planning.deepspeed_estimates import plan_by_deepspeed
 from memtrace.planning.formula import plan_by_formula
@@ -23,12 +26,15 @@ from memtrace.planning.hardware import held_against
 from memtrace.planning.plan import Plan, Verdict, plan_document
 from memtrace.planning.remedies import Remedy, remedies
 
+if TYPE_CHECKING:
+    from memtrace.planning.by_module import Holding
+
 EXIT_STATUS = {None: 0, Verdict.FITS: 0, Verdict.UNCERTAIN: 1, Verdict.DOES_NOT_FIT: 2}
 """By verdict; None where no device was named."""
 
 
 class PlanCommand:
-    """Plans a step from a parameter count."""
+    """Plans a step from a parameter count, or from the configuration of a model."""
 
     name = "plan"
     summary = "Plan the memory of a step before it runs, and say whether it fits."
@@ -36,6 +42,7 @@ class PlanCommand:
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declares model, training, device and output."""
         add_model_arguments(parser)
+        add_simulation_arguments(parser)
         add_training_arguments(parser)
         add_device_arguments(parser)
         group = parser.add_argument_group("output")
@@ -56,8 +63,15 @@ class PlanCommand:
             PlanError: a plan cannot be made from the options.
             ConfigError: a size is none.
         """
-        request = request_of(arguments)
+        check_simulation_options(arguments)
         device = capacity_of(arguments)
+        if arguments.config is not None:
+            from memtrace.cli.plan_simulated import answer  # noqa: PLC0415 - torch and transformers take seconds
+
+            answered = answer(arguments, device)
+            _print(answered.plan, answered.remedies, arguments.format, answered.holdings)
+            return EXIT_STATUS[answered.plan.verdict]
+        request = request_of(arguments)
         if arguments.constants == "deepspeed":
             if arguments.what_if:
                 raise PlanError("--what-if plans with memtrace's constants: leave --constants deepspeed out")
@@ -75,16 +89,20 @@ def _held(remedy: Remedy, device: tuple[str, int]) -> Remedy:
     return replace(remedy, plan=held_against(remedy.plan, *device, remedy.world_size))
 
 
-def _print(plan: Plan, found: list[Remedy] | None, form: str) -> None:
+def _print(plan: Plan, found: list[Remedy] | None, form: str, holdings: Sequence[Holding] | None = None) -> None:
     if form == "json":
         document = plan_document(plan)
         if found is not None:
             document["remedies"] = [_remedy_document(remedy) for remedy in found]
+        if holdings is not None:
+            document["modules"] = [
+                {"name": holding.name, "modules": holding.modules, "bytes": holding.nbytes} for holding in holdings
+            ]
         print(json.dumps(document, indent=2, allow_nan=False))
     elif form == "markdown":
-        print(plan_markdown(plan, found))
+        print(plan_markdown(plan, found, holdings))
     else:
-        console().print(plan_table(plan, found))
+        console().print(plan_table(plan, found, holdings))
 
 
 def _remedy_document(remedy: Remedy) -> dict[str, str | int | None]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from memtrace.cli.plan_rows import facts, gigabytes, headline, peak_rows, remedy_rows
+from memtrace.cli.plan_rows import facts, gigabytes, headline, holding_rows, peak_rows, remedy_rows
 from memtrace.planning.plan import Plan
 from memtrace.planning.remedies import Remedy
 
+if TYPE_CHECKING:
+    from memtrace.planning.by_module import Holding
 
-def plan_markdown(plan: Plan, found: list[Remedy] | None = None) -> str:
+
+def plan_markdown(plan: Plan, found: list[Remedy] | None = None, holdings: Sequence[Holding] | None = None) -> str:
     """Returns a plan as markdown: the same figures as the table, without colours."""
-    return "\n".join(_lines(plan, found))
+    return "\n".join(_lines(plan, found, holdings))
 
 
-def _lines(plan: Plan, found: list[Remedy] | None) -> Iterator[str]:
+def _lines(plan: Plan, found: list[Remedy] | None, holdings: Sequence[Holding] | None) -> Iterator[str]:
     yield f"**{_escaped(headline(plan))}**"
     yield ""
     yield from _row(("at the peak", "", "GB", "GiB", "share"))
@@ -34,6 +38,12 @@ def _lines(plan: Plan, found: list[Remedy] | None) -> Iterator[str]:
         yield from _row(("what if", "saves at the peak", "leaves", "then it"))
         yield "|---|--:|--:|---|"
         for cells in remedy_rows(found):
+            yield from _row(cells)
+    if holdings:
+        yield ""
+        yield from _row(("made the activations at the end of the forward pass", "modules", "bytes", "share"))
+        yield "|---|--:|--:|--:|"
+        for cells in holding_rows(holdings):
             yield from _row(cells)
     yield ""
     for sentence in plan.assumptions:

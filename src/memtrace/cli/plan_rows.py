@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from memtrace.categories import Category, Moment
 from memtrace.planning.plan import Fit, Plan, Verdict
 from memtrace.planning.remedies import Remedy
 from memtrace.planning.sharding import Strategy
 from memtrace.units import GB, GIB, format_bytes
+
+if TYPE_CHECKING:
+    from memtrace.planning.by_module import Holding
+
+_HOLDERS = 12
+"""Kinds of modules that are listed one by one."""
 
 _VERDICTS = {
     Verdict.FITS: "fits",
@@ -60,6 +67,12 @@ def headline(plan: Plan) -> str:
     """Returns what was asked for, in one line."""
     setup = dict(plan.setup)
     parts = [f"{setup['parameters']:,} parameters" if "parameters" in setup else "plan", plan.recipe, plan.optimizer]
+    if "model" in setup:
+        parts.insert(0, str(setup["model"]))
+    if "batch" in setup:
+        parts.append(f"batch {setup['batch']}")
+    if setup.get("gradient_checkpointing") == "true":
+        parts.append("checkpointing")
     if setup.get("mode") == "deepspeed":
         parts.append("DeepSpeed's constants")
     if setup.get("strategy", "none") != "none":
@@ -81,6 +94,10 @@ def facts(plan: Plan) -> Iterator[tuple[str, str]]:
             yield moment.value.replace("_", " "), _both(breakdown.total_bytes)
     if plan.reserved_bytes is not None:
         yield "reserved by the allocator", _both(plan.reserved_bytes)
+    for what in ("batch size", "seq len"):
+        found = plan.setup.get(f"largest_{what.replace(' ', '_')}")
+        if found is not None:
+            yield f"largest {what} that fits", f"{found:,}"
     if plan.host_bytes:
         yield "in host memory", _both(plan.host_bytes)
     if plan.fit is not None:
@@ -100,6 +117,19 @@ def verdict_of(fit: Fit) -> str:
     if fit.verdict is Verdict.UNCERTAIN:
         said = f"{said} at worst, {format_bytes(best)} to spare at best" if worst is not None else f"{said} at best"
     return f"{_VERDICTS[fit.verdict]}: needs {needed} of {format_bytes(fit.capacity_bytes)}, {said}"
+
+
+def holding_rows(holdings: Sequence[Holding]) -> Iterator[tuple[str, str, str, str]]:
+    """Yields name, number of modules, bytes and share of the largest holders of activations, then of all others."""
+    whole = sum(holding.nbytes for holding in holdings)
+    for holding in holdings[:_HOLDERS]:
+        name = holding.name or "(outside of the model)"
+        yield name, str(holding.modules), format_bytes(holding.nbytes), f"{holding.nbytes / whole:.1%}"
+    rest = holdings[_HOLDERS:]
+    if rest:
+        size = sum(holding.nbytes for holding in rest)
+        modules = sum(holding.modules for holding in rest)
+        yield "(all others)", str(modules), format_bytes(size), f"{size / whole:.1%}"
 
 
 def remedy_rows(found: list[Remedy]) -> Iterator[tuple[str, str, str, str]]:

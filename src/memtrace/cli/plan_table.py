@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.bar import Bar
 from rich.box import SIMPLE_HEAD
@@ -11,26 +12,32 @@ from rich.table import Table
 from rich.text import Text
 
 from memtrace.categories import COLOURS, Moment
-from memtrace.cli.plan_rows import facts, gigabytes, headline, peak_rows, remedy_rows
+from memtrace.cli.plan_rows import facts, gigabytes, headline, holding_rows, peak_rows, remedy_rows
 from memtrace.exporters.table import CompositionBar, category_name, printable
 from memtrace.planning.plan import Plan, Verdict
 from memtrace.planning.remedies import Remedy
+
+if TYPE_CHECKING:
+    from memtrace.planning.by_module import Holding
 
 _BAR_WIDTH = 24
 _STYLES = {Verdict.FITS: "green", Verdict.UNCERTAIN: "yellow", Verdict.DOES_NOT_FIT: "bold"}
 
 
-def plan_table(plan: Plan, found: list[Remedy] | None = None) -> RenderableType:
+def plan_table(
+    plan: Plan, found: list[Remedy] | None = None, holdings: Sequence[Holding] | None = None
+) -> RenderableType:
     """Returns a plan as a rich renderable: the peak by category, the other moments, the verdict, what was assumed.
 
     Args:
         plan: the plan.
         found: remedies to list; None lists none.
+        holdings: who made the activations; None lists none.
     """
-    return Group(*_parts(plan, found))
+    return Group(*_parts(plan, found, holdings))
 
 
-def _parts(plan: Plan, found: list[Remedy] | None) -> Iterator[RenderableType]:
+def _parts(plan: Plan, found: list[Remedy] | None, holdings: Sequence[Holding] | None) -> Iterator[RenderableType]:
     yield Text(printable(headline(plan)), "bold")
     yield CompositionBar(plan.moments[Moment.PEAK].by_category())
     yield ""
@@ -40,6 +47,9 @@ def _parts(plan: Plan, found: list[Remedy] | None) -> Iterator[RenderableType]:
     if found is not None:
         yield ""
         yield _remedies_table(found) if found else Text("No remedy saves anything at the peak.")
+    if holdings is not None:
+        yield ""
+        yield _holdings_table(holdings)
     yield ""
     for sentence in plan.assumptions:
         line = Table.grid(padding=(0, 1))
@@ -78,6 +88,16 @@ def _facts_grid(plan: Plan) -> Table:
         style = _STYLES[plan.fit.verdict] if plan.fit is not None and name == device else ""
         grid.add_row(Text(printable(name), "bold"), Text(printable(said), style))
     return grid
+
+
+def _holdings_table(holdings: Sequence[Holding]) -> Table:
+    table = _table()
+    table.add_column("made the activations at the end of the forward pass", ratio=1, min_width=30)
+    for head in ("modules", "bytes", "share"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, *figures in holding_rows(holdings):
+        table.add_row(printable(name), *figures)
+    return table
 
 
 def _remedies_table(found: list[Remedy]) -> Table:

@@ -1,0 +1,87 @@
+"""What `memtrace plan --config` answers: the plan, and the questions that are asked of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from rich.console import Console
+
+from memtrace.cli.simulation_options import simulation_of
+from memtrace.errors import PlanError
+from memtrace.planning.by_module import Holding, activation_holders
+from memtrace.planning.find_max import LIMIT, find_max
+from memtrace.planning.hardware import held_against
+from memtrace.planning.models import longest_text
+from memtrace.planning.plan import Plan, Verdict
+from memtrace.planning.remedies import Remedy
+from memtrace.planning.simulated_remedies import simulated_remedies
+from memtrace.planning.simulation_request import SimulationRequest, plan_simulated, simulate
+
+_SEQUENCE_STEP = 64
+"""Tokens between two lengths that a search tries."""
+
+Device = tuple[str, int]
+"""Name and usable bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A simulated plan and what was asked besides; None where it was not."""
+
+    plan: Plan
+    remedies: list[Remedy] | None = None
+    holdings: Sequence[Holding] | None = None
+
+
+def answer(arguments: argparse.Namespace, device: Device | None) -> Answer:
+    """Returns the answer to the options.
+
+    Raises:
+        PlanError: a plan cannot be made from them.
+    """
+    request = simulation_of(arguments)
+    with Console(stderr=True).status("simulating a training step") as status:
+        if arguments.find_max is not None:
+            request, found = _search(request, arguments.find_max, device, status.update)
+        run = simulate(request)
+        plan = plan_simulated(request, run)
+        if arguments.find_max is not None:
+            plan = replace(plan, setup={**plan.setup, f"largest_{arguments.find_max.replace('-', '_')}": found})
+        remedies = holdings = None
+        if arguments.what_if:
+            status.update("simulating what would save memory")
+            remedies = simulated_remedies(request, plan)
+        if arguments.by_module:
+            forward_end = run.marks.forward_end_ns
+            holdings = [] if forward_end is None else activation_holders(run.timeline, run.spans, forward_end)
+    if device is not None:
+        plan = held_against(plan, *device, 1)
+        if remedies is not None:
+            remedies = [replace(remedy, plan=held_against(remedy.plan, *device, 1)) for remedy in remedies]
+    return Answer(plan=plan, remedies=remedies, holdings=holdings)
+
+
+def _search(
+    request: SimulationRequest, what: str, device: Device | None, say: Callable[[str], None]
+) -> tuple[SimulationRequest, int]:
+    """Returns the request with the largest batch or sequence that fits, and that number."""
+    if device is None:
+        raise PlanError(f"--find-max {what} needs a device to fit: give --device or --capacity")
+
+    def with_size(number: int) -> SimulationRequest:
+        field = "samples" if what == "batch-size" else "positions"
+        return replace(request, batch=replace(request.batch, **{field: number}))
+
+    def attempt(number: int) -> Plan:
+        say(f"simulating a {what.replace('-', ' ').replace('seq len', 'sequence length')} of {number:,}")
+        return held_against(plan_simulated(with_size(number)), *device, 1)
+
+    longest = longest_text(request.configuration) if what == "seq-len" else None
+    step = 1 if what == "batch-size" else min(_SEQUENCE_STEP, longest or _SEQUENCE_STEP)
+    try:
+        found, _ = find_max(attempt, lambda plan: plan.verdict is Verdict.FITS, step=step, limit=longest or LIMIT)
+    except PlanError as error:
+        raise PlanError(f"--find-max {what}: {error} on {device[0]}") from error
+    return with_size(found), found

@@ -1,0 +1,102 @@
+"""A plan from a configuration: what is simulated, and the plan that comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from memtrace.errors import PlanError
+from memtrace.planning.models import BatchSettings, ModelSettings, build_model, make_batch
+from memtrace.planning.plan import Plan
+from memtrace.planning.recipe import DTYPE_BYTES, Recipe
+from memtrace.planning.simulate import model_loss, plan_of
+from memtrace.planning.simulated_run import SimulatedRun, Training, run_two_steps
+from memtrace.planning.torch_optimizers import StepKernels, make_optimizer
+from memtrace.sources.kernels import Target
+
+DEFAULT_ADAPTER_RANK = 16
+"""Rank of the adapters that the LoRA recipes train, where none is given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationRequest:
+    """What a simulated plan is made from; `dataclasses.replace` makes the next one."""
+
+    configuration: Any
+    """An object of transformers: see `memtrace.planning.configurations`."""
+    recipe: Recipe
+    optimizer: str = "adamw"
+    model: ModelSettings = field(default_factory=ModelSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    accumulation_steps: int = 1
+    fused_step: bool = False
+    """Whether torch's fused kernel updates the weights, where the optimizer has one: it needs no temporaries."""
+    target: Target = Target.CUDA
+
+    def __post_init__(self) -> None:
+        if self.accumulation_steps < 1:
+            raise PlanError(f"accumulation steps must be at least 1, got {self.accumulation_steps}")
+
+    @property
+    def step_kernels(self) -> StepKernels:
+        """How the optimizer goes through the parameters."""
+        if self.fused_step:
+            return StepKernels.FUSED
+        return StepKernels.FOREACH if self.target is Target.CUDA else StepKernels.LOOP
+
+    @property
+    def settings(self) -> ModelSettings:
+        """The model's settings, with adapters where the recipe trains them."""
+        if self.recipe.trains_adapters and self.model.adapter_rank is None:
+            return replace(self.model, adapter_rank=DEFAULT_ADAPTER_RANK)
+        return self.model
+
+
+def simulate(request: SimulationRequest) -> SimulatedRun:
+    """Runs two steps of the model of a configuration on tensors without memory.
+
+    Raises:
+        PlanError: the model cannot be made, refuses the batch, or does what cannot be simulated.
+    """
+    dtype = getattr(torch, request.recipe.weights)
+    return run_two_steps(
+        Training(
+            make_model=lambda: build_model(request.configuration, request.settings),
+            make_batch=lambda: make_batch(request.configuration, request.batch, dtype),
+            loss=model_loss,
+            recipe=request.recipe,
+            make_optimizer=make_optimizer(request.optimizer, request.step_kernels),
+            accumulation_steps=request.accumulation_steps,
+            target=request.target,
+        )
+    )
+
+
+def plan_simulated(request: SimulationRequest, run: SimulatedRun | None = None) -> Plan:
+    """Returns the plan for a request; `run` is given where it was simulated already.
+
+    Raises:
+        PlanError: as `simulate`.
+    """
+    plan = plan_of(run or simulate(request), request.recipe, request.optimizer, request.target)
+    setup = {
+        "model": request.configuration.model_type,
+        **plan.setup,
+        "gradient_checkpointing": str(request.model.gradient_checkpointing).lower(),
+    }
+    return replace(plan, setup=setup)
+
+
+def with_weights(recipe: Recipe, dtype: str) -> Recipe:
+    """Returns a recipe with its weights, gradients and uncast products in another type.
+
+    Raises:
+        PlanError: the type is no type of weights.
+    """
+    if dtype not in DTYPE_BYTES or dtype == "uint8":
+        known = ", ".join(name for name in DTYPE_BYTES if name != "uint8")
+        raise PlanError(f"dtype must be one of {known}, got {dtype!r}")
+    compute = recipe.compute if recipe.casts else dtype
+    return replace(recipe, weights=dtype, gradients=dtype, compute=compute)

@@ -1,0 +1,159 @@
+"""`memtrace plan --config`: a plan from the configuration of a model, and the questions asked of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memtrace.cli import main
+from memtrace.planning.plan import read_plan
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 600,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+GPT2 = {"model_type": "gpt2", "vocab_size": 600, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    """The path of a small Llama."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA))
+    return str(path)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = main(["plan", *arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def document(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    status, output, _ = run(capsys, *arguments, "--json")
+    assert status == 0
+    return json.loads(output)
+
+
+def test_the_table_says_what_was_simulated(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Model, parameters, recipe and batch in the headline; reserved bytes below."""
+    status, output, _ = run(capsys, "--config", config, "--batch-size", "2", "--seq-len", "32", "--recipe", "fp32")
+    assert status == 0
+    assert output.startswith("llama · ")
+    assert "fp32 · adamw · batch 2 x 32" in output
+    assert "reserved by the allocator" in output
+
+
+def test_json_is_a_plan_that_can_be_read(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The contract's document, with the four moments and what the allocator reserves."""
+    found = document(capsys, "--config", config, "--seq-len", "32")
+    (tmp_path / "plan.json").write_text(json.dumps(found))
+    plan = read_plan(tmp_path / "plan.json")
+    assert {moment.value for moment in plan.moments} == {"forward_end", "backward_end", "step_end", "peak"}
+    assert plan.reserved_bytes == found["reserved_bytes"] > plan.total_bytes
+    assert plan.setup["model"] == "llama"
+
+
+def test_options_change_the_plan(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A longer text, checkpointing, other weights, adapters and a fused step each have their effect."""
+    base = ["--config", config, "--seq-len", "64", "--batch-size", "4", "--recipe", "fp32"]
+    usual = document(capsys, *base)["total_bytes"]
+
+    def total(*options: str) -> int:
+        return int(document(capsys, *base, *options)["total_bytes"])
+
+    assert total("--batch-size", "8") > usual
+    assert total("--gradient-checkpointing") < usual
+    assert total("--dtype", "bfloat16") < usual
+    assert total("--recipe", "lora", "--lora-rank", "2") < usual
+    assert total("--recipe", "pure-bf16", "--attn", "eager") > total("--recipe", "pure-bf16")
+    assert total("--accumulation-steps", "2") > usual
+    assert total("--seq-len", "8", "--fused-optimizer") < total("--seq-len", "8")
+    assert document(capsys, *base, "--kernels", "cpu")["reserved_bytes"] is None
+
+
+def test_the_largest_batch_that_fits_is_found(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is found fits, and one more does not."""
+    options = ["--config", config, "--seq-len", "32", "--capacity", "1200MiB"]
+    status, output, _ = run(capsys, *options, "--find-max", "batch-size", "--json")
+    assert status == 0
+    found = json.loads(output)
+    largest = found["setup"]["largest_batch_size"]
+    assert found["verdict"] == "fits"
+    status, output, _ = run(capsys, *options, "--batch-size", str(largest + 1), "--json")
+    assert (status, json.loads(output)["verdict"]) == (1, "uncertain")
+
+
+def test_the_longest_text_ends_with_the_table_of_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GPT-2 cannot read more than it has positions for, whatever fits."""
+    (tmp_path / "config.json").write_text(json.dumps(GPT2))
+    found = document(capsys, "--config", str(tmp_path), "--capacity", "80GB", "--find-max", "seq-len")
+    assert found["setup"]["largest_seq_len"] == 128
+
+
+def test_a_search_without_a_device_or_room_is_refused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It says what is missing, or that not even one sample fits."""
+    status, _, error = run(capsys, "--config", config, "--find-max", "batch-size")
+    assert status == 2
+    assert "--find-max batch-size needs a device to fit: give --device or --capacity" in error
+    status, _, error = run(capsys, "--config", config, "--find-max", "batch-size", "--capacity", "1MiB")
+    assert status == 2
+    assert "--find-max batch-size: not even 1 fits on 1MiB" in error
+
+
+def test_remedies_are_simulated_and_ranked(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each leaves what it says it saves, the largest saving first."""
+    found = document(
+        capsys, "--config", config, "--seq-len", "256", "--batch-size", "4", "--recipe", "fp32", "--what-if"
+    )
+    names = [remedy["name"] for remedy in found["remedies"]]
+    savings = [remedy["saved_bytes"] for remedy in found["remedies"]]
+    assert savings == sorted(savings, reverse=True)
+    assert {"gradient checkpointing", "bfloat16 throughout, no master copies", "a chunked loss", "LoRA"} <= set(names)
+    assert all(remedy["total_bytes"] + remedy["saved_bytes"] == found["total_bytes"] for remedy in found["remedies"])
+
+
+def test_modules_are_listed_by_what_they_made(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In JSON, in markdown and in the table; all of them add up to the activations."""
+    options = ["--config", config, "--seq-len", "64", "--by-module"]
+    found = document(capsys, *options)
+    forward_end = found["moments"]["forward_end"]["entries"]
+    activations = sum(entry["bytes"] for entry in forward_end if entry["category"] == "activations")
+    assert sum(module["bytes"] for module in found["modules"]) == activations
+    names = {module["name"]: module["modules"] for module in found["modules"]}
+    assert names["model.layers.*.mlp.up_proj"] == 2
+    for form in ("table", "markdown"):
+        _, output, _ = run(capsys, *options, "--format", form)
+        assert "model.layers.*.mlp" in output.replace("\\*", "*")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--params", "8e9", "--batch-size", "2"], "--batch-size needs --config"),
+        (["--params", "8e9", "--by-module"], "--by-module needs --config"),
+        (["--config", "CONFIG", "--params", "8e9"], "--params is for plans from a parameter count"),
+        (["--config", "CONFIG", "--activation-ratio", "0.3"], "--activation-ratio is for plans from a parameter count"),
+        (["--config", "CONFIG", "--constants", "deepspeed"], "--constants deepspeed is a formula"),
+        (["--config", "missing.json"], "missing.json is no configuration"),
+        (["--config", "CONFIG", "--batch-size", "0"], "batch size must be 1.."),
+        (["--config", "CONFIG", "--lora-rank", "0"], "rank of adapters must be 1..4096"),
+        (["--config", "CONFIG", "--optimizer", "lbfgs"], "lbfgs cannot be simulated"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(
+    config: str, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    """One line that names the option, and exit status 2."""
+    status, output, error = run(capsys, *(config if option == "CONFIG" else option for option in options))
+    assert (status, output) == (2, "")
+    assert message in error
