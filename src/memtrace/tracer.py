@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +24,7 @@ from memtrace.guard import Guard
 from memtrace.oom.watch import OomWatch
 from memtrace.oom_report import OomReport
 from memtrace.planning.plan import read_plan
-from memtrace.risk import WARN_AT, RiskMonitor, advise
+from memtrace.publication import Listener, Publication
 from memtrace.risk_reading import LargestBatch, largest_by_setting
 from memtrace.sampling import TraceSchedule
 from memtrace.snapshot import RunIdentity, Snapshot
@@ -39,10 +37,6 @@ from memtrace.sources.ranks import identify
 from memtrace.sources.torch_private import backward_is_running
 from memtrace.steps import StepInFlight
 from memtrace.tracing import TraceWindow
-
-logger = logging.getLogger("memtrace")
-
-Listener = Callable[[StepRecord], None]
 
 
 class Tracer:
@@ -91,13 +85,12 @@ class Tracer:
         self._hooks = HookSet()
         self._step: StepInFlight | None = None
         self._sampler: DeviceSampler | None = None
-        self._listeners: list[Listener] = []
-        self._risk = RiskMonitor(largest_by_setting(self.config.max_tokens))
-        self._warned = False
-        self._history: deque[StepRecord] = deque(maxlen=self.config.history)
-        self._identity = RunIdentity(run_name=self.config.run_name or "run", device=str(self._device))
-        plan = {} if self.config.plan is None else read_plan(Path(self.config.plan)).moments
-        self._snapshot = Snapshot(identity=self._identity, up=False, plan=plan)
+        self._published = Publication(
+            identity=RunIdentity(run_name=self.config.run_name or "run", device=str(self._device)),
+            history=self.config.history,
+            largest=largest_by_setting(self.config.max_tokens),
+            plan={} if self.config.plan is None else read_plan(Path(self.config.plan)).moments,
+        )
         self._attached = False
         self._spent_before_ns = 0
         self._handled: int | None = None
@@ -119,43 +112,43 @@ class Tracer:
     @property
     def latest(self) -> StepRecord | None:
         """The record of the last finished step; None before the first one."""
-        return self._history[-1] if self._history else None
+        return self._published.latest
 
     @property
     def history(self) -> tuple[StepRecord, ...]:
         """The records of the recent steps, oldest first, as many as `TracerConfig.history` says."""
-        return tuple(self._history)
+        return self._published.history
 
     @property
     def identity(self) -> RunIdentity:
         """Which process of which run this is; complete once attached."""
-        return self._identity
+        return self._published.snapshot.identity
 
     def snapshot(self) -> Snapshot:
         """Returns the state for exporters: one immutable value, with the newest reading of the device.
 
         May be called from any thread.
         """
-        snapshot, sampler = self._snapshot, self._sampler
+        sampler = self._sampler
         if sampler is None:
-            return snapshot
+            return self._published.snapshot
         try:
-            return replace(snapshot, device_memory=sampler.reading())
+            return replace(self._published.snapshot, device_memory=sampler.reading())
         except RuntimeError:  # a fault of the sampling thread: the end of the next step raises it under the guard
-            return replace(snapshot, up=False)
+            return replace(self._published.snapshot, up=False)
 
     def add_listener(self, listener: Listener) -> None:
         """Calls `listener(record)` on the training thread after each step."""
-        self._listeners.append(listener)
+        self._published.add_listener(listener)
 
     def remove_listener(self, listener: Listener) -> None:
         """Stops calling `listener`; one that is not called is left alone."""
-        self._listeners = [known for known in self._listeners if known != listener]
+        self._published.remove_listener(listener)
 
     def expect_batch(self, batch: LargestBatch) -> None:
         """Tells how large a micro batch the run can still meet, unless `max_tokens` of the settings says so already."""
         if self.config.max_tokens is None:
-            self._risk.expect(batch)
+            self._published.expect(batch)
 
     def report_failure(self, error: BaseException) -> None:
         """Makes an OOM report of an exception that says so, and adds a note of it to the exception; ignores others."""
@@ -224,15 +217,13 @@ class Tracer:
         return self._guard.run(function, *args)
 
     def _attach(self) -> None:
-        self._identity = identify(self._device, self.config.run_name)
-        device_type, uuid = self._device.type, self._identity.gpu_uuid
+        identity = identify(self._device, self.config.run_name)
+        device_type, uuid = self._device.type, identity.gpu_uuid
         self._sampler = DeviceSampler(
             lambda: open_device(device_type, uuid), period_seconds=self.config.device_poll_seconds
         )
         self._sampler.start()
-        self._snapshot = replace(
-            self._snapshot, identity=self._identity, up=True, limit_bytes=self.config.device_limit_bytes
-        )
+        self._published.begin(identity, self.config.device_limit_bytes)
         if not self._window.adopt():
             self._scan.claim_persistent(self._ledger)
         wrap = self._guard.wrap
@@ -255,13 +246,13 @@ class Tracer:
 
     def _switch_off(self) -> None:
         """Ends measuring after a fault; what exports the snapshot goes on, and says that memtrace is not up."""
-        self._snapshot = replace(self._snapshot, up=False)
+        self._published.switch_off()
         self._release()
 
     def _begin(self, number: int | None = None) -> None:
         if self._anchor.device != self._device:
             self._follow()
-        number = number or self._snapshot.totals.steps + 1
+        number = number or self._published.snapshot.totals.steps + 1
         self._step = StepInFlight(
             number=number, read=self._source.reading, prepares_gradients=self._scan.prepares_gradients
         )
@@ -349,7 +340,7 @@ class Tracer:
         spent_ns = self._guard.spent_ns
         record = StepRecord(
             step=step.number,
-            rank=self._identity.rank,
+            rank=self.identity.rank,
             device=str(self._device),
             traced=traced,
             unix_seconds=marks.end_ns / 1e9,
@@ -362,33 +353,13 @@ class Tracer:
         )
         self._spent_before_ns = spent_ns
         self._schedule.ended(record)
-        self._publish(record)
-
-    def _publish(self, record: StepRecord) -> None:
-        self._history.append(record)
-        self._snapshot = replace(
-            self._snapshot,
-            totals=self._snapshot.totals.after(record),
-            latest=record,
-            latest_traced=record if record.traced else self._snapshot.latest_traced,
-        )
-        self._foresee(record)
-        for listener in self._listeners:
-            listener(record)
+        self._published.publish(record)
 
     def _publish_oom(self, report: OomReport, *, again: bool) -> Path | None:
         """Counts a failed allocation, unless it was counted before; returns where its report is: nowhere here."""
         if not again:
-            self._snapshot = replace(self._snapshot, totals=self._snapshot.totals.after_oom(report.allocator))
+            self._published.count_oom(report)
         return None
-
-    def _foresee(self, record: StepRecord) -> None:
-        """Adds the risk to the snapshot, and warns once in the log of the run when it is high."""
-        risk = self._risk.observe(record, headroom_bytes=self._snapshot.headroom_bytes)
-        self._snapshot = replace(self._snapshot, risk=risk)
-        if not self._warned and risk.oom_risk_ratio is not None and risk.oom_risk_ratio >= WARN_AT:
-            self._warned = True
-            logger.warning("memtrace: rank %d, step %d: %s", record.rank, record.step, advise(risk))
 
     def _counted(self, step: StepInFlight) -> dict[Moment, Breakdown]:
         gradients = self._scan.gradient_bytes(self._device)
