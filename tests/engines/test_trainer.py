@@ -1,186 +1,160 @@
-"""Trainer on two ranks with nothing but the callback added: logs, target files, and a Prometheus that finds both."""
+"""Trainer on two ranks with nothing but the callback added: logs, target files, and a Prometheus that finds both.
+
+DeepSpeed has the settings of the document that memtrace began with; FSDP2 comes through Accelerate.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import socket
+import math
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from entries import sum_of, total
 from prometheus_server import PrometheusServer
+from ranks import RANKS, STEPS, Ranks, address, running, scrape
 
-WORKER = Path(__file__).parent / "workers" / "trainer.py"
-RANKS = 2
-STEPS = 4
-PATIENCE_SECONDS = 120
-
-
-class Ranks:
-    """The processes of one run, started one by one so that one of them can be killed."""
-
-    def __init__(self, engine: str, directory: Path, port: int) -> None:
-        self.run_dir = directory / "run"
-        self.scraped = directory / "scraped"
-        self._reports = directory / "reports"
-        self._reports.mkdir(exist_ok=True)
-        environment = {
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "HF_HUB_OFFLINE": "1",
-            "KINETO_LOG_LEVEL": "6",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "OMP_NUM_THREADS": "1",
-            "PORT": str(port),
-            "REPORT_DIR": str(self._reports),
-            "RUN_DIR": str(self.run_dir),
-            "SCRAPED": str(self.scraped),
-            "WORLD_SIZE": str(RANKS),
-        }
-        self._processes = []
-        for rank in range(RANKS):
-            with (directory / f"output-rank{rank}.txt").open("wb") as output:
-                command = [sys.executable, WORKER, engine]
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                process = subprocess.Popen(command, env={**environment, **own}, stdout=output, stderr=output)
-            self._processes.append(process)
-        self._directory = directory
-
-    def wait(self, reached: Callable[[], bool]) -> None:
-        """Returns when `reached()` is true; fails the test when a rank ends before that."""
-        end = time.monotonic() + PATIENCE_SECONDS
-        while not reached():
-            for rank, process in enumerate(self._processes):
-                if process.poll() not in (None, -signal.SIGKILL) or time.monotonic() > end:
-                    pytest.fail((self._directory / f"output-rank{rank}.txt").read_text()[-6000:])
-            time.sleep(0.05)
-
-    def kill(self, rank: int) -> None:
-        self._processes[rank].kill()
-        self._processes[rank].wait()
-
-    def finish(self) -> list[dict[str, Any]]:
-        """Lets the last step go on, and returns the report of each rank when all have ended."""
-        self.scraped.touch()
-        for rank, process in enumerate(self._processes):
-            assert process.wait(PATIENCE_SECONDS) == 0, (self._directory / f"output-rank{rank}.txt").read_text()
-        return [json.loads((self._reports / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
-
-    def stop(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
-
-    def target(self, rank: int) -> Path:
-        return self.run_dir / "memtrace" / f"target-rank{rank}.json"
-
-    def records(self, rank: int) -> list[dict[str, Any]]:
-        path = self.run_dir / "memtrace" / f"steps-rank{rank}.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def at_last_step(self) -> bool:
-        return all(records and records[-1]["step"] == STEPS for records in map(self.records, range(RANKS)))
-
-
-@contextmanager
-def running(engine: str, directory: Path, port: int) -> Iterator[Ranks]:
-    ranks = Ranks(engine, directory, port)
-    try:
-        yield ranks
-    finally:
-        ranks.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def scrape(target: Path) -> str:
-    (group,) = json.loads(target.read_text())
-    with urllib.request.urlopen(f"http://{group['targets'][0]}/metrics", timeout=30) as answer:
-        return str(answer.read().decode())
+ENGINES = {"fsdp2": "FSDP2", "zero-1": "DeepSpeed", "zero-2": "DeepSpeed", "zero-3": "DeepSpeed ZeRO-3"}
 
 
 @pytest.fixture(scope="module")
-def zero_2(tmp_path_factory) -> Iterator[dict[str, Any]]:
-    """A run with DeepSpeed ZeRO-2, with what Prometheus said while it stood at its last step."""
-    directory = tmp_path_factory.mktemp("zero-2")
-    port = free_port()
-    with running("deepspeed", directory, port) as ranks:
-        ranks.wait(ranks.at_last_step)
-        ranks.wait(lambda: all(ranks.target(rank).exists() for rank in range(RANKS)))
-        ports = [json.loads(ranks.target(rank).read_text())[0]["targets"][0] for rank in range(RANKS)]
-        (directory / "prometheus").mkdir()
-        job = {
-            "job_name": "training",
-            "file_sd_configs": [{"files": [str(ranks.target(0).with_name("target-*.json"))]}],
-        }
-        with PrometheusServer(directory / "prometheus", [job]) as prometheus:
-            prometheus.wait_for(f"count(memtrace_steps_total == {STEPS}) == {RANKS}")
-            peaks = prometheus.query('memtrace_memory_bytes{moment="peak"}')
-        reports = ranks.finish()
-        yield {"ranks": ranks, "reports": reports, "peaks": peaks, "first_port": port, "targets": ports}
+def runs(tmp_path_factory) -> Iterator[dict[str, Any]]:
+    """A run with each engine, with what Prometheus said while it stood at its last step."""
+    directory = tmp_path_factory.mktemp("trainer")
+    (directory / "prometheus").mkdir()
+    peaks, targets = {}, {}
+    with running(list(ENGINES), directory) as ranks:
+        jobs = [
+            {"job_name": engine, "file_sd_configs": [{"files": [str(ranks.log_dir(engine) / "target-*.json")]}]}
+            for engine in ENGINES
+        ]
+        for engine in ENGINES:  # a Prometheus watches directories that it finds when it starts
+            ranks.log_dir(engine).mkdir(parents=True)
+        with PrometheusServer(directory / "prometheus", jobs) as prometheus:
+            for engine in ENGINES:
+                ranks.wait(lambda: ranks.holds(engine))  # noqa: B023 (called before the next turn)
+                targets[engine] = [address(ranks.target(engine, rank)) for rank in range(RANKS)]
+                prometheus.wait_for(f'count(memtrace_steps_total{{job="{engine}"}} == {STEPS}) == {RANKS}')
+                peaks[engine] = prometheus.query(f'memtrace_memory_bytes{{job="{engine}", moment="peak"}}')
+                ranks.go_on(engine)
+        yield {"ranks": ranks, "reports": ranks.finish(), "peaks": peaks, "targets": targets}
 
 
-def test_losses_and_weights_are_the_same(zero_2):
-    """The run with the callback has the bits of the run without it, on every rank."""
-    for report in zero_2["reports"]:
-        assert report["watched"] == report["plain"]
+def moment_of(ranks: Ranks, engine: str, rank: int, moment: str = "peak") -> dict[str, Any]:
+    """Returns a moment of the last traced step of a log, in the form that `entries` reads."""
+    found = [record for record in ranks.records(engine, rank) if record["traced"]][-1]["moments"][moment]
+    rows = [[entry[name] for name in ("category", "component", "dtype", "bytes")] for entry in found["entries"]]
+    return {"entries": rows, "allocated_bytes": found["allocated_bytes"]}
 
 
-def test_prometheus_says_what_each_log_says(zero_2):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_losses_and_weights_are_the_same(runs, engine):
+    """The run with the callback has the bits of the run without it, on every rank; the engine was at work."""
+    for report in runs["reports"]:
+        assert report[engine]["watched"] == report[engine]["plain"]
+        assert len(report[engine]["plain"]["losses"]) == STEPS
+        assert report[engine]["engines"] == [ENGINES[engine]]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_prometheus_says_what_each_log_says(runs, engine, rank):
     """Found through their target files, the ranks' categories at the peak are those of the last traced step."""
-    for rank in range(RANKS):
-        traced = [record for record in zero_2["ranks"].records(rank) if record["traced"]][-1]
-        logged: dict[tuple[str, str, str], int] = {}
-        for entry in traced["moments"]["peak"]["entries"]:
-            logged[entry["category"], entry["component"], entry["dtype"]] = entry["bytes"]
-        scraped = {
-            (
-                sample.labels["category"],
-                sample.labels.get("component", ""),
-                sample.labels.get("dtype", ""),
-            ): sample.value
-            for sample in zero_2["peaks"]
-            if sample.labels["rank"] == str(rank)
-        }
-        assert {key: size for key, size in scraped.items() if size} == logged
-        assert sum(logged.values()) == traced["moments"]["peak"]["allocated_bytes"]
+    peak = moment_of(runs["ranks"], engine, rank)
+    scraped = [
+        [sample.labels["category"], sample.labels.get("component", ""), sample.labels.get("dtype", ""), sample.value]
+        for sample in runs["peaks"][engine]
+        if sample.labels["rank"] == str(rank) and sample.value
+    ]
+    assert sorted(scraped) == sorted(peak["entries"])
+    assert sum_of(peak) == peak["allocated_bytes"]
 
 
-def test_ports_count_up_with_the_local_rank(zero_2):
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_categories_have_their_closed_form(runs, engine, rank):
+    """Masters and moments are fp32 and this rank's half of all parameters; weights are bf16, halved from ZeRO-3 on."""
+    moment = moment_of(runs["ranks"], engine, rank, "step_end")
+    parameters, padding = 76_995, 4 * 64
+    half = total(moment, "master_weights")
+    assert 4 * parameters // RANKS <= half <= 4 * (parameters // RANKS + padding)
+    for state in ("exp_avg", "exp_avg_sq"):
+        # FSDP2 pads each shard to the same number of rows on every rank; its optimizer sees the rows without padding.
+        assert math.isclose(total(moment, "optimizer_state", state), half, rel_tol=0.01)
+    weights = {"fsdp2": 0, "zero-3": half // 2}.get(engine)
+    found = total(moment, "weights", "trainable", "bfloat16")
+    assert found == weights if weights is not None else 2 * parameters <= found <= 2 * (parameters + RANKS)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ports_count_up_with_the_local_rank(runs, engine):
     """The second rank has a later port than the first: the next one, unless somebody else had it."""
-    first, second = (int(target.rsplit(":", 1)[1]) for target in zero_2["targets"])
-    assert zero_2["first_port"] <= first < second
+    first, second = (int(target.rsplit(":", 1)[1]) for target in runs["targets"][engine])
+    assert runs["ranks"].port <= first < second
 
 
-def test_target_files_go_with_a_clean_end(zero_2):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_target_files_go_with_a_clean_end(runs, engine):
     """Nothing is left to be scraped."""
-    assert not any(zero_2["ranks"].target(rank).exists() for rank in range(RANKS))
+    assert not any(runs["ranks"].target(engine, rank).exists() for rank in range(RANKS))
 
 
-def test_a_killed_rank_leaves_the_others_right(tmp_path):
-    """Metrics, log and target file of the survivor stay; a restart takes over the dead rank's files."""
-    with running("ddp", tmp_path, free_port()) as ranks:
-        ranks.wait(ranks.at_last_step)
+def test_show_puts_the_ranks_side_by_side(runs):
+    """`memtrace show RUN_DIR` has a column for each rank, and how far apart they are."""
+    command = [sys.executable, "-m", "memtrace", "show", str(runs["ranks"].log_dir("zero-2"))]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown.startswith("2 ranks · step")
+    (header,) = (line for line in shown.splitlines() if line.startswith("peak, in"))
+    assert header.split()[-5:] == ["rank", "0", "rank", "1", "spread"]
+    (line,) = (line for line in shown.splitlines() if line.startswith("total"))
+    sizes = [sum_of(moment_of(runs["ranks"], "zero-2", rank)) for rank in range(RANKS)]
+    assert line.split()[1:4] == [f"{size / 2**20:.2f}" for size in (*sizes, abs(sizes[0] - sizes[1]))]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> dict[str, Any]:
+    """Rank 1 is killed at the end of step 2 of 4; rank 0 goes on, until it misses it; then both start again."""
+    directory = tmp_path_factory.mktemp("killed")
+    seen: dict[str, Any] = {}
+    with running(["ddp"], directory, hold_at=2) as ranks:
+        ranks.wait(lambda: ranks.holds("ddp", 2))
         ranks.kill(1)
-        assert f'memtrace_steps_total{{rank="0"}} {STEPS}.0' in scrape(ranks.target(0))
-        assert [record["step"] for record in ranks.records(0)] == list(range(1, STEPS + 1))
-        assert [record["step"] for record in ranks.records(1)] == list(range(1, STEPS + 1))
-        stale = ranks.target(1).read_text()
-    with running("ddp", tmp_path, free_port()) as ranks:
-        ranks.wait(lambda: ranks.target(1).read_text() != stale)
-        ranks.finish()
-        assert not any(ranks.target(rank).exists() for rank in range(RANKS))
-        assert {record["rank"] for record in ranks.records(1)} == {1}
+        seen["survivor"] = scrape(ranks.target("ddp", 0))
+        ranks.go_on("ddp")
+        seen["status"] = ranks.ended(0)
+        seen["survivor has a target"] = ranks.target("ddp", 0).exists()
+        seen["stale"] = ranks.target("ddp", 1).read_text()
+        seen["logs"] = [ranks.records("ddp", rank) for rank in range(RANKS)]
+    with running(["ddp"], directory) as ranks:
+        ranks.wait(lambda: ranks.holds("ddp", already=2))
+        seen["taken over"] = [scrape(ranks.target("ddp", rank)) for rank in range(RANKS)]
+        seen["fresh"] = ranks.target("ddp", 1).read_text()
+        ranks.go_on("ddp")
+        seen["reports"] = ranks.finish()
+        seen["all logs"] = [ranks.records("ddp", rank) for rank in range(RANKS)]
+        seen["targets left"] = [ranks.target("ddp", rank).exists() for rank in range(RANKS)]
+    return seen
+
+
+def test_a_killed_rank_leaves_the_others_right(killed):
+    """Metrics and log of the survivor are as before; when it fails without its peer, its target file goes with it."""
+    assert 'memtrace_steps_total{rank="0"} 2.0' in killed["survivor"]
+    assert 'memtrace_up{rank="0"} 1.0' in killed["survivor"]
+    assert killed["status"] != 0, "all-reduce without rank 1 must fail"
+    assert not killed["survivor has a target"]
+    for rank, log in enumerate(killed["logs"]):
+        assert [(record["step"], record["rank"]) for record in log] == [(1, rank), (2, rank)]
+
+
+def test_a_restart_takes_over_the_files_of_a_killed_rank(killed):
+    """The stale target is replaced, the log is continued, and a clean end removes the target."""
+    assert killed["fresh"] != killed["stale"]
+    for rank, (served, log) in enumerate(zip(killed["taken over"], killed["all logs"], strict=True)):
+        assert f'memtrace_steps_total{{rank="{rank}"}} {STEPS}.0' in served
+        assert [record["step"] for record in log] == [1, 2, *range(1, STEPS + 1)]
+        assert {record["rank"] for record in log} == {rank}
+    assert killed["targets left"] == [False] * RANKS
+    for report in killed["reports"]:
+        assert report["ddp"]["watched"] == report["ddp"]["plain"]

@@ -26,6 +26,8 @@ class _Row:
     """Bytes of each rank that knows them."""
     totals: bool = False
     """Whether it is set apart from the categories."""
+    of_peak: bool = True
+    """Whether it is a part of the peak: these set the unit, so that a large device does not make them all 0."""
 
 
 def ranks_table(records: Mapping[int, StepRecord]) -> RenderableType:
@@ -37,7 +39,8 @@ def ranks_table(records: Mapping[int, StepRecord]) -> RenderableType:
         records: one record of each rank, in the order of the ranks. One without a peak leaves its cells empty.
     """
     rows = list(_rows(records))
-    scale = Scale(max((size for row in rows for size in row.sizes.values()), default=0))
+    known = [row for row in rows if row.of_peak and row.sizes] or rows
+    scale = Scale(max((size for row in known for size in row.sizes.values()), default=0))
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, show_edge=False)
     table.add_column(f"peak, in {scale.unit}", min_width=14, no_wrap=True)
     ranks = list(records)
@@ -69,8 +72,8 @@ def _rows(records: Mapping[int, StepRecord]) -> Iterator[_Row]:
         if any(sizes.values()) or category is Category.UNATTRIBUTED:
             yield _Row(title=category_name(category), sizes=sizes)
     yield _Row(title=Text("total"), sizes={rank: peak.total_bytes for rank, peak in peaks.items()}, totals=True)
-    yield _Row(title=Text("reserved, at the end of the step"), sizes=_known(records, _reserved))
-    yield _Row(title=Text("free on the device"), sizes=_known(records, _free))
+    yield _Row(title=Text("reserved, at the end of the step"), sizes=_known(records, _reserved), of_peak=False)
+    yield _Row(title=Text("free on the device"), sizes=_known(records, _free), of_peak=False)
 
 
 def _known(records: Mapping[int, StepRecord], read: Callable[[StepRecord], int | None]) -> dict[int, int]:

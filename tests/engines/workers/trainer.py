@@ -1,4 +1,4 @@
-"""Trains with Trainer and an engine twice, without and with the callback, and leaves logs and target files."""
+"""Trains with Trainer and one engine after the other, without and with the callback; leaves logs and target files."""
 
 from __future__ import annotations
 
@@ -11,25 +11,44 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import DistributedType
 from model import build_model
 from report import checksum, write_report
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from memtrace import MemTraceCallback
+from memtrace.attribution.engines import find_engines
 
 STEPS = 4
-DEEPSPEED = {
-    "bf16": {"enabled": True},
-    "zero_optimization": {"stage": 2, "contiguous_gradients": True, "reduce_bucket_size": 20_000},
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-    "gradient_accumulation_steps": 2,
-    "gradient_clipping": 1.0,
-    "train_micro_batch_size_per_gpu": 2,
-}
+
+
+def deepspeed_settings(stage: int) -> dict[str, Any]:
+    """Returns the configuration of the document that memtrace began with, for any stage; buckets fit the model."""
+    return {
+        "bf16": {"enabled": True},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01, "torch_adam": True},
+        },
+        "zero_optimization": {
+            "stage": stage,
+            "contiguous_gradients": True,
+            "overlap_comm": True,
+            "reduce_bucket_size": 20_000,
+            "stage3_prefetch_bucket_size": 20_000,
+            "stage3_param_persistence_threshold": 0,
+        },
+        "gradient_accumulation_steps": 4,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+    }
+
+
 ENGINES: dict[str, dict[str, Any]] = {
-    "deepspeed": {"deepspeed": DEEPSPEED, "bf16": True},
     "ddp": {},
+    "fsdp2": {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}, "bf16": True},
+    **{f"zero-{stage}": {"deepspeed": deepspeed_settings(stage), "bf16": True} for stage in (1, 2, 3)},
 }
 
 
@@ -43,50 +62,66 @@ class Examples(Dataset[dict[str, Any]]):
 
 
 class WaitForScrape(TrainerCallback):
-    """Keeps the last step waiting until the test has scraped every rank."""
+    """Keeps one step waiting until the test has scraped every rank; notes what was trained."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        scraped = Path(os.environ["SCRAPED"])
-        while state.global_step == STEPS and not scraped.exists():
+    def __init__(self, scraped: Path) -> None:
+        self.engines: list[str] = []
+        self._scraped = scraped
+        self._hold_at = int(os.environ["HOLD_AT"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any) -> None:
+        self.engines = [engine.name for engine in find_engines(model, [optimizer])]
+        while state.global_step == self._hold_at and not self._scraped.exists():
             time.sleep(0.01)
 
 
-def train(name: str, callbacks: list[Any]) -> tuple[list[float], list[float]]:
+def train(engine: str, callbacks: list[Any]) -> dict[str, Any]:
     """Returns the losses and a checksum of the final weights."""
     torch.manual_seed(0)
-    settings = {
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_grad_norm": 1.0,
-        "max_steps": STEPS,
-        "logging_steps": 1,
-        "output_dir": os.environ["RUN_DIR"],
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 0,
-    }
-    arguments = TrainingArguments(**settings, **ENGINES[name])
+    arguments = TrainingArguments(
+        learning_rate=1e-5,
+        weight_decay=0.01,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        max_grad_norm=1.0,
+        max_steps=STEPS,
+        logging_steps=1,
+        output_dir=str(Path(os.environ["RUN_DIR"], engine)),
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+        **ENGINES[engine],
+    )
+    if engine == "fsdp2":
+        # Accelerate asks for FSDP only where it found several accelerators, and a CPU is none to it: this word of its
+        # state is changed, everything after it is its own way.
+        arguments.distributed_state.distributed_type = DistributedType.MULTI_XPU
     trainer = Trainer(build_model(), arguments, train_dataset=Examples(), callbacks=callbacks)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, checksum(trainer.model)
+    return {"losses": losses, "weights": checksum(trainer.model)}
+
+
+def compare(engine: str) -> dict[str, Any]:
+    """Trains without and with memtrace."""
+    plain = train(engine, [])
+    waiting = WaitForScrape(Path(os.environ["SCRAPED"], engine))
+    callback = MemTraceCallback(strict=True, port=int(os.environ["PORT"]), device_poll_seconds=0)
+    watched = train(engine, [callback, waiting])
+    return {"plain": plain, "watched": watched, "engines": waiting.engines}
 
 
 def main() -> None:
     logging.disable(logging.WARNING)
-    if "deepspeed" in sys.argv:
+    engines = sys.argv[1:]
+    if any(engine.startswith("zero") for engine in engines):
         import deepspeed
 
         # Gloo alone: the shared-memory collectives would be compiled first, for minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    name = sys.argv[1]
-    plain = train(name, [])
-    callback = MemTraceCallback(strict=True, port=int(os.environ["PORT"]), device_poll_seconds=0)
-    watched = train(name, [callback, WaitForScrape()])
-    write_report({"plain": plain, "watched": watched})
+    write_report({engine: compare(engine) for engine in engines})
     dist.destroy_process_group()
 
 
