@@ -9,7 +9,11 @@ import pytest
 from entries import sum_of, total, traced
 from tables import check_table, per_parameter
 
-STAGES = ("zero-0", "zero-1", "zero-2", "zero-2-overlap", "zero-3", "zero-3-persistent")
+OFFLOADED = ("zero-2-offload", "zero-3-offload")
+STAGES = (
+    *("zero-0", "zero-1", "zero-2", "zero-2-overlap", "zero-3", "zero-3-overlap", "zero-3-persistent"),
+    *OFFLOADED,
+)
 RANKS = 2
 BUCKET_BYTES = 2 * 20_000
 
@@ -74,7 +78,7 @@ def test_gradients_have_their_closed_form(runs, stage, rank):
     """At the end of the backward pass: whole in stages 0 and 1, this rank's partition in stages 2 and 3.
 
     ZeRO-2 keeps each gradient that lies in its partition, or in a part of it, whole; with accumulation once for the
-    sum so far and once for the micro batch that just ended.
+    sum so far and once for the micro batch that just ended. Offloaded, the sum so far is the float32 one on the host.
     """
     run = runs[rank][stage]
     elements = sum(run["numels"])
@@ -83,7 +87,7 @@ def test_gradients_have_their_closed_form(runs, stage, rank):
         if stage in ("zero-0", "zero-1"):
             assert gradients == 2 * elements
         elif stage.startswith("zero-2"):
-            assert gradients == 2 * 2 * sum(in_partition(run["numels"], rank))
+            assert gradients == (1 if stage in OFFLOADED else 2) * 2 * sum(in_partition(run["numels"], rank))
         else:
             assert gradients == 2 * padded(run["numels"], stage) // RANKS
 
@@ -114,6 +118,25 @@ def test_the_reduction_has_its_buckets(runs, stage, buckets):
     for run in (rank[stage] for rank in runs):
         for step in traced(run):
             assert total(step["moments"]["backward_end"], "comm_buffers", "reduce") == buckets * BUCKET_BYTES
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_the_host_has_its_closed_form(runs, rank):
+    """DeepSpeed's accelerator is the CPU here, so that what it offloads to the host is on the device, and is seen.
+
+    The partition's gradients are in float32 from the backward pass on. ZeRO-2 stages its bf16 partition on the host,
+    and has two buffers of the size of its largest parameter, one on the host and one on the device.
+    """
+    for stage in OFFLOADED:
+        run = runs[rank][stage]
+        partition = padded(run["numels"], stage) // RANKS
+        for step in traced(run):
+            assert total(step["moments"]["backward_end"], "gradients", None, "float32") == 4 * partition
+    run = runs[rank]["zero-2-offload"]
+    partition_bytes = 2 * padded(run["numels"], "zero-2-offload") // RANKS
+    for step in traced(run):
+        staging = total(step["moments"]["step_end"], "comm_buffers", "offload", "bfloat16")
+        assert staging == partition_bytes + 2 * 2 * max(run["numels"])
 
 
 def test_small_parameters_that_zero_3_keeps_gathered_are_weights(runs):

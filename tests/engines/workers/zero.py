@@ -26,7 +26,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero-2": {"stage": 2},
     "zero-2-overlap": {"stage": 2, "overlap_comm": True},
     "zero-3": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero-3-overlap": {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": True},
     "zero-3-persistent": {"stage": 3, "stage3_param_persistence_threshold": 100},
+    "zero-2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero-3-offload": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+    },
 }
 
 
@@ -39,6 +47,7 @@ def initialize(zero: dict[str, Any]) -> Any:
         "zero_optimization": {"contiguous_gradients": True, "reduce_bucket_size": BUCKET_ELEMENTS, **zero},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         "gradient_clipping": 1.0,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own for offloaded states would be compiled first
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
     return engine
