@@ -11,6 +11,7 @@ from torch import nn
 from memtrace.attribution.activations import ActivationTags
 from memtrace.attribution.engines import Engine
 from memtrace.attribution.hidden import known_hidden, tag_hidden
+from memtrace.attribution.inputs import batch_tensors
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.timeline import Timeline, replay
@@ -49,7 +50,9 @@ class TraceWindow:
         self._base: Sequence[TagEvent] = ()
         self._tags: ActivationTags | None = None
         self._saved = SavedTensorHooks(
-            lambda tensor: guard.run(self._packed, tensor), lambda tensor: guard.run(self._unpacked, tensor)
+            lambda tensor: guard.run(self._packed, tensor),
+            lambda tensor: guard.run(self._unpacked, tensor),
+            lambda kept: guard.run(self._kept, kept),
         )
 
     @property
@@ -161,6 +164,12 @@ class TraceWindow:
             self._scan.claim_passing(self._ledger)
         self._give_way()
         return self._scan.saved_as(tensor)
+
+    def _kept(self, kept: object) -> None:
+        """Tags what hooks of the user keep in place of a saved tensor, as far as it is on the device."""
+        if self._tags is not None:
+            for tensor in batch_tensors(kept):
+                self._tags.pack(tensor)
 
     def _unpacked(self, tensor: torch.Tensor) -> None:
         step = self._current_step()

@@ -95,7 +95,8 @@ class Watch:
     def __init__(self) -> None:
         self.packed: list[torch.Tensor] = []
         self.unpacked = 0
-        self.pair = SavedTensorHooks(self.on_pack, self.on_unpack)
+        self.kept: list[object] = []
+        self.pair = SavedTensorHooks(self.on_pack, self.on_unpack, self.kept.append)
 
     def on_pack(self, tensor: torch.Tensor) -> None:
         self.packed.append(tensor)
@@ -145,7 +146,7 @@ class TestSavedTensorHooks:
     def test_another_tensor_may_take_the_place(self) -> None:
         """Where `on_pack` returns one."""
         stand_in = torch.full((3,), 2.0)
-        pair = SavedTensorHooks(lambda tensor: stand_in, lambda tensor: None)
+        pair = SavedTensorHooks(lambda tensor: stand_in, lambda tensor: None, lambda kept: None)
         pair.push()
         x = torch.zeros(3, requires_grad=True)
         result = x.exp()
@@ -164,6 +165,9 @@ class TestSavedTensorHooks:
         result.sum().backward()
         assert (boxes.packed, boxes.unpacked) == (1, 1)
         assert (len(watch.packed), watch.unpacked) == (1, 1)
+        ((kept,),) = watch.kept
+        assert torch.equal(kept, watch.packed[0])
+        assert kept is not watch.packed[0]
 
     def test_what_was_packed_comes_back_when_the_pair_covers_others(self) -> None:
         """Taken off, put on over other hooks: each tensor returns through the hooks that packed it."""

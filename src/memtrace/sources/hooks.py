@@ -86,13 +86,18 @@ class SavedTensorHooks:
     Args:
         on_pack: called with each tensor that is saved; what it returns is kept in its place, unless it is None.
         on_unpack: called with each tensor that the backward pass asks for.
+        on_kept: called with what hooks of the user that lie below keep in place of a tensor.
     """
 
     def __init__(
-        self, on_pack: Callable[[torch.Tensor], torch.Tensor | None], on_unpack: Callable[[torch.Tensor], None]
+        self,
+        on_pack: Callable[[torch.Tensor], torch.Tensor | None],
+        on_unpack: Callable[[torch.Tensor], None],
+        on_kept: Callable[[object], None],
     ) -> None:
         self._on_pack = on_pack
         self._on_unpack = on_unpack
+        self._on_kept = on_kept
         self._pair: _Pair | None = None
         self._thread: int | None = None
 
@@ -113,7 +118,7 @@ class SavedTensorHooks:
         """
         if self.is_on or not torch_private.saved_tensor_hooks_allowed() or torch_private.backward_is_running():
             return
-        self._pair = _Pair(self._on_pack, self._on_unpack, below=torch_private.saved_tensor_hooks())
+        self._pair = _Pair(self._on_pack, self._on_unpack, self._on_kept, below=torch_private.saved_tensor_hooks())
         torch_private.push_saved_tensor_hooks(self._pair.pack, self._pair.unpack)
         self._thread = threading.get_ident()
 
@@ -141,16 +146,20 @@ class _Pair:
         self,
         on_pack: Callable[[torch.Tensor], torch.Tensor | None],
         on_unpack: Callable[[torch.Tensor], None],
+        on_kept: Callable[[object], None],
         below: torch_private.SavedTensorHooks | None,
     ) -> None:
         self._on_pack = on_pack
         self._on_unpack = on_unpack
+        self._on_kept = on_kept
         self.below = below
 
     def pack(self, tensor: torch.Tensor) -> Any:
         stand_in = self._on_pack(tensor)
         if self.below is not None:
-            return self.below[0](tensor)
+            kept = self.below[0](tensor)
+            self._on_kept(kept)
+            return kept
         return tensor if stand_in is None else stand_in
 
     def unpack(self, packed: Any) -> torch.Tensor:
