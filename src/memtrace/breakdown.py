@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
@@ -129,6 +129,19 @@ class BatchShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepCurve:
+    """How memory moved within one traced step."""
+
+    seconds: Sequence[float]
+    """When each point was, since the begin of the step; ascending. Between two points lie equally many allocations and
+    frees, and each is where most was allocated among them: a curve is an upper bound between its points."""
+    by_category: Mapping[Category, Sequence[int]]
+    """Bytes at each point, of each category that has any, in the order of `Category`."""
+    moments: Mapping[Moment, float]
+    """When each moment of the step was, since its begin. Each of them is a point."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
     """One training step: what memory was for, what was read, what measuring cost."""
 
@@ -149,6 +162,8 @@ class StepRecord:
     moments: Mapping[Moment, Breakdown] = field(default_factory=dict)
     allocator: AllocatorReading | None = None
     device_memory: DeviceReading | None = None
+    curve: StepCurve | None = None
+    """On a traced step with a peak above that of every one before: all of it. Not part of the step log."""
 
     @property
     def non_torch_bytes(self) -> int | None:

@@ -77,8 +77,7 @@ class Fields:
 
     def integers(self, name: str) -> tuple[int, ...]:
         """Returns an array of such integers."""
-        items = Fields({f"{name}[{at}]": item for at, item in enumerate(self.array(name))}, self.source, self.path)
-        return tuple(items.integer(at) for at in items)
+        return self._items(name, Fields.integer)
 
     def number(self, name: str) -> float:
         """Returns a number of which a float can hold the size."""
@@ -86,6 +85,10 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_MAX_NUMBER <= value <= _MAX_NUMBER:
             self._wrong(name, "a number")
         return float(value)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Returns an array of such numbers."""
+        return self._items(name, Fields.number)
 
     def boolean(self, name: str) -> bool:
         """Returns true or false."""
@@ -142,6 +145,10 @@ class Fields:
     def optional(self, name: str, kind: Callable[[Fields, str], _Value]) -> _Value | None:
         """Returns what `kind`, one of the methods above, returns for the field; None where it is null or absent."""
         return None if self.values.get(name) is None else kind(self, name)
+
+    def _items(self, name: str, kind: Callable[[Fields, str], _Value]) -> tuple[_Value, ...]:
+        items = Fields({f"{name}[{at}]": item for at, item in enumerate(self.array(name))}, self.source, self.path)
+        return tuple(kind(items, at) for at in items)
 
     def _wrong(self, name: str, expected: str) -> NoReturn:
         got = reprlib.repr(self.values[name]) if name in self.values else "nothing"

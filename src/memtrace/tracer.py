@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from memtrace.attribution.counted import counted_moments
+from memtrace.attribution.curve import HighestSteps
 from memtrace.attribution.inputs import claim_batch, count_tokens, main_input
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import device_of
@@ -91,6 +92,7 @@ class Tracer:
             largest=largest_by_setting(self.config.max_tokens),
             plan={} if self.config.plan is None else read_plan(Path(self.config.plan)).moments,
         )
+        self._highest_steps = HighestSteps()
         self._attached = False
         self._spent_before_ns = 0
         self._handled: int | None = None
@@ -329,12 +331,14 @@ class Tracer:
             return
         marks = step.marks or step.ends()
         moments: Mapping[Moment, Breakdown] | None = None
+        curve = None
         if step.recorded and self._window.is_open:
             timeline = self._window.close()
             if timeline is None:
                 self._schedule.missed()
             else:
                 moments = timeline.moments(marks)
+                curve = self._highest_steps.curve(timeline, marks)
         traced = moments is not None
         self._scan.learn_new_state(self._ledger)
         spent_ns = self._guard.spent_ns
@@ -350,6 +354,7 @@ class Tracer:
             moments=moments if moments is not None else self._counted(step),
             allocator=step.readings.get(Moment.STEP_END),
             device_memory=self._sampler.reading() if self._sampler is not None else None,
+            curve=curve,
         )
         self._spent_before_ns = spent_ns
         self._schedule.ended(record)

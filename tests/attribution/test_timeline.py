@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memtrace.attribution.curve import MAX_STRETCHES, HighestSteps, step_curve
 from memtrace.attribution.timeline import StepMarks, Timeline, replay
 from memtrace.categories import Category, Moment, Phase
 from memtrace.sources.events import Block, Event, Tag, TagEvent, Window
@@ -345,3 +346,40 @@ def test_the_categories_add_up_to_the_total_at_every_change(
         found = timeline.moments(step)
         assert found[Moment.FORWARD_END].total_bytes == found[Moment.FORWARD_END].allocated_bytes == total
         assert found[Moment.PEAK].total_bytes == max(expected.values())
+
+
+@given(stories())
+def test_the_curve_goes_through_every_moment(story: tuple[Window, list[TagEvent], list[TagEvent]]) -> None:
+    """Where a moment is on the curve, the categories are those of its breakdown; nowhere is it above the peak."""
+    timeline = replay(*story)
+    step = marks(begin_ns=0, end_ns=100, forward_end_ns=30, backward_end_ns=60)
+    curve, breakdowns = step_curve(timeline, step), timeline.moments(step)
+    positions = sorted({timeline.position(0), *timeline.positions(step).values()})
+    assert len(curve.seconds) >= len(positions)
+    points = [
+        {category: sizes[at] for category, sizes in curve.by_category.items() if sizes[at]}
+        for at in range(len(curve.seconds))
+    ]
+    for breakdown in breakdowns.values():
+        assert breakdown.by_category() in points
+    assert max(sum(point.values()) for point in points) == breakdowns[Moment.PEAK].total_bytes
+    assert list(curve.seconds) == sorted(curve.seconds)
+
+
+def test_a_long_step_has_a_short_curve_with_its_peak() -> None:
+    """Many changes become some hundred points, and the one with the highest total is among them."""
+    events = [(time, 1000 + time // 2, 8 if time % 2 == 0 else -8) for time in range(10, 810)]
+    events[401:401] = [(410, 1, 100), (411, 1, -100)]
+    timeline = replay(window(*events), (), ())
+    curve = step_curve(timeline, marks())
+    assert len(curve.seconds) <= MAX_STRETCHES + len(Moment) + 1
+    assert max(sum(sizes) for sizes in zip(*curve.by_category.values(), strict=True)) == max(timeline.totals)
+
+
+def test_only_a_higher_peak_makes_a_curve() -> None:
+    """A step with the peak of the one before makes none."""
+    highest = HighestSteps()
+    low, high = (replay(window((20, 1, size), (30, 1, -size)), (), ()) for size in (64, 65))
+    assert highest.curve(low, marks()) is not None
+    assert highest.curve(low, marks()) is None
+    assert highest.curve(high, marks()) is not None

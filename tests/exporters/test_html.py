@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from browser import page
 
-from memtrace.breakdown import AllocatorReading, Breakdown, EntryKey, StepRecord
+from memtrace.breakdown import AllocatorReading, Breakdown, EntryKey, StepCurve, StepRecord
 from memtrace.categories import Category, Moment
 from memtrace.exporters.html import first_things, render_html
 from memtrace.exporters.run_history import MAX_STEPS, OomText, RankHistory, RunHistory, observe
 from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.timeline_file import StepTimeline
 
 RUN = Path(__file__).parents[1] / "fixtures" / "runs" / "gpt2-eager-attention.jsonl"
 ALL_DRAWN = "[...document.querySelectorAll('.plotly-graph-div')].every(div => div.querySelector('svg'))"
@@ -42,7 +43,11 @@ def hostile(record: StepRecord) -> StepRecord:
 def test_page_opens_without_an_error_or_a_request(tmp_path: Path) -> None:
     """In Chromium every picture is drawn, the console stays empty, and nothing but the file is asked for."""
     file = tmp_path / "report.html"
-    gpu = history(allocator=AllocatorReading(allocated_bytes=10**7, reserved_bytes=10**9))
+    curve = StepCurve(seconds=(0, 0.5), by_category={Category.WEIGHTS: (4, 8)}, moments={Moment.PEAK: 0.5})
+    gpu = replace(
+        history(allocator=AllocatorReading(allocated_bytes=10**7, reserved_bytes=10**9)),
+        timeline=StepTimeline(step=7, curve=curve),
+    )
     other = replace(history(), rank=1)
     file.write_text(render_html(run(gpu, other, reports=(OomText(name="oom-rank0-x", text="# Out of memory"),))))
     with page() as (opened, wrong, asked):
@@ -57,7 +62,7 @@ def test_page_opens_without_an_error_or_a_request(tmp_path: Path) -> None:
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
     assert headings[0] == "What to do first"
     assert {"What the peak is made of", "Forecast", "Peak against tokens", "What outlives steps"} <= set(headings)
-    assert {"Allocator", "Ranks", "oom-rank0-x"} <= set(headings)
+    assert {"Timeline of step 7", "Allocator", "Ranks", "oom-rank0-x"} <= set(headings)
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:

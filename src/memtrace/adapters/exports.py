@@ -16,6 +16,7 @@ from memtrace.exporters.prometheus import registry_of, textfile_path, write_text
 from memtrace.exporters.server import Endpoint, MetricsServer, serve
 from memtrace.exporters.steplog import StepLog, step_log_path
 from memtrace.exporters.targets import TargetFile, target_path
+from memtrace.exporters.timeline_file import write_timeline
 from memtrace.oom.files import write_report
 from memtrace.oom_report import OomReport
 from memtrace.snapshot import RunIdentity, Snapshot
@@ -30,6 +31,7 @@ class Exports:
         self._stack = ExitStack()
         self._server: MetricsServer | None = None
         self._log: StepLog | None = None
+        self._timeline_directory: Path | None = None
         self._leave_textfile: Callable[[], None] = lambda: None
         self._oom_directory: Path | None = None
         self._oom_reports = 0
@@ -58,6 +60,7 @@ class Exports:
             if config.step_log:
                 exports._log = StepLog(step_log_path(log_dir, identity.rank), max_bytes=config.log_max_bytes)
                 opening.push(exports._log)
+                exports._timeline_directory = log_dir
             endpoint = Endpoint.of(config, identity.local_rank)
             if endpoint is not None:
                 exports._server = serve(registry_of(snapshot), endpoint)
@@ -80,9 +83,15 @@ class Exports:
         return None if self._log is None else self._log.path
 
     def write(self, record: StepRecord) -> None:
-        """Hands a finished step to the log."""
+        """Hands a finished step to the log, and its curve, if it has one, to the timeline."""
         if self._log is not None:
             self._log.write(record)
+        if self._timeline_directory is not None:
+            try:
+                write_timeline(self._timeline_directory, record)
+            except OutputError as error:
+                self._timeline_directory = None
+                logger.warning("memtrace: %s; from now on there is none", error)
 
     def write_oom(self, report: OomReport) -> Path | None:
         """Writes an OOM report and the text file, since nothing may follow; returns the report's file.

@@ -71,14 +71,8 @@ class Timeline:
 
     def moments(self, marks: StepMarks) -> dict[Moment, Breakdown]:
         """Returns the breakdown of one step at each moment that it had, and at its exact peak."""
-        first, last = self.position(marks.begin_ns), self.position(marks.end_ns)
-        peak = max(range(first, last + 1), key=self.totals.__getitem__)
-        positions = {Moment.PEAK: peak, Moment.STEP_END: last}
-        if marks.forward_end_ns is not None:
-            positions[Moment.FORWARD_END] = self.position(marks.forward_end_ns)
-        if marks.backward_end_ns is not None:
-            positions[Moment.BACKWARD_END] = self.position(marks.backward_end_ns)
-        classify = _Classifier(marks, first, last, positions.get(Moment.BACKWARD_END, last))
+        positions = self.positions(marks)
+        classify = Classifier(self, marks)
         return {
             moment: Breakdown(
                 moment=moment,
@@ -89,7 +83,18 @@ class Timeline:
             if moment in positions
         }
 
-    def _entries(self, position: int, classify: _Classifier) -> Mapping[EntryKey, int]:
+    def positions(self, marks: StepMarks) -> dict[Moment, int]:
+        """Returns the position of each moment that the step had, the exact peak among them."""
+        first, last = self.position(marks.begin_ns), self.position(marks.end_ns)
+        peak = max(range(first, last + 1), key=self.totals.__getitem__)
+        positions = {Moment.PEAK: peak, Moment.STEP_END: last}
+        if marks.forward_end_ns is not None:
+            positions[Moment.FORWARD_END] = self.position(marks.forward_end_ns)
+        if marks.backward_end_ns is not None:
+            positions[Moment.BACKWARD_END] = self.position(marks.backward_end_ns)
+        return positions
+
+    def _entries(self, position: int, classify: Classifier) -> Mapping[EntryKey, int]:
         totals: dict[EntryKey, int] = {}
         for life in self.lifetimes:
             if life.begin < position and (life.end is None or life.end >= position):
@@ -98,16 +103,22 @@ class Timeline:
         return ordered_entries(totals)
 
 
-class _Classifier:
-    """Says what a block is for at a position, given where the step begins and ends."""
+class Classifier:
+    """Says what a block of a timeline is for at a position, given where the step begins and ends.
 
-    def __init__(self, marks: StepMarks, first: int, last: int, backward_end: int) -> None:
+    What it says of a block is the same at all positions before `turn`, and at all from there on.
+    """
+
+    def __init__(self, timeline: Timeline, marks: StepMarks) -> None:
         self._begin_ns = marks.begin_ns
-        self._first, self._last, self._backward_end = first, last, backward_end
+        self._first, self._last = timeline.position(marks.begin_ns), timeline.position(marks.end_ns)
+        self.turn = self._last if marks.backward_end_ns is None else timeline.position(marks.backward_end_ns)
+        """The end of the backward pass: what the step has saved for it and still lives is held by somebody else."""
         self._phase_ns = [time_ns for time_ns, _ in marks.phases]
         self._phases = [phase for _, phase in marks.phases]
 
     def __call__(self, life: Lifetime, position: int) -> EntryKey:
+        """Returns the entry that the block counts for at a position at which it is there."""
         tag = life.tag
         if tag is not None and tag[:2] not in _STEP_BOUND:
             return EntryKey(*tag)
@@ -121,7 +132,7 @@ class _Classifier:
                 else EntryKey(Category.INPUTS, "", tag.dtype)
             )
         outlives = before_step or life.end is None or life.end >= self._last
-        if tag is not None and not before_step and not (outlives and position >= self._backward_end):
+        if tag is not None and not before_step and not (outlives and position >= self.turn):
             return EntryKey(*tag)
         category = Category.UNATTRIBUTED if outlives else Category.TEMPORARIES
         return EntryKey(category, self._phase(life, before_step), "")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from memtrace.cli.show import find_logs
 from memtrace.errors import ConfigError, LogFormatError, OutputError
-from memtrace.exporters.run_history import OomText, RunHistory, observe
+from memtrace.exporters.run_history import OomText, RankHistory, RunHistory, observe
 from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.timeline_file import read_timeline, timeline_path
 from memtrace.units import parse_bytes
 
 
@@ -19,7 +21,7 @@ class Report:
     summary = "Write a run as one HTML file: what took the memory, what to do first, ranks, out-of-memory reports."
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declares the directory, the file to write, and the limit of the run."""
+        """Declares the directory, the file to write, the limit of the run and its largest batch."""
         parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the directory that has the step logs")
         parser.add_argument(
             "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html"
@@ -27,12 +29,19 @@ class Report:
         parser.add_argument(
             "--limit", metavar="SIZE", help="what the run may use of its device, such as 24GiB; default: all of it"
         )
+        parser.add_argument(
+            "--max-tokens",
+            type=int,
+            metavar="N",
+            help="tokens of the largest micro batch that the run could meet, padding included; default: of the largest "
+            "one seen",
+        )
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Writes the file and says where.
 
         Raises:
-            ConfigError: plotly is not installed, or the limit is not a size.
+            ConfigError: plotly is not installed, the limit is not a size, or the largest batch has no token.
             LogFormatError: a log cannot be read, or none has a step.
             OutputError: the file cannot be written.
         """
@@ -41,7 +50,9 @@ class Report:
         except ImportError as error:
             raise ConfigError(f"a report needs plotly ({error}): pip install 'torch-memtrace[report]'") from error
         limit = None if arguments.limit is None else parse_bytes(arguments.limit)
-        page = render_html(read_run(arguments.run_dir, limit))
+        if arguments.max_tokens is not None and arguments.max_tokens < 1:
+            raise ConfigError(f"--max-tokens must be at least 1, got {arguments.max_tokens}")
+        page = render_html(read_run(arguments.run_dir, limit, arguments.max_tokens))
         try:
             arguments.output.write_text(page, encoding="utf-8", errors="replace")
         except OSError as error:
@@ -50,19 +61,26 @@ class Report:
         return 0
 
 
-def read_run(directory: Path, limit_bytes: int | None) -> RunHistory:
+def read_run(directory: Path, limit_bytes: int | None, max_tokens: int | None) -> RunHistory:
     """Returns a run as its log directory tells it.
 
     Raises:
-        LogFormatError: there is no log, a log cannot be read, or no step has ended yet.
+        LogFormatError: there is no log, a log or a timeline cannot be read, or no step has ended yet.
     """
-    histories = [observe(read_step_log(log), limit_bytes=limit_bytes) for log in find_logs(directory)]
+    histories = [_read_rank(log, limit_bytes, max_tokens) for log in find_logs(directory)]
     ranks = [history for history in histories if history is not None]
     if not ranks:
         raise LogFormatError(f"{directory}: there is no finished step yet")
     home = directory if directory.is_dir() else directory.parent
     reports = [_read_report(path) for path in sorted(home.glob("oom-rank*.md"))]
     return RunHistory(name=_name(directory.resolve()), ranks=ranks, oom_reports=reports)
+
+
+def _read_rank(log: Path, limit_bytes: int | None, max_tokens: int | None) -> RankHistory | None:
+    history = observe(read_step_log(log), limit_bytes=limit_bytes, max_tokens=max_tokens)
+    if history is None:
+        return None
+    return replace(history, timeline=read_timeline(timeline_path(log.parent, history.rank)))
 
 
 def _name(directory: Path) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from plotly import graph_objects as go
 
-from memtrace.breakdown import Breakdown
+from memtrace.breakdown import Breakdown, StepCurve
 from memtrace.categories import COLOURS, Category, Moment
 from memtrace.exporters.run_history import Observed, RankHistory, RunHistory
+from memtrace.risk_reading import ShapeSource
 from memtrace.units import GIB, MIB
 
 CAPACITY_COLOUR, FORECAST_COLOUR, PEAK_COLOUR = "#444c56", "#c98a1b", "#1f60c4"
@@ -44,10 +45,17 @@ def figures(run: RunHistory) -> Iterator[tuple[str, str, go.Figure]]:
             f"Rank {rank.rank}, the fullest, at the moment of each step at which most is allocated.",
             _composition(peaks, Moment.PEAK, axis, capacity=True),
         )
-        yield "Forecast", "The largest batch to come, as it was foreseen after each step.", _forecast(peaks, axis)
+        yield "Forecast", _whose_forecast(peaks[-1]), _forecast(peaks, axis)
         yield "Peak against tokens", "Each point is a step; the cross is what is foreseen.", _tokens(peaks, axis)
+    if rank.timeline is not None:
         yield (
-            f"One step, moment by moment: step {peaks[-1].record.step}",
+            f"Timeline of step {rank.timeline.step}",
+            f"The step of rank {rank.rank} with the highest traced peak, from its begin to its end.",
+            _timeline(rank.timeline.curve),
+        )
+    if peaks:
+        yield (
+            f"Step {peaks[-1].record.step}, moment by moment",
             "What is allocated at each moment of the last step whose peak is known.",
             _moments(peaks[-1], axis),
         )
@@ -148,6 +156,51 @@ def _forecast(steps: Sequence[Observed], axis: Axis) -> go.Figure:
         *_line("capacity", steps, lambda step: step.risk.capacity_bytes, axis),
     ]
     return _figure(axis, "step", traces)
+
+
+def _whose_forecast(step: Observed) -> str:
+    peak = step.risk.peak
+    if peak is None:
+        return "No batch is known that a peak could be foreseen for."
+    if peak.batch.source is ShapeSource.LONGEST_SEEN:
+        return (
+            "The largest batch seen so far, as its peak was foreseen after each step. --max-tokens looks further ahead."
+        )
+    return f"A micro batch of {peak.batch.tokens} tokens, as its peak was foreseen after each step."
+
+
+def _timeline(curve: StepCurve) -> go.Figure:
+    """Returns the curve of a step, with a line at each moment. Each point holds until the next one."""
+    categories = [curve.by_category[category] for category in curve.by_category]
+    axis = Axis(max((sum(sizes) for sizes in zip(*categories, strict=True)), default=0))
+    milliseconds = [1000 * second for second in curve.seconds]
+    traces = [
+        go.Scatter(
+            x=milliseconds,
+            y=[axis(size) for size in sizes],
+            name=category.value,
+            stackgroup="bytes",
+            mode="lines",
+            line={"width": 0.5, "color": COLOURS[category], "shape": "hv"},
+            fillcolor=COLOURS[category],
+        )
+        for category, sizes in curve.by_category.items()
+    ]
+    figure = _figure(axis, "milliseconds since the step began", traces)
+    for moment, second in curve.moments.items():
+        figure.add_vline(x=1000 * second, line={"color": CAPACITY_COLOUR, "dash": "dot", "width": 1})
+        figure.add_annotation(
+            x=1000 * second,
+            y=1,
+            yref="paper",
+            text=_MOMENT_NAMES[moment],
+            textangle=-90,
+            showarrow=False,
+            xanchor="right",
+            yanchor="top",
+            font={"size": 11},
+        )
+    return figure
 
 
 def _tokens(steps: Sequence[Observed], axis: Axis) -> go.Figure:

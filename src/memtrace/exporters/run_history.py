@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from memtrace.breakdown import StepRecord
 from memtrace.categories import Moment
+from memtrace.exporters.timeline_file import StepTimeline
 from memtrace.risk import RiskMonitor
-from memtrace.risk_reading import RiskReading
+from memtrace.risk_reading import RiskReading, largest_by_setting
 from memtrace.snapshot import RunIdentity, Snapshot
 
 MAX_STEPS = 2000
@@ -35,6 +36,8 @@ class RankHistory:
 
     rank: int
     steps: Sequence[Observed]
+    timeline: StepTimeline | None = None
+    """The traced step with the highest peak; None where the run left no such file."""
 
     @property
     def last(self) -> Observed:
@@ -75,14 +78,20 @@ class RunHistory:
         return max(self.ranks, key=lambda rank: rank.highest_peak)
 
 
-def observe(records: Iterable[StepRecord], *, limit_bytes: int | None) -> RankHistory | None:
+def observe(
+    records: Iterable[StepRecord],
+    *,
+    limit_bytes: int | None = None,
+    max_tokens: int | None = None,
+) -> RankHistory | None:
     """Returns the history of one rank, foreseen again step by step; None where it has no step.
 
     Args:
         records: all steps of the rank, in order. The forecast learns from every one; `MAX_STEPS` at most are kept.
         limit_bytes: what the run may use of its device; None means all of it.
+        max_tokens: the largest micro batch that the run could meet; None means the largest one seen so far.
     """
-    monitor = RiskMonitor()
+    monitor = RiskMonitor(largest_by_setting(max_tokens))
     kept: list[Observed] = []
     stride, last = 1, None
     for number, record in enumerate(records):

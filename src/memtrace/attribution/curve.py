@@ -1,0 +1,81 @@
+"""A step as a curve: what was allocated, by category, at many points of it instead of at four moments."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+
+from memtrace.attribution.timeline import Classifier, StepMarks, Timeline
+from memtrace.breakdown import StepCurve
+from memtrace.categories import Category, Moment
+
+MAX_STRETCHES = 160
+"""Stretches that the changes of a step are cut into, each with one point: a picture has no more columns to show."""
+
+
+class HighestSteps:
+    """Makes a curve of a step only where its peak is above that of every one before: a steady run makes no more."""
+
+    def __init__(self) -> None:
+        self._highest = 0
+
+    def curve(self, timeline: Timeline, marks: StepMarks) -> StepCurve | None:
+        """Returns the curve of a step that sets a new record; None for any other."""
+        peak = timeline.totals[timeline.positions(marks)[Moment.PEAK]]
+        if peak <= self._highest:
+            return None
+        self._highest = peak
+        return step_curve(timeline, marks)
+
+
+def step_curve(timeline: Timeline, marks: StepMarks) -> StepCurve:
+    """Returns the curve of one step.
+
+    Takes time in proportion to the blocks of the window, about as much as two moments of `Timeline.moments()`.
+    """
+    positions = _positions(timeline, marks)
+    return StepCurve(
+        seconds=[_seconds(timeline, marks, position) for position in positions],
+        by_category=_by_category(timeline, Classifier(timeline, marks), positions),
+        moments={moment: _seconds(timeline, marks, position) for moment, position in timeline.positions(marks).items()},
+    )
+
+
+def _positions(timeline: Timeline, marks: StepMarks) -> list[int]:
+    """Returns the begin, every moment, and of each stretch the position at which most is allocated; ascending."""
+    first, last = timeline.position(marks.begin_ns), timeline.position(marks.end_ns)
+    found = {first, *timeline.positions(marks).values()}
+    length = max(1, -(-(last + 1 - first) // MAX_STRETCHES))
+    for begin in range(first, last + 1, length):
+        found.add(max(range(begin, min(begin + length, last + 1)), key=timeline.totals.__getitem__))
+    return sorted(found)
+
+
+def _seconds(timeline: Timeline, marks: StepMarks, position: int) -> float:
+    """Returns when a position was reached, since the begin of the step."""
+    reached_ns = timeline.change_ns[position - 1] if position else marks.begin_ns
+    return max(reached_ns - marks.begin_ns, 0) / 1e9
+
+
+def _by_category(timeline: Timeline, classify: Classifier, positions: list[int]) -> dict[Category, list[int]]:
+    """Returns the bytes of each category that has any at each position."""
+    changes: dict[Category, list[int]] = {}
+    turn = bisect_left(positions, classify.turn)
+    for life in timeline.lifetimes:
+        begin = bisect_right(positions, life.begin)
+        end = len(positions) if life.end is None else bisect_right(positions, life.end)
+        middle = min(max(turn, begin), end)
+        for start, stop in ((begin, middle), (middle, end)):
+            if start < stop:
+                category = classify(life, positions[start]).category
+                row = changes.setdefault(category, [0] * (len(positions) + 1))
+                row[start] += life.nbytes
+                row[stop] -= life.nbytes
+    return {category: _running(changes[category]) for category in Category if category in changes}
+
+
+def _running(changes: list[int]) -> list[int]:
+    total, sums = 0, []
+    for change in changes[:-1]:
+        total += change
+        sums.append(total)
+    return sums

@@ -1,0 +1,99 @@
+"""The timeline of the step with the highest peak so far, as one JSON file beside the step log.
+
+`{"schema": "memtrace.timeline/1", "step": 12, "rank": 0, "seconds": [0.0, ...], "moments": {"peak": 0.31, ...},
+"categories": {"weights": [N, ...], ...}}`, with one size for each of the seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from memtrace.breakdown import StepCurve, StepRecord
+from memtrace.categories import Category, Moment
+from memtrace.errors import LogFormatError, OutputError
+from memtrace.strict_json import Fields, parse_json
+
+TIMELINE_SCHEMA = "memtrace.timeline/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimeline:
+    """What a timeline file holds."""
+
+    step: int
+    curve: StepCurve
+
+
+def timeline_path(directory: str | os.PathLike[str], rank: int) -> Path:
+    """Returns where a rank's timeline is in the log directory of a run."""
+    return Path(directory) / f"timeline-rank{rank}.json"
+
+
+def write_timeline(directory: str | os.PathLike[str], record: StepRecord) -> None:
+    """Writes the curve of a record in place of the one before, whole or not at all; nothing where it has none.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    if record.curve is None:
+        return
+    path = timeline_path(directory, record.rank)
+    document = {
+        "schema": TIMELINE_SCHEMA,
+        "step": record.step,
+        "rank": record.rank,
+        "seconds": [round(second, 7) for second in record.curve.seconds],
+        "moments": {moment.value: round(second, 7) for moment, second in record.curve.moments.items()},
+        "categories": {category.value: list(sizes) for category, sizes in record.curve.by_category.items()},
+    }
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise OutputError(f"the timeline {path} cannot be written: {error.strerror or error}") from error
+
+
+def read_timeline(path: str | os.PathLike[str]) -> StepTimeline | None:
+    """Returns what a timeline file holds; None where there is no such file.
+
+    Raises:
+        LogFormatError: the file cannot be read, or is no timeline.
+    """
+    source = str(path)
+    try:
+        text = Path(path).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LogFormatError(f"{source}: the timeline cannot be read: {error.strerror or error}") from error
+    found = Fields.of(parse_json(text, source), source)
+    found.schema(TIMELINE_SCHEMA)
+    seconds = _ascending(found)
+    sizes = found.object("categories")
+    by_category = {category: sizes.integers(category) for category in sizes.words(Category)}
+    if any(len(row) != len(seconds) for row in by_category.values()):
+        raise LogFormatError(f"{source}: each of categories must have one size for each of the {len(seconds)} seconds")
+    times = found.object("moments")
+    return StepTimeline(
+        step=found.integer("step"),
+        curve=StepCurve(
+            seconds=seconds,
+            by_category={category: by_category[category] for category in Category if category in by_category},
+            moments={moment: times.number(moment) for moment in times.words(Moment)},
+        ),
+    )
+
+
+def _ascending(found: Fields) -> Sequence[float]:
+    seconds = found.numbers("seconds")
+    if list(seconds) != sorted(seconds):
+        raise LogFormatError(f"{found.source}: seconds must ascend")
+    return seconds
