@@ -115,7 +115,9 @@ def base(title: str, uid: str, description: str) -> board.Dashboard:
         .with_variable(variable("run", "Run", f"label_values({of_job}, run)", multi=False))
         .with_variable(variable("instance", "Instance", f"label_values({of_run}, instance)"))
         .with_variable(variable("rank", "Rank", f"label_values({of_instance}, rank)"))
-        .annotation(annotation("Out of memory", f"changes({metrics.OOMS.name}{{{SELECTOR}}}[$__interval]) > 0", ALARM))
+        .annotation(
+            annotation("Out of memory", f"changes({metrics.OOMS.name}{{{SELECTOR}}}[$__rate_interval]) > 0", ALARM)
+        )
         .annotation(
             annotation("Alerts", 'ALERTS{alertname=~"Memtrace.*",alertstate="firing",job=~"$job",run=~"$run"}', WATCH)
         )
@@ -143,7 +145,7 @@ def glance() -> Panels:
     return [
         board.Row("At a glance"),
         number(
-            "Risk to run out of memory",
+            "Out-of-memory risk",
             "The highest of the chosen ranks. From one half on the run is more likely than not to fail.",
             (f"max({of(metrics.OOM_RISK)})", "risk"),
             unit="percentunit",
@@ -306,6 +308,7 @@ def below_the_tensors() -> Panels:
             unit="short",
             width=6,
             colours={"retries": WATCH, "out of memory": ALARM},
+            columns=True,
         ),
         graph(
             "Utilisation",

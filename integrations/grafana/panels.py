@@ -39,6 +39,7 @@ def graph(
     width: int = HALF,
     colours: Mapping[str, str] | None = None,
     stacked: bool = False,
+    columns: bool = False,
     lines: Iterable[str] = (),
     right: Mapping[str, str] | None = None,
 ) -> timeseries.Panel:
@@ -52,6 +53,7 @@ def graph(
         width: of 24 columns.
         colours: by legend; what is not in it gets one of the palette.
         stacked: whether the series add up.
+        columns: whether each point is a column; for what is nearly always 0, which then draws nothing.
         lines: legends that are drawn as a dashed line instead, on top of what is stacked.
         right: legends with a unit of their own, whose axis is on the right.
     """
@@ -78,6 +80,8 @@ def graph(
     )
     if stacked:
         panel = panel.stacking(shared.StackingConfig().mode(shared_words.StackingMode.NORMAL).group("A"))
+    if columns:
+        panel = panel.draw_style(shared_words.GraphDrawStyle.BARS).fill_opacity(100)
     for name in lines:
         panel = panel.override_by_name(name, _dashed())
     for name, own in (right or {}).items():

@@ -21,6 +21,9 @@ import pytest
 from promql import ROOT, RULES
 from servers import Webhook, alertmanager, ask, free_port, prometheus
 
+from memtrace.categories import Moment
+from memtrace.exporters.steplog import read_step_log
+
 JOB = Path(__file__).with_name("training_job.py")
 ALERTMANAGER = ROOT / "integrations" / "alertmanager" / "alertmanager.yml"
 UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000}
@@ -100,8 +103,13 @@ def test_a_batch_that_will_not_fit_is_told_before_it_comes(tmp_path: Path) -> No
         assert alert["path"] == "/training"
         peak = ask(running.prometheus, "query", query="memtrace_step_peak_bytes / memtrace_capacity_bytes")
         assert float(peak["result"][0]["value"][1]) < 0.9
+        capacity = ask(running.prometheus, "query", query="memtrace_capacity_bytes")
         running.go_on()
         assert running.process.wait(120) == 0
+        records = list(read_step_log(tmp_path / "memtrace" / "steps-rank0.jsonl"))
+        peaks = [record.moments[Moment.PEAK].total_bytes for record in records]
+        limit = float(capacity["result"][0]["value"][1])
+        assert max(peaks[:-1]) < limit < peaks[-1], "the batch that was foretold is the one that exceeds"
         assert running.log().count("memory may run out at the longest batch") == 1
 
 
