@@ -15,6 +15,8 @@ from memtrace.units import GIB, MIB
 CAPACITY_COLOUR, FORECAST_COLOUR, PEAK_COLOUR = "#444c56", "#c98a1b", "#1f60c4"
 FAR_ABOVE = 4
 """A line that lies this many times above the highest peak is left out."""
+NEAR = 0.03
+"""Moments of a step that are less than this share of it apart have one line and one label."""
 _MOMENT_NAMES = {
     Moment.FORWARD_END: "end of forward",
     Moment.BACKWARD_END: "end of backward",
@@ -187,13 +189,13 @@ def _timeline(curve: StepCurve) -> go.Figure:
         for category, sizes in curve.by_category.items()
     ]
     figure = _figure(axis, "milliseconds since the step began", traces)
-    for moment, second in curve.moments.items():
-        figure.add_vline(x=1000 * second, line={"color": CAPACITY_COLOUR, "dash": "dot", "width": 1})
+    for second, moments in _together(curve, milliseconds[-1] if milliseconds else 0).items():
+        figure.add_vline(x=second, line={"color": CAPACITY_COLOUR, "dash": "dot", "width": 1})
         figure.add_annotation(
-            x=1000 * second,
+            x=second,
             y=1,
             yref="paper",
-            text=_MOMENT_NAMES[moment],
+            text=", ".join(_MOMENT_NAMES[moment] for moment in moments),
             textangle=-90,
             showarrow=False,
             xanchor="right",
@@ -201,6 +203,15 @@ def _timeline(curve: StepCurve) -> go.Figure:
             font={"size": 11},
         )
     return figure
+
+
+def _together(curve: StepCurve, length: float) -> Mapping[float, list[Moment]]:
+    """Returns the moments by their time in milliseconds; those too near each other to be told apart share one."""
+    groups: dict[float, list[Moment]] = {}
+    for moment, second in sorted(curve.moments.items(), key=lambda item: item[1]):
+        near = next((time for time in groups if 1000 * second - time <= NEAR * length), None)
+        groups.setdefault(1000 * second if near is None else near, []).append(moment)
+    return groups
 
 
 def _tokens(steps: Sequence[Observed], axis: Axis) -> go.Figure:
