@@ -58,12 +58,12 @@ def quantise(model: nn.Module, kind: str) -> None:
                 setattr(parent, name, layer.to("cpu"))
 
 
-def train(kind: str, *, merged: bool = False) -> tuple[peft.PeftModel, StepRecord]:
+def train(kind: str, *, merged: bool = False, own_dtype: bool = False) -> tuple[peft.PeftModel, StepRecord]:
     """Returns the model and the last traced record of two steps, watched from birth."""
     source = CpuEvents()
     source.open()
     lora = peft.LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(build_base(kind), lora, autocast_adapter_dtype=True)
+    model = peft.get_peft_model(build_base(kind), lora, autocast_adapter_dtype=not own_dtype)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     config = TracerConfig(strict=True, port=None, trace_every=0, device_poll_seconds=0)
     batch = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -124,6 +124,16 @@ def test_adapters_alone_have_gradients_and_state(measured, kind):
     assert size_of(record, Category.GRADIENTS, "") == 4 * ADAPTERS
     assert size_of(record, Category.OPTIMIZER_STATE, "exp_avg") == 4 * ADAPTERS
     assert size_of(record, Category.OPTIMIZER_STATE, "exp_avg_sq") == 4 * ADAPTERS
+
+
+def test_adapters_keep_the_precision_of_their_base():
+    """With `autocast_adapter_dtype=False` on a bf16 base: two bytes each for weights, gradients and both moments."""
+    _, record = train("bfloat16", own_dtype=True)
+    assert size_of(record, Category.WEIGHTS, "trainable", "bfloat16") == 2 * ADAPTERS
+    assert size_of(record, Category.WEIGHTS, "trainable", "float32") == 0
+    assert size_of(record, Category.GRADIENTS, "", "bfloat16") == 2 * ADAPTERS
+    assert size_of(record, Category.OPTIMIZER_STATE, "exp_avg", "bfloat16") == 2 * ADAPTERS
+    assert size_of(record, Category.OPTIMIZER_STATE, "exp_avg_sq", "bfloat16") == 2 * ADAPTERS
 
 
 def test_eight_bit_weights_have_their_packed_size(measured):
