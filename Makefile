@@ -19,7 +19,7 @@ TEST_ENV := KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test grafana-render test-long lint format venv debian-test constraints clean
+.PHONY: help demo bench test grafana-render test-long lint format venv debian-test constraints clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,11 @@ demo: venv ## fine-tune a small real model on this machine and show what its mem
 	rm -rf $(DEMO_DIR)
 	KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_trainer.py --output-dir $(DEMO_DIR)
 	$(BIN)/memtrace show $(DEMO_DIR)/memtrace
+
+bench: venv ## what a training step costs with memtrace and with its neighbours; a quiet machine, about 10 minutes
+	@kept=0; for workload in tiny llama minilm; do \
+		$(TEST_ENV) $(BIN)/python -m benchmarks.overhead $$workload || kept=1; \
+	done; exit $$kept
 
 test: venv debian-test grafana-render lint ## linters, types, layers and all tests but the long ones and those for a GPU
 	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist loadfile

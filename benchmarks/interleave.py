@@ -1,0 +1,82 @@
+"""Runs variants in turns: a block of steps each, round after round, so that what the machine does meets them all."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.ratios import Block
+from benchmarks.variants import Variant, Watch
+from benchmarks.workloads import Training, Workload
+
+Blocks = Mapping[str, Mapping[int, Block]]
+"""The blocks of each variant by name, by the number of the round."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Lane:
+    """A training run of its own, with what watches it."""
+
+    variant: Variant
+    training: Training
+    watch: Watch
+    left_at: float
+
+    def run(self, steps: int) -> Block:
+        """Runs a block of steps and returns what it took."""
+        seconds, traced = [], []
+        variant, training, watch = self.variant, self.training, self.watch
+        step, around_step, clock = training.step, variant.around_step, time.perf_counter
+        watch.resume(clock() - self.left_at)
+        begin = clock()
+        with variant.around_block(training):
+            starting = clock() - begin
+            for _ in range(steps):
+                before, began = watch.traced_steps(), clock()
+                with around_step(training):
+                    step()
+                seconds.append(clock() - began)
+                traced.append(watch.traced_steps() > before)
+            stopping = clock()
+        self.left_at = clock()
+        return Block(seconds=tuple(seconds), traced=tuple(traced), around_seconds=starting + self.left_at - stopping)
+
+
+def interleave(
+    workload: Workload, variants: Sequence[Variant], *, device: torch.device, seconds: float, directory: Path
+) -> Blocks:
+    """Runs every variant of a workload in turns, in an order drawn anew each round.
+
+    Args:
+        workload: what is trained; each variant has a model of its own, with the same values.
+        variants: the first one takes part in every round.
+        device: where.
+        seconds: how long, after the warm-up; at least one round is run in which all take part.
+        directory: for what the variants write.
+    """
+    found: dict[str, dict[int, Block]] = {variant.name: {} for variant in variants}
+    draw = random.Random(0)
+    with ExitStack() as stack:
+        lanes = []
+        for variant in variants:
+            training = workload.build(device)
+            watch = stack.enter_context(variant.attach(training, directory / variant.name))
+            lanes.append(Lane(variant=variant, training=training, watch=watch, left_at=time.perf_counter()))
+        # The last ones first: who is first to trace waits for torch's profiler to load, and memtrace with its default
+        # settings would save for that for a thousand steps.
+        for lane in reversed(lanes):
+            lane.run(workload.warm_up)
+        until, number = time.perf_counter() + seconds, 0
+        while number == 0 or time.perf_counter() < until:
+            taking_part = [lane for lane in lanes if number % lane.variant.every == 0]
+            draw.shuffle(taking_part)
+            for lane in taking_part:
+                found[lane.variant.name][number] = lane.run(workload.block)
+            number += 1
+    return found

@@ -1,0 +1,93 @@
+"""What memtrace costs a training step, beside the tools that one would use in its place.
+
+usage: python -m benchmarks.overhead WORKLOAD [--seconds S] [--variants NAME,NAME]
+
+Prints a table of ratios to the same training without anything, and writes them to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.interleave import Blocks, interleave
+from benchmarks.ratios import Ratio, compare
+from benchmarks.results import environment, write
+from benchmarks.variants import NOTHING, VARIANTS, Variant
+from benchmarks.workloads import WORKLOADS, Workload
+
+BOUNDS = {
+    ("tiny", "default"): 1.02,
+    ("llama", "default"): 1.005,
+    ("llama", "every_step"): 1.10,
+    ("minilm", "default"): 1.005,
+}
+"""What a ratio may be at most."""
+
+
+def measure(workload: Workload, variants: list[Variant], *, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Returns the result of one workload, as it is written."""
+    with tempfile.TemporaryDirectory() as directory:
+        blocks = interleave(workload, variants, device=device, seconds=seconds, directory=Path(directory))
+    return result(workload, variants, blocks)
+
+
+def result(workload: Workload, variants: list[Variant], blocks: Blocks) -> dict[str, Any]:
+    """Returns what the blocks of a workload say."""
+    nothing = blocks[NOTHING.name]
+    rows = []
+    for variant in variants:
+        if variant is not NOTHING:
+            ratio = compare(blocks[variant.name], nothing)
+            rows.append({"variant": variant.name, **asdict(ratio), "bound": BOUNDS.get((workload.name, variant.name))})
+    return {
+        "workload": workload.name,
+        "block_steps": workload.block,
+        "step_seconds": median(block.step_seconds for block in nothing.values()),
+        "ratios": rows,
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """Prints the ratios."""
+    print(f"{found['workload']}: a step takes {found['step_seconds'] * 1e3:.3g} ms, blocks of {found['block_steps']}")
+    for row in found["ratios"]:
+        ratio = Ratio(**{name: row[name] for name in Ratio.__dataclass_fields__})
+        parts = " ".join(
+            f"{name} {value:.4f}" for name, value in (("untraced", ratio.untraced), ("traced", ratio.traced)) if value
+        )
+        bound = row["bound"]
+        verdict = "" if bound is None else f"  at most {bound}: {'kept' if ratio.ratio <= bound else 'NOT KEPT'}"
+        print(
+            f"  {row['variant']:<17} {ratio.ratio:7.4f}  95 % {ratio.interval[0]:.4f}..{ratio.interval[1]:.4f}"
+            f"  quartiles {ratio.quartiles[0]:.4f}..{ratio.quartiles[1]:.4f}  total {ratio.total:.4f}  {parts}"
+            f"  {ratio.traced_steps} of {ratio.steps} steps traced{verdict}"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workload", choices=sorted(WORKLOADS))
+    parser.add_argument("--seconds", type=float, default=150, help="how long to measure, after the warm-up")
+    parser.add_argument("--variants", help="names to take beside nothing, with commas; all by default")
+    parser.add_argument("--results", type=Path, help="directory to write the result to instead")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    names = [variant.name for variant in VARIANTS] if options.variants is None else options.variants.split(",")
+    variants = [variant for variant in VARIANTS if variant is NOTHING or variant.name in names]
+    device = torch.device("cpu")
+    workload = WORKLOADS[options.workload]
+    found = measure(workload, variants, device=device, seconds=options.seconds)
+    show(found)
+    print(write(f"overhead-{workload.name}", found, environment(device), options.results))
+    return 0 if all(row["bound"] is None or row["ratio"] <= row["bound"] for row in found["ratios"]) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
