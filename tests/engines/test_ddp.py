@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 from entries import sum_of, total, traced
+from planned import HEADER, plan_rows
 from tables import check_table, per_parameter
+
+from memtrace.planning.sharding import Strategy
 
 VARIANTS = ("ddp", "ddp-view")
 RANKS = 2
@@ -87,3 +90,15 @@ def test_the_page_has_the_measured_bytes(runs):
         parts = [total(moment, name) for name in ("weights", "gradients", "optimizer_state", "comm_buffers")]
         rows.append([label, *(per_parameter(part, sum(run["numels"])) for part in parts)])
     check_table("ddp", ["", "weights", "gradients", "optimizer state", "comm_buffers"], rows)
+
+
+def test_simulated_plans_are_what_each_rank_measured(runs):
+    """Persistent categories to the byte on both ranks, the peak within 5 %; docs/engines.md shows the errors."""
+    check_table("ddp plans", HEADER, plan_rows(runs, PLANS), exact=False)
+
+
+PLANS = {
+    "ddp": ("default", "fp32", {"strategy": Strategy.DDP}),
+    "ddp-view": ("`gradient_as_bucket_view`", "fp32", {"strategy": Strategy.DDP, "gradient_as_bucket_view": True}),
+}
+"""Label, recipe and settings of the simulated plan of each variant."""

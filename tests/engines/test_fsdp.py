@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 from entries import sum_of, total, traced
+from planned import HEADER, plan_rows
 from tables import check_table, per_parameter
+
+from memtrace.planning.sharding import Strategy
 
 VARIANTS = ("fsdp", "fsdp-keep", "fsdp-bf16", "fsdp-bf16-keep")
 RANKS = 2
@@ -122,3 +125,17 @@ def test_the_page_has_the_measured_bytes(runs):
         parts.append(total(moments["forward_end"], "transient_weights"))
         rows.append([label, *(per_parameter(part, sum(run["numels"])) for part in parts)])
     check_table("fsdp", ["", "weights", "masters", "gradients", "optimizer state", "gathered copies"], rows)
+
+
+def test_simulated_plans_are_what_each_rank_measured(runs):
+    """Persistent categories to the byte on both ranks, the peak within 5 %; docs/engines.md shows the errors."""
+    check_table("fsdp plans", HEADER, plan_rows(runs, PLANS), exact=False)
+
+
+PLANS = {
+    "fsdp": ("float32, reshard", "fp32", {"strategy": Strategy.FSDP}),
+    "fsdp-keep": ("float32, keep", "fp32", {"strategy": Strategy.FSDP, "reshard_after_forward": False}),
+    "fsdp-bf16": ("bf16, reshard", "bf16-master", {"strategy": Strategy.FSDP}),
+    "fsdp-bf16-keep": ("bf16, keep", "bf16-master", {"strategy": Strategy.FSDP, "reshard_after_forward": False}),
+}
+"""Label, recipe and settings of the simulated plan of each variant."""

@@ -23,19 +23,20 @@ class Scan:
     Args:
         model: the module that is trained, wrapped by an engine or not.
         optimizers: one optimizer or several, as the user has them.
+        engines: engines that cannot be found from these, such as simulated ones.
 
     Raises:
         ConfigError: there is no optimizer, or one of them updates neither the model nor copies of its parameters.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Any) -> None:
+    def __init__(self, model: nn.Module, optimizers: Any, engines: Sequence[Engine] = ()) -> None:
         given = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
         if not given:
             raise ConfigError("a tracer needs at least one optimizer, got none")
         self._model = model
         self._given = given
         self.optimizers = [unwrap_optimizer(optimizer) for optimizer in given]
-        self.engines = find_engines(model, given)
+        self.engines = [*engines, *find_engines(model, given)]
         self._looked_in_forward = False
         self._state_sizes: list[int] = []
         for optimizer in self.optimizers:

@@ -57,9 +57,12 @@ def answer(arguments: argparse.Namespace, device: Device | None) -> Answer:
             forward_end = run.marks.forward_end_ns
             holdings = [] if forward_end is None else activation_holders(run.timeline, run.spans, forward_end)
     if device is not None:
-        plan = held_against(plan, *device, 1)
+        plan = held_against(plan, *device, request.sharding.world_size)
         if remedies is not None:
-            remedies = [replace(remedy, plan=held_against(remedy.plan, *device, 1)) for remedy in remedies]
+            remedies = [
+                replace(remedy, plan=held_against(remedy.plan, *device, request.sharding.world_size))
+                for remedy in remedies
+            ]
     return Answer(plan=plan, remedies=remedies, holdings=holdings)
 
 
@@ -76,7 +79,7 @@ def _search(
 
     def attempt(number: int) -> Plan:
         say(f"simulating a {what.replace('-', ' ').replace('seq len', 'sequence length')} of {number:,}")
-        return held_against(plan_simulated(with_size(number)), *device, 1)
+        return held_against(plan_simulated(with_size(number)), *device, request.sharding.world_size)
 
     longest = longest_text(request.configuration) if what == "seq-len" else None
     step = 1 if what == "batch-size" else min(_SEQUENCE_STEP, longest or _SEQUENCE_STEP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from memtrace.cli.plan_options import sharding_of
 from memtrace.errors import PlanError
 from memtrace.planning.recipe import find_recipe
 
@@ -109,4 +110,5 @@ def simulation_of(arguments: argparse.Namespace) -> SimulationRequest:
         accumulation_steps=arguments.accumulation_steps,
         fused_step=arguments.fused_optimizer,
         target=Target(arguments.kernels or "cuda"),
+        sharding=sharding_of(arguments),
     )

@@ -9,9 +9,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.ledger import Ledger
 from memtrace.categories import Category
 from memtrace.planning.recipe import Recipe
+from memtrace.planning.sharding import Sharding
 from memtrace.planning.updates import MakeOptimizer, Updates
 from memtrace.sources.hooks import HookSet
 from memtrace.sources.simulated_tensor import DEVICE
@@ -23,7 +25,28 @@ DDP_BUCKET = 25 * MIB
 `bucket_cap_mb`, and `compute_bucket_assignment_by_size` in torch/csrc/distributed/c10d/reducer.cpp."""
 
 
-class DdpUpdates(Updates):
+class ShardedUpdates(Updates, Engine):
+    """Updates that hold memory of their own: for attribution they are the engine."""
+
+    name = "simulated engine"
+    _ledger: Ledger | None = None
+
+    def claim(self, ledger: Ledger) -> None:
+        """Remembers the ledger for what comes within a step."""
+        self._ledger = ledger
+
+    def owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Returns whether this is the optimizer that is stepped here."""
+        return optimizer is self.optimizer
+
+    def note(self, tensor: torch.Tensor, category: Category, component: str = "") -> torch.Tensor:
+        """Claims a tensor that was just made; returns it."""
+        if self._ledger is not None:
+            self._ledger.claim(tensor, category, component)
+        return tensor
+
+
+class DdpUpdates(ShardedUpdates):
     """DistributedDataParallel: buckets that hold a second copy of all gradients, or the gradients themselves.
 
     Its reducer is C++ that reads memory, so that the real one cannot run here. Buckets live as long as the wrapper, and
@@ -55,6 +78,7 @@ class DdpUpdates(Updates):
 
     def claim(self, ledger: Ledger) -> None:
         """Claims the buckets."""
+        super().claim(ledger)
         for bucket in self._buckets:
             if self._views:
                 ledger.claim(bucket, Category.GRADIENTS)
@@ -88,18 +112,19 @@ def bucket_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Pa
         yield bucket
 
 
-def fully_sharded(model: nn.Module, recipe: Recipe, world_size: int) -> nn.Module:
-    """Shards the model with FSDP2, layer by layer, as one rank of `world_size` fake ones.
+def fully_sharded(model: nn.Module, recipe: Recipe, sharding: Sharding) -> nn.Module:
+    """Shards the model with FSDP2, layer by layer, as one rank of fake ones.
 
     Weights in float32 are the masters where the recipe computes in a lower type: FSDP2 gathers copies in that type.
     """
-    mesh = init_device_mesh(DEVICE.type, (world_size,))
+    mesh = init_device_mesh(DEVICE.type, (sharding.world_size,))
     policy = MixedPrecisionPolicy()
     if recipe.compute != recipe.updated:
         policy = MixedPrecisionPolicy(param_dtype=getattr(torch, recipe.compute), reduce_dtype=torch.float32)
-    for unit in sharding_units(model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # torch does not free the root's weights after the forward pass unless it is told to: the backward pass begins there
+    reshard = None if sharding.reshard_after_forward else False
+    for unit in [*sharding_units(model), model]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     return model
 
 

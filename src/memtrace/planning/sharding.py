@@ -6,7 +6,7 @@ Sizes of buckets are the engines' defaults, in elements or bytes as the engines 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from memtrace.errors import PlanError
@@ -53,12 +53,33 @@ class Offload(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Zero3Settings:
+    """How ZeRO-3 fetches weights, in elements, with the names and defaults of deepspeed/runtime/zero/config.py.
+
+    A plan by formula takes the defaults.
+    """
+
+    prefetch_bucket: int = 50_000_000
+    """Weights that are gathered ahead of their use (`stage3_prefetch_bucket_size`)."""
+    max_live: int = ZERO3_MAX_LIVE
+    """Gathered weights above which nothing is gathered ahead (`stage3_max_live_parameters`)."""
+    max_reuse: int = 1_000_000_000
+    """Weights are not released where they are used again within so many others (`stage3_max_reuse_distance`)."""
+    persistence_threshold: int = 100_000
+    """Parameters up to this size stay gathered (`stage3_param_persistence_threshold`)."""
+    sub_group: int = ZERO3_SUB_GROUP
+    """Elements of this rank's share that are updated at a time (`sub_group_size`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sharding:
     """A strategy, its world and its options."""
 
     strategy: Strategy = Strategy.NONE
     world_size: int = 1
     """Ranks that hold one copy of the model between them, or a copy each."""
+    rank: int = 0
+    """Whose memory is planned. A plan by formula takes the largest share."""
     offload: Offload = Offload.NONE
     overlap_comm: bool = False
     """Whether ZeRO-1 and 2 reduce one bucket while they fill a second."""
@@ -66,10 +87,15 @@ class Sharding:
     """Elements of DeepSpeed's reduce bucket. A plan by formula takes the default."""
     gradient_as_bucket_view: bool = False
     """Whether DDP's gradients are views of its buckets."""
+    reshard_after_forward: bool = True
+    """Whether FSDP2 frees gathered layers after their forward pass. A plan by formula does."""
+    zero3: Zero3Settings = field(default_factory=Zero3Settings)
 
     def __post_init__(self) -> None:
         if not 1 <= self.world_size <= 10**6:
             raise PlanError(f"world size must be 1..1000000, got {self.world_size}")
+        if not 0 <= self.rank < self.world_size:
+            raise PlanError(f"rank must be 0..{self.world_size - 1} in a world of {self.world_size}, got {self.rank}")
         if self.strategy is Strategy.NONE and self.world_size > 1:
             raise PlanError(
                 f"a world of {self.world_size} ranks needs to know how they share the model: DDP, FSDP or a ZeRO stage"

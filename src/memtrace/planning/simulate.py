@@ -13,6 +13,8 @@ from memtrace.errors import PlanError
 from memtrace.planning.caching_allocator import CachingAllocator, replay
 from memtrace.planning.plan import ByteRange, Plan
 from memtrace.planning.recipe import Recipe, find_recipe
+from memtrace.planning.sharding import Sharding, Strategy
+from memtrace.planning.sharding_assumptions import sharding_assumptions
 from memtrace.planning.simulated_run import Loss, SimulatedRun, Training, run_two_steps
 from memtrace.planning.torch_optimizers import StepKernels, make_optimizer
 from memtrace.planning.updates import MakeOptimizer
@@ -27,6 +29,7 @@ def plan(
     optimizer: str | MakeOptimizer = "adamw",
     loss: Loss | None = None,
     accumulation_steps: int = 1,
+    sharding: Sharding | None = None,
     device: str = "cuda",
 ) -> Plan:
     """Returns what a training step of this model will need, without a GPU and without its memory.
@@ -44,6 +47,8 @@ def plan(
         loss: returns the loss for (model, batch). By default the batch is passed to the model, by name where it is a
             mapping, and the loss is what the model returns as `loss`.
         accumulation_steps: micro batches for each optimizer step.
+        sharding: a `memtrace.planning.sharding.Sharding`: DDP, FSDP2 or DeepSpeed's ZeRO, and the rank that is
+            planned. FSDP2 itself is run, on ranks that are not there; DDP and ZeRO are modelled.
         device: `cuda` or `cpu`: whose kernels and whose allocator.
 
     Raises:
@@ -54,11 +59,9 @@ def plan(
     if accumulation_steps < 1:
         raise PlanError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
     target, found = Target(device), find_recipe(recipe)
+    sharding = sharding or Sharding()
     if isinstance(optimizer, str):
-        name, make = (
-            optimizer,
-            make_optimizer(optimizer, StepKernels.FOREACH if target is Target.CUDA else StepKernels.LOOP),
-        )
+        name, make = optimizer, make_optimizer(optimizer, step_kernels(target, sharding))
     else:
         name, make = "custom", optimizer
     run = run_two_steps(
@@ -70,18 +73,31 @@ def plan(
             make_optimizer=make,
             accumulation_steps=accumulation_steps,
             target=target,
+            sharding=sharding,
         )
     )
-    return plan_of(run, found, name, target)
+    return plan_of(run, found, name, target, sharding)
 
 
-def plan_of(run: SimulatedRun, recipe: Recipe, optimizer: str, target: Target) -> Plan:
+def step_kernels(target: Target, sharding: Sharding) -> StepKernels:
+    """Returns how an optimizer goes through the parameters unless it is told: DeepSpeed brings a fused step."""
+    if target is Target.CPU:
+        return StepKernels.LOOP
+    return StepKernels.FUSED if sharding.is_zero else StepKernels.FOREACH
+
+
+def plan_of(
+    run: SimulatedRun, recipe: Recipe, optimizer: str, target: Target, sharding: Sharding | None = None
+) -> Plan:
     """Returns the plan that a simulated run makes."""
+    sharding = sharding or Sharding()
     peak = run.moments[Moment.PEAK].total_bytes
     setup: dict[str, str | int | float] = {"parameters": run.parameters, "trainable_parameters": run.trainable}
     if run.batch is not None:
         setup["batch"] = " x ".join(str(size) for size in run.batch.shape)
         setup["tokens"] = run.batch.tokens
+    if sharding.strategy is not Strategy.NONE:
+        setup |= {"strategy": sharding.strategy.value, "world_size": sharding.world_size, "rank": sharding.rank}
     allocator = CachingAllocator() if target is Target.CUDA else None
     if allocator is not None:
         replay(run.events(), allocator)
@@ -90,7 +106,7 @@ def plan_of(run: SimulatedRun, recipe: Recipe, optimizer: str, target: Target) -
         optimizer=optimizer,
         setup=setup,
         moments=run.moments,
-        assumptions=tuple(_assumptions(recipe, target)),
+        assumptions=(*_assumptions(recipe, target, sharding), *sharding_assumptions(sharding)),
         allocated=ByteRange(low=peak, high=peak if allocator is None else max(peak, allocator.peak_allocated_bytes)),
         reserved_bytes=None if allocator is None else allocator.peak_reserved_bytes,
     )
@@ -115,13 +131,16 @@ def model_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     return loss
 
 
-def _assumptions(recipe: Recipe, target: Target) -> Iterator[str]:
+def _assumptions(recipe: Recipe, target: Target, sharding: Sharding) -> Iterator[str]:
     yield f"Recipe {recipe.name}: {recipe.summary}."
     yield "Two steps of the model's own code were run on tensors without memory; the figures are of the second."
     if target is Target.CPU:
         yield "Scratch memory inside the kernels of a CPU is not counted."
         return
-    yield "The optimizer's step works on lists of parameters (foreach), torch's default on a GPU."
+    if sharding.is_zero:
+        yield "The optimizer's step is fused, as DeepSpeed's own and Trainer's default are: it has no temporaries."
+    else:
+        yield "The optimizer's step works on lists of parameters (foreach), torch's default on a GPU."
     yield (
         "Attention is flash or memory-efficient attention where torch would choose it; scratch of convolutions and of "
         "the backward pass of embeddings is not counted."

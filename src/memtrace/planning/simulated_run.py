@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.inputs import claim_batch, main_input
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
@@ -20,9 +21,8 @@ from memtrace.errors import MemTraceError, PlanError
 from memtrace.guard import Guard
 from memtrace.planning.by_module import ModuleSpans, Span
 from memtrace.planning.recipe import Recipe
-from memtrace.planning.sharding import Sharding, Strategy
+from memtrace.planning.sharding import Offload, Sharding, Strategy
 from memtrace.planning.updates import MakeOptimizer, Updates, updates_of
-from memtrace.planning.zero_updates import ZeroUpdates
 from memtrace.sources.cuda_functions import CudaFunctions
 from memtrace.sources.events import Event
 from memtrace.sources.hooks import HookSet
@@ -96,6 +96,7 @@ def run_two_steps(training: Training) -> SimulatedRun:
     Raises:
         PlanError: the model cannot be made, refuses the batch, or does what cannot be simulated.
     """
+    _check_sharding(training)
     simulation = Simulation(training.target)
     simulation.events.open()
     with torch.random.fork_rng(devices=[]), ExitStack() as stack:
@@ -111,12 +112,13 @@ def run_two_steps(training: Training) -> SimulatedRun:
         with refusals("the model cannot be sharded"):
             model = _sharded(model, training, stack)
         with refusals("the optimizer cannot be made"):
-            updates = _updates(model, training)
+            updates = _updates(model, training, stack)
         stack.callback(updates.close)
         with _Recorder(model, updates, simulation) as recorder:
             _step(training, model, updates, simulation)
             recorder.ready = True
             _step(training, model, updates, simulation)
+            recorder.step_is_over()
     if recorder.timeline is None or recorder.marks is None:
         raise PlanError("the loss never ran the model: it must call the module that it is given")
     return SimulatedRun(
@@ -139,15 +141,17 @@ class _Recorder:
         self.timeline: Timeline | None = None
         self.marks: StepMarks | None = None
         self.batch: BatchShape | None = None
-        self._model, self._updates, self._optimizer = model, updates, updates.optimizer
+        self._model, self._optimizer = model, updates.optimizer
         self.modules = ModuleSpans(simulation.events.coordinates.now_ns)
         self._clock = simulation.events.coordinates.now_ns
         self._ledger = Ledger(DEVICE, simulation.events.coordinates)
         self._step: StepInFlight | None = None
         self._hooks = HookSet()
+        engines = [updates] if isinstance(updates, Engine) else []
+        self._scan = Scan(model, updates.optimizer, engines)
         self._window = TraceWindow(
             model=model,
-            scan=Scan(model, updates.optimizer),
+            scan=self._scan,
             source=simulation.events,
             ledger=self._ledger,
             guard=Guard(lambda: None, strict=True),
@@ -156,7 +160,6 @@ class _Recorder:
 
     def __enter__(self) -> Self:
         self._window.adopt()
-        self._updates.claim(self._ledger)
         self.modules.watch(self._model, self._hooks)
         self._hooks.before_forward(self._model, self._forward_begins)
         self._hooks.after_forward(self._model, self._forward_ends)
@@ -175,7 +178,7 @@ class _Recorder:
                 number=2,
                 read=lambda: None,
                 now_ns=self._clock,
-                prepares_gradients=self._updates.prepares_gradients,
+                prepares_gradients=self._scan.prepares_gradients,
             )
         self._step.forward_begins(main_input(args, kwargs, getattr(module, "main_input_name", None)))
         claim_batch(args, kwargs, self._ledger)
@@ -189,13 +192,20 @@ class _Recorder:
     def _optimizer_begins(self, *_: object) -> None:
         if self._step is not None:
             self._step.optimizer_begins()
-            self._updates.claim(self._ledger)
             self._window.backward_ends()
 
     def _optimizer_ends(self, *_: object) -> None:
+        """A step without an engine ends here, as for the live tracer: nobody knows whether gradients are kept."""
         if self._step is None:
             return
         self._step.optimizer_ends(self._optimizer)
+        if not self._scan.engines:
+            self.step_is_over()
+
+    def step_is_over(self) -> None:
+        """Ends the step that is looked at; nothing where it is over."""
+        if self._step is None or not self._step.stepped:
+            return
         self.marks, self.batch = self._step.ends(), self._step.batch()
         self.timeline = self._window.close()
         self._step = None
@@ -232,6 +242,23 @@ def _model_of(training: Training) -> nn.Module:
     return model.train()
 
 
+def _check_sharding(training: Training) -> None:
+    sharding, recipe = training.sharding, training.recipe
+    if sharding.offload is not Offload.NONE:
+        raise PlanError("offloading is not simulated: plan it by formula, from --params")
+    if sharding.is_zero and recipe.casts:
+        raise PlanError(
+            f"ZeRO with the recipe {recipe.name} is not simulated: DeepSpeed with bf16 turns all weights into bfloat16 "
+            "and keeps float32 masters, which is the recipe bf16-master"
+        )
+    if sharding.strategy not in (Strategy.NONE, Strategy.FSDP) and recipe.gradients_persist:
+        raise PlanError(f"{sharding.strategy.label} with the recipe {recipe.name} is not simulated")
+    if sharding.strategy is Strategy.DDP and recipe.master is not None:
+        raise PlanError(
+            f"DDP with the recipe {recipe.name} is not simulated: masters come from DeepSpeed, which is --zero 0"
+        )
+
+
 def _sharded(model: nn.Module, training: Training, stack: ExitStack) -> nn.Module:
     """Returns the model as one rank holds it, where the real engine can shard it."""
     sharding = training.sharding
@@ -240,23 +267,31 @@ def _sharded(model: nn.Module, training: Training, stack: ExitStack) -> nn.Modul
     from memtrace.planning.sharded_updates import fully_sharded  # noqa: PLC0415 - torch.distributed takes a second
     from memtrace.sources.fake_ranks import fake_ranks  # noqa: PLC0415
 
-    stack.enter_context(fake_ranks(sharding.world_size))
-    return fully_sharded(model, training.recipe, sharding.world_size)
+    stack.enter_context(fake_ranks(sharding.rank, sharding.world_size))
+    return fully_sharded(model, training.recipe, sharding)
 
 
-def _updates(model: nn.Module, training: Training) -> Updates:
+def _updates(model: nn.Module, training: Training, stack: ExitStack) -> Updates:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if training.sharding.strategy is Strategy.DDP:
+    sharding, make = training.sharding, training.make_optimizer
+    if sharding.strategy is Strategy.NONE:
+        return updates_of(training.recipe, trainable, make)
+    if sharding.strategy is Strategy.FSDP:
+        return Updates(trainable, make)
+    if sharding.strategy is Strategy.DDP:
         from memtrace.planning.sharded_updates import DdpUpdates  # noqa: PLC0415 - torch.distributed takes a second
 
-        return DdpUpdates(
-            trainable, training.make_optimizer, gradients_are_views=training.sharding.gradient_as_bucket_view
-        )
-    if training.sharding.strategy is Strategy.FSDP:
-        return Updates(trainable, training.make_optimizer)
-    if training.sharding.strategy in (Strategy.ZERO1, Strategy.ZERO2):
-        return ZeroUpdates(trainable, training.make_optimizer, training.sharding)
-    return updates_of(training.recipe, trainable, training.make_optimizer)
+        return DdpUpdates(trainable, make, gradients_are_views=sharding.gradient_as_bucket_view)
+    from memtrace.planning.zero3_modules import ZeroLinears  # noqa: PLC0415
+    from memtrace.planning.zero3_updates import Zero3Updates  # noqa: PLC0415
+    from memtrace.planning.zero_updates import Zero0Updates, ZeroUpdates  # noqa: PLC0415
+
+    if sharding.strategy is Strategy.ZERO3:
+        stack.enter_context(ZeroLinears())
+        return Zero3Updates(model, make, sharding, training.target)
+    if sharding.strategy is Strategy.ZERO0:
+        return Zero0Updates(trainable, make, sharding)
+    return ZeroUpdates(trainable, make, sharding)
 
 
 def _step(training: Training, model: nn.Module, updates: Updates, simulation: Simulation) -> None:
@@ -270,6 +305,7 @@ def _step(training: Training, model: nn.Module, updates: Updates, simulation: Si
             if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
                 raise PlanError(f"the loss must be one number in a tensor, got {loss!r}")
             torch.autograd.backward(loss)
+            updates.micro_batch_ends()
         del batch, loss
     with refusals("the optimizer refused its step"), simulation.guessing():
         updates.step()

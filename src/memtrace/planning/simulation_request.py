@@ -11,7 +11,8 @@ from memtrace.errors import PlanError
 from memtrace.planning.models import BatchSettings, ModelSettings, build_model, make_batch
 from memtrace.planning.plan import Plan
 from memtrace.planning.recipe import DTYPE_BYTES, Recipe
-from memtrace.planning.simulate import model_loss, plan_of
+from memtrace.planning.sharding import Sharding
+from memtrace.planning.simulate import model_loss, plan_of, step_kernels
 from memtrace.planning.simulated_run import SimulatedRun, Training, run_two_steps
 from memtrace.planning.torch_optimizers import StepKernels, make_optimizer
 from memtrace.sources.kernels import Target
@@ -34,6 +35,7 @@ class SimulationRequest:
     fused_step: bool = False
     """Whether torch's fused kernel updates the weights, where the optimizer has one: it needs no temporaries."""
     target: Target = Target.CUDA
+    sharding: Sharding = field(default_factory=Sharding)
 
     def __post_init__(self) -> None:
         if self.accumulation_steps < 1:
@@ -44,7 +46,7 @@ class SimulationRequest:
         """How the optimizer goes through the parameters."""
         if self.fused_step:
             return StepKernels.FUSED
-        return StepKernels.FOREACH if self.target is Target.CUDA else StepKernels.LOOP
+        return step_kernels(self.target, self.sharding)
 
     @property
     def settings(self) -> ModelSettings:
@@ -70,6 +72,7 @@ def simulate(request: SimulationRequest) -> SimulatedRun:
             make_optimizer=make_optimizer(request.optimizer, request.step_kernels),
             accumulation_steps=request.accumulation_steps,
             target=request.target,
+            sharding=request.sharding,
         )
     )
 
@@ -80,7 +83,7 @@ def plan_simulated(request: SimulationRequest, run: SimulatedRun | None = None) 
     Raises:
         PlanError: as `simulate`.
     """
-    plan = plan_of(run or simulate(request), request.recipe, request.optimizer, request.target)
+    plan = plan_of(run or simulate(request), request.recipe, request.optimizer, request.target, request.sharding)
     setup = {
         "model": request.configuration.model_type,
         **plan.setup,

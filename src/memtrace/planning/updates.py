@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from memtrace.attribution.ledger import Ledger
 from memtrace.planning.recipe import Recipe
 from memtrace.sources.hooks import HookSet
 
@@ -17,15 +16,15 @@ MakeOptimizer = Callable[[Sequence[torch.Tensor]], torch.optim.Optimizer]
 class Updates:
     """The optimizer updates the weights themselves, as in Trainer and in plain loops."""
 
-    prepares_gradients = False
-    """Whether gradients are converted between the last one and the step of the optimizer."""
-
     def __init__(self, parameters: Sequence[nn.Parameter], make_optimizer: MakeOptimizer) -> None:
         self._parameters = parameters
         self.optimizer = make_optimizer(parameters)
 
     def micro_batch_begins(self, *, last: bool) -> None:
         """Is told of each micro batch, and whether it is the last one before the step."""
+
+    def micro_batch_ends(self) -> None:
+        """Is told where the backward pass of a micro batch is over."""
 
     def step(self) -> None:
         """Updates the weights."""
@@ -35,9 +34,6 @@ class Updates:
         """Drops the gradients."""
         for parameter in self._parameters:
             parameter.grad = None
-
-    def claim(self, ledger: Ledger) -> None:
-        """Claims what model and optimizer do not show."""
 
     def close(self) -> None:
         """Takes off hooks."""

@@ -44,8 +44,8 @@ _AUTOCAST_TO_FLOAT32 = frozenset(
 Source: torch's documentation of automatic mixed precision, "CUDA Ops that can autocast to float32", and "CPU Ops"."""
 
 
-class CudaFunctions(TorchFunctionMode):
-    """Answers dropout, attention and autocast's choice of float32 as a CUDA device does."""
+class BackwardToo(TorchFunctionMode):
+    """A mode that is on in the backward pass, too: what is recomputed there must take the way that it took before."""
 
     def __torch_function__(
         self,
@@ -57,12 +57,10 @@ class CudaFunctions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _BACKWARD and not _names_inputs(args, kwargs):
             return self._backward(*args, **kwargs)
-        if func is F.dropout:
-            return _dropout(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        if func in _AUTOCAST_TO_FLOAT32 and torch.is_autocast_enabled(DEVICE.type):
-            args = tuple(_in_float32(value) for value in args)
+        return self.answer(func, args, kwargs)
+
+    def answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Returns what a function returns while the mode is on."""
         return func(*args, **kwargs)
 
     def _backward(
@@ -84,6 +82,20 @@ class CudaFunctions(TorchFunctionMode):
         ones = [torch.ones_like(output) if known is None else known for output, known in pairs]
         with self:  # edges, unlike tensors, do not come here again
             torch.autograd.backward(edges, ones, retain_graph, create_graph, inputs=inputs)
+
+
+class CudaFunctions(BackwardToo):
+    """Answers dropout, attention and autocast's choice of float32 as a CUDA device does."""
+
+    def answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Returns what a function returns on a CUDA device."""
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func in _AUTOCAST_TO_FLOAT32 and torch.is_autocast_enabled(DEVICE.type):
+            args = tuple(_in_float32(value) for value in args)
+        return func(*args, **kwargs)
 
 
 def _names_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

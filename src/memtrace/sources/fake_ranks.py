@@ -12,15 +12,15 @@ from memtrace.errors import PlanError
 
 
 @contextmanager
-def fake_ranks(world_size: int) -> Iterator[None]:
-    """Makes this process rank 0 of `world_size` for as long as the context lasts.
+def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
+    """Makes this process rank `rank` of `world_size` for as long as the context lasts.
 
     Raises:
         PlanError: the process has a process group of its own.
     """
     if dist.is_initialized():
         raise PlanError("a sharded plan needs a process without a process group: plan before init_process_group")
-    dist.init_process_group(backend="fake", rank=0, world_size=world_size, store=FakeStore())
+    dist.init_process_group(backend="fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield
     finally:

@@ -1,0 +1,199 @@
+"""One rank's view of DeepSpeed's ZeRO-3, run on tensors without memory.
+
+What DeepSpeed allocates is modelled after version 0.19, runtime/zero/stage3.py; when it gathers weights is in
+`zero3_fetching`, how it hears of modules in `zero3_modules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, chain, pairwise
+
+import torch
+from torch import nn
+
+from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.model import Role
+from memtrace.categories import Category
+from memtrace.planning.sharded_updates import ShardedUpdates
+from memtrace.planning.sharding import Sharding
+from memtrace.planning.updates import MakeOptimizer
+from memtrace.planning.zero3_fetching import Fetching, ShardedParameter
+from memtrace.planning.zero3_modules import follow_modules
+from memtrace.planning.zero_updates import gradient_norm
+from memtrace.sources.hooks import HookSet
+from memtrace.sources.kernels import Target
+from memtrace.sources.simulated_tensor import DEVICE
+
+
+class Zero3Updates(ShardedUpdates):
+    """Shards of weights, masters, states and gradients; whole weights while they are used."""
+
+    prepares_gradients = True
+
+    def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, sharding: Sharding, target: Target) -> None:
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._sharding, self._target = sharding, target
+        self._gathered: dict[int, nn.Parameter] = {}
+        """Parameters by the identity of the storage in which they were gathered last."""
+        self._hooks = HookSet()
+        self._hooks.after_gradient(self._parameters, self._has_gradient)  # made while they have their shapes
+        dtype, world = self._parameters[0].dtype, sharding.world_size
+        self._known = {
+            parameter: ShardedParameter(
+                parameter=parameter,
+                number=number,
+                shape=parameter.shape,
+                share=-(-parameter.numel() // world),
+                persists=parameter.numel() <= sharding.zero3.persistence_threshold,
+                gathered=True,
+            )
+            for number, parameter in enumerate(model.parameters())
+        }
+        trained = [self._known[parameter] for parameter in self._parameters]
+        held = {
+            module: [self._known[parameter] for parameter in module.parameters(recurse=False)]
+            for module in model.modules()
+        }
+        self._fetching = Fetching(held, sharding.zero3, world, self._note_gather)
+        self._fetching.release_all(self._known.values())
+        shares = sum(known.share for known in trained)
+        self._shards = torch.empty(shares, dtype=dtype, device=DEVICE)
+        self._frozen = [
+            torch.empty(known.share, dtype=parameter.dtype, device=DEVICE)
+            for parameter, known in self._known.items()
+            if not parameter.requires_grad
+        ]
+        groups = _sub_groups([known.share for known in trained], sharding.zero3.sub_group)
+        bounds = list(pairwise(accumulate(groups, initial=0)))
+        self._bounds = bounds
+        self._masters = [self._shards[begin:end].to(torch.float32, copy=True).requires_grad_() for begin, end in bounds]
+        self.optimizer = make_optimizer(self._masters)
+        self._bucket = torch.empty(sharding.reduce_bucket, dtype=dtype, device=DEVICE)
+        self._gradients = torch.zeros(shares, dtype=dtype, device=DEVICE)
+        ends = chain([0], accumulate(known.share for known in trained))
+        self._places = {known: slice(*bound) for known, bound in zip(trained, pairwise(ends), strict=True)}
+        self._overflow = torch.zeros(1, dtype=torch.bool, device=DEVICE)
+        self._norm: torch.Tensor | None = None
+        self._waiting: list[nn.Parameter] = []
+        self._filled = 0
+        follow_modules(model, self._fetching, self._hooks)
+
+    def claim(self, ledger: Ledger) -> None:
+        """Claims shards, masters, gradients and buffers."""
+        super().claim(ledger)
+        ledger.claim(self._shards, Category.WEIGHTS, "trainable")
+        for shard in self._frozen:
+            ledger.claim(shard, Category.WEIGHTS, "frozen")
+        for master in self._masters:
+            ledger.claim(master, Category.MASTER_WEIGHTS)
+        ledger.claim(self._gradients, Category.GRADIENTS)
+        ledger.claim(self._bucket, Category.COMM_BUFFERS, "reduce")
+        ledger.claim(self._overflow, Category.BUFFERS, "overflow")
+        if self._norm is not None:
+            ledger.claim(self._norm, Category.BUFFERS, "grad_norm")
+
+    def role_of(self, parameter: torch.Tensor) -> Role | None:
+        """Returns what whole weights are: small ones are kept from step to step."""
+        known = self._known.get(parameter)  # type: ignore[call-overload]  # a key like any other where it is none
+        if known is None:
+            return None
+        return Role(Category.WEIGHTS, "gathered") if known.persists else Role(Category.TRANSIENT_WEIGHTS, "all_gather")
+
+    def saved_as(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Returns the parameter where its gathered weights are saved: they are released after each module."""
+        parameter = self._gathered.get(id(tensor.untyped_storage()))
+        if parameter is None or parameter.untyped_storage() is not tensor.untyped_storage():
+            return None
+        return parameter if parameter.shape == tensor.shape and parameter.stride() == tensor.stride() else None
+
+    def updates_per_step(self, optimizer: torch.optim.Optimizer) -> int:
+        """Returns the number of sub-groups."""
+        return len(self._masters)
+
+    def micro_batch_ends(self) -> None:
+        """Reduces what is left, and releases what has no end of its own."""
+        with torch.no_grad():
+            self._reduce()
+            self._fetching.pass_ends()
+
+    def step(self) -> None:
+        """Updates the sub-groups one after the other, and gathers small parameters again."""
+        with torch.no_grad():
+            self._fetching.release_all(self._known.values())
+            parts = [self._gradients[place] for place in self._places.values()]
+            self._norm = self.note(gradient_norm(parts), Category.BUFFERS, "grad_norm")
+            del parts
+        for master, (begin, end) in zip(self._masters, self._bounds, strict=True):
+            with torch.no_grad():
+                master.grad = self._float32_gradient(begin, end)
+            self.optimizer.param_groups[0]["params"] = [master]
+            self.optimizer.step()
+            with torch.no_grad():
+                self._shards[begin:end].copy_(master)
+                master.grad = None
+        self.optimizer.param_groups[0]["params"] = self._masters
+        with torch.no_grad():
+            self._fetching.gather_whole([known for known in self._known.values() if known.persists])
+
+    def close(self) -> None:
+        """Takes off hooks."""
+        self._hooks.close()
+
+    def _note_gather(self, tensor: torch.Tensor, known: ShardedParameter | None) -> None:
+        if known is None:
+            self.note(tensor, Category.COMM_BUFFERS, "all_gather")
+            return
+        role = self.role_of(known.parameter)
+        assert role is not None
+        self.note(tensor, role.category, role.component)
+        self._gathered[id(tensor.untyped_storage())] = known.parameter
+
+    def _float32_gradient(self, begin: int, end: int) -> torch.Tensor:
+        """DeepSpeed flattens the gradients of a sub-group before it converts them."""
+        parts = [self._gradients[place] for place in self._places.values() if begin <= place.start < end]
+        flat = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return flat.to(torch.float32)
+
+    def _has_gradient(self, parameter: torch.Tensor) -> None:
+        """Copies a gradient into the bucket; one that does not fit stays where it is."""
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.grad is not None
+        size = parameter.grad.numel()
+        with torch.no_grad():
+            if self._filled and self._filled + size > self._sharding.reduce_bucket:
+                self._reduce()
+            if self._filled + size <= self._sharding.reduce_bucket:
+                place = self._bucket[self._filled : self._filled + size].view_as(parameter.grad)
+                place.copy_(parameter.grad)
+                parameter.grad = place
+        self._waiting.append(parameter)
+        self._filled += size
+
+    def _reduce(self) -> None:
+        """Reduces and scatters the bucket through a tensor with the shares of each rank side by side, padded."""
+        if not self._waiting:
+            return
+        known = [self._known[parameter] for parameter in self._waiting]
+        elements = sum(one.share for one in known) * self._sharding.world_size
+        alone = len(known) == 1 and known[0].elements == elements
+        flat = self._gradients if alone else torch.empty(elements, dtype=self._gradients.dtype, device=DEVICE)
+        if self._target is Target.CPU:
+            torch.empty(elements, dtype=self._gradients.dtype, device=DEVICE)  # gloo reduces a copy
+        for parameter in self._waiting:
+            parameter.grad = None
+        del flat
+        self._waiting, self._filled = [], 0
+
+
+def _sub_groups(shares: Sequence[int], limit: int) -> list[int]:
+    """Returns the elements of each sub-group: full with the parameter that takes it to the limit."""
+    if sum(shares) <= limit:
+        return [sum(shares)]
+    groups, elements = [], 0
+    for share in shares:
+        elements += share
+        if elements >= limit:
+            groups.append(elements)
+            elements = 0
+    return [*groups, elements] if elements else groups
