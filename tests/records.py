@@ -193,6 +193,7 @@ steps = st.builds(
     step_seconds=maybe(seconds),
     batch=maybe(batches),
     moments=moments,
+    host=st.dictionaries(entry_keys, sizes, max_size=6).map(ordered_entries),
     allocator=maybe(allocators),
     device_memory=maybe(devices),
 )

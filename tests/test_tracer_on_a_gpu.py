@@ -322,3 +322,26 @@ def test_the_record_has_the_readings_of_allocator_and_device() -> None:
     assert record.allocator.requested_bytes <= record.allocator.allocated_bytes <= record.allocator.reserved_bytes
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     assert abs(record.device_memory.total_bytes - total) < total // 20
+
+
+def test_offloaded_masters_are_told_apart() -> None:
+    """bf16 weights on the device, fp32 masters and their moments on the host: law 1 there, closed forms here."""
+    model = Net().cuda().to(torch.bfloat16)
+    masters = [p.detach().float().cpu().requires_grad_() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(masters)
+    rows = torch.randn(ROWS, WIDTH, device="cuda", dtype=torch.bfloat16)
+    with Tracer(model, optimizer, EVERY_STEP) as tracer:
+        for _ in range(3):
+            model(rows).square().mean().backward()
+            for parameter, master in zip(model.parameters(), masters, strict=True):
+                master.grad = parameter.grad.float().cpu()
+                parameter.grad = None
+            optimizer.step()
+        record = next(record for record in reversed(tracer.history) if record.traced)
+    size = FLOAT * sum(master.numel() for master in masters)
+    host = {(key.category, key.component): found for key, found in record.host.items()}
+    assert host[Category.MASTER_WEIGHTS, ""] == host[Category.GRADIENTS, ""] == size
+    assert host[Category.OPTIMIZER_STATE, "exp_avg"] == host[Category.OPTIMIZER_STATE, "exp_avg_sq"] == size
+    for moment in record.moments.values():
+        assert moment.total_bytes == moment.allocated_bytes
+        assert moment[Category.MASTER_WEIGHTS] == 0

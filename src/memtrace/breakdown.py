@@ -160,6 +160,12 @@ class StepRecord:
     """Wall time from the beginning of the step to its end."""
     batch: BatchShape | None = None
     moments: Mapping[Moment, Breakdown] = field(default_factory=dict)
+    host: Mapping[EntryKey, int] = field(default_factory=dict)
+    """What the model, its optimizers and engines keep in the host's memory, where the device is another one.
+
+    Offloaded weights, masters, optimizer state and gradients, as of the last traced step or the last new state. None of
+    it is in `moments`. Empty on a CPU, where device and host are one.
+    """
     allocator: AllocatorReading | None = None
     device_memory: DeviceReading | None = None
     curve: StepCurve | None = None

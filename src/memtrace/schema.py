@@ -42,19 +42,24 @@ class StepEncoder:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[Moment, tuple[Mapping[EntryKey, int], str]] = {}
+        self._entries: dict[str, tuple[Mapping[EntryKey, int], str]] = {}
 
     def encode(self, record: StepRecord) -> str:
         """Returns the record as one line of JSON in ASCII, without the line feed."""
         moments = ",".join(f'"{moment}":{self._breakdown(moment, found)}' for moment, found in record.moments.items())
-        return f'{_encode(_step_head(record))[:-1]},"moments":{{{moments}}}}}'
+        host = f',"host":{self._encoded("host", record.host)}' if record.host else ""
+        return f'{_encode(_step_head(record))[:-1]},"moments":{{{moments}}}{host}}}'
 
     def _breakdown(self, moment: Moment, breakdown: Breakdown) -> str:
-        entries, text = self._entries.get(moment, ({}, "[]"))
-        if entries != breakdown.entries:
-            text = _encode(entry_documents(breakdown.entries))
-            self._entries[moment] = (breakdown.entries, text)
-        return f'{_encode(_breakdown_head(breakdown))[:-1]},"entries":{text}}}'
+        entries = self._encoded(moment, breakdown.entries)
+        return f'{_encode(_breakdown_head(breakdown))[:-1]},"entries":{entries}}}'
+
+    def _encoded(self, place: str, entries: Mapping[EntryKey, int]) -> str:
+        before, text = self._entries.get(place, ({}, "[]"))
+        if before != entries:
+            text = _encode(entry_documents(entries))
+            self._entries[place] = (entries, text)
+        return text
 
 
 def moments_document(moments: Mapping[Moment, Breakdown]) -> dict[str, Any]:
@@ -87,6 +92,7 @@ def parse_step(document: Any, source: str) -> StepRecord:
         step_seconds=step.optional("step_seconds", Fields.number),
         batch=parse_batch(step.optional("batch", Fields.object)),
         moments=parse_moments(step.object("moments")),
+        host=parse_entries(step.optional("host", Fields.objects) or ()),
         allocator=parse_reading(AllocatorReading, step.optional("allocator", Fields.object)),
         device_memory=parse_reading(DeviceReading, step.optional("device_memory", Fields.object)),
     )

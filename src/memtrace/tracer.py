@@ -13,6 +13,7 @@ from torch import nn
 
 from memtrace.attribution.counted import counted_moments
 from memtrace.attribution.curve import HighestSteps
+from memtrace.attribution.host import HostMemory
 from memtrace.attribution.inputs import claim_batch, count_tokens, main_input
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import device_of
@@ -73,8 +74,9 @@ class Tracer:
     ) -> None:
         self.config = config or TracerConfig()
         self._model = model
-        device = canonical_device(device_of(model))
+        device_of(model)  # before anything else, so that a model without parameters is told as such
         self._scan = Scan(model, optimizers)
+        device = self._scan.device
         self._explicit = explicit_steps
         self._guard = Guard(self._switch_off, strict=self.config.strict)
         self._schedule = TraceSchedule(
@@ -185,9 +187,12 @@ class Tracer:
     def _watch(self, device: torch.device, source: EventSource | None = None) -> None:
         """Sets up what belongs to one device."""
         self._device = device
-        self._anchor = next(p for p in self._model.parameters() if canonical_device(p.device) == device)
+        parameters = self._model.parameters()
+        self._anchor = next((p for p in parameters if canonical_device(p.device) == device), None)
+        """A parameter that tells when the model is moved; None where an engine keeps all of them elsewhere."""
         self._source = source or event_source(device)
         self._ledger = Ledger(device)
+        self._host = HostMemory(self._scan, device)
         self._window = TraceWindow(
             model=self._model,
             scan=self._scan,
@@ -211,7 +216,7 @@ class Tracer:
     def _follow(self) -> None:
         """Starts anew on the device that the model has been moved to since the tracer was attached."""
         self._release()
-        self._watch(canonical_device(device_of(self._model)))
+        self._watch(self._scan.device)
         self._attach()
 
     def guarded(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -228,6 +233,7 @@ class Tracer:
         self._published.begin(identity, self.config.device_limit_bytes)
         if not self._window.adopt():
             self._scan.claim_persistent(self._ledger)
+        self._host.look()
         wrap = self._guard.wrap
         self._hooks.before_forward(self._model, wrap(self._on_forward))
         self._hooks.after_forward(self._model, wrap(self._on_forward_end))
@@ -252,7 +258,7 @@ class Tracer:
         self._release()
 
     def _begin(self, number: int | None = None) -> None:
-        if self._anchor.device != self._device:
+        if self._anchor is not None and self._anchor.device != self._device:
             self._follow()
         number = number or self._published.snapshot.totals.steps + 1
         self._step = StepInFlight(
@@ -340,7 +346,8 @@ class Tracer:
                 moments = timeline.moments(marks)
                 curve = self._highest_steps.curve(timeline, marks)
         traced = moments is not None
-        self._scan.learn_new_state(self._ledger)
+        if self._scan.learn_new_state(self._ledger) or traced:
+            self._host.look()
         spent_ns = self._guard.spent_ns
         record = StepRecord(
             step=step.number,
@@ -353,6 +360,7 @@ class Tracer:
             batch=step.batch(),
             moments=moments if moments is not None else self._counted(step),
             allocator=step.readings.get(Moment.STEP_END),
+            host=self._host.entries,
             device_memory=self._sampler.reading() if self._sampler is not None else None,
             curve=curve,
         )

@@ -12,7 +12,7 @@ from tables import check_table, per_parameter
 
 from memtrace.planning.sharding import Strategy
 
-VARIANTS = ("fsdp", "fsdp-keep", "fsdp-bf16", "fsdp-bf16-keep")
+VARIANTS = ("fsdp", "fsdp-keep", "fsdp-bf16", "fsdp-bf16-keep", "fsdp-bf16-offload")
 RANKS = 2
 
 

@@ -64,6 +64,23 @@ def test_a_rank_without_a_peak_leaves_its_cells_empty() -> None:
     assert line.split() == ["■", "weights", "2.00"]
 
 
+def test_offloaded_bytes_have_a_row() -> None:
+    """Where a rank keeps anything on the host."""
+    key = EntryKey(Category.MASTER_WEIGHTS, "", "float32")
+    shown = text(replace(rank(0), host={key: 4 * GIB}), replace(rank(1), host={key: 6 * GIB}))
+    (line,) = (line for line in shown.splitlines() if line.startswith("offloaded to the host"))
+    assert line.split()[4:] == ["4.00", "6.00", "2.00", "33%"]
+
+
+def test_a_large_device_does_not_hide_a_small_run() -> None:
+    """The unit is that of the peak: MiB here, beside 56 GiB that are free."""
+    moments = {Moment.PEAK: breakdown(Moment.PEAK, {ACTIVATIONS: 3 * 2**20})}
+    shown = text(*(replace(rank(number), moments=moments) for number in range(2)))
+    assert "peak, in MiB" in shown
+    (line,) = (line for line in shown.splitlines() if line.startswith("total"))
+    assert line.split() == ["total", "3.00", "3.00", "-"]
+
+
 def test_ranks_on_a_cpu() -> None:
     """Without an allocator there is no reserve to compare."""
     records = [replace(rank(number), allocator=None) for number in range(2)]

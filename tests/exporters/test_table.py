@@ -84,6 +84,18 @@ def test_a_counted_step() -> None:
     assert render_text(counted_step(allocator=None, device_memory=None)).rstrip() == COUNTED
 
 
+def test_what_is_offloaded_is_listed_apart() -> None:
+    """By category, below the device: it is no part of the moments. Step counters alone are not worth a line."""
+    host = {
+        EntryKey(Category.MASTER_WEIGHTS, "", "float32"): 4 * GIB,
+        EntryKey(Category.OPTIMIZER_STATE, "exp_avg", "float32"): 4 * GIB,
+        EntryKey(Category.OPTIMIZER_STATE, "exp_avg_sq", "float32"): 4 * GIB,
+    }
+    line = line_of(traced_step(host=host), "on the host")
+    assert line.split("  ", 1)[1].strip() == "master_weights 4.00 GiB · optimizer_state 8.00 GiB"
+    assert render_text(traced_step(host={EntryKey(Category.OPTIMIZER_STATE, "step", "float32"): 4096})) == TRACED
+
+
 def test_a_step_of_which_nothing_is_known() -> None:
     """A record without breakdowns says so."""
     bare = traced_step(moments={}, allocator=None, device_memory=None, batch=None, step_seconds=None)

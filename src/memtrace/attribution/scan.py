@@ -11,8 +11,9 @@ from torch import nn
 from memtrace.attribution.engines import Engine, find_engines
 from memtrace.attribution.hidden import HiddenBuffers
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.model import Role, claim_gradients, claim_model, gradient_bytes
+from memtrace.attribution.model import Role, claim_gradients, claim_model, device_of, gradient_bytes
 from memtrace.attribution.optimizers import check_optimizer, claim_optimizer, optimizer_parameters, unwrap_optimizer
+from memtrace.attribution.storages import canonical_device
 from memtrace.breakdown import EntryKey
 from memtrace.errors import ConfigError
 
@@ -42,6 +43,12 @@ class Scan:
         for optimizer in self.optimizers:
             if not any(engine.owns(optimizer) for engine in self.engines):
                 check_optimizer(optimizer, model)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes: an engine's, else the one that holds most of the parameters' bytes."""
+        engines = (engine.device for engine in self.engines)
+        return canonical_device(next((device for device in engines if device is not None), device_of(self._model)))
 
     @property
     def prepares_gradients(self) -> bool:
@@ -129,12 +136,17 @@ class Scan:
         """Whether an optimizer has state for any parameter."""
         return any(optimizer.state for optimizer in self.optimizers)
 
-    def learn_new_state(self, ledger: Ledger) -> None:
-        """Claims what the optimizers hold where a step has made new state; a length is all that is compared."""
+    def learn_new_state(self, ledger: Ledger) -> bool:
+        """Claims what the optimizers hold where a step has made new state; a length is all that is compared.
+
+        Returns whether there is new state.
+        """
         sizes = [len(optimizer.state) for optimizer in self.optimizers]
-        if sizes != self._state_sizes:
-            self._state_sizes = sizes
-            self.claim_optimizers(ledger)
+        if sizes == self._state_sizes:
+            return False
+        self._state_sizes = sizes
+        self.claim_optimizers(ledger)
+        return True
 
     def _updates(self, optimizer: torch.optim.Optimizer) -> int:
         owners = [engine for engine in self.engines if engine.owns(optimizer)]

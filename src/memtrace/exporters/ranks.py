@@ -73,6 +73,8 @@ def _rows(records: Mapping[int, StepRecord]) -> Iterator[_Row]:
             yield _Row(title=category_name(category), sizes=sizes)
     yield _Row(title=Text("total"), sizes={rank: peak.total_bytes for rank, peak in peaks.items()}, totals=True)
     yield _Row(title=Text("reserved, at the end of the step"), sizes=_known(records, _reserved), of_peak=False)
+    if host := _known(records, lambda record: sum(record.host.values()) or None):
+        yield _Row(title=Text("offloaded to the host"), sizes=host, of_peak=False)
     yield _Row(title=Text("free on the device"), sizes=_known(records, _free), of_peak=False)
 
 

@@ -199,6 +199,8 @@ def _readings(record: StepRecord) -> Table:
         grid.add_row(Text("allocator", "bold"), _listed(_allocator_sizes(record.allocator)))
     if record.device_memory is not None:
         grid.add_row(Text("device", "bold"), _listed(_device_sizes(record.device_memory, record.non_torch_bytes)))
+    if sum(record.host.values()) >= MIB:  # below that it is the step counters that torch's optimizers keep there
+        grid.add_row(Text("on the host", "bold"), _listed(_host_sizes(record.host)))
     return grid
 
 
@@ -216,6 +218,11 @@ def _device_sizes(reading: DeviceReading, non_torch: int | None) -> Iterator[tup
     yield "this process", reading.process_bytes
     yield "non-torch", non_torch
     yield "other processes", reading.other_processes_bytes
+
+
+def _host_sizes(host: Mapping[EntryKey, int]) -> Iterator[tuple[str, int | None]]:
+    for category in Category:
+        yield category, sum(size for key, size in host.items() if key.category is category) or None
 
 
 def _listed(sizes: Iterator[tuple[str, int | None]]) -> Text:

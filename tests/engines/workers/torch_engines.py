@@ -14,7 +14,7 @@ from model import batch, build_model
 from report import MICRO_BATCHES, checksum, peak_without_memtrace, record_to_json, write_report
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from memtrace.attribution.engines import find_engines
@@ -28,6 +28,7 @@ FSDP: dict[str, dict[str, Any]] = {
     "fsdp-keep": {"reshard_after_forward": False},
     "fsdp-bf16": {"mp_policy": BF16},
     "fsdp-bf16-keep": {"mp_policy": BF16, "reshard_after_forward": False},
+    "fsdp-bf16-offload": {"mp_policy": BF16, "offload_policy": CPUOffloadPolicy(pin_memory=False)},
 }
 DDP: dict[str, dict[str, Any]] = {
     "ddp": {"bucket_cap_mb": 0.05},

@@ -30,6 +30,11 @@ class Engine:
     shards: bool = False
     """Whether the states, or the weights too, are spread over the ranks."""
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the engine computes, if it can hold the parameters elsewhere; None where they are."""
+        return None
+
     def claim(self, ledger: Ledger) -> None:
         """Claims what is held between steps. Run before the model and the optimizers are looked at: the first role of
         a storage is kept against weaker ones."""

@@ -47,6 +47,11 @@ class FsdpEngine(Engine):
         self._modules = [module for module in model.modules() if isinstance(module, sharded)]
         self._groups = [group for module in self._modules for group in torch_private.fsdp_groups(module)]
 
+    @property
+    def device(self) -> torch.device | None:
+        """Returns the device of the mesh: offloaded shards are on the CPU between the steps of their modules."""
+        return self._groups[0].device if self._groups else None
+
     def claim(self, ledger: Ledger) -> None:
         """Claims the shard of each parameter, its gradient, and what is gathered now."""
         for parameter in self._parameters():
