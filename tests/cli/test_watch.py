@@ -24,6 +24,11 @@ from memtrace.risk import RiskMonitor
 from memtrace.snapshot import RunIdentity, Snapshot, Totals
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
+INTERRUPTIBLE = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+runpy.run_module("memtrace", run_name="__main__")
+"""
 
 
 def snapshot(**changes: object) -> Snapshot:
@@ -92,15 +97,18 @@ def test_it_goes_on_until_it_is_interrupted(tmp_path: Path) -> None:
     log = tmp_path / "steps-rank0.jsonl"
     lines = (RUNS / "bert-lora.jsonl").read_text().splitlines(keepends=True)
     log.write_text("".join(lines[:10]))
-    command = [sys.executable, "-m", "memtrace", "watch", str(tmp_path), "--interval", "0.1"]
+    command = [sys.executable, "-c", INTERRUPTIBLE, "watch", str(tmp_path), "--interval", "0.1"]
     output = tmp_path / "screen"
     environment = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm"}
     with output.open("wb") as screen, subprocess.Popen(command, stdout=screen, stderr=screen, env=environment) as shown:
-        _wait_for(output, "step 10")
-        log.write_text("".join(lines))
-        _wait_for(output, "step 48")
-        shown.send_signal(signal.SIGINT)
-        assert shown.wait(30) == 130
+        try:
+            _wait_for(output, "step 10")
+            log.write_text("".join(lines))
+            _wait_for(output, "step 48")
+            shown.send_signal(signal.SIGINT)
+            assert shown.wait(30) == 130
+        finally:
+            shown.kill()
     assert "Traceback" not in output.read_text()
 
 
