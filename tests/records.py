@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -113,8 +114,11 @@ def full_snapshot() -> Snapshot:
     growth = GrowthForecast(
         category=Category.UNATTRIBUTED, bytes_per_step=1024.0, steps_to_limit=5000, seconds_to_limit=1650.0
     )
+    step = traced_step()
+    assert step.allocator is not None
+    latest = replace(step, allocator=replace(step.allocator, peak_allocated_bytes=18 * GIB))
     risk = RiskReading(step=12, capacity_bytes=76 * GIB, peak=forecast, growth=growth, oom_risk_ratio=0.25)
-    return gpu_snapshot(limit_bytes=60 * GIB, plan=plan, risk=risk)
+    return gpu_snapshot(latest, limit_bytes=60 * GIB, plan=plan, risk=risk)
 
 
 def cpu_snapshot(**fields: Any) -> Snapshot:

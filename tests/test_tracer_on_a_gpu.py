@@ -227,6 +227,44 @@ def test_a_counted_step_estimates_activations_from_counters() -> None:
     assert guessed[Category.ACTIVATIONS] == pytest.approx(known[Category.ACTIVATIONS], rel=0.05)
 
 
+def test_the_peak_of_a_counted_step_is_estimated_from_the_last_trace() -> None:
+    """For the same batch within 5 % of the traced one, for half of it within 10 % of the allocator's own mark."""
+    run = Run()
+    with Tracer(run.model, run.optimizer, COUNTED) as tracer:
+        for _ in range(3):
+            run.step()
+        traced, counted = tracer.history[1].moments[Moment.PEAK], tracer.history[2].moments[Moment.PEAK]
+        assert (counted.estimated, counted.allocated_bytes) == (True, None)
+        assert counted.total_bytes == pytest.approx(traced.total_bytes, rel=0.05)
+        run.rows, run.labels = run.rows[: ROWS // 2].clone(), run.labels[: ROWS // 2].clone()
+        run.step()
+        estimated = tracer.history[-1].moments[Moment.PEAK].total_bytes
+        torch.cuda.reset_peak_memory_stats()
+        run.step()
+    exact = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+    assert estimated == pytest.approx(exact, rel=0.1)
+
+
+def test_a_high_water_mark_and_a_reset_show_on_counted_steps() -> None:
+    """A larger batch raises the mark: that is the peak. A reset is noticed, and the next peak is measured again."""
+    run = Run()
+    with Tracer(run.model, run.optimizer, COUNTED) as tracer:
+        for _ in range(3):
+            run.step()
+        small = run.rows, run.labels
+        run.rows = torch.randn(16 * ROWS, WIDTH, device="cuda")
+        run.labels = torch.randint(0, CLASSES, (16 * ROWS,), device="cuda")
+        run.step()
+        mark = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+        assert tracer.history[-1].moments[Moment.PEAK].allocated_bytes == mark
+        run.rows, run.labels = small
+        torch.cuda.reset_peak_memory_stats()
+        run.step()
+        mark = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+    assert [record.peak_counter_reset for record in tracer.history] == [False] * 4 + [True]
+    assert tracer.history[-1].moments[Moment.PEAK].allocated_bytes == mark
+
+
 @pytest.mark.parametrize("overflow", [False, True], ids=["applied", "skipped"])
 def test_a_gradient_scaler(overflow: bool) -> None:
     """A skipped step never reaches the optimizer: its events belong to the next one."""

@@ -30,7 +30,8 @@ class Breakdown:
     allocated_bytes: int | None = None
     """What the allocator says was allocated at that moment, counted independently of the entries.
 
-    None where no allocator was asked: a counted step on a CPU.
+    None where no allocator was asked: a counted step on a CPU. At the peak of a counted step it is the allocator's
+    high-water mark where that rose within the step, and None where it did not: then the peak itself is an estimate.
     """
     estimated: bool = False
     """True where the entries follow from counters and earlier traces instead of events."""
@@ -43,6 +44,11 @@ class Breakdown:
     def total_bytes(self) -> int:
         """Sum of all entries."""
         return sum(self.entries.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """What was allocated, by the allocator's own count where there is one, else by the entries."""
+        return self.total_bytes if self.allocated_bytes is None else self.allocated_bytes
 
     def by_category(self) -> dict[Category, int]:
         """Bytes of each category that has any, in the order of `Category`."""
@@ -76,6 +82,8 @@ class AllocatorReading:
     """Blocks in use as they were asked for, without rounding: what the categories add up to."""
     peak_allocated_bytes: int | None = None
     """The allocator's own high-water mark since somebody last reset it; memtrace never does."""
+    peak_requested_bytes: int | None = None
+    """The same mark of `requested_bytes`."""
     inactive_split_bytes: int | None = None
     """Cached pieces of partly used segments: what fragmentation can keep from being given back."""
     retries: int | None = None
@@ -168,6 +176,8 @@ class StepRecord:
     """
     allocator: AllocatorReading | None = None
     device_memory: DeviceReading | None = None
+    peak_counter_reset: bool = False
+    """True where somebody has reset the allocator's high-water mark since the step before. memtrace never does."""
     curve: StepCurve | None = None
     """On a traced step with a peak above that of every one before: all of it. Not part of the step log."""
 

@@ -107,6 +107,11 @@ OOMS = Metric(
     type=MetricType.COUNTER,
     help="Allocations that failed because memory had run out.",
 )
+PEAK_RESETS = Metric(
+    name="memtrace_allocator_peak_resets_total",
+    type=MetricType.COUNTER,
+    help="Steps before whose end somebody else had reset the allocator's high-water mark; memtrace never does.",
+)
 LAST_STEP = Metric(
     name="memtrace_last_step_timestamp_seconds",
     type=MetricType.GAUGE,
@@ -143,14 +148,20 @@ STEP_PEAK = Metric(
     name="memtrace_step_peak_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
-    help="Most memory allocated at once within a step: the newest step whose peak is known.",
-    absent="before the first traced step",
+    help="Most memory allocated at once within a step: the newest step whose peak is known or estimated.",
+    absent="before the first traced step; on a GPU before the first step",
+)
+STEP_PEAK_ESTIMATED = Metric(
+    name="memtrace_step_peak_estimated",
+    type=MetricType.GAUGE,
+    help="0 where memtrace_step_peak_bytes was traced, or is a high-water mark that rose in the step; else 1.",
+    absent="as memtrace_step_peak_bytes",
 )
 STEP_PEAK_TOKENS = Metric(
     name="memtrace_step_peak_tokens",
     type=MetricType.GAUGE,
     help="Tokens (samples x positions) of the largest micro batch of the step that memtrace_step_peak_bytes is of.",
-    absent="before the first traced step, and where the model saw no tensor",
+    absent="as memtrace_step_peak_bytes, and where the model saw no tensor",
 )
 PREDICTED_PEAK = Metric(
     name="memtrace_predicted_peak_bytes",
@@ -214,6 +225,13 @@ ALLOCATED = Metric(
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
     help="Blocks in use at the end of the last step, rounded as the allocator rounds them.",
+    absent=_NO_ALLOCATOR,
+)
+ALLOCATOR_PEAK = Metric(
+    name="memtrace_allocator_peak_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="The allocator's high-water mark: most bytes in use at once since the process began, or since a reset.",
     absent=_NO_ALLOCATOR,
 )
 RESERVED = Metric(
@@ -321,11 +339,13 @@ CATALOGUE: tuple[Metric, ...] = (
     SELF_SECONDS,
     RETRIES,
     OOMS,
+    PEAK_RESETS,
     LAST_STEP,
     LAST_TRACED_STEP,
     MEMORY,
     ESTIMATED,
     STEP_PEAK,
+    STEP_PEAK_ESTIMATED,
     STEP_PEAK_TOKENS,
     PREDICTED_PEAK,
     PREDICTED_PEAK_BAND,
@@ -336,6 +356,7 @@ CATALOGUE: tuple[Metric, ...] = (
     TIME_TO_LIMIT,
     PLAN,
     ALLOCATED,
+    ALLOCATOR_PEAK,
     RESERVED,
     SLACK,
     NON_TORCH,

@@ -95,6 +95,7 @@ def parse_step(document: Any, source: str) -> StepRecord:
         host=parse_entries(step.optional("host", Fields.objects) or ()),
         allocator=parse_reading(AllocatorReading, step.optional("allocator", Fields.object)),
         device_memory=parse_reading(DeviceReading, step.optional("device_memory", Fields.object)),
+        peak_counter_reset=step.optional("peak_counter_reset", Fields.boolean) or False,
     )
 
 
@@ -109,7 +110,7 @@ def parse_moments(moments: Fields) -> Mapping[Moment, Breakdown]:
 
 
 def _step_head(record: StepRecord) -> dict[str, Any]:
-    return {
+    head = {
         "schema": STEP_SCHEMA,
         "step": record.step,
         "rank": record.rank,
@@ -122,6 +123,7 @@ def _step_head(record: StepRecord) -> dict[str, Any]:
         "allocator": reading_document(record.allocator),
         "device_memory": reading_document(record.device_memory),
     }
+    return head | {"peak_counter_reset": True} if record.peak_counter_reset else head
 
 
 def _breakdown_head(breakdown: Breakdown) -> dict[str, Any]:

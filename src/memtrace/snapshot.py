@@ -32,6 +32,7 @@ class Totals:
     self_seconds: float = 0.0
     ooms: int = 0
     retries: int = 0
+    peak_counter_resets: int = 0
 
     def after(self, record: StepRecord) -> Totals:
         """Returns the counters after one more step."""
@@ -42,6 +43,7 @@ class Totals:
             self_seconds=self.self_seconds + record.self_seconds,
             ooms=self.ooms if told is None or told.ooms is None else max(self.ooms, told.ooms),
             retries=self.retries if told is None or told.retries is None else told.retries,
+            peak_counter_resets=self.peak_counter_resets + record.peak_counter_reset,
         )
 
     def after_oom(self, allocator: AllocatorReading | None) -> Totals:

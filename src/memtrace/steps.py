@@ -31,7 +31,11 @@ class StepInFlight:
     """Whether the step ends as a traced record; None until its first forward pass."""
     phases: list[tuple[int, Phase]] = field(default_factory=list)
     readings: dict[Moment, AllocatorReading] = field(default_factory=dict)
+    reads: list[AllocatorReading] = field(default_factory=list)
+    """Every reading of the step in order, the first one before its first forward pass."""
     before_forward: AllocatorReading | None = None
+    forward_added: int | None = None
+    """Bytes that the forward pass which added most has added, by the counters; None where there are none."""
     prepares_gradients: bool = False
     """Whether an engine converts gradients between the last one and the optimizer's step."""
     stepped: dict[int, int] = field(default_factory=dict)
@@ -70,7 +74,7 @@ class StepInFlight:
         self.enter(Phase.FORWARD)
         self._in_forward = True
         self.micro_batches += 1
-        self.before_forward = self.read()
+        self.before_forward = self._reading()
         if batch is not None:
             tokens = count_tokens(batch)
             self._tokens += tokens
@@ -82,6 +86,10 @@ class StepInFlight:
         self._in_forward = False
         self._forward_end_ns = self._last_pack_ns = self.now_ns()
         self._note(Moment.FORWARD_END)
+        before, after = self.before_forward, self.readings.get(Moment.FORWARD_END)
+        if before is None or after is None or before.requested_bytes is None or after.requested_bytes is None:
+            return
+        self.forward_added = max(self.forward_added or 0, after.requested_bytes - before.requested_bytes)
 
     def packed(self) -> None:
         """Notes that a tensor was saved for the backward pass."""
@@ -144,6 +152,12 @@ class StepInFlight:
         return last is not None and optimizer is not None and last > optimizer
 
     def _note(self, moment: Moment) -> None:
-        reading = self.read()
+        reading = self._reading()
         if reading is not None:
             self.readings[moment] = reading
+
+    def _reading(self) -> AllocatorReading | None:
+        reading = self.read()
+        if reading is not None:
+            self.reads.append(reading)
+        return reading

@@ -17,9 +17,10 @@ from memtrace.attribution.host import HostMemory
 from memtrace.attribution.inputs import claim_batch, count_tokens, main_input
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import device_of
+from memtrace.attribution.peaks import HighWater, PeakReference, counted_peak, high_water
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.storages import canonical_device
-from memtrace.breakdown import Breakdown, StepRecord
+from memtrace.breakdown import AllocatorReading, Breakdown, StepRecord
 from memtrace.categories import Moment
 from memtrace.config import TracerConfig
 from memtrace.guard import Guard
@@ -187,6 +188,8 @@ class Tracer:
     def _watch(self, device: torch.device, source: EventSource | None = None) -> None:
         """Sets up what belongs to one device."""
         self._device = device
+        self._reference: PeakReference | None = None
+        self._last_reading: AllocatorReading | None = None
         parameters = self._model.parameters()
         self._anchor = next((p for p in parameters if canonical_device(p.device) == device), None)
         """A parameter that tells when the model is moved; None where an engine keeps all of them elsewhere."""
@@ -346,6 +349,10 @@ class Tracer:
                 moments = timeline.moments(marks)
                 curve = self._highest_steps.curve(timeline, marks)
         traced = moments is not None
+        water = high_water(self._last_reading, step.reads)
+        self._last_reading = step.reads[-1] if step.reads else None
+        if moments is not None:
+            self._reference = PeakReference.of(moments, step.forward_added)
         if self._scan.learn_new_state(self._ledger) or traced:
             self._host.look()
         spent_ns = self._guard.spent_ns
@@ -358,10 +365,11 @@ class Tracer:
             self_seconds=(spent_ns - self._spent_before_ns) / 1e9,
             step_seconds=(marks.end_ns - marks.begin_ns) / 1e9,
             batch=step.batch(),
-            moments=moments if moments is not None else self._counted(step),
+            moments=moments if moments is not None else self._counted(step, water),
             allocator=step.readings.get(Moment.STEP_END),
             host=self._host.entries,
             device_memory=self._sampler.reading() if self._sampler is not None else None,
+            peak_counter_reset=water.was_reset,
             curve=curve,
         )
         self._spent_before_ns = spent_ns
@@ -374,6 +382,8 @@ class Tracer:
             self._published.count_oom(report)
         return None
 
-    def _counted(self, step: StepInFlight) -> dict[Moment, Breakdown]:
+    def _counted(self, step: StepInFlight, water: HighWater) -> Mapping[Moment, Breakdown]:
         gradients = self._scan.gradient_bytes(self._device)
-        return counted_moments(self._ledger.totals(), gradients, step.before_forward, step.readings)
+        moments = counted_moments(self._ledger.totals(), gradients, step.before_forward, step.readings)
+        peak = counted_peak(self._reference, moments, step.forward_added, water)
+        return moments if peak is None else moments | {Moment.PEAK: peak}

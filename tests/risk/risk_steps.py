@@ -45,8 +45,11 @@ def on_cpu(record: StepRecord, *, process: int) -> StepRecord:
     return replace(record, device="cpu", allocator=None, device_memory=DeviceReading(process_bytes=process))
 
 
-def counted(step: int, *, positions: int, mark: int, allocated: int = 100, weights: int = 100) -> StepRecord:
-    """Returns a counted step on a GPU after which the allocator's high-water mark is `mark`."""
+def counted(
+    step: int, *, positions: int, mark: int, rose: bool = False, allocated: int = 100, weights: int = 100
+) -> StepRecord:
+    """Returns a counted step on a GPU after which the allocator's high-water mark is `mark`; its peak if that rose."""
+    peak = breakdown(Moment.PEAK, {Category.WEIGHTS: weights, Category.ACTIVATIONS: mark - weights})
     end = breakdown(Moment.STEP_END, {Category.WEIGHTS: weights})
     return StepRecord(
         step=step,
@@ -59,7 +62,8 @@ def counted(step: int, *, positions: int, mark: int, allocated: int = 100, weigh
         moments={
             Moment.STEP_END: Breakdown(
                 moment=Moment.STEP_END, entries=end.entries, allocated_bytes=allocated, estimated=True
-            )
+            ),
+            Moment.PEAK: replace(peak, allocated_bytes=mark if rose else None, estimated=True),
         },
         allocator=AllocatorReading(
             allocated_bytes=allocated, reserved_bytes=400, requested_bytes=allocated, peak_allocated_bytes=mark

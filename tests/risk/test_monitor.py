@@ -96,25 +96,17 @@ def test_without_a_capacity_there_is_a_forecast_and_no_risk() -> None:
 
 
 def test_counted_steps_teach_by_the_high_water_mark() -> None:
-    """On a GPU a step that raises the allocator's mark has that peak; the first mark belongs to nobody."""
+    """On a GPU a step that raises the allocator's mark has that peak; an estimate teaches nothing."""
     monitor = RiskMonitor(largest(200))
-    marks = [(50, 900), (10, 900), (60, 980), (20, 980), (70, 1060), (80, 1140)]
+    marks = [(50, 900, False), (10, 900, False), (60, 980, True), (20, 980, False), (70, 1060, True), (80, 1140, True)]
     reading = RiskReading(step=0)
-    for step, (positions, mark) in enumerate(marks):
-        reading = monitor.observe(counted(step, positions=positions, mark=mark), headroom_bytes=3000)
+    for step, (positions, mark, rose) in enumerate(marks):
+        reading = monitor.observe(counted(step, positions=positions, mark=mark, rose=rose), headroom_bytes=3000)
     assert reading.peak is not None
     assert reading.peak.points == 3
     assert reading.peak.predicted_bytes == 100 + 400 + 4 * 200
     assert reading.worst_peak_bytes == 1140
     assert reading.capacity_bytes == 3000 + 100
-
-
-def test_mark_that_somebody_reset_teaches_nothing() -> None:
-    """After a reset the mark falls; it is of an unknown part of the step."""
-    monitor = RiskMonitor()
-    for step, mark in enumerate((900, 500, 500)):
-        reading = monitor.observe(counted(step, positions=50, mark=mark), headroom_bytes=3000)
-    assert reading.peak is None
 
 
 def test_leak_outside_the_ledger_shows_on_counted_steps() -> None:

@@ -201,6 +201,7 @@ class TestCounters:
             reserved_bytes=8192,
             requested_bytes=1000,
             peak_allocated_bytes=4096,
+            peak_requested_bytes=4000,
             inactive_split_bytes=512,
             retries=2,
             ooms=1,

@@ -94,12 +94,12 @@ def choose_records(logs: Iterable[Path], step: int | None) -> dict[int, StepReco
 
 
 def _recent(log: Path, step: int | None) -> dict[int, StepRecord]:
-    """Returns records of one log by step: the wanted one, else the newest with a peak, else the newest of all."""
+    """Returns records of one log by step: the wanted one, else the newest traced ones, else the newest of all."""
     peaks: deque[StepRecord] = deque(maxlen=_RECENT)
     last: StepRecord | None = None
     for record in read_step_log(log):
         last = record
-        if record.step == step or (step is None and Moment.PEAK in record.moments):
+        if record.step == step or (step is None and record.traced and Moment.PEAK in record.moments):
             peaks.append(record)
     if step is not None and last is not None and not peaks:
         raise ConfigError(f"{log} has no step {step}; its last one is step {last.step}")

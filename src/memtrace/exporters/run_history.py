@@ -27,7 +27,7 @@ class Observed:
     def peak_bytes(self) -> int | None:
         """Bytes at the peak; None where it is not known."""
         peak = self.record.moments.get(Moment.PEAK)
-        return None if peak is None else peak.total_bytes
+        return None if peak is None else peak.held_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

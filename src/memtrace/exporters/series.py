@@ -17,7 +17,7 @@ from memtrace.snapshot import Snapshot
 OTHER = "other"
 """Component under which the smallest entries of a category are added up when there are too many."""
 
-MAX_MEMORY_SERIES = 33
+MAX_MEMORY_SERIES = 30
 """Series of `memtrace_memory_bytes`, all moments together: what `MAX_SERIES` leaves beside the plan and the rest."""
 
 MAX_PLAN_SERIES = len(Category)
@@ -110,9 +110,12 @@ def _estimated(snapshot: Snapshot) -> Iterator[Sample]:
 
 def _step_peak(snapshot: Snapshot) -> float | None:
     peak = snapshot.newest_breakdown(Moment.PEAK)
-    if peak is None:
-        return None
-    return peak.total_bytes if peak.allocated_bytes is None else peak.allocated_bytes
+    return None if peak is None else peak.held_bytes
+
+
+def _step_peak_estimated(snapshot: Snapshot) -> float | None:
+    peak = snapshot.newest_breakdown(Moment.PEAK)
+    return None if peak is None else peak.estimated and peak.allocated_bytes is None
 
 
 def _step_peak_tokens(snapshot: Snapshot) -> float | None:
@@ -154,11 +157,13 @@ READERS: Mapping[Metric, Reader] = MappingProxyType(
         metrics.SELF_SECONDS: _one(lambda snapshot: snapshot.totals.self_seconds),
         metrics.RETRIES: _one(lambda snapshot: snapshot.totals.retries),
         metrics.OOMS: _one(lambda snapshot: snapshot.totals.ooms),
+        metrics.PEAK_RESETS: _one(lambda snapshot: snapshot.totals.peak_counter_resets),
         metrics.LAST_STEP: _one(lambda snapshot: _ended(snapshot.latest)),
         metrics.LAST_TRACED_STEP: _one(lambda snapshot: _ended(snapshot.latest_traced)),
         metrics.MEMORY: _memory,
         metrics.ESTIMATED: _estimated,
         metrics.STEP_PEAK: _current(_step_peak),
+        metrics.STEP_PEAK_ESTIMATED: _current(_step_peak_estimated),
         metrics.STEP_PEAK_TOKENS: _current(_step_peak_tokens),
         metrics.PREDICTED_PEAK: _forecast(lambda peak: peak.predicted_bytes),
         metrics.PREDICTED_PEAK_BAND: _forecast(lambda peak: peak.band_bytes),
@@ -169,6 +174,7 @@ READERS: Mapping[Metric, Reader] = MappingProxyType(
         metrics.TIME_TO_LIMIT: _risk(lambda risk: None if risk.growth is None else risk.growth.seconds_to_limit),
         metrics.PLAN: _plan,
         metrics.ALLOCATED: _allocator(lambda reading: reading.allocated_bytes),
+        metrics.ALLOCATOR_PEAK: _allocator(lambda reading: reading.peak_allocated_bytes),
         metrics.RESERVED: _allocator(lambda reading: reading.reserved_bytes),
         metrics.SLACK: _allocator(lambda reading: reading.slack_bytes),
         metrics.NON_TORCH: _current(

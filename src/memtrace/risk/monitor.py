@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from math import erfc, sqrt
 
-from memtrace.breakdown import AllocatorReading, Breakdown, StepRecord
+from memtrace.breakdown import Breakdown, StepRecord
 from memtrace.categories import Category, Moment
 from memtrace.risk.growth import Growth, GrowthTrend, Level
 from memtrace.risk.peak import BASE, PeakModel
@@ -36,7 +36,6 @@ class RiskMonitor:
         self._model = PeakModel()
         self._trend = GrowthTrend()
         self._capacities: deque[int] = deque(maxlen=READINGS)
-        self._highest_mark: int | None = None
         self._worst_peak: int | None = None
         self._leftover = 0
         """Bytes that outlived the last step and that no persistent category holds."""
@@ -115,31 +114,19 @@ class RiskMonitor:
     def _learn(self, record: StepRecord, base: int) -> bool:
         """Learns from a step whose peak is known; returns whether it did."""
         peak = record.moments.get(Moment.PEAK)
-        raised = self._raised_mark(record.allocator)
-        if peak is not None and record.traced:
+        if peak is None:
+            return False
+        if record.traced:
             self._worst_peak = max(self._worst_peak or 0, peak.total_bytes)
             if record.batch is not None:
                 self._model.learn_traced(peak, record.batch)
-        elif raised is not None:
-            self._worst_peak = max(self._worst_peak or 0, raised)
+        elif peak.allocated_bytes is not None:  # the high-water mark rose within the step
+            self._worst_peak = max(self._worst_peak or 0, peak.allocated_bytes)
             if record.batch is not None:
-                self._model.learn(raised - base, record.batch)
+                self._model.learn(peak.allocated_bytes - base, record.batch)
         else:
             return False
         return record.batch is not None
-
-    def _raised_mark(self, allocator: AllocatorReading | None) -> int | None:
-        """Returns the peak of the step in bytes as requested, if it raised the allocator's high-water mark.
-
-        Only then does the mark belong to this step. The first mark, and one that somebody has reset since, may be of
-        another time.
-        """
-        mark = None if allocator is None else allocator.peak_allocated_bytes
-        previous, self._highest_mark = self._highest_mark, mark
-        if allocator is None or mark is None or previous is None or mark <= previous:
-            return None
-        rounding = 0 if allocator.requested_bytes is None else allocator.allocated_bytes - allocator.requested_bytes
-        return mark - rounding
 
     def _capacity(self, record: StepRecord, headroom_bytes: int | None) -> int | None:
         """Returns what tensors may take in all: what they take, plus the headroom; 0 where others take it all."""

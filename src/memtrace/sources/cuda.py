@@ -115,6 +115,7 @@ def parse_counters(stats: Mapping[str, Any]) -> AllocatorReading | None:
         reserved_bytes=reserved,
         requested_bytes=current("requested_bytes"),
         peak_allocated_bytes=current("allocated_bytes", "peak"),
+        peak_requested_bytes=current("requested_bytes", "peak"),
         inactive_split_bytes=current("inactive_split_bytes"),
         retries=plain("num_alloc_retries"),
         ooms=plain("num_ooms"),
