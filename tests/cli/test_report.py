@@ -40,11 +40,25 @@ def test_limit_is_what_the_risk_is_measured_against(run_dir: Path, tmp_path: Pat
     assert "risk 100%" in output.read_text()
 
 
+def test_largest_batch_that_may_come_is_foreseen(tmp_path: Path) -> None:
+    """A run that is safe as it goes is at risk where it may yet meet a larger batch, and the forecast says which."""
+    log, output = tmp_path / "steps-rank0.jsonl", tmp_path / "out.html"
+    shutil.copy(RUNS / "llama-dynamic-batch-size.jsonl", log)
+    command = ["report", str(log), "-o", str(output), "--limit", "200MiB"]
+    assert main(command) == 0
+    assert "The largest batch seen so far" in output.read_text()
+    assert "risk 100%" not in output.read_text()
+    assert main([*command, "--max-tokens", "2000"]) == 0
+    assert "A micro batch of 2000 tokens" in output.read_text()
+    assert "risk 100%" in output.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["no/such/directory"], "there is no such step log"),
         (["{run}", "--limit", "much"], "a size must be a number and a unit"),
+        (["{run}", "--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
         (["{run}", "-o", "{run}"], "cannot be written"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,21 @@ from typing import Any
 
 import pytest
 import yaml
+from cloudcoil.models.kubernetes.core.v1 import ConfigMap, Pod
+from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule
 from promql import ROOT, RULES
+from pydantic import BaseModel, ValidationError
 
 INTEGRATIONS = ROOT / "integrations"
 KUBERNETES = INTEGRATIONS / "kubernetes"
 FILES = sorted(path for path in INTEGRATIONS.rglob("*.yml") if "node_modules" not in path.parts)
+KINDS: dict[str, type[BaseModel]] = {
+    "ConfigMap": ConfigMap,
+    "Pod": Pod,
+    "PodMonitor": PodMonitor,
+    "PrometheusRule": PrometheusRule,
+}
+"""Models made from the OpenAPI description of Kubernetes 1.32 and from the CRDs of prometheus-operator 0.80."""
 
 
 def load(path: Path) -> Any:
@@ -29,6 +40,22 @@ def run(*command: str) -> None:
 def test_prometheus_accepts_its_configuration() -> None:
     """The scrape jobs, the rules they load and the discovered targets are valid."""
     run("promtool", "check", "config", str(INTEGRATIONS / "prometheus" / "prometheus.yml"))
+
+
+def test_prometheus_accepts_the_job_behind_tls(tmp_path: Path) -> None:
+    """The job that is shipped as a comment is valid once it is none, and a mistake in it would be found."""
+    text = (INTEGRATIONS / "prometheus" / "prometheus.yml").read_text()
+    head, comment = text.split("  # - job_name: training-protected\n")
+    job = "  - job_name: training-protected\n" + re.sub(r"^  # ", "  ", comment, flags=re.MULTILINE)
+    shutil.copy(RULES, tmp_path)
+    config = tmp_path / "prometheus.yml"
+    config.write_text(head + job)
+    names = [job["job_name"] for job in load(config)["scrape_configs"]]
+    assert names == ["training", "training-discovered", "training-protected"]
+    run("promtool", "check", "config", str(config))
+    config.write_text(head + job.replace("ca_file", "ca_fill"))
+    with pytest.raises(AssertionError, match="ca_fill"):
+        run("promtool", "check", "config", str(config))
 
 
 def test_alertmanager_accepts_its_configuration() -> None:
@@ -66,15 +93,30 @@ def test_committed_manifests_are_those_that_are_built(tmp_path: Path) -> None:
         assert (KUBERNETES / path.name).read_text() == path.read_text()
 
 
+def check_manifest(manifest: dict[str, Any]) -> None:
+    """Raises where a value is wrong, or a field is unknown and would be dropped without a word."""
+    known = KINDS[manifest["kind"]].model_validate(manifest)
+    assert known.model_dump(mode="json", by_alias=True, exclude_unset=True) == manifest
+
+
 @pytest.mark.parametrize("path", sorted(KUBERNETES.glob("*.yml")), ids=lambda path: path.stem)
-def test_manifest_has_what_kubernetes_asks_for(path: Path) -> None:
-    """Each is one object with a version, a kind, a name of a valid form, and labels that are text."""
+def test_manifest_is_what_its_kind_describes(path: Path) -> None:
+    """Each is one object of a kind that its server knows, with no field that the kind has not, and a valid name."""
     manifest = load(path)
-    assert re.fullmatch(r"v1|monitoring\.coreos\.com/v1", manifest["apiVersion"])
-    assert manifest["kind"] in {"Pod", "PodMonitor", "PrometheusRule", "ConfigMap"}
+    check_manifest(manifest)
     assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", manifest["metadata"]["name"])
-    assert all(isinstance(value, str) for value in manifest["metadata"]["labels"].values())
     assert len(path.read_bytes()) < 2**20  # a larger ConfigMap is refused
+
+
+def test_wrong_manifests_are_found() -> None:
+    """A field that is misspelt and a value of another type do not pass."""
+    misspelt, mistyped = load(KUBERNETES / "podmonitor.yml"), load(KUBERNETES / "podmonitor.yml")
+    misspelt["spec"]["podMetricsEndpoints"][0]["intervall"] = "15s"
+    with pytest.raises(AssertionError):
+        check_manifest(misspelt)
+    mistyped["spec"]["podMetricsEndpoints"] = "metrics"
+    with pytest.raises(ValidationError):
+        check_manifest(mistyped)
 
 
 def test_pod_monitor_finds_the_ports_of_the_trainer() -> None:
@@ -85,6 +127,21 @@ def test_pod_monitor_finds_the_ports_of_the_trainer() -> None:
     scraped = {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]}
     assert {port["name"] for port in pod["spec"]["containers"][0]["ports"]} <= scraped
     assert all(len(port) <= 15 for port in scraped)  # IANA_SVC_NAME, as Kubernetes demands
+
+
+def compose_is_valid(path: Path) -> bool:
+    """Returns whether a file is one of the Compose specification, by the schema that check-jsonschema ships."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(path)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_compose_is_valid(tmp_path: Path) -> None:
+    """The file keeps the schema of the Compose specification; with a misspelt field it would not."""
+    path = INTEGRATIONS / "compose" / "compose.yml"
+    assert compose_is_valid(path)
+    misspelt = tmp_path / "compose.yml"
+    misspelt.write_text(path.read_text().replace("network_mode:", "network_modes:"))
+    assert not compose_is_valid(misspelt)
 
 
 def test_compose_mounts_what_is_there() -> None:
