@@ -60,6 +60,10 @@ class TracerConfig:
     trace_every: int | None = None
     """Traces every so many steps, besides the first one that has optimizer state. 0 traces only that first one and
     those asked for by `trace_next()`; 1 traces every step. None lets `overhead_budget` decide."""
+    trace_activations: bool = True
+    """Whether traced steps follow what autograd saves for the backward pass. False is for models that use
+    `torch.func.grad` and its kind, which torch forbids beside hooks on saved tensors: activations are then temporaries
+    of the forward phase, and all else is as exact as ever."""
     overhead_budget: float = 0.005
     """Share of wall time that memtrace may take: traced steps are spaced so that it is kept, counting what memtrace
     does itself and what a traced step takes longer than its neighbours. 0.005 is half a percent."""
@@ -105,7 +109,7 @@ class TracerConfig:
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1, 2**63 - 1)
         _check_number("device_poll_seconds", self.device_poll_seconds, 0, 3600)
-        for name in ("step_log", "strict"):
+        for name in ("step_log", "strict", "trace_activations"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
 

@@ -158,6 +158,7 @@ class Tracer:
     def report_failure(self, error: BaseException) -> None:
         """Makes an OOM report of an exception that says so, and adds a note of it to the exception; ignores others."""
         self._guard.run(self._oom.raised, error)
+        self._guard.run(self._window.explain, error)
 
     def report_restart(self) -> None:
         """Makes an OOM report of a step in flight that the loop has given up because memory had run out."""
@@ -203,6 +204,7 @@ class Tracer:
             ledger=self._ledger,
             guard=self._guard,
             current_step=lambda: self._step,
+            trace_activations=self.config.trace_activations,
         )
         self._oom = OomWatch(
             model=self._model,
@@ -300,6 +302,7 @@ class Tracer:
         error = sys.exception()
         if output is None and error is not None and id(error) != self._handled:
             self._oom.raised(error)
+            self._window.explain(error)
         if self._step is not None and torch.is_grad_enabled() and not backward_is_running():
             self._step.forward_ends()
             self._window.forward_ends()

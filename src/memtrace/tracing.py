@@ -22,6 +22,9 @@ from memtrace.sources.hooks import HookSet, SavedTensorHooks
 from memtrace.sources.torch_private import backward_is_running
 from memtrace.steps import StepInFlight
 
+_FORBIDS_HOOKS = "support saved tensor hooks"
+"""Part of the message of `torch.func.grad` and its kind."""
+
 
 class TraceWindow:
     """Opens a source, tags what autograd saves and accumulates, and replays the window when it is closed.
@@ -40,10 +43,12 @@ class TraceWindow:
         ledger: Ledger,
         guard: Guard,
         current_step: Callable[[], StepInFlight | None],
+        trace_activations: bool = True,
     ) -> None:
         self._model, self._scan = model, scan
         self._source, self._ledger, self._guard = source, ledger, guard
         self._current_step = current_step
+        self._trace_activations = trace_activations
         self._hooks = HookSet()
         self._leftover = HookSet()
         """A hook that takes off what a window abandoned inside a backward pass had to leave."""
@@ -88,10 +93,20 @@ class TraceWindow:
 
     def forward_begins(self) -> None:
         """Puts the saved-tensor hooks on for a forward pass; without a window, takes off what a backward pass left."""
-        if self.is_open:
-            self._saved.push()
-        else:
+        if not self.is_open:
             self._let_go()
+        elif self._trace_activations:
+            self._saved.push()
+
+    def explain(self, error: BaseException) -> None:
+        """Tells what to do in a note on an exception of `torch.func` that the saved-tensor hooks are the reason of.
+
+        Nothing tells before that a model will use `torch.func`. From then on the hooks stay off.
+        """
+        if self._saved.is_on and isinstance(error, RuntimeError) and _FORBIDS_HOOKS in str(error):
+            self._trace_activations = False
+            self._saved.pop()
+            error.add_note("memtrace: its hooks on saved tensors are the reason; set trace_activations=False")
 
     def forward_ends(self) -> None:
         """Takes the saved-tensor hooks off again where the user's own lie below; else a loss may still follow."""

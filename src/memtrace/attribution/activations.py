@@ -7,6 +7,7 @@ from torch import nn
 
 from memtrace.attribution.storages import storages_of
 from memtrace.categories import Category
+from memtrace.sources import torch_private
 from memtrace.sources.events import MEMORY, Coordinates, Tag, TagEvent
 
 _VIEWS = (
@@ -43,6 +44,8 @@ class ActivationTags:
 
     def pack(self, tensor: torch.Tensor) -> None:
         """Notes one tensor that autograd saves; costs about 1 us."""
+        if torch_private.is_zero_tensor(tensor):
+            return
         category, component = Category.ACTIVATIONS, ""
         if tensor.dtype in (torch.bfloat16, torch.float16) and self._is_cast_weight(tensor):
             category, component = Category.TRANSIENT_WEIGHTS, "autocast"

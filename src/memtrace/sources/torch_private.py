@@ -165,6 +165,12 @@ def attach_oom_observer(observer: Callable[[int, int, int, int], None]) -> bool:
     return True
 
 
+def is_zero_tensor(tensor: torch.Tensor) -> bool:
+    """Returns whether the tensor stands for zeros that take no memory: a tangent of forward-mode derivatives."""
+    probe = getattr(tensor, "_is_zerotensor", None)
+    return probe is not None and bool(probe())
+
+
 def is_wrapper_subclass(tensor: torch.Tensor) -> bool:
     """Returns whether the tensor only wraps other tensors (DTensor, quantised tensors) that hold the storage."""
     return hasattr(type(tensor), "__tensor_flatten__") and type(tensor) is not torch.Tensor
