@@ -126,6 +126,7 @@ def test_what_if(form: str, capsys: pytest.CaptureFixture[str]) -> None:
             "name": "ZeRO 2 over 8 GPUs",
             "total_bytes": 35_800_000_000,
             "saved_bytes": 97_000_000_000,
+            "world_size": 8,
             "verdict": "fits",
         }
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,25 @@ def test_remedies_are_simulated_and_ranked(config: str, capsys: pytest.CaptureFi
     savings = [remedy["saved_bytes"] for remedy in found["remedies"]]
     assert savings == sorted(savings, reverse=True)
     assert {"gradient checkpointing", "bfloat16 throughout, no master copies", "a chunked loss", "LoRA"} <= set(names)
+    assert {"8-bit AdamW", "FSDP over 8 GPUs"} <= set(names)
     assert all(remedy["total_bytes"] + remedy["saved_bytes"] == found["total_bytes"] for remedy in found["remedies"])
+
+
+def test_remedies_keep_to_the_ranks_that_there_are(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """From ZeRO-1 on two ranks, FSDP on two ranks is proposed."""
+    found = document(capsys, "--config", config, "--seq-len", "32", "--zero", "1", "--world-size", "2", "--what-if")
+    ranks = {remedy["name"]: remedy["world_size"] for remedy in found["remedies"]}
+    assert ranks["FSDP over 2 GPUs"] == 2
+
+
+def test_nothing_but_the_answer_is_said(config: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """What transformers, peft and bitsandbytes remark on the way stays out of the terminal."""
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        assert (
+            main(["plan", "--config", config, "--seq-len", "32", "--recipe", "lora", "--gradient-checkpointing"]) == 0
+        )
+    assert (capfd.readouterr().err, remarks) == ("", [])
 
 
 def test_modules_are_listed_by_what_they_made(config: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from memtrace.cli.plan_markdown import plan_markdown
@@ -80,13 +79,9 @@ class PlanCommand:
             plan, found = plan_by_formula(request), remedies(request) if arguments.what_if else None
         if device is not None:
             plan = held_against(plan, *device, request.sharding.world_size)
-            found = None if found is None else [_held(remedy, device) for remedy in found]
+            found = None if found is None else [remedy.on(*device) for remedy in found]
         _print(plan, found, arguments.format)
         return EXIT_STATUS[plan.verdict]
-
-
-def _held(remedy: Remedy, device: tuple[str, int]) -> Remedy:
-    return replace(remedy, plan=held_against(remedy.plan, *device, remedy.world_size))
 
 
 def _print(plan: Plan, found: list[Remedy] | None, form: str, holdings: Sequence[Holding] | None = None) -> None:
@@ -110,5 +105,6 @@ def _remedy_document(remedy: Remedy) -> dict[str, str | int | None]:
         "name": remedy.name,
         "total_bytes": remedy.plan.total_bytes,
         "saved_bytes": remedy.saved_bytes,
+        "world_size": remedy.world_size,
         "verdict": remedy.plan.verdict,
     }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from rich.console import Console
@@ -41,8 +44,8 @@ def answer(arguments: argparse.Namespace, device: Device | None) -> Answer:
     Raises:
         PlanError: a plan cannot be made from them.
     """
-    request = simulation_of(arguments)
-    with Console(stderr=True).status("simulating a training step") as status:
+    with _without_remarks(), Console(stderr=True).status("simulating a training step") as status:
+        request = simulation_of(arguments)
         if arguments.find_max is not None:
             request, found = _search(request, arguments.find_max, device, status.update)
         run = simulate(request)
@@ -51,19 +54,28 @@ def answer(arguments: argparse.Namespace, device: Device | None) -> Answer:
             plan = replace(plan, setup={**plan.setup, f"largest_{arguments.find_max.replace('-', '_')}": found})
         remedies = holdings = None
         if arguments.what_if:
-            status.update("simulating what would save memory")
-            remedies = simulated_remedies(request, plan)
+            remedies = simulated_remedies(request, plan, lambda name: status.update(f"simulating {name}"))
         if arguments.by_module:
             forward_end = run.marks.forward_end_ns
             holdings = [] if forward_end is None else activation_holders(run.timeline, run.spans, forward_end)
     if device is not None:
         plan = held_against(plan, *device, request.sharding.world_size)
         if remedies is not None:
-            remedies = [
-                replace(remedy, plan=held_against(remedy.plan, *device, request.sharding.world_size))
-                for remedy in remedies
-            ]
+            remedies = [remedy.on(*device) for remedy in remedies]
     return Answer(plan=plan, remedies=remedies, holdings=holdings)
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Keeps what libraries log and warn about, kernels that are not there above all, away from the answer."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _search(

@@ -9,6 +9,7 @@ from typing import Any
 
 from memtrace.errors import PlanError
 from memtrace.planning.formula import plan_by_formula
+from memtrace.planning.hardware import held_against
 from memtrace.planning.optimizers import find_optimizer
 from memtrace.planning.plan import Plan
 from memtrace.planning.recipe import find_recipe
@@ -34,6 +35,10 @@ class Remedy:
     """At the peak, against the plan without it."""
     world_size: int
     """Ranks that it takes."""
+
+    def on(self, device: str, usable_bytes: int) -> Remedy:
+        """Returns the remedy with the verdict of its plan on a device."""
+        return replace(self, plan=held_against(self.plan, device, usable_bytes, self.world_size))
 
 
 def remedies(request: PlanRequest) -> list[Remedy]:
@@ -78,14 +83,18 @@ def _candidates(request: PlanRequest) -> Iterator[tuple[str, dict[str, Any]]]:
     if request.activations:
         kept = ceil(request.activations * CHECKPOINTED_SHARE + request.activations / request.layers)
         yield "gradient checkpointing", {"activation_ratio": None, "activation_bytes": kept}
-    yield from _sharded(request)
+    for title, sharding in other_shardings(request.sharding):
+        yield title, {"sharding": sharding}
 
 
-def _sharded(request: PlanRequest) -> Iterator[tuple[str, dict[str, Any]]]:
-    current = request.sharding
+def other_shardings(current: Sharding) -> Iterator[tuple[str, Sharding]]:
+    """Yields a title and the sharding for each way to share a model that is not the current one.
+
+    Ranks are those that there are; where there is one, those of a machine with 8 GPUs.
+    """
     ranks = current.world_size if current.world_size > 1 else _RANKS
     for strategy in (*ZERO_STAGES[1:], Strategy.FSDP):
         if strategy is not current.strategy or ranks != current.world_size:
-            yield f"{strategy.label} over {ranks} GPUs", {"sharding": Sharding(strategy=strategy, world_size=ranks)}
+            yield f"{strategy.label} over {ranks} GPUs", Sharding(strategy=strategy, world_size=ranks)
     if current.strategy in ZERO_STAGES[1:] and current.offload is Offload.NONE:
-        yield "offloading the optimizer", {"sharding": replace(current, offload=Offload.OPTIMIZER)}
+        yield "offloading the optimizer", replace(current, offload=Offload.OPTIMIZER)

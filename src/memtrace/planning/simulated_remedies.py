@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from memtrace.errors import PlanError
 from memtrace.planning.plan import Plan
 from memtrace.planning.recipe import find_recipe
-from memtrace.planning.remedies import Remedy
+from memtrace.planning.remedies import Remedy, other_shardings
 from memtrace.planning.simulation_request import SimulationRequest, plan_simulated
 
 
-def simulated_remedies(request: SimulationRequest, plan: Plan) -> list[Remedy]:
+def simulated_remedies(
+    request: SimulationRequest, plan: Plan, say: Callable[[str], None] = lambda name: None
+) -> list[Remedy]:
     """Returns the changes that save anything at the peak of `plan`, the largest saving first.
 
     A change that the model cannot take (checkpointing without layers, a chunked loss without a head) is left out.
+
+    Args:
+        request: what `plan` was made from.
+        plan: what the changes are held against.
+        say: is called with the name of each change before it is simulated.
     """
     found = []
     for name, changed in _candidates(request):
+        say(name)
         try:
             after = plan_simulated(changed)
         except PlanError:
             continue
         saved = plan.total_bytes - after.total_bytes
         if saved > 0:
-            found.append(Remedy(name=name, plan=after, saved_bytes=saved, world_size=1))
+            found.append(Remedy(name=name, plan=after, saved_bytes=saved, world_size=changed.sharding.world_size))
     return sorted(found, key=lambda remedy: -remedy.saved_bytes)
 
 
@@ -53,3 +61,5 @@ def _candidates(request: SimulationRequest) -> Iterator[tuple[str, SimulationReq
         yield "8-bit AdamW", replace(request, optimizer="adamw8bit")
         yield "Adafactor", replace(request, optimizer="adafactor")
         yield "a fused optimizer step", replace(request, fused_step=True)
+    for title, sharding in other_shardings(request.sharding):
+        yield title, replace(request, sharding=sharding)
