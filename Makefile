@@ -19,7 +19,7 @@ TEST_ENV := KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench test grafana-render test-long lint format venv debian-test constraints clean
+.PHONY: help demo bench bench-plan test grafana-render test-long lint format venv debian-test constraints clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ bench: venv ## what a training step costs with memtrace and with its neighbours;
 	@kept=0; for workload in tiny llama minilm; do \
 		$(TEST_ENV) $(BIN)/python -m benchmarks.overhead $$workload || kept=1; \
 	done; exit $$kept
+
+bench-plan: venv ## how long simulated plans take, beside torch's MemTracker; a quiet machine, two minutes
+	$(TEST_ENV) $(BIN)/python -m benchmarks.plan
 
 test: venv debian-test grafana-render lint ## linters, types, layers and all tests but the long ones and those for a GPU
 	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist loadfile

@@ -23,7 +23,7 @@ BUCKET_BYTES = 2 * 20_000
 
 @pytest.fixture(scope="module")
 def runs(launch) -> list[dict[str, Any]]:
-    return launch("zero.py", VARIANTS=",".join(STAGES))
+    return launch("zero.py", VARIANTS=",".join([*STAGES, "zero-3-streaming"]))
 
 
 def padded(numels: list[int], stage: str) -> int:
@@ -244,6 +244,17 @@ PLANS = {
             "strategy": Strategy.ZERO3,
             "reduce_bucket": 20_000,
             "zero3": Zero3Settings(persistence_threshold=100),
+        },
+    ),
+    "zero-3-streaming": (
+        "ZeRO-3 that gathers 5,000 elements ahead, keeps 20,000, updates 10,000 at a time",
+        "bf16-master",
+        {
+            "strategy": Strategy.ZERO3,
+            "reduce_bucket": 20_000,
+            "zero3": Zero3Settings(
+                persistence_threshold=50, prefetch_bucket=5_000, max_live=20_000, max_reuse=5_000, sub_group=10_000
+            ),
         },
     ),
 }

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from memtrace.categories import Category, Moment
 from memtrace.cli import main
 from memtrace.errors import PlanError
+from memtrace.planning.deepspeed_settings import read_deepspeed
 from memtrace.planning.plan import Plan
 from memtrace.planning.sharding import Offload, Sharding, Strategy, Zero3Settings
 from memtrace.planning.simulate import plan
@@ -65,6 +67,36 @@ def test_sub_groups_of_zero_3_have_the_same_states_between_them() -> None:
         assert one.moments[Moment.STEP_END][category] == several.moments[Moment.STEP_END][category]
 
 
+class Attention(nn.Module):
+    """Attention takes the weight of its last layer itself, without running that layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 4)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        return self.attention(words, words, words)[0].sum()
+
+
+def test_zero_3_gathers_what_a_module_takes_of_another() -> None:
+    """Such a weight is gathered when it is used, and released with the module that used it."""
+    made = plan(
+        Attention,
+        lambda: torch.ones(8, 2, 64),
+        recipe="bf16-master",
+        loss=lambda model, words: model(words.bfloat16()),
+        sharding=zero3(persistence_threshold=0, max_reuse=0),
+    )
+    assert made.moments[Moment.STEP_END][Category.TRANSIENT_WEIGHTS] == 0
+
+
+def test_one_rank_of_zero_3_alone_gathers_nothing() -> None:
+    """Its shards are the weights."""
+    made = planned(zero3(world_size=1)).moments[Moment.FORWARD_END]
+    assert made[Category.TRANSIENT_WEIGHTS] == 0
+    assert made[Category.WEIGHTS] == 2 * sum(p.numel() for p in LlamaForCausalLM(CONFIG).parameters())
+
+
 @pytest.mark.parametrize(
     ("sharding", "recipe", "message"),
     [
@@ -89,3 +121,54 @@ def test_the_command_shards(options: list[str], tmp_path: Path, capsys: pytest.C
         entries = json.loads(capsys.readouterr().out)["moments"]["step_end"]["entries"]
         sizes.append(sum(entry["bytes"] for entry in entries if entry["category"] == "master_weights"))
     assert sizes[1] == pytest.approx(sizes[0] / 4, rel=0.01)
+
+
+def test_the_command_reads_a_configuration_of_deepspeed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`auto` follows from the width of the model, as Trainer fills it in."""
+    CONFIG.save_pretrained(tmp_path)
+    settings = tmp_path / "deepspeed.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}))
+    main(
+        [
+            "plan",
+            "--config",
+            str(tmp_path),
+            "--seq-len",
+            "16",
+            "--deepspeed",
+            str(settings),
+            "--world-size",
+            "2",
+            "--json",
+        ]
+    )
+    plan = json.loads(capsys.readouterr().out)
+    reduce = [entry["bytes"] for entry in plan["moments"]["step_end"]["entries"] if entry["component"] == "reduce"]
+    assert plan["setup"]["strategy"] == "zero3"
+    assert reduce == [2 * 64 * 64]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"stage": 4}, "stage: must be 0..3, got 4"),
+        ({"stage": 2, "contiguous_gradients": False}, "contiguous_gradients: only true is simulated, got False"),
+        ({"stage": 2, "reduce_bucket_size": "big"}, "reduce_bucket_size: must be a whole number, got 'big'"),
+        ({"stage": 2, "reduce_bucket_size": "auto"}, "reduce_bucket_size: auto needs a model with a hidden_size"),
+        ({"stage": 2, "offload_optimizer": {"device": 1}}, "offload_optimizer: must be an object with a device"),
+        ([], "zero_optimization must be an object"),
+    ],
+)
+def test_settings_of_deepspeed_that_mean_nothing_are_named(section: object, message: str, tmp_path: Path) -> None:
+    """The error has file, setting and what was expected."""
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({"zero_optimization": section}))
+    with pytest.raises(PlanError, match=message):
+        read_deepspeed(str(path), 2, None)
+
+
+def test_defaults_of_deepspeed_are_the_defaults_of_a_plan(tmp_path: Path) -> None:
+    """An empty section of stage 3 is what --zero 3 plans."""
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 1e9}}))
+    assert read_deepspeed(str(path), 8, 4096) == Sharding(strategy=Strategy.ZERO3, world_size=8)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memtrace.cli.plan_options import sharding_of
 from memtrace.errors import PlanError
+from memtrace.planning.deepspeed_settings import read_deepspeed
 from memtrace.planning.recipe import find_recipe
+from memtrace.planning.sharding import Sharding
 
 if TYPE_CHECKING:
     from memtrace.planning.simulation_request import SimulationRequest
@@ -31,6 +33,7 @@ _SIMULATION_ONLY = {
     "kernels": None,
     "by_module": False,
     "find_max": None,
+    "deepspeed": None,
 }
 """Options that need --config, with their values where they are not given."""
 
@@ -52,6 +55,11 @@ def add_simulation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lora-rank", type=int, metavar="N", help="adapters on all linear layers; default 16 with LoRA")
     group.add_argument("--fused-optimizer", action="store_true", help="torch's fused step, which has no temporaries")
     group.add_argument("--kernels", choices=("cuda", "cpu"), help="whose kernels and allocator; default cuda")
+    group.add_argument(
+        "--deepspeed",
+        metavar="FILE",
+        help="configuration of DeepSpeed: stage and sizes of ZeRO, instead of --zero",
+    )
     group.add_argument("--by-module", action="store_true", help="list the modules that made most of the activations")
     group.add_argument(
         "--find-max", choices=("batch-size", "seq-len"), help="search the largest one that fits the device"
@@ -93,8 +101,9 @@ def simulation_of(arguments: argparse.Namespace) -> SimulationRequest:
     from memtrace.sources.kernels import Target  # noqa: PLC0415
 
     recipe = find_recipe(arguments.recipe)
+    configuration = load_configuration(arguments.config)
     return SimulationRequest(
-        configuration=load_configuration(arguments.config),
+        configuration=configuration,
         recipe=recipe if arguments.dtype is None else with_weights(recipe, arguments.dtype),
         optimizer=arguments.optimizer,
         model=ModelSettings(
@@ -110,5 +119,15 @@ def simulation_of(arguments: argparse.Namespace) -> SimulationRequest:
         accumulation_steps=arguments.accumulation_steps,
         fused_step=arguments.fused_optimizer,
         target=Target(arguments.kernels or "cuda"),
-        sharding=sharding_of(arguments),
+        sharding=_sharding_of(arguments, configuration),
     )
+
+
+def _sharding_of(arguments: argparse.Namespace, configuration: Any) -> Sharding:
+    if arguments.deepspeed is None:
+        return sharding_of(arguments)
+    if arguments.zero is not None or arguments.fsdp or arguments.ddp or arguments.offload or arguments.overlap_comm:
+        raise PlanError("--deepspeed says how ranks share the model: leave --zero, --fsdp, --ddp and their options out")
+    text = configuration.get_text_config()
+    width = getattr(configuration, "hidden_size", None) or getattr(text, "hidden_size", None)
+    return read_deepspeed(arguments.deepspeed, arguments.world_size, width if isinstance(width, int) else None)

@@ -282,13 +282,14 @@ def _updates(model: nn.Module, training: Training, stack: ExitStack) -> Updates:
         from memtrace.planning.sharded_updates import DdpUpdates  # noqa: PLC0415 - torch.distributed takes a second
 
         return DdpUpdates(trainable, make, gradients_are_views=sharding.gradient_as_bucket_view)
-    from memtrace.planning.zero3_modules import ZeroLinears  # noqa: PLC0415
+    from memtrace.planning.zero3_modules import ZeroFunctions  # noqa: PLC0415
     from memtrace.planning.zero3_updates import Zero3Updates  # noqa: PLC0415
     from memtrace.planning.zero_updates import Zero0Updates, ZeroUpdates  # noqa: PLC0415
 
     if sharding.strategy is Strategy.ZERO3:
-        stack.enter_context(ZeroLinears())
-        return Zero3Updates(model, make, sharding, training.target)
+        updates = Zero3Updates(model, make, sharding, training.target)
+        stack.enter_context(ZeroFunctions(updates.fetching))
+        return updates
     if sharding.strategy is Strategy.ZERO0:
         return Zero0Updates(trainable, make, sharding)
     return ZeroUpdates(trainable, make, sharding)

@@ -32,6 +32,8 @@ class ShardedParameter:
     """Elements of one rank's share, padded."""
     persists: bool
     """Whether it stays gathered from step to step."""
+    shard: torch.Tensor | None = None
+    """This rank's share."""
     gathered: bool = False
     users: set[nn.Module] = field(default_factory=set)
     """Modules that need it now."""
@@ -49,18 +51,22 @@ class _Trace(Enum):
     COMPLETE = auto()
 
 
+@dataclass(slots=True, eq=False)
 class _Flight:
-    """One gather that was begun: a flat tensor of all shares of its parameters."""
+    """One gather that was begun."""
 
-    def __init__(self, parameters: Sequence[ShardedParameter], flat: torch.Tensor) -> None:
-        self.parameters, self.flat = parameters, flat
+    parameters: Sequence[ShardedParameter]
+    flat: torch.Tensor
+    """The shares of all ranks, side by side; kept until the last parameter was asked for."""
+    landed: bool = False
+    """Whether the parameters were copied out of it: all of them, when the first one was asked for."""
 
 
 class Fetching:
     """Gathers and releases, told of each module's beginning and end.
 
     Args:
-        held: the parameters of each module, without those of its children.
+        held: the parameters of each module, without those of its children; what modules take of others is added.
         settings: thresholds.
         world_size: ranks.
         note: is told of each flat tensor of a gather, with None, and of gathered weights, with their parameter.
@@ -68,7 +74,7 @@ class Fetching:
 
     def __init__(
         self,
-        held: Mapping[nn.Module, Sequence[ShardedParameter]],
+        held: Mapping[nn.Module, list[ShardedParameter]],
         settings: Zero3Settings,
         world_size: int,
         note: Callable[[torch.Tensor, ShardedParameter | None], None],
@@ -88,9 +94,12 @@ class Fetching:
         self._step = 0
         self._live = 0
         self._in_backward: dict[nn.Module, None] = {}
+        self._in_forward: list[nn.Module] = []
+        self._by_parameter = {known.parameter: known for every in held.values() for known in every}
 
     def pass_begins(self) -> None:
         """A forward pass of the model begins."""
+        self._in_forward.clear()
         self._land_all()
         if self._trace is _Trace.RECORDED:
             self._complete_trace()
@@ -109,14 +118,16 @@ class Fetching:
             self._land_all()
         if self._trace is _Trace.RECORDED:
             self._modules.append(module)
-        if not forward:
+        if forward:
+            self._in_forward.append(module)
+        else:
             self._in_backward[module] = None
         needed = self._held[module]
         self._gather([known for known in needed if not known.gathered and known not in self._flights])
         for known in needed:
             known.users.add(module)
             if known in self._flights:
-                self._land(self._flights[known])
+                self._land(self._flights.pop(known))
         if self._trace is _Trace.COMPLETE:
             self._look_ahead(needed)
         self._step += 1
@@ -124,12 +135,28 @@ class Fetching:
     def ends(self, module: nn.Module, *, forward: bool) -> None:
         """Releases what a module needed, unless it is needed again soon."""
         candidates = self._to_release(module)
-        if not forward:
+        if forward:
+            while self._in_forward and self._in_forward.pop() is not module:
+                pass  # a recomputation that was stopped has left its modules without an end
+        else:
             self._in_backward.pop(module, None)
         for known in self._held[module]:
             known.users.discard(module)
             if known in candidates:
                 self._release(known)
+
+    def reaches_for(self, parameter: torch.Tensor) -> None:
+        """Gathers a parameter that the running module takes of another one, and counts it to the module from now on."""
+        known = self._by_parameter.get(parameter) if self._in_forward else None  # type: ignore[call-overload]
+        if known is None or known.gathered:
+            return
+        held = self._held[self._in_forward[-1]]
+        if known not in held:
+            held.append(known)
+        if known in self._flights:
+            self._land(self._flights.pop(known))
+        else:
+            self.gather_whole([known])
 
     def pass_ends(self) -> None:
         """Releases what modules hold whose backward pass had no end, such as embeddings."""
@@ -148,9 +175,9 @@ class Fetching:
             self._release(known)
 
     def gather_whole(self, parameters: Iterable[ShardedParameter]) -> None:
-        """Gathers parameters, each in a tensor of its own with the padding."""
+        """Gathers parameters, each in a tensor of its own with the padding; one rank alone has them already."""
         for known in parameters:
-            self._fill(known, self._buffer([known]))
+            self._fill(known, self._buffer([known]) if self._world_size > 1 else known.shard)
 
     def _gather(self, parameters: Iterable[ShardedParameter]) -> None:
         """Begins a gather. A single parameter becomes a view of what was gathered."""
@@ -165,24 +192,26 @@ class Fetching:
             self._flights |= dict.fromkeys(found, flight)
 
     def _land(self, flight: _Flight) -> None:
-        """Copies the parameters out of the flat tensor; it is gone when the last one was asked for."""
-        for known in [known for known in flight.parameters if not known.gathered]:
-            self._fill(known, torch.empty(known.elements, dtype=flight.flat.dtype, device=DEVICE))
+        """Copies all parameters out of the flat tensor, once."""
+        if flight.landed:
+            return
+        flight.landed = True
         for known in flight.parameters:
-            if known.users and self._flights.get(known) is flight:
-                del self._flights[known]
+            self._fill(known, torch.empty(known.elements, dtype=flight.flat.dtype, device=DEVICE))
 
     def _land_all(self) -> None:
-        for known, flight in list(self._flights.items()):
-            self._land(flight)
-            self._flights.pop(known, None)
+        """Ends all gathers that nobody waits for."""
+        while self._flights:
+            known = next(iter(self._flights))
+            self._land(self._flights.pop(known))
             self._release(known)
 
     def _buffer(self, parameters: Sequence[ShardedParameter]) -> torch.Tensor:
         elements = sum(known.share for known in parameters) * self._world_size
         return torch.empty(elements, dtype=parameters[0].parameter.dtype, device=DEVICE)
 
-    def _fill(self, known: ShardedParameter, tensor: torch.Tensor) -> None:
+    def _fill(self, known: ShardedParameter, tensor: torch.Tensor | None) -> None:
+        assert tensor is not None
         known.parameter.data = tensor[: known.elements].view(known.shape)
         known.gathered = True
         self._note(known.parameter, known)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from memtrace.planning.zero3_fetching import Fetching
 from memtrace.sources.cuda_functions import BackwardToo
 from memtrace.sources.hooks import HookSet
+from memtrace.sources.simulated_tensor import SimulatedTensor
 
 
 class _InBackward(torch.autograd.Function):
@@ -56,12 +57,29 @@ class _Linear(torch.autograd.Function):
         return of_input, of_weight, of_bias
 
 
-class ZeroLinears(BackwardToo):
-    """Runs linear layers as DeepSpeed does while ZeRO-3 is on."""
+class ZeroFunctions(BackwardToo):
+    """Runs linear layers as DeepSpeed does while ZeRO-3 is on, and gathers what a module takes of another module.
+
+    DeepSpeed sees that by a dictionary of parameters of its own; here it is seen by the functions that use them.
+    """
+
+    def __init__(self, fetching: Fetching) -> None:
+        super().__init__()
+        self._fetching = fetching
 
     def answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Returns what a function returns under ZeRO-3."""
+        if getattr(func, "__name__", "") not in _BOOKKEEPING or func == _SHAPE:
+            for argument in (*args, *kwargs.values()):
+                if isinstance(argument, SimulatedTensor):
+                    with torch.no_grad():
+                        self._fetching.reaches_for(argument)
         return _linear(*args, **kwargs) if func is F.linear else func(*args, **kwargs)
+
+
+_BOOKKEEPING = frozenset({"__get__", "__set__", "untyped_storage"})
+"""Names of functions that do not compute: attributes, and what attribution asks for."""
+_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]  # typed as the value
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

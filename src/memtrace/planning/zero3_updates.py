@@ -55,15 +55,15 @@ class Zero3Updates(ShardedUpdates):
             module: [self._known[parameter] for parameter in module.parameters(recurse=False)]
             for module in model.modules()
         }
-        self._fetching = Fetching(held, sharding.zero3, world, self._note_gather)
-        self._fetching.release_all(self._known.values())
+        self.fetching = Fetching(held, sharding.zero3, world, self._note_gather)
+        self.fetching.release_all(self._known.values())
         shares = sum(known.share for known in trained)
         self._shards = torch.empty(shares, dtype=dtype, device=DEVICE)
-        self._frozen = [
-            torch.empty(known.share, dtype=parameter.dtype, device=DEVICE)
-            for parameter, known in self._known.items()
-            if not parameter.requires_grad
-        ]
+        for known, shard in zip(trained, torch.split(self._shards, [known.share for known in trained]), strict=True):
+            known.shard = shard
+        for parameter, known in self._known.items():
+            if not parameter.requires_grad:
+                known.shard = torch.empty(known.share, dtype=parameter.dtype, device=DEVICE)
         groups = _sub_groups([known.share for known in trained], sharding.zero3.sub_group)
         bounds = list(pairwise(accumulate(groups, initial=0)))
         self._bounds = bounds
@@ -77,14 +77,14 @@ class Zero3Updates(ShardedUpdates):
         self._norm: torch.Tensor | None = None
         self._waiting: list[nn.Parameter] = []
         self._filled = 0
-        follow_modules(model, self._fetching, self._hooks)
+        follow_modules(model, self.fetching, self._hooks)
 
     def claim(self, ledger: Ledger) -> None:
         """Claims shards, masters, gradients and buffers."""
         super().claim(ledger)
-        ledger.claim(self._shards, Category.WEIGHTS, "trainable")
-        for shard in self._frozen:
-            ledger.claim(shard, Category.WEIGHTS, "frozen")
+        for parameter, known in self._known.items():
+            assert known.shard is not None
+            ledger.claim(known.shard, Category.WEIGHTS, "trainable" if parameter.requires_grad else "frozen")
         for master in self._masters:
             ledger.claim(master, Category.MASTER_WEIGHTS)
         ledger.claim(self._gradients, Category.GRADIENTS)
@@ -94,9 +94,9 @@ class Zero3Updates(ShardedUpdates):
             ledger.claim(self._norm, Category.BUFFERS, "grad_norm")
 
     def role_of(self, parameter: torch.Tensor) -> Role | None:
-        """Returns what whole weights are: small ones are kept from step to step."""
+        """Returns what whole weights are: small ones are kept from step to step, one rank alone has its shards."""
         known = self._known.get(parameter)  # type: ignore[call-overload]  # a key like any other where it is none
-        if known is None:
+        if known is None or self._sharding.world_size == 1:
             return None
         return Role(Category.WEIGHTS, "gathered") if known.persists else Role(Category.TRANSIENT_WEIGHTS, "all_gather")
 
@@ -115,12 +115,12 @@ class Zero3Updates(ShardedUpdates):
         """Reduces what is left, and releases what has no end of its own."""
         with torch.no_grad():
             self._reduce()
-            self._fetching.pass_ends()
+            self.fetching.pass_ends()
 
     def step(self) -> None:
         """Updates the sub-groups one after the other, and gathers small parameters again."""
         with torch.no_grad():
-            self._fetching.release_all(self._known.values())
+            self.fetching.release_all(self._known.values())
             parts = [self._gradients[place] for place in self._places.values()]
             self._norm = self.note(gradient_norm(parts), Category.BUFFERS, "grad_norm")
             del parts
@@ -134,7 +134,7 @@ class Zero3Updates(ShardedUpdates):
                 master.grad = None
         self.optimizer.param_groups[0]["params"] = self._masters
         with torch.no_grad():
-            self._fetching.gather_whole([known for known in self._known.values() if known.persists])
+            self.fetching.gather_whole([known for known in self._known.values() if known.persists])
 
     def close(self) -> None:
         """Takes off hooks."""
@@ -145,8 +145,8 @@ class Zero3Updates(ShardedUpdates):
             self.note(tensor, Category.COMM_BUFFERS, "all_gather")
             return
         role = self.role_of(known.parameter)
-        assert role is not None
-        self.note(tensor, role.category, role.component)
+        if role is not None:
+            self.note(tensor, role.category, role.component)
         self._gathered[id(tensor.untyped_storage())] = known.parameter
 
     def _float32_gradient(self, begin: int, end: int) -> torch.Tensor:

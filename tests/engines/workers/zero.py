@@ -28,6 +28,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero-3": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "zero-3-overlap": {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": True},
     "zero-3-persistent": {"stage": 3, "stage3_param_persistence_threshold": 100},
+    "zero-3-streaming": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 50,
+        "stage3_prefetch_bucket_size": 5_000,
+        "stage3_max_live_parameters": 20_000,
+        "stage3_max_reuse_distance": 5_000,
+        "sub_group_size": 10_000,
+    },
     "zero-2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     "zero-3-offload": {
         "stage": 3,
