@@ -12,6 +12,8 @@ from tables import check_table, per_parameter
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.model import claim_model
 from memtrace.breakdown import StepRecord
 from memtrace.categories import Category, Moment
 from memtrace.config import TracerConfig
@@ -159,6 +161,23 @@ def test_merging_and_unmerging_leaves_the_categories(measured):
         persistent = (Category.WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
         for category in persistent:
             assert record.moments[moment][category] == measured["float32"].moments[moment][category]
+
+
+def weights_of(model: nn.Module) -> dict[str, int]:
+    """Returns the bytes of the weights by component, as a tracer that is attached now knows them."""
+    ledger = Ledger(torch.device("cpu"))
+    claim_model(model, ledger)
+    return {tag.component: size for tag, size in ledger.totals().items() if tag.category is Category.WEIGHTS}
+
+
+def test_merged_adapters_stay_until_they_are_unloaded():
+    """Merged, the base's storages are the same and the adapters are still there; unloaded, the base alone is left."""
+    model, _ = train("float32")
+    unmerged = weights_of(model)
+    assert unmerged == {"frozen": 4 * (LINEAR + OTHER), "trainable": 4 * ADAPTERS}
+    model.merge_adapter()
+    assert weights_of(model) == unmerged
+    assert weights_of(model.merge_and_unload()) == {"frozen": 4 * (LINEAR + OTHER)}
 
 
 def test_the_page_has_the_measured_bytes(measured):
