@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from memtrace.errors import PlanError
 from memtrace.planning.chunked_loss import ChunkedLoss
+from memtrace.sources.known_values import MAX_INTEGERS
 
 _TASKS = (
     "AutoModelForSeq2SeqLM",
@@ -142,13 +144,13 @@ def make_batch(configuration: Any, settings: BatchSettings, dtype: torch.dtype) 
 def _labels(kind: str, configuration: Any, settings: BatchSettings) -> Mapping[str, torch.Tensor]:
     samples, positions = settings.samples, settings.positions
     if kind.endswith(_ONE_LABEL):
-        return {"labels": torch.zeros(samples, dtype=torch.long)}
+        return {"labels": _integers(0, samples)}
     if kind.endswith("QuestionAnswering"):
-        return {name: torch.zeros(samples, dtype=torch.long) for name in ("start_positions", "end_positions")}
+        return {name: _integers(0, samples) for name in ("start_positions", "end_positions")}
     if kind.endswith("TokenClassification"):
-        return {"labels": torch.zeros(samples, positions, dtype=torch.long)}
+        return {"labels": _integers(0, samples, positions)}
     if kind.endswith("ForCTC"):
-        return {"labels": torch.ones(samples, _CTC_LABELS, dtype=torch.long)}
+        return {"labels": _integers(1, samples, _CTC_LABELS)}
     text = configuration.get_text_config(decoder=True)
     longest = getattr(text, "max_target_positions", None) or positions
     return {"labels": _words(samples, min(positions, longest), getattr(text, "vocab_size", None))}
@@ -156,7 +158,13 @@ def _labels(kind: str, configuration: Any, settings: BatchSettings) -> Mapping[s
 
 def _words(samples: int, positions: int, vocabulary: int | None) -> torch.Tensor:
     word = _FIRST_WORD if vocabulary is None or vocabulary > _FIRST_WORD else 0
-    return torch.full((samples, positions), word, dtype=torch.long)
+    return _integers(word, samples, positions)
+
+
+def _integers(value: int, *shape: int) -> torch.Tensor:
+    if prod(shape) > MAX_INTEGERS:  # no code decides by values of so many, and they would take real memory
+        return torch.empty(shape, dtype=torch.long, device="meta")
+    return torch.full(shape, value, dtype=torch.long)
 
 
 def longest_text(configuration: Any) -> int | None:

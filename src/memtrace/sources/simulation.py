@@ -23,6 +23,9 @@ _ADD = torch.ops.aten.add.Tensor
 _FSDP = "fsdp"
 """Namespace of the operators that FSDP2 gathers weights with; it resizes the storages that they fill itself."""
 
+MAX_OPERATORS = 2_000_000
+"""Operators after which a simulation gives up, about a minute: a layer of a transformer takes some 300 in two steps."""
+
 _LIFT = torch.ops.aten.lift_fresh.default
 _PLAIN_VALUES = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
 """Operators that return a value of Python, and always depend on values."""
@@ -54,6 +57,7 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._target = target
         self._guesses = False
+        self._operators = 0
         self._resized: dict[int, None] = {}
         """Identities of storages that may be resized without an operator, which nobody tells."""
         self.events = SimulatedEvents(self._address_of)
@@ -134,6 +138,12 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
             self._see_resized()
         if any(kind is not SimulatedTensor for kind in types):
             return NotImplemented  # a wrapper such as DTensor calls again with the tensors that it wraps
+        self._operators += 1
+        if self._operators > MAX_OPERATORS:
+            raise PlanError(
+                f"the step takes more than {MAX_OPERATORS:,} operators, as code does that goes through positions one "
+                "by one: plan a shorter sequence or fewer layers"
+            )
         if func is _ADD and torch_fake.is_engine_sum(args[0]) and layout_of(args[0]) == layout_of(args[1]):
             return tensor_on(args[0].untyped_storage(), layout_of(args[0]), begin_of(args[0]))
         call = Call.of(func, args, kwargs or {})
