@@ -32,8 +32,9 @@ def claim_model(
         ledger: where to claim.
         role_of: returns the role of a parameter that an engine has given another storage; None for plain weights.
     """
+    trainable, frozen = Role(Category.WEIGHTS, "trainable"), Role(Category.WEIGHTS, "frozen")
     for parameter in model.parameters():
-        role = role_of(parameter) or Role(Category.WEIGHTS, "trainable" if parameter.requires_grad else "frozen")
+        role = role_of(parameter) or (trainable if parameter.requires_grad else frozen)
         ledger.claim(parameter, role.category, role.component)
         if type(parameter) is not nn.Parameter:  # a quantised one keeps its scales as attributes
             for _, tensor in state_tensors(vars(parameter)):
@@ -72,7 +73,8 @@ def device_of(model: nn.Module) -> torch.device:
     """
     held: dict[torch.device, int] = {}
     for parameter in model.parameters():
-        held[parameter.device] = held.get(parameter.device, 0) + parameter.numel() * parameter.element_size()
+        device = parameter.device
+        held[device] = held.get(device, 0) + parameter.nbytes
     if not held:
         raise ConfigError(f"the model must have parameters, got a {type(model).__name__} without any")
     device = max(held, key=held.__getitem__)

@@ -72,8 +72,9 @@ def claim_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, ledger: 
 
     Call after `claim_model`: parameters that the ledger knows as weights stay weights.
     """
+    claimed = {id(parameter) for parameter in model.parameters()}
     for parameter in optimizer_parameters(optimizer):
-        if ledger.role_of(parameter) is None:
+        if id(parameter) not in claimed and ledger.role_of(parameter) is None:
             if _is_master_of(parameter, model):
                 ledger.claim(parameter, Category.MASTER_WEIGHTS)
             else:

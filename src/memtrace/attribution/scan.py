@@ -47,8 +47,10 @@ class Scan:
     @property
     def device(self) -> torch.device:
         """The device that computes: an engine's, else the one that holds most of the parameters' bytes."""
-        engines = (engine.device for engine in self.engines)
-        return canonical_device(next((device for device in engines if device is not None), device_of(self._model)))
+        for engine in self.engines:
+            if engine.device is not None:
+                return canonical_device(engine.device)
+        return canonical_device(device_of(self._model))
 
     @property
     def prepares_gradients(self) -> bool:
@@ -154,5 +156,8 @@ class Scan:
 
     def role_of(self, parameter: torch.Tensor) -> Role | None:
         """Returns what an engine says that the storage of a parameter is for now; None for plain weights."""
-        roles = (engine.role_of(parameter) for engine in self.engines)
-        return next((role for role in roles if role is not None), None)
+        for engine in self.engines:
+            role = engine.role_of(parameter)
+            if role is not None:
+                return role
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,28 +19,27 @@ class StorageView(NamedTuple):
     dtype: str
 
 
-def storages_of(tensor: torch.Tensor, device: torch.device) -> Iterator[StorageView]:
-    """Yields each storage on `device` that holds a part of the tensor.
+def storages_of(tensor: torch.Tensor, device: torch.device) -> Sequence[StorageView]:
+    """Returns each storage on `device` that holds a part of the tensor.
 
-    A DTensor or a quantised tensor yields the storages of the tensors that it wraps, with their own element types, so
-    that packed weights count what they take. Empty storages and opaque layouts (MKLDNN) yield nothing.
+    A DTensor or a quantised tensor gives the storages of the tensors that it wraps, with their own element types, so
+    that packed weights count what they take. Empty storages and opaque layouts (MKLDNN) give nothing.
     """
     if torch_private.is_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        for name in names:
-            part = getattr(tensor, name)
-            if isinstance(part, torch.Tensor):  # a DTensor names its mesh too
-                yield from storages_of(part, device)
+        parts = [getattr(tensor, name) for name in names]
+        tensors = [part for part in parts if isinstance(part, torch.Tensor)]  # a DTensor names its mesh too
     elif tensor.layout is torch.strided:
-        if tensor.device == device:
-            storage = tensor.untyped_storage()
-            if storage.nbytes():
-                yield StorageView(storage, dtype_name(tensor.dtype))
+        if tensor.device != device:
+            return ()
+        storage = tensor.untyped_storage()
+        return (StorageView(storage, dtype_name(tensor.dtype)),) if storage.nbytes() else ()
     else:
-        for part in torch_private.sparse_parts(tensor):
-            yield from storages_of(part, device)
+        tensors = torch_private.sparse_parts(tensor)
+    return [view for part in tensors for view in storages_of(part, device)]
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Returns the name of an element type without `torch.`, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")

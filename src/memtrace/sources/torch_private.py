@@ -173,7 +173,8 @@ def is_zero_tensor(tensor: torch.Tensor) -> bool:
 
 def is_wrapper_subclass(tensor: torch.Tensor) -> bool:
     """Returns whether the tensor only wraps other tensors (DTensor, quantised tensors) that hold the storage."""
-    return hasattr(type(tensor), "__tensor_flatten__") and type(tensor) is not torch.Tensor
+    kind = type(tensor)
+    return kind is not torch.Tensor and kind is not torch.nn.Parameter and hasattr(kind, "__tensor_flatten__")
 
 
 def sparse_parts(tensor: torch.Tensor) -> list[torch.Tensor]:

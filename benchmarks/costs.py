@@ -1,0 +1,233 @@
+"""What memtrace takes besides the time of steps: attaching, replaying a traced step, and resident memory.
+
+usage: python -m benchmarks.costs [attach] [replay] [memory]
+
+Prints each figure beside its bound and writes it to benchmarks/results/. Every measurement runs in a process of its
+own, one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.results import environment, write
+from benchmarks.workloads import WORKLOADS
+
+PARAMETERS = 10_000
+ATTACH_SECONDS = 0.1
+EVENTS = 100_000
+REPLAY_SECONDS = 0.5
+REPLAY_GROWTH = 12.0
+"""How many times longer ten times the events may take."""
+MEMORY_BYTES = 60_000_000
+REPETITIONS = 7
+
+Row = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help=f"what to measure: {', '.join(MEASUREMENTS)}; all by default")
+    parser.add_argument("--results", type=Path, help="directory to write the results to instead")
+    parser.add_argument("--here", action="store_true", help="measure in this process and print JSON")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(MEASUREMENTS):
+        parser.error(f"there is no measurement {', '.join(sorted(unknown))}; expected {', '.join(MEASUREMENTS)}")
+    torch.set_num_threads(1)
+    if options.here:
+        print(json.dumps([row for name in options.names for row in MEASUREMENTS[name]()]))
+        return 0
+    kept = True
+    for name in options.names or MEASUREMENTS:
+        command = [sys.executable, "-m", "benchmarks.costs", "--here", name]
+        rows = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        for row in rows:
+            show(row)
+            kept &= row["bound"] is None or row["value"] <= row["bound"]
+        print(write(f"costs-{name}", {"rows": rows}, environment(torch.device("cpu")), options.results))
+    return 0 if kept else 1
+
+
+def show(row: Row) -> None:
+    """Prints one figure."""
+    bound = row["bound"]
+    verdict = "" if bound is None else f"  at most {bound:g}: {'kept' if row['value'] <= bound else 'NOT KEPT'}"
+    print(f"  {row['what']:<72} {row['value']:12.6g} {row['unit']}{verdict}")
+
+
+def attach() -> list[Row]:
+    """Seconds to attach to a model with many parameters: before its first step, and with optimizer state.
+
+    The tracer, its endpoint and its log are made and entered; taking them down is not counted.
+    """
+    from memtrace import MemoryTracer, TracerConfig
+
+    model = nn.ModuleList(nn.Linear(8, 8) for _ in range(PARAMETERS // 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def once() -> float:
+        with tempfile.TemporaryDirectory() as directory:
+            begin = time.perf_counter()
+            with MemoryTracer(model, optimizer, TracerConfig(port=0, log_dir=directory, strict=True)):
+                return time.perf_counter() - begin
+
+    once()  # loads what only attaching needs
+    fresh = measured(once)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    resumed = measured(once)
+    what = f"attach to {PARAMETERS:,} parameters"
+    return [
+        {"what": what, **fresh, "unit": "s", "bound": ATTACH_SECONDS},
+        {"what": f"{what} that have gradients and AdamW's state", **resumed, "unit": "s", "bound": None},
+    ]
+
+
+def replay() -> list[Row]:
+    """Seconds from the events of a traced step to its breakdowns, for a step and for one of ten times the events."""
+    from memtrace.attribution.timeline import replay
+
+    found = {}
+    for events in (EVENTS, 10 * EVENTS):
+        window, base, journal, marks = traced_step(events)
+
+        def once() -> float:
+            begin = time.perf_counter()
+            replay(window, base, journal).moments(marks)  # noqa: B023
+            return time.perf_counter() - begin
+
+        found[events] = measured(once, repetitions=3 if events > EVENTS else REPETITIONS)
+    growth = found[10 * EVENTS]["value"] / found[EVENTS]["value"]
+    what = "breakdowns of a traced step of {:,} events"
+    return [
+        {"what": what.format(EVENTS), **found[EVENTS], "unit": "s", "bound": REPLAY_SECONDS},
+        {"what": what.format(10 * EVENTS), **found[10 * EVENTS], "unit": "s", "bound": None},
+        {
+            "what": "ten times the events take so many times longer",
+            "value": growth,
+            "unit": "x",
+            "bound": REPLAY_GROWTH,
+        },
+    ]
+
+
+def traced_step(events: int) -> Any:
+    """Returns a window of so many events with the base, journal and marks of a step that makes its breakdowns.
+
+    Half of the blocks of the forward pass are saved for the backward pass, which frees them last in, first out, between
+    temporaries of its own; there is one gradient for ten saved blocks, and addresses come back as they do in a run.
+    """
+    from memtrace.attribution.timeline import StepMarks
+    from memtrace.categories import Category
+    from memtrace.sources.events import Event, Tag, TagEvent, Window
+
+    draw = random.Random(0)
+    weight, gradient = Tag(Category.WEIGHTS, "trainable", "float32"), Tag(Category.GRADIENTS, "", "float32")
+    activation = Tag(Category.ACTIVATIONS, "", "bfloat16")
+    base = [TagEvent(0, address, 1 << 20, weight) for address in range(1, events // 100)]
+    happened: list[Event] = []
+    journal: list[TagEvent] = []
+    free = list(range(len(base) + 1, len(base) + events))
+    now = 1_000
+
+    def allocate(size: int) -> int:
+        nonlocal now
+        now += 1_000
+        address = free.pop()
+        happened.append(Event(now, address, size))
+        return address
+
+    def release(address: int, size: int) -> None:
+        nonlocal now
+        now += 1_000
+        happened.append(Event(now, address, -size))
+        free.append(address)
+
+    def temporary() -> None:
+        size = draw.randrange(512, 1 << 20)
+        release(allocate(size), size)
+
+    saved: list[tuple[int, int]] = []
+    while len(happened) < events // 2 - 3:
+        temporary()
+        size = draw.randrange(512, 1 << 20)
+        saved.append((allocate(size), size))
+        journal.append(TagEvent(now, saved[-1][0], size, activation))
+    forward_end_ns = now
+    while saved:
+        temporary()
+        if len(saved) % 10 == 0:
+            address = allocate(1 << 20)
+            journal.append(TagEvent(now, address, 1 << 20, gradient))
+        release(*saved.pop())
+    while len(happened) < events:
+        allocate(512)
+    window = Window(begin_ns=0, end_ns=now, events=happened, live_at_begin=None)
+    marks = StepMarks(begin_ns=1, end_ns=now, forward_end_ns=forward_end_ns, backward_end_ns=now)
+    return window, base, journal, marks
+
+
+def memory() -> list[Row]:
+    """Bytes of resident memory that memtrace adds to a run up to the end of its first traced step.
+
+    Counted from a run that has made its steps without it, so that import, endpoint, log, hooks and the first use of
+    torch's profiler are all in it.
+    """
+    workload = WORKLOADS["llama"]
+    training = workload.build(torch.device("cpu"))
+    for _ in range(workload.warm_up):
+        training.step()
+    before = settled_rss()
+    from memtrace import MemoryTracer, TracerConfig
+
+    with tempfile.TemporaryDirectory() as directory:
+        config = TracerConfig(port=0, log_dir=directory, strict=True)
+        with MemoryTracer(training.model, training.optimizer, config) as tracer:
+            attached = settled_rss()
+            while not tracer.snapshot().totals.traced_steps:
+                training.step()
+            traced = settled_rss()
+    return [
+        {"what": "resident memory added by import and attach", "value": attached - before, "unit": "B", "bound": None},
+        {
+            "what": "resident memory added after the first traced step",
+            "value": traced - before,
+            "unit": "B",
+            "bound": MEMORY_BYTES,
+        },
+    ]
+
+
+def settled_rss() -> int:
+    """Returns the resident set of this process, garbage collected, in bytes."""
+    gc.collect()
+    with open("/proc/self/statm", encoding="ascii") as file:
+        pages = int(file.read().split()[1])
+    return pages * 4096
+
+
+def measured(once: Callable[[], float], *, repetitions: int = REPETITIONS) -> dict[str, Any]:
+    """Returns the median of some repetitions, and their range."""
+    times = [once() for _ in range(repetitions)]
+    return {"value": median(times), "least": min(times), "most": max(times), "repetitions": repetitions}
+
+
+MEASUREMENTS: dict[str, Callable[[], list[Row]]] = {"attach": attach, "replay": replay, "memory": memory}
+
+if __name__ == "__main__":
+    raise SystemExit(main())
