@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -118,7 +119,7 @@ def replay() -> list[Row]:
         {"what": what.format(EVENTS), **found[EVENTS], "unit": "s", "bound": REPLAY_SECONDS},
         {"what": what.format(10 * EVENTS), **found[10 * EVENTS], "unit": "s", "bound": None},
         {
-            "what": "ten times the events take so many times longer",
+            "what": "ten times the events take so many times as long",
             "value": growth,
             "unit": "x",
             "bound": REPLAY_GROWTH,
@@ -216,9 +217,8 @@ def memory() -> list[Row]:
 def settled_rss() -> int:
     """Returns the resident set of this process, garbage collected, in bytes."""
     gc.collect()
-    with open("/proc/self/statm", encoding="ascii") as file:
-        pages = int(file.read().split()[1])
-    return pages * 4096
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()
 
 
 def measured(once: Callable[[], float], *, repetitions: int = REPETITIONS) -> dict[str, Any]:
