@@ -16,6 +16,8 @@ from entries import sum_of, total
 from prometheus_server import PrometheusServer
 from ranks import RANKS, STEPS, Ranks, address, running, scrape
 
+from memtrace.exporters.table import Scale
+
 ENGINES = {"fsdp2": "FSDP2", "zero-1": "DeepSpeed", "zero-2": "DeepSpeed", "zero-3": "DeepSpeed ZeRO-3"}
 
 
@@ -110,7 +112,8 @@ def test_show_puts_the_ranks_side_by_side(runs):
     assert header.split()[-5:] == ["rank", "0", "rank", "1", "spread"]
     (line,) = (line for line in shown.splitlines() if line.startswith("total"))
     sizes = [sum_of(moment_of(runs["ranks"], "zero-2", rank)) for rank in range(RANKS)]
-    assert line.split()[1:4] == [f"{size / 2**20:.2f}" for size in (*sizes, abs(sizes[0] - sizes[1]))]
+    scale = Scale(max(sizes))
+    assert line.split()[1:4] == [scale.cell(size).plain for size in (*sizes, abs(sizes[0] - sizes[1]))]
 
 
 @pytest.fixture(scope="module")
