@@ -19,7 +19,7 @@ TEST_ENV := KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-plan test grafana-render test-long lint format venv debian-test constraints clean
+.PHONY: help demo bench bench-gpu bench-plan test grafana-render test-long lint format venv debian-test constraints clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,10 +32,14 @@ demo: venv ## fine-tune a small real model on this machine and show what its mem
 bench: venv ## what a training step costs with memtrace and with its neighbours; a quiet machine, about 10 minutes
 	@kept=0; for workload in tiny llama minilm; do \
 		$(TEST_ENV) $(BIN)/python -m benchmarks.overhead $$workload || kept=1; \
-	done; exit $$kept
+	done; \
+	$(TEST_ENV) $(BIN)/python -m benchmarks.costs || kept=1; exit $$kept
 
 bench-plan: venv ## how long simulated plans take, beside torch's MemTracker; a quiet machine, two minutes
 	$(TEST_ENV) $(BIN)/python -m benchmarks.plan
+
+bench-gpu: venv ## the same for Llama with a billion parameters in bfloat16, on a CUDA device with 80 GB
+	$(TEST_ENV) $(BIN)/python -m benchmarks.overhead llama1b
 
 test: venv debian-test grafana-render lint ## linters, types, layers and all tests but the long ones and those for a GPU
 	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist loadfile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,15 @@ class Lane:
     variant: Variant
     training: Training
     watch: Watch
+    settle: Callable[[], None]
+    """Waits until the device has done what it was given: the time of a step is what its kernels take."""
     left_at: float
 
     def run(self, steps: int) -> Block:
         """Runs a block of steps and returns what it took."""
         seconds, traced = [], []
         variant, training, watch = self.variant, self.training, self.watch
+        settle = self.settle
         step, around_step, clock = training.step, variant.around_step, time.perf_counter
         watch.resume(clock() - self.left_at)
         begin = clock()
@@ -41,6 +44,7 @@ class Lane:
                 before, began = watch.traced_steps(), clock()
                 with around_step(training):
                     step()
+                settle()
                 seconds.append(clock() - began)
                 traced.append(watch.traced_steps() > before)
             stopping = clock()
@@ -62,12 +66,14 @@ def interleave(
     """
     found: dict[str, dict[int, Block]] = {variant.name: {} for variant in variants}
     draw = random.Random(0)
+    settle = torch.cuda.synchronize if device.type == "cuda" else _done
     with ExitStack() as stack:
         lanes = []
         for variant in variants:
             training = workload.build(device)
             watch = stack.enter_context(variant.attach(training, directory / variant.name))
-            lanes.append(Lane(variant=variant, training=training, watch=watch, left_at=time.perf_counter()))
+            now = time.perf_counter()
+            lanes.append(Lane(variant=variant, training=training, watch=watch, settle=settle, left_at=now))
         # The last ones first: who is first to trace waits for torch's profiler to load, and memtrace with its default
         # settings would save for that for a thousand steps.
         for lane in reversed(lanes):
@@ -80,3 +86,7 @@ def interleave(
                 found[lane.variant.name][number] = lane.run(workload.block)
             number += 1
     return found
+
+
+def _done() -> None:
+    """A CPU has done what it was given."""

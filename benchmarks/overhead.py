@@ -45,9 +45,11 @@ def result(workload: Workload, variants: list[Variant], blocks: Blocks) -> dict[
     for variant in variants:
         if variant is not NOTHING:
             ratio = compare(blocks[variant.name], nothing)
-            rows.append({"variant": variant.name, **asdict(ratio), "bound": BOUNDS.get((workload.name, variant.name))})
+            bound = BOUNDS.get((workload.name, variant.name))
+            rows.append({"variant": variant.name, "title": variant.title, **asdict(ratio), "bound": bound})
     return {
         "workload": workload.name,
+        "title": workload.title,
         "block_steps": workload.block,
         "step_seconds": median(block.step_seconds for block in nothing.values()),
         "ratios": rows,
@@ -81,8 +83,10 @@ def main() -> int:
     torch.set_num_threads(1)
     names = [variant.name for variant in VARIANTS] if options.variants is None else options.variants.split(",")
     variants = [variant for variant in VARIANTS if variant is NOTHING or variant.name in names]
-    device = torch.device("cpu")
     workload = WORKLOADS[options.workload]
+    device = torch.device(workload.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"{workload.name} needs a CUDA device, and torch sees none here: `make bench` runs on a CPU")
     found = measure(workload, variants, device=device, seconds=options.seconds)
     show(found)
     print(write(f"overhead-{workload.name}", found, environment(device), options.results))

@@ -35,6 +35,8 @@ class Workload:
     """Steps that a variant takes before the next one has its turn: about 20 ms or one step."""
     warm_up: int
     """Steps before measuring, the first traced one among them."""
+    device: str = "cpu"
+    """Type of the device that it is made for."""
 
 
 def tiny(device: torch.device) -> Training:
@@ -69,6 +71,34 @@ def llama(device: torch.device) -> Training:
         use_cache=False,
     )
     return language_model(LlamaForCausalLM(config).to(device), tokens=(2, 256))
+
+
+def llama_1b(device: torch.device) -> Training:
+    """Llama with a billion parameters, weights, gradients and AdamW's state in bfloat16, 2 x 1024 tokens.
+
+    Takes 8 GB and its activations; each variant has one of its own, which fits a device of 80 GB.
+    """
+    return bf16_llama(device, layers=16, width=2048, vocabulary=32_000, tokens=(2, 1024))
+
+
+def bf16_llama(device: torch.device, *, layers: int, width: int, vocabulary: int, tokens: tuple[int, int]) -> Training:
+    """Llama in the proportions of Llama 3.2 1B, in bfloat16, built where it is trained."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=max(width // 256, 1),
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    with device:
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    return language_model(model, tokens=tokens)
 
 
 def language_model(model: nn.Module, *, tokens: tuple[int, int]) -> Training:
@@ -149,5 +179,8 @@ WORKLOADS = {
         Workload(name="tiny", title="tiny perceptron", build=tiny, block=100, warm_up=50),
         Workload(name="llama", title="Llama, 8 layers", build=llama, block=1, warm_up=3),
         Workload(name="minilm", title="MiniLM fine-tune", build=minilm, block=1, warm_up=3),
+        Workload(
+            name="llama1b", title="Llama, 1B parameters, bfloat16", build=llama_1b, block=1, warm_up=3, device="cuda"
+        ),
     )
 }
