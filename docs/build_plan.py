@@ -44,6 +44,29 @@ in. By formula it needs a parameter count and answers at once, without loading t
   `--activation-bytes`. Without either they are not counted, and a plan never says that it fits.
 * Every plan ends with what it assumes.
 
+## From the model itself
+
+`--config` takes a config.json, a directory that has one, or a name on the hub, and simulates the step instead of
+multiplying: two steps of the model's own code, optimizer included, run on tensors that have shapes and no memory. Their
+allocations are replayed as those of a live step are, and once more through a model of CUDA's caching allocator.
+
+    memtrace plan --config ./Llama-3-8B --seq-len 2048 --recipe bf16-master --device H100-80GB --what-if --by-module
+
+* Batch: `--batch-size`, `--seq-len` (`--image-size` for images), `--accumulation-steps`. Model: `--attn`, `--dtype`,
+  `--gradient-checkpointing`, `--lora-rank`. `--fused-optimizer` takes torch's fused step, which has no temporaries.
+* `reserved by the allocator` is what the model of the allocator holds at the end. `--kernels cpu` plans for a CPU, as
+  [the comparison with the live tracer](accuracy.md) does.
+* `--find-max batch-size` or `seq-len` searches the largest that surely fits the device: some twenty simulations.
+* `--by-module` lists which modules made the activations that are held at the end of the forward pass.
+* `--zero`, `--fsdp`, `--ddp` with `--world-size` plan one rank; `--deepspeed FILE` reads the settings of a DeepSpeed
+  configuration. [engines.md](engines.md) holds such plans against runs on two processes.
+* A model that is not in transformers: `memtrace.plan(make_model, make_batch, recipe=..., optimizer=...)` in Python, with
+  any module and any loss.
+* Code that goes through positions one by one (Mamba without its kernels) is refused beyond two million operators.
+
+After the run, or during it, `memtrace compare PLAN.json RUN_DIR` says how far each category was off, where PLAN.json is
+what `--json` wrote; the setting `plan=` exports the same plan as `memtrace_plan_bytes` beside the measured series.
+
 ## Will it fit?
 
 `--device H100-80GB`, `--capacity 24GiB` or `--device local` (asks the driver) adds a verdict:
@@ -94,7 +117,8 @@ buckets. DeepSpeed prints their GiB as GB.
 
 `--what-if` plans again with one thing changed at a time and ranks the changes by the bytes they save at the peak:
 precision, 8-bit and factored optimizers, LoRA, sharding, offloading, and gradient checkpointing where activations are
-known. A saving can be smaller than the part that it removes: then another instant has become the peak.
+known. With `--config` each is simulated, and half the batch accumulated twice, a fused optimizer step, fused attention
+and a loss whose logits are made in parts are among them. A saving can be smaller than the part that it removes: then another instant has become the peak.
 
 ## Devices
 

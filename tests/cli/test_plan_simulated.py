@@ -101,6 +101,12 @@ def test_the_longest_text_ends_with_the_table_of_positions(tmp_path: Path, capsy
     assert found["setup"]["largest_seq_len"] == 128
 
 
+def test_a_text_is_as_long_as_the_model_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --seq-len a model with fewer than 2,048 positions gets texts that fill them."""
+    (tmp_path / "config.json").write_text(json.dumps(GPT2))
+    assert document(capsys, "--config", str(tmp_path))["setup"]["batch"] == "1 x 128"
+
+
 def test_a_search_without_a_device_or_room_is_refused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     """It says what is missing, or that not even one sample fits."""
     status, _, error = run(capsys, "--config", config, "--find-max", "batch-size")
@@ -165,6 +171,7 @@ def test_modules_are_listed_by_what_they_made(config: str, capsys: pytest.Captur
         (["--config", "CONFIG", "--constants", "deepspeed"], "--constants deepspeed is a formula"),
         (["--config", "missing.json"], "missing.json is no configuration"),
         (["--config", "CONFIG", "--batch-size", "0"], "batch size must be 1.."),
+        (["--config", "CONFIG", "--dtype", "float32"], "bf16-master keeps float32 copies of 16-bit weights"),
         (["--config", "CONFIG", "--lora-rank", "0"], "rank of adapters must be 1..4096"),
         (["--config", "CONFIG", "--optimizer", "lbfgs"], "lbfgs cannot be simulated"),
     ],

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _HOLDERS = 12
 """Kinds of modules that are listed one by one."""
 
+_SMALL_SHARE = 0.001
+"""Share of the peak below which entries are joined."""
+
 _VERDICTS = {
     Verdict.FITS: "fits",
     Verdict.UNCERTAIN: "uncertain",
@@ -37,12 +40,17 @@ class Row:
 
 
 def peak_rows(plan: Plan) -> Iterator[Row]:
-    """Yields the entries at the peak, then their total."""
+    """Yields the entries at the peak, then their total; entries that hardly show are one row for each category."""
     peak = plan.moments[Moment.PEAK]
     whole = peak.total_bytes
+    joined: dict[tuple[Category, str], tuple[list[str], int]] = {}
     for key, size in peak.entries.items():
         part = f"{key.component} {key.dtype}".strip()
-        yield Row(category=key.category, part=part, size=size, share=size / whole)
+        row = key.category, part if size >= whole * _SMALL_SHARE else ""
+        parts, before = joined.get(row, ([], 0))
+        joined[row] = [*parts, part], before + size
+    for (category, _), (parts, size) in joined.items():
+        yield Row(category=category, part=", ".join(parts), size=size, share=size / whole)
     yield Row(category=None, part="", size=whole, share=1.0 if whole else 0.0)
 
 

@@ -14,6 +14,9 @@ from memtrace.planning.sharding import Sharding
 if TYPE_CHECKING:
     from memtrace.planning.simulation_request import SimulationRequest
 
+_POSITIONS = 2048
+"""Tokens of a text where nobody says how many."""
+
 _FORMULA_ONLY = (
     "params",
     "trainable_params",
@@ -45,7 +48,12 @@ def add_simulation_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="PATH|NAME", help="a config.json, a directory that has one, or a name on the hub"
     )
     group.add_argument("--batch-size", type=int, metavar="N", help="samples of one micro batch; default 1")
-    group.add_argument("--seq-len", type=int, metavar="N", help="tokens of a sample (samples of a sound); default 2048")
+    group.add_argument(
+        "--seq-len",
+        type=int,
+        metavar="N",
+        help="tokens of a text (samples of a sound); default 2048, or as many as the model has positions for",
+    )
     group.add_argument("--image-size", type=int, metavar="N", help="height and width of images; default: the model's")
     group.add_argument("--gradient-checkpointing", action="store_true", help="recompute layers in the backward pass")
     group.add_argument("--attn", choices=("eager", "sdpa", "flash_attention_2"), help="default: the model's own choice")
@@ -96,12 +104,14 @@ def simulation_of(arguments: argparse.Namespace) -> SimulationRequest:
         from memtrace.planning.configurations import load_configuration  # noqa: PLC0415 - torch and transformers
     except ImportError as error:
         raise PlanError(f"--config needs transformers ({error}): pip install torch-memtrace[transformers]") from error
-    from memtrace.planning.models import BatchSettings, ModelSettings  # noqa: PLC0415
+    from memtrace.planning.models import BatchSettings, ModelSettings, longest_text  # noqa: PLC0415
     from memtrace.planning.simulation_request import SimulationRequest, with_weights  # noqa: PLC0415
     from memtrace.sources.kernels import Target  # noqa: PLC0415
 
     recipe = find_recipe(arguments.recipe)
     configuration = load_configuration(arguments.config)
+    longest = longest_text(configuration)
+    usual = _POSITIONS if longest is None else min(_POSITIONS, longest)
     return SimulationRequest(
         configuration=configuration,
         recipe=recipe if arguments.dtype is None else with_weights(recipe, arguments.dtype),
@@ -113,7 +123,7 @@ def simulation_of(arguments: argparse.Namespace) -> SimulationRequest:
         ),
         batch=BatchSettings(
             samples=1 if arguments.batch_size is None else arguments.batch_size,
-            positions=2048 if arguments.seq_len is None else arguments.seq_len,
+            positions=usual if arguments.seq_len is None else arguments.seq_len,
             image_size=arguments.image_size,
         ),
         accumulation_steps=arguments.accumulation_steps,

@@ -96,10 +96,15 @@ def with_weights(recipe: Recipe, dtype: str) -> Recipe:
     """Returns a recipe with its weights, gradients and uncast products in another type.
 
     Raises:
-        PlanError: the type is no type of weights.
+        PlanError: the type is no type of weights, or as precise as the recipe's master copies.
     """
     if dtype not in DTYPE_BYTES or dtype == "uint8":
         known = ", ".join(name for name in DTYPE_BYTES if name != "uint8")
         raise PlanError(f"dtype must be one of {known}, got {dtype!r}")
+    if recipe.master is not None and DTYPE_BYTES[dtype] >= DTYPE_BYTES[recipe.master]:
+        raise PlanError(
+            f"the recipe {recipe.name} keeps {recipe.master} copies of 16-bit weights: dtype must be bfloat16 or "
+            f"float16, got {dtype!r}; without copies it is the recipe fp32"
+        )
     compute = recipe.compute if recipe.casts else dtype
     return replace(recipe, weights=dtype, gradients=dtype, compute=compute)
