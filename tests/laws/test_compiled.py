@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch._dynamo  # what compiles a model has loaded it before a tracer is attached
+import torch._dynamo.utils  # what compiles a model has loaded it before a tracer is attached
 from torch import nn
 
 from memtrace.categories import Category, Moment
@@ -21,9 +21,16 @@ class Net(nn.Module):
         return self.body(batch) * 2
 
 
-def train(how: str, *, traced: bool) -> tuple[list[float], Tracer | None]:
+def graphs() -> int:
+    """Returns how many graphs were compiled since the last reset."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def train(how: str, *, traced: bool) -> tuple[list[float], list[int], Tracer | None]:
+    """Returns the losses, the graphs compiled up to the end of each step, and the tracer; every other one is traced."""
     torch.manual_seed(0)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters())
     called: nn.Module = model
@@ -31,31 +38,35 @@ def train(how: str, *, traced: bool) -> tuple[list[float], Tracer | None]:
         model.compile()
     elif how == "wrapped":
         called = torch.compile(model)
-    tracer = Tracer(model, optimizer, TracerConfig(strict=True, trace_every=1)) if traced else None
+    tracer = Tracer(model, optimizer, TracerConfig(strict=True, trace_every=2)) if traced else None
     if tracer is not None:
         tracer.attach()
     if how == "after attach":  # any optimizer has loaded the compiler before that
         model.compile()
-    losses = []
-    for _ in range(3):
+    losses, compiled = [], []
+    for _ in range(4):
         loss = called(torch.randn(16, 32)).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        compiled.append(graphs())
     if tracer is not None:
         tracer.detach()
-    return losses, tracer
+    return losses, compiled, tracer
 
 
 @pytest.mark.parametrize("how", ["in place", "wrapped", "after attach"])
 def test_compiled_model_trains_the_same_and_is_seen(how: str) -> None:
-    """Every step is traced, with its activations, and no loss differs in a bit."""
-    bare, _ = train(how, traced=False)
-    losses, tracer = train(how, traced=True)
+    """Traced and counted steps in turn: activations are seen, no loss differs in a bit, no step compiles anew."""
+    bare, _, _ = train(how, traced=False)
+    losses, compiled, tracer = train(how, traced=True)
     assert losses == bare
+    assert compiled[0] > 0
+    assert compiled == compiled[:1] * 4
     assert tracer is not None
-    assert [record.traced for record in tracer.history] == [True] * 3
+    assert {record.traced for record in tracer.history} == {True, False}
     for record in tracer.history:
-        assert record.moments[Moment.FORWARD_END][Category.ACTIVATIONS] > 0
-        assert record.moments[Moment.PEAK].total_bytes == record.moments[Moment.PEAK].allocated_bytes
+        if record.traced:
+            assert record.moments[Moment.FORWARD_END][Category.ACTIVATIONS] > 0
+            assert record.moments[Moment.PEAK].total_bytes == record.moments[Moment.PEAK].allocated_bytes
