@@ -38,11 +38,8 @@ def plan_of_rank(rank: int, recipe: str, settings: dict[str, Any]) -> Plan:
     )
 
 
-def check_plan(planned: Plan, run: dict[str, Any]) -> float:
-    """Compares a plan with a run; returns planned over measured peak, minus 1.
-
-    Every entry of the categories that outlive a step is equal to the byte, at three moments of the first traced step.
-    """
+def check_lasting(planned: Plan, run: dict[str, Any]) -> None:
+    """Every entry of the categories that outlive a step is equal to the byte, at three moments of a traced step."""
     measured = next(traced(run))["moments"]
     # FSDP2's buffers live for a part of a step, and on gloo's threads now and then a little longer.
     passing = {Category.COMM_BUFFERS} if run.get("engines") == ["FSDP2"] else set()
@@ -51,15 +48,15 @@ def check_plan(planned: Plan, run: dict[str, Any]) -> float:
         wanted = {tuple(key): size for *key, size in measured[moment]["entries"] if key[0] in lasting}
         found = {tuple(key): size for key, size in planned.moments[moment].entries.items() if key[0] in lasting}
         assert found == wanted, moment
-    error = planned.total_bytes / least_peak(run) - 1
-    assert abs(error) <= BOUND
-    return error
 
 
-def least_peak(run: dict[str, Any]) -> int:
-    """Returns the smallest of the peaks that a rank measured: gloo's threads drop some buffers late, now and then."""
-    peaks = [record["moments"]["peak"]["allocated_bytes"] for record in traced(run) if record["step"] > 1]
-    return min(run["plain_peak"], *peaks)
+def least_peak(runs: list[dict[str, Any]]) -> int:
+    """Returns the smallest of the peaks that the ranks measured, in steps with and without memtrace.
+
+    Gloo's threads drop some buffers late, now and then, which adds up to 6 %; ranks differ by padding, 0.1 %.
+    """
+    peaks = [run["plain_peak"] for run in runs]
+    return min(peaks + [step["moments"]["peak"]["allocated_bytes"] for run in runs for step in traced(run)])
 
 
 def plan_rows(runs: list[dict[str, Any]], plans: dict[str, tuple[str, str, dict[str, Any]]]) -> list[list[str]]:
@@ -71,8 +68,12 @@ def plan_rows(runs: list[dict[str, Any]], plans: dict[str, tuple[str, str, dict[
     """
     rows = []
     for variant, (label, recipe, settings) in plans.items():
+        measured = [ranks[variant] for ranks in runs]
         planned = [plan_of_rank(rank, recipe, settings) for rank in range(RANKS)]
-        errors = [check_plan(planned[rank], runs[rank][variant]) for rank in range(RANKS)]
+        for rank in range(RANKS):
+            check_lasting(planned[rank], measured[rank])
+        errors = [made.total_bytes / least_peak(measured) - 1 for made in planned]
+        assert max(map(abs, errors)) <= BOUND, (variant, errors)
         rows.append([label, f"{planned[0].total_bytes:,}", *(f"{error:+.2%}" for error in errors)])
     return rows
 

@@ -69,6 +69,7 @@ class Fetching:
         held: the parameters of each module, without those of its children; what modules take of others is added.
         settings: thresholds.
         world_size: ranks.
+        on_gloo: whether gathers go through a copy, as gloo's do.
         note: is told of each flat tensor of a gather, with None, and of gathered weights, with their parameter.
     """
 
@@ -77,9 +78,11 @@ class Fetching:
         held: Mapping[nn.Module, list[ShardedParameter]],
         settings: Zero3Settings,
         world_size: int,
+        on_gloo: bool,
         note: Callable[[torch.Tensor, ShardedParameter | None], None],
     ) -> None:
-        self._held, self._settings, self._world_size, self._note = held, settings, world_size, note
+        self._held, self._settings, self._world_size = held, settings, world_size
+        self._on_gloo, self._note = on_gloo, note
         self._trace = _Trace.NONE
         self._modules: list[nn.Module] = []
         self._queue: deque[tuple[ShardedParameter, int]] = deque()
@@ -208,7 +211,10 @@ class Fetching:
 
     def _buffer(self, parameters: Sequence[ShardedParameter]) -> torch.Tensor:
         elements = sum(known.share for known in parameters) * self._world_size
-        return torch.empty(elements, dtype=parameters[0].parameter.dtype, device=DEVICE)
+        gathered = torch.empty(elements, dtype=parameters[0].parameter.dtype, device=DEVICE)
+        if self._on_gloo:
+            torch.empty_like(gathered)
+        return gathered
 
     def _fill(self, known: ShardedParameter, tensor: torch.Tensor | None) -> None:
         assert tensor is not None

@@ -55,7 +55,7 @@ class Zero3Updates(ShardedUpdates):
             module: [self._known[parameter] for parameter in module.parameters(recurse=False)]
             for module in model.modules()
         }
-        self.fetching = Fetching(held, sharding.zero3, world, self._note_gather)
+        self.fetching = Fetching(held, sharding.zero3, world, target is Target.CPU, self._note_gather)
         self.fetching.release_all(self._known.values())
         shares = sum(known.share for known in trained)
         self._shards = torch.empty(shares, dtype=dtype, device=DEVICE)

@@ -102,6 +102,14 @@ def _efficient_backward(inputs: Sequence[torch.Tensor]) -> int:
     return batch * heads * rows * 4
 
 
+def _copy_of_output(inputs: Sequence[torch.Tensor]) -> int:
+    """Gloo gathers into a flat tensor of its own.
+
+    Source: torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, `_allgather_base` and `newLikeFlat`.
+    """
+    return inputs[0].numel() * inputs[0].element_size()
+
+
 def _copy_of_input(inputs: Sequence[torch.Tensor]) -> int:
     """Gloo reduces a copy of its input.
 
@@ -111,7 +119,10 @@ def _copy_of_input(inputs: Sequence[torch.Tensor]) -> int:
 
 
 _SCRATCH: Mapping[Target, Mapping[Operator, Callable[[Sequence[torch.Tensor]], int]]] = {
-    Target.CPU: {torch.ops.c10d._reduce_scatter_base_.default: _copy_of_input},
+    Target.CPU: {
+        torch.ops.c10d._allgather_base_.default: _copy_of_output,
+        torch.ops.c10d._reduce_scatter_base_.default: _copy_of_input,
+    },
     Target.CUDA: {
         aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
         aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
