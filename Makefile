@@ -19,10 +19,10 @@ TEST_ENV := KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-gpu bench-plan test grafana-render test-long lint format venv debian-test constraints clean
+.PHONY: help demo bench bench-gpu record-gpu-traces bench-plan test grafana-render test-long lint format venv debian-test constraints clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: venv ## fine-tune a small real model on this machine and show what its memory was for
 	rm -rf $(DEMO_DIR)
@@ -40,6 +40,9 @@ bench-plan: venv ## how long simulated plans take, beside torch's MemTracker; a 
 
 bench-gpu: venv ## the same for Llama with a billion parameters in bfloat16, on a CUDA device with 80 GB
 	$(TEST_ENV) $(BIN)/python -m benchmarks.overhead llama1b
+
+record-gpu-traces: venv ## small traces of a CUDA device's allocator, as fixtures for the tests
+	$(TEST_ENV) $(BIN)/python -m benchmarks.record_gpu_traces
 
 test: venv debian-test grafana-render lint ## linters, types, layers and all tests but the long ones and those for a GPU
 	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist loadfile
