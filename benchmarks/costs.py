@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -36,6 +36,8 @@ REPLAY_GROWTH = 12.0
 """How many times longer ten times the events may take."""
 MEMORY_BYTES = 60_000_000
 REPETITIONS = 7
+STEPS = 10
+"""Steps over which resident memory is looked at."""
 
 Row = dict[str, Any]
 
@@ -80,11 +82,11 @@ def attach() -> list[Row]:
     model = nn.ModuleList(nn.Linear(8, 8) for _ in range(PARAMETERS // 2))
     optimizer = torch.optim.AdamW(model.parameters())
 
-    def once() -> float:
+    def once() -> Times:
         with tempfile.TemporaryDirectory() as directory:
-            begin = time.perf_counter()
+            begin = Times.now()
             with MemoryTracer(model, optimizer, TracerConfig(port=0, log_dir=directory, strict=True)):
-                return time.perf_counter() - begin
+                return Times.since(begin)
 
     once()  # loads what only attaching needs
     fresh = measured(once)
@@ -107,10 +109,10 @@ def replay() -> list[Row]:
     for events in (EVENTS, 10 * EVENTS):
         window, base, journal, marks = traced_step(events)
 
-        def once() -> float:
-            begin = time.perf_counter()
+        def once() -> Times:
+            begin = Times.now()
             replay(window, base, journal).moments(marks)  # noqa: B023
-            return time.perf_counter() - begin
+            return Times.since(begin)
 
         found[events] = measured(once, repetitions=3 if events > EVENTS else REPETITIONS)
     growth = found[10 * EVENTS]["value"] / found[EVENTS]["value"]
@@ -191,40 +193,57 @@ def memory() -> list[Row]:
     """
     workload = WORKLOADS["llama"]
     training = workload.build(torch.device("cpu"))
-    for _ in range(workload.warm_up):
-        training.step()
-    before = settled_rss()
+    before = resident(training.step)
     from memtrace import MemoryTracer, TracerConfig
 
     with tempfile.TemporaryDirectory() as directory:
         config = TracerConfig(port=0, log_dir=directory, strict=True)
         with MemoryTracer(training.model, training.optimizer, config) as tracer:
-            attached = settled_rss()
             while not tracer.snapshot().totals.traced_steps:
                 training.step()
-            traced = settled_rss()
-    return [
-        {"what": "resident memory added by import and attach", "value": attached - before, "unit": "B", "bound": None},
-        {
-            "what": "resident memory added after the first traced step",
-            "value": traced - before,
-            "unit": "B",
-            "bound": MEMORY_BYTES,
-        },
-    ]
+            traced = resident(training.step)
+    added = {"value": traced - before, "unit": "B", "bound": MEMORY_BYTES}
+    return [{"what": "resident memory added, after the first traced step", **added}]
 
 
-def settled_rss() -> int:
-    """Returns the resident set of this process, garbage collected, in bytes."""
-    gc.collect()
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()
+def resident(step: Callable[[], None]) -> int:
+    """Returns the most that is resident after one of some steps, in bytes: what the C library keeps differs."""
+    most = 0
+    for _ in range(STEPS):
+        step()
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        most = max(most, pages * resource.getpagesize())
+    return most
 
 
-def measured(once: Callable[[], float], *, repetitions: int = REPETITIONS) -> dict[str, Any]:
-    """Returns the median of some repetitions, and their range."""
+class Times(NamedTuple):
+    """Seconds of the clock on the wall and of the processor: on a busy machine the first has others' work in it."""
+
+    wall: float
+    processor: float
+
+    @classmethod
+    def now(cls) -> Self:
+        return cls(time.perf_counter(), time.process_time())
+
+    @classmethod
+    def since(cls, begin: Self) -> Self:
+        end = cls.now()
+        return cls(end.wall - begin.wall, end.processor - begin.processor)
+
+
+def measured(once: Callable[[], Times], *, repetitions: int = REPETITIONS) -> dict[str, Any]:
+    """Returns the median of some repetitions, their range, and the median of the processor's time."""
     times = [once() for _ in range(repetitions)]
-    return {"value": median(times), "least": min(times), "most": max(times), "repetitions": repetitions}
+    walls = [found.wall for found in times]
+    return {
+        "value": median(walls),
+        "least": min(walls),
+        "most": max(walls),
+        "processor_seconds": median(found.processor for found in times),
+        "repetitions": repetitions,
+    }
 
 
 MEASUREMENTS: dict[str, Callable[[], list[Row]]] = {"attach": attach, "replay": replay, "memory": memory}
