@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from records import counted_step, steps, traced_step
+from spoiling import holders, json_values, spoilt
 
 from memtrace.breakdown import StepRecord
 from memtrace.categories import Moment
@@ -20,12 +21,6 @@ from memtrace.strict_json import Fields, parse_json
 ordinary = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 many = settings(max_examples=2500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=12,
-)
-
 
 def read(line: str | bytes) -> StepRecord:
     return parse_step(parse_json(line, "steps.jsonl:7"), "steps.jsonl:7")
@@ -35,23 +30,7 @@ def document() -> dict[str, Any]:
     return json.loads(StepEncoder().encode(traced_step()))
 
 
-def holders(value: Any) -> list[Any]:
-    """Returns the value and everything inside it that holds something."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [value, *(holder for item in inside for holder in holders(item))] if value and inside else []
-
-
-@st.composite
-def spoilt_documents(draw: st.DrawFn) -> Any:
-    """Draws the document of a step in which one value, anywhere, is another one or is gone."""
-    spoilt = document()
-    holder = draw(st.sampled_from(holders(spoilt)))
-    place = draw(st.sampled_from(sorted(holder) if isinstance(holder, dict) else range(len(holder))))
-    if draw(st.booleans()):
-        del holder[place]
-    else:
-        holder[place] = draw(json_values)
-    return spoilt
+spoilt_documents = spoilt(st.builds(document))
 
 
 def check_round_trip(records: list[StepRecord]) -> None:
@@ -87,7 +66,7 @@ def test_what_is_written_is_read_back_at_length(records: list[StepRecord]) -> No
     check_round_trip(records)
 
 
-@given(st.text() | st.binary() | json_values.map(json.dumps) | spoilt_documents().map(json.dumps))
+@given(st.text() | st.binary() | json_values.map(json.dumps) | spoilt_documents.map(json.dumps))
 @ordinary
 def test_garbage_is_an_error_with_a_message(line: str | bytes) -> None:
     """A line that is not a step, or is one with a wrong value, raises LogFormatError and nothing else."""
@@ -95,7 +74,7 @@ def test_garbage_is_an_error_with_a_message(line: str | bytes) -> None:
 
 
 @pytest.mark.long
-@given(st.text() | st.binary() | json_values.map(json.dumps) | spoilt_documents().map(json.dumps))
+@given(st.text() | st.binary() | json_values.map(json.dumps) | spoilt_documents.map(json.dumps))
 @many
 def test_garbage_is_an_error_with_a_message_at_length(line: str | bytes) -> None:
     """The same, more often."""

@@ -96,11 +96,13 @@ def segments() -> object:
 def parse_counters(stats: Mapping[str, Any]) -> AllocatorReading | None:
     """Returns the counters in `torch.cuda.memory.memory_stats_as_nested_dict()`; None where the basic ones are absent.
 
-    Fields come and go between versions of torch: each one that is absent is None.
+    Fields come and go between versions of torch: each one that is absent, or has another form, is None.
     """
 
     def current(group: str, value: str = "current") -> int | None:
-        found = stats.get(group, {}).get("all", {}).get(value)
+        found: object = stats
+        for name in (group, "all", value):
+            found = found.get(name) if isinstance(found, Mapping) else None
         return found if isinstance(found, int) else None
 
     def plain(name: str) -> int | None:
@@ -179,13 +181,14 @@ def live_blocks(segments: object, device_index: int) -> Iterator[Block]:
     for segment in segments if isinstance(segments, Sequence) else ():
         if not isinstance(segment, Mapping) or segment.get("device", device_index) != device_index:
             continue
-        address = segment.get("address", 0)
-        for block in segment.get("blocks", ()):
+        address, blocks = segment.get("address", 0), segment.get("blocks")
+        for block in blocks if isinstance(blocks, Sequence) else ():
             if not isinstance(block, Mapping):
                 continue
-            size = block.get("size", 0)
-            at = block.get("address", address)
-            if block.get("state") in _LIVE_STATES and isinstance(at, int):
-                yield Block(at, block.get("requested_size", size))
-            if isinstance(at, int) and isinstance(size, int):
-                address = at + size
+            size, at, state = block.get("size", 0), block.get("address", address), block.get("state")
+            if not (isinstance(size, int) and isinstance(at, int)):
+                continue
+            requested = block.get("requested_size", size)
+            if isinstance(state, str) and state in _LIVE_STATES and isinstance(requested, int):
+                yield Block(at, requested)
+            address = at + size
