@@ -32,6 +32,7 @@ from panels import (
     graph,
     number,
     rows,
+    scatter,
     transformation,
     variable,
 )
@@ -82,6 +83,14 @@ def composition(moment: str) -> list[tuple[str, str]]:
         (f"sum({of_fullest(metrics.MEMORY, category=category, moment=moment)}) or {none}", category.value)
         for category in Category
     ]
+
+
+def counted(metric: Metric) -> str:
+    """Returns how often something happened between two points of a graph, on the chosen ranks; a whole number.
+
+    A rate extrapolates, so that one event comes out as a little more or less than one.
+    """
+    return f"sum(round(rate({selected(metric)}[$__rate_interval]) * $__interval_ms / 1000))"
 
 
 def peak_ratio() -> str:
@@ -253,18 +262,14 @@ def forecast() -> Panels:
             },
             lines=["capacity"],
         ),
-        graph(
+        scatter(
             "Peak against tokens",
-            "Peak of a step (left) and tokens of its largest micro batch (right), on the fullest of the chosen ranks: "
-            "what follows the batch moves with it.",
-            [
-                (f"max({of_fullest(metrics.STEP_PEAK)})", "peak of a step"),
-                (f"max({of_fullest(metrics.STEP_PEAK_TOKENS)})", "tokens"),
-            ],
-            unit="bytes",
-            width=THIRD,
-            colours={"peak of a step": PEAK_COLOUR, "tokens": COLOUR_OF[Category.INPUTS]},
-            right={"tokens": "short"},
+            "Each point is a step of the fullest chosen rank: the tokens of its largest micro batch, and its peak. "
+            "Points on a line: the batch decides the peak. Points above it: something else does.",
+            (f"max({of_fullest(metrics.STEP_PEAK_TOKENS)})", "tokens of the largest micro batch"),
+            (f"max({of_fullest(metrics.STEP_PEAK)})", "peak of a step"),
+            units=("short", "bytes"),
+            colour=PEAK_COLOUR,
         ),
         graph(
             "What outlives steps",
@@ -300,11 +305,9 @@ def below_the_tensors() -> Panels:
         ).data_links([dcgm_link()]),
         graph(
             "Retries and failures of the allocator",
-            "Allocations that worked only after the cache was given back, and those that failed.",
-            [
-                (f"sum(increase({metrics.RETRIES.name}{{{SELECTOR}}}[$__rate_interval]))", "retries"),
-                (f"sum(increase({metrics.OOMS.name}{{{SELECTOR}}}[$__rate_interval]))", "out of memory"),
-            ],
+            "Allocations that worked only after the cache was given back, and those that failed; in the time that a "
+            "column stands for, a minute or more.",
+            [(counted(metrics.RETRIES), "retries"), (counted(metrics.OOMS), "out of memory")],
             unit="short",
             width=6,
             colours={"retries": WATCH, "out of memory": ALARM},

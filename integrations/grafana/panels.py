@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-from grafana_foundation_sdk.builders import bargauge, stat, table, timeseries
+from grafana_foundation_sdk.builders import bargauge, stat, table, timeseries, xychart
 from grafana_foundation_sdk.builders import common as shared
 from grafana_foundation_sdk.builders import dashboard as board
 from grafana_foundation_sdk.builders import prometheus as queries
 from grafana_foundation_sdk.models import common as shared_words
 from grafana_foundation_sdk.models import dashboard as words
 from grafana_foundation_sdk.models import prometheus as query_words
+from grafana_foundation_sdk.models import xychart as xy_words
 
 SOURCE = words.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
@@ -22,7 +23,7 @@ CAPACITY_COLOUR, FORECAST_COLOUR, PEAK_COLOUR = "#d8d9da", "#e0a32e", "#5794f2"
 WIDE, HALF, THIRD = 24, 12, 8
 GRAPH_HEIGHT, STAT_HEIGHT = 9, 4
 
-_Panel = TypeVar("_Panel", timeseries.Panel, stat.Panel, bargauge.Panel, table.Panel)
+_Panel = TypeVar("_Panel", timeseries.Panel, stat.Panel, bargauge.Panel, table.Panel, xychart.Panel)
 
 Query = tuple[str, str]
 """An expression and the legend of its series."""
@@ -41,7 +42,6 @@ def graph(
     stacked: bool = False,
     columns: bool = False,
     lines: Iterable[str] = (),
-    right: Mapping[str, str] | None = None,
 ) -> timeseries.Panel:
     """Returns curves over time.
 
@@ -53,9 +53,9 @@ def graph(
         width: of 24 columns.
         colours: by legend; what is not in it gets one of the palette.
         stacked: whether the series add up.
-        columns: whether each point is a column; for what is nearly always 0, which then draws nothing.
+        columns: whether each point is a column, for counts that are nearly always 0, which then draw nothing. A column
+            stands for a minute at least.
         lines: legends that are drawn as a dashed line instead, on top of what is stacked.
-        right: legends with a unit of their own, whose axis is on the right.
     """
     panel = (
         timeseries.Panel()
@@ -81,14 +81,42 @@ def graph(
     if stacked:
         panel = panel.stacking(shared.StackingConfig().mode(shared_words.StackingMode.NORMAL).group("A"))
     if columns:
-        panel = panel.draw_style(shared_words.GraphDrawStyle.BARS).fill_opacity(100)
+        panel = (
+            panel.draw_style(shared_words.GraphDrawStyle.BARS)
+            .fill_opacity(100)
+            .line_width(0)
+            .decimals(0)
+            .interval("1m")
+        )
     for name in lines:
         panel = panel.override_by_name(name, _dashed())
-    for name, own in (right or {}).items():
-        panel = panel.override_by_name(name, [_setting("unit", own), _setting("custom.axisPlacement", "right")])
     for name, colour in (colours or {}).items():
         panel = panel.override_by_name(name, [_fixed(colour)])
     return _finish(panel, title, description, targets, width=width, height=GRAPH_HEIGHT)
+
+
+def scatter(title: str, description: str, x: Query, y: Query, *, units: tuple[str, str], colour: str) -> xychart.Panel:
+    """Returns one point for each moment at which both queries have a value; their legends name the axes."""
+    series = (
+        xychart.XYSeriesConfig()
+        .frame(xychart.XychartXYSeriesConfigFrame().matcher(xychart.MatcherConfig().id("byIndex").options(0)))
+        .x(xychart.XychartXYSeriesConfigX().matcher(xychart.MatcherConfig().id("byName").options(x[1])))
+        .y(xychart.XychartXYSeriesConfigY().matcher(xychart.MatcherConfig().id("byName").options(y[1])))
+    )
+    panel = (
+        xychart.Panel()
+        .show(xy_words.XYShowMode.POINTS)
+        .mapping(xy_words.SeriesMapping.MANUAL)
+        .series([series])
+        .legend(shared.VizLegendOptions().show_legend(False))
+        .tooltip(shared.VizTooltipOptions().mode(shared_words.TooltipDisplayMode.SINGLE))
+        .with_transformation(transformation("joinByField", byField="Time", mode="inner"))
+    )
+    for (_, name), unit in zip((x, y), units, strict=True):
+        panel = panel.override_by_name(
+            name, [_setting("unit", unit), _setting("custom.axisLabel", name), _fixed(colour)]
+        )
+    return _finish(panel.unit(units[1]), title, description, [x, y], width=THIRD, height=GRAPH_HEIGHT)
 
 
 def number(

@@ -2,7 +2,8 @@
 
 The steps are those of `tests/fixtures/runs/llama-dynamic-batch-size.jsonl`, a fine-tune on the CPU. To look as on a
 GPU, their sizes are multiplied by `SCALE`, and readings of an allocator and a device of 80 GiB are made to fit them.
-Each rank begins elsewhere in the run. What is exported is written by memtrace's own exporter.
+Each rank begins elsewhere in the run, and on rank 1 an allocation fails after two thirds of it. What is exported is
+written by memtrace's own exporter; the alert of that failure is as Prometheus would have kept it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ SCALE = 768
 GIB = 2**30
 TOTAL = 80 * GIB
 INTERVAL = 15.0
+ALERT = 'alertname="MemtraceOutOfMemory",alertstate="firing",severity="critical"'
+ALERT_STEPS = 40  # the ten minutes that the rule looks back
 LARGEST = LargestBatch(tokens=1100, positions=512, source=ShapeSource.DATASET)
 
 
@@ -49,7 +52,11 @@ def snapshots(rank: int, world_size: int, steps: int, end: float) -> Iterator[Sn
         reserved = max(reserved, round(peak * 1.06))
         step = _on_gpu(record, number, identity, reserved, end - INTERVAL * (steps - number))
         totals = Totals(
-            steps=number * 40, traced_steps=number, self_seconds=0.004 * INTERVAL * number, retries=number // 90
+            steps=number * 40,
+            traced_steps=number,
+            self_seconds=0.004 * INTERVAL * number,
+            retries=number // 90,
+            ooms=int(rank == 1 and number > steps * 2 // 3),
         )
         snapshot = Snapshot(
             identity=identity,
@@ -68,6 +75,9 @@ def open_metrics(ranks: int, steps: int, end: float, job: str = "training") -> I
         target = f'job="{job}",instance="gpu-node-{rank // 8}:{16368 + rank % 8}"'
         for snapshot in snapshots(rank, ranks, steps, end):
             assert snapshot.latest is not None
+            if snapshot.totals.ooms and snapshot.totals.traced_steps <= steps * 2 // 3 + ALERT_STEPS:
+                run = f'{target},run="{snapshot.identity.run_name}",rank="{rank}"'
+                yield f"ALERTS{{{ALERT},{run}}} 1 {snapshot.latest.unix_seconds:.3f}"
             for line in render_text(snapshot).splitlines():
                 if not line.startswith("#"):
                     series, value = line.rsplit(" ", 1)

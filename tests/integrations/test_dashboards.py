@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,12 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from browser import files, page
 from promql import ROOT, unknown
 from recorded import backfill
-from servers import prometheus
+from servers import ask, prometheus
 
 from memtrace.categories import COLOURS, Category
 
@@ -26,6 +28,7 @@ DRAWN = """() => {
     const { panels, drawn, errors } = memtraceReport;
     return panels ? drawn >= panels : errors.length;
 }"""
+Drawing = tuple[list[str], dict[str, int]]
 NAMES = [path.stem for path in SHIPPED]
 
 
@@ -103,11 +106,47 @@ def test_stack_has_the_order_and_colours_of_the_vocabulary() -> None:
     assert {category: colours[category] for category in Category} == dict(COLOURS)
 
 
+def panel_of_run(title: str) -> dict[str, Any]:
+    return next(panel for panel in panels(GRAFANA / "dashboards" / "memtrace-run.json") if panel["title"] == title)
+
+
+def test_a_click_on_the_device_leads_to_the_series_of_dcgm_exporter() -> None:
+    """The link asks for the device by its UUID, which every series of the panel has as a label."""
+    device = panel_of_run("The device")
+    (link,) = device["fieldConfig"]["defaults"]["links"]
+    address = urlsplit(link["url"])
+    (pane,) = json.loads(parse_qs(address.query)["panes"][0]).values()
+    (query,) = pane["queries"]
+    assert address.path == "/explore"
+    assert query["expr"] == 'DCGM_FI_DEV_FB_USED{UUID="${__field.labels.gpu_uuid}"}'
+    assert all(target["expr"].startswith("max by (gpu_uuid) ") for target in device["targets"])
+
+
+def test_failures_are_whole_counts(history: str) -> None:
+    """Three retries of each rank and the one failure are counted once each, in columns of a minute."""
+    panel = panel_of_run("Retries and failures of the allocator")
+    assert panel["interval"] == "1m"
+    counts, now = [], time.time()
+    for target in panel["targets"]:
+        expression = target["expr"].replace("$__rate_interval", "75s").replace("$__interval_ms", "60000")
+        expression = re.sub(r"\$\w+", ".+", expression)
+        (series,) = ask(history, "query_range", query=expression, start=f"{now - 3540}", end=f"{now}", step="60")[
+            "result"
+        ]
+        counts.append([float(value) for _, value in series["values"]])
+    assert all(value == int(value) for found in counts for value in found)
+    assert [sum(found) for found in counts] == [8, 1]
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
 def test_dashboard_is_drawn(path: Path, history: str, tmp_path: Path) -> None:
-    """In Chromium no query fails, no variable stays, no panel is empty, no panel type is unknown."""
-    errors = draw(path, history, tmp_path / f"{path.stem}.png")
+    """In Chromium no query fails, no variable stays, no panel is empty, no panel type is unknown.
+
+    The annotations mark the failed allocation and the alert that the recorded run holds.
+    """
+    errors, marks = draw(path, history, tmp_path / f"{path.stem}.png")
     assert errors == []
+    assert marks == {"Out of memory": 1, "Alerts": 1}
     assert (tmp_path / f"{path.stem}.png").stat().st_size > 30_000
 
 
@@ -127,17 +166,24 @@ def test_what_is_wrong_is_found(change: dict[str, Any], message: str, history: s
     next(panel for panel in broken["panels"] if panel["type"] == "timeseries").update(change)
     path = tmp_path / "broken.json"
     path.write_text(json.dumps(broken))
-    assert any(message in error for error in draw(path, history, tmp_path / "broken.png"))
+    errors, _ = draw(path, history, tmp_path / "broken.png")
+    assert any(message in error for error in errors)
 
 
 def test_several_ranks_can_be_chosen(history: str, tmp_path: Path) -> None:
     """A variable with several values becomes an alternation, and the dashboard is drawn for those."""
-    errors = draw(SHIPPED[0], history, tmp_path / "two.png", "&var-rank=1&var-rank=3")
+    errors, _ = draw(SHIPPED[0], history, tmp_path / "two.png", "&var-rank=1&var-rank=3")
     assert errors == []
 
 
-def draw(path: Path, prometheus_url: str, picture: Path, parameters: str = "") -> list[str]:
-    """Draws a dashboard, keeps its picture, and returns all that was wrong."""
+def test_annotations_follow_the_choice(history: str, tmp_path: Path) -> None:
+    """A failed allocation of another rank is no mark on the chosen ones."""
+    _, marks = draw(SHIPPED[0], history, tmp_path / "other.png", "&var-rank=3")
+    assert marks["Out of memory"] == 0
+
+
+def draw(path: Path, prometheus_url: str, picture: Path, parameters: str = "") -> Drawing:
+    """Draws a dashboard, keeps its picture, and returns all that was wrong and how much each annotation marks."""
     assert BUNDLE.is_dir(), "run `make grafana-render` first: it builds the page that draws dashboards"
     site = picture.with_suffix("")
     shutil.copytree(BUNDLE, site)
@@ -150,4 +196,5 @@ def draw(path: Path, prometheus_url: str, picture: Path, parameters: str = "") -
         report = opened.evaluate("() => memtraceReport")
     assert report["panels"]
     fonts = "/public/fonts/"  # of Grafana's server; its library does not ship them
-    return [*report["errors"], *(text for text in wrong if fonts not in text)]
+    errors = [*report["errors"], *(text for text in wrong if fonts not in text)]
+    return errors, report["annotations"]

@@ -30,7 +30,7 @@ const STANDARD: Array<[string, any]> = [
   ['filterable', identityOverrideProcessor],
 ];
 
-/** Settings of a time series panel's fields, with the application's defaults. */
+/** Settings of the fields of time series and XY charts, with the application's defaults. */
 const SERIES: Record<string, unknown> = {
   drawStyle: 'line',
   lineInterpolation: 'linear',
@@ -74,7 +74,7 @@ const registry = new FieldConfigOptionsRegistry(() => [
 export function applyFields(frames: DataFrame[], panel: any, theme: GrafanaTheme2): DataFrame[] {
   const settings = structuredClone(panel.fieldConfig ?? { defaults: {} });
   settings.overrides ??= [];
-  const series = panel.type === 'timeseries';
+  const series = ['timeseries', 'xychart'].includes(panel.type);
   settings.defaults.custom = series ? { ...SERIES, ...settings.defaults.custom } : (settings.defaults.custom ?? {});
   settings.defaults.color ??= { mode: series ? 'palette-classic' : 'thresholds' };
   return applyFieldOverrides({

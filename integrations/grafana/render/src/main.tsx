@@ -20,9 +20,9 @@ async function main(): Promise<void> {
   const values = await resolve(dashboard.templating?.list ?? [], given, prometheus);
   const context: Context = { prometheus, range: rangeUtil.convertRawToRange(raw as any), values };
   for (const annotation of dashboard.annotations?.list ?? []) {
-    await runTarget({ expr: annotation.expr }, 100, context).catch((error) =>
-      wrong(`annotation "${annotation.name}": ${error.message}`)
-    );
+    await runTarget({ expr: annotation.expr }, PAGE_WIDTH, context)
+      .then((marks) => (report.annotations[annotation.name] = marks.length))
+      .catch((error) => wrong(`annotation "${annotation.name}": ${error.message}`));
   }
   const panels = dashboard.panels.flatMap((panel: any) => [panel, ...(panel.panels ?? [])]);
   report.panels = panels.filter((panel: any) => panel.type !== 'row').length;

@@ -4,10 +4,11 @@ import { BarGauge, BigValue, PanelChrome, Table, TimeSeries, VizRepeater } from 
 import { useEffect, useState } from 'react';
 import { lastValueFrom } from 'rxjs';
 import { applyFields } from './fields';
+import { Scatter } from './scatter';
 import { runTarget, type Context } from './prometheus';
 import { report, wrong } from './report';
 
-interface DrawProps {
+export interface DrawProps {
   panel: any;
   frames: DataFrame[];
   width: number;
@@ -68,6 +69,7 @@ const DRAW: Record<string, (props: DrawProps) => JSX.Element> = {
       )}
     />
   ),
+  xychart: (props) => <Scatter {...props} />,
   table: ({ frames, width, height }) => <Table data={frames[0]} width={width} height={height} />,
 };
 
@@ -108,7 +110,7 @@ async function load(panel: any, width: number, context: Context, theme: GrafanaT
   const named = targets.map((target: any) =>
     target.format === 'table' && targets.length > 1 ? { ...target, valueName: `Value #${target.refId}` } : target
   );
-  let frames = (await Promise.all(named.map((target: any) => runTarget(target, width, context)))).flat();
+  let frames = (await Promise.all(named.map((target: any) => runTarget(target, width, context, panel.interval)))).flat();
   if (panel.transformations?.length) {
     frames = await lastValueFrom(transformDataFrame(panel.transformations, frames));
   }

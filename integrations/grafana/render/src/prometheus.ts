@@ -1,5 +1,5 @@
 // Queries: from a panel's targets to data frames.
-import { FieldType, toDataFrame, type DataFrame, type TimeRange } from '@grafana/data';
+import { FieldType, rangeUtil, toDataFrame, type DataFrame, type TimeRange } from '@grafana/data';
 import { interpolate, type Values } from './variables';
 
 export interface Context {
@@ -8,13 +8,18 @@ export interface Context {
   values: Values;
 }
 
-export async function runTarget(target: any, points: number, context: Context): Promise<DataFrame[]> {
+const SCRAPE_SECONDS = 15;
+
+/** Runs a target with the built-in variables that Grafana would set; `least` is the panel's own interval. */
+export async function runTarget(target: any, points: number, context: Context, least?: string): Promise<DataFrame[]> {
   const from = Number(context.range.from) / 1000;
   const to = Number(context.range.to) / 1000;
-  const step = Math.max(15, Math.ceil((to - from) / points));
+  const shortest = least ? rangeUtil.intervalToSeconds(least) : SCRAPE_SECONDS;
+  const step = Math.max(shortest, Math.ceil((to - from) / points));
   const builtIn: Values = {
     __interval: [`${step}s`],
-    __rate_interval: [`${step * 4}s`],
+    __interval_ms: [`${step * 1000}`],
+    __rate_interval: [`${Math.max(step + SCRAPE_SECONDS, 4 * SCRAPE_SECONDS)}s`],
     __range: [`${Math.round(to - from)}s`],
   };
   const expression = interpolate(target.expr, { ...builtIn, ...context.values });

@@ -3,10 +3,12 @@
 export interface Report {
   panels: number;
   drawn: number;
+  /** How many series the query of each annotation found. */
+  annotations: Record<string, number>;
   errors: string[];
 }
 
-export const report: Report = { panels: 0, drawn: 0, errors: [] };
+export const report: Report = { panels: 0, drawn: 0, annotations: {}, errors: [] };
 (window as any).memtraceReport = report;
 
 export function wrong(text: string): void {
