@@ -153,3 +153,48 @@ def test_same_picture_is_no_news() -> None:
     assert not picture_changed(record(3, traced=False, state=GIB + GIB // 200, high_water=GIB + GIB // 200), traced)
     assert picture_changed(record(3, traced=False, state=GIB + GIB // 50), traced)
     assert picture_changed(record(3, traced=False, high_water=GIB + GIB // 50), traced)
+
+
+def recorded(
+    seconds: float, cost: float, *, budget: float = 0.005, longest: int = 10**6, steps: int = 20_000
+) -> list[int]:
+    """Returns which of equal steps have a record, where that costs so much and passing over costs nothing."""
+    schedule = budgeted(budget, longest)
+    numbers, left = [], 0
+    for step in range(1, steps + 1):
+        if left:
+            left -= 1
+            continue
+        traced = schedule.wants(step, has_state=True, tokens=100)
+        schedule.ended(record(step, traced=traced, now=step * seconds, seconds=seconds, cost=cost))
+        numbers.append(step)
+        left = schedule.steps_to_pass()
+    return numbers
+
+
+def test_an_ordinary_step_always_has_a_record() -> None:
+    """As long as records alone stay within the budget: 0.2 ms of 50 ms."""
+    assert recorded(0.05, 0.0002, steps=2000) == list(range(1, 2001))
+
+
+def test_records_of_short_steps_take_half_of_the_budget() -> None:
+    """0.1 ms a record, steps of 0.5 ms: one in 80, after those at the beginning."""
+    numbers = recorded(0.0005, 0.0001)
+    assert numbers[:32] == list(range(1, 33))
+    assert {later - earlier for earlier, later in pairwise(numbers[31:])} <= {80, 81}, "the clock is a float"
+
+
+def test_there_is_a_record_every_second_and_for_every_due_trace() -> None:
+    """However dear a record is."""
+    numbers = recorded(0.001, 0.1, budget=0.0)
+    assert {later - earlier for earlier, later in pairwise(numbers[31:])} == {1000}
+    numbers = recorded(0.001, 0.1, budget=0.0, longest=64, steps=1000)
+    assert numbers[32:] == [65, *range(129, 1000, 64)]
+
+
+def test_a_batch_larger_than_any_with_a_record_is_told() -> None:
+    """So that it is not passed over."""
+    schedule = budgeted()
+    schedule.ended(record(1, traced=False, tokens=100))
+    assert schedule.is_larger(101)
+    assert not schedule.is_larger(100)

@@ -163,7 +163,7 @@ class StepRecord:
     unix_seconds: float
     """When the step ended, seconds since 1970."""
     self_seconds: float
-    """Time that memtrace itself took on the training thread in this step."""
+    """Time that memtrace itself took on the training thread since the record before."""
     step_seconds: float | None = None
     """Wall time from the beginning of the step to its end."""
     batch: BatchShape | None = None

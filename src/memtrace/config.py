@@ -59,14 +59,17 @@ class TracerConfig:
     """Name of the run in metrics and logs. None means Trainer's run name, else the name of the script."""
     trace_every: int | None = None
     """Traces every so many steps, besides the first one that has optimizer state. 0 traces only that first one and
-    those asked for by `trace_next()`; 1 traces every step. None lets `overhead_budget` decide."""
+    those asked for by `trace_next()`; 1 traces every step. None lets `overhead_budget` decide. With a number
+    every step has a record, however short it is."""
     trace_activations: bool = True
     """Whether traced steps follow what autograd saves for the backward pass. False is for models that use
     `torch.func.grad` and its kind, which torch forbids beside hooks on saved tensors: activations are then temporaries
     of the forward phase, and all else is as exact as ever."""
     overhead_budget: float = 0.005
     """Share of wall time that memtrace may take: traced steps are spaced so that it is kept, counting what memtrace
-    does itself and what a traced step takes longer than its neighbours. 0.005 is half a percent."""
+    does itself and what a traced step takes longer than its neighbours. 0.005 is half a percent. Where even counting a
+    step takes more than that (steps of less than some 40 ms), not every step has a record: `sampling.TraceSchedule`
+    says which."""
     max_trace_interval: int = 1000
     """Steps after which a step is traced whatever it costs, where `overhead_budget` decides."""
     device_limit_bytes: int | None = None

@@ -13,6 +13,7 @@ from memtrace.oom_report import OomReport
 from memtrace.risk import WARN_AT, RiskMonitor, advise
 from memtrace.risk_reading import LargestBatch
 from memtrace.snapshot import RunIdentity, Snapshot
+from memtrace.sources.device_sampler import DeviceSampler
 
 logger = logging.getLogger("memtrace")
 
@@ -45,11 +46,34 @@ class Publication:
         self._listeners: list[Listener] = []
         self._risk = RiskMonitor(largest)
         self._warned = False
+        self._passed = 0
+        """Steps without a record since the last one with one: added when somebody looks, which is not in every step."""
 
     @property
     def snapshot(self) -> Snapshot:
         """The state after the last step; its device reading is the one of that step."""
-        return self._snapshot
+        if not self._passed:
+            return self._snapshot
+        totals = self._snapshot.totals
+        return replace(self._snapshot, totals=replace(totals, steps=totals.steps + self._passed))
+
+    @property
+    def steps(self) -> int:
+        """Steps so far, those without a record included."""
+        return self._snapshot.totals.steps + self._passed
+
+    def pass_over(self) -> None:
+        """Counts a step that has no record."""
+        self._passed += 1
+
+    def snapshot_with(self, sampler: DeviceSampler | None) -> Snapshot:
+        """Returns the state with the newest reading of the device; may be called from any thread."""
+        if sampler is None:
+            return self.snapshot
+        try:
+            return replace(self.snapshot, device_memory=sampler.reading())
+        except RuntimeError:  # a fault of the sampling thread: the end of the next step raises it under the guard
+            return replace(self.snapshot, up=False)
 
     @property
     def history(self) -> tuple[StepRecord, ...]:
@@ -84,9 +108,10 @@ class Publication:
     def publish(self, record: StepRecord) -> None:
         """Takes in a finished step, foresees, warns once in the log of the run when the risk is high, and tells."""
         self._history.append(record)
+        passed, self._passed = self._passed, 0
         self._snapshot = replace(
             self._snapshot,
-            totals=self._snapshot.totals.after(record),
+            totals=self._snapshot.totals.after(record, passed),
             latest=record,
             latest_traced=record if record.traced else self._snapshot.latest_traced,
         )

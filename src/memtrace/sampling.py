@@ -1,8 +1,9 @@
-"""When to trace a step: a budget of wall time, spent where the picture is new."""
+"""When to trace a step, and when to make a record of it: a budget of wall time, spent where the picture is new."""
 
 from __future__ import annotations
 
 from collections import deque
+from math import ceil
 from statistics import median
 
 from memtrace.breakdown import StepRecord
@@ -10,12 +11,18 @@ from memtrace.categories import PERSISTENT, Moment
 
 _NEIGHBOURS = 15
 """How many counted steps a traced one is compared with."""
+_ALL_RECORDED = 32
+"""Steps at the beginning that have a record in any case: what a record takes is learned from them."""
+_RECORDS_SHARE = 0.5
+"""Share of the budget that records take where it is not enough for a record of every step."""
+_LONGEST_GAP_SECONDS = 1.0
+"""Time without a record at most, as long as there are steps: a scrape sees nothing older."""
 _MOVED = 0.01
 """By which share of the traced peak something must move to make the picture new."""
 
 
 class TraceSchedule:
-    """Decides which steps are traced.
+    """Decides which steps are traced, which are counted, and which are passed over without a record.
 
     The first trace is of the first step that begins with optimizer state (without any, as with plain SGD, of the second
     step: gradients and state are made in the first one, which is never representative). Then there are two ways:
@@ -26,6 +33,10 @@ class TraceSchedule:
       next trace is due when the account covers one like the last; already when it is not overdrawn if the picture
       has changed (a larger batch than any traced, a new high-water mark, a persistent category that moved); and
       after `max_trace_interval` steps in any case.
+
+    With `trace_every=None` the account spaces records too. A record of every step is made as long as that alone stays
+    within the budget; from then on records are as far apart as half the budget pays for, about a second at most,
+    and the steps in between are passed over. A larger batch than any so far ends that at once.
     """
 
     def __init__(self, *, trace_every: int | None, overhead_budget: float, max_trace_interval: int) -> None:
@@ -40,6 +51,11 @@ class TraceSchedule:
         self._trace_seconds = 0.0
         self._previous_end: float | None = None
         self._neighbours: deque[float] = deque(maxlen=_NEIGHBOURS)
+        self._records = 0
+        self._previous_step = 0
+        self._largest_tokens = 0
+        self._record_costs: deque[float] = deque(maxlen=_NEIGHBOURS)
+        self._intervals: deque[float] = deque(maxlen=_NEIGHBOURS)
 
     def ask(self) -> None:
         """Makes the next step a traced one."""
@@ -63,12 +79,36 @@ class TraceSchedule:
         """Notes that a step was to be traced and could not be: the next one is due."""
         self._on_demand = True
 
-    def ended(self, record: StepRecord) -> None:
-        """Notes a finished step, traced or not, with what it took."""
+    def is_larger(self, tokens: int) -> bool:
+        """Returns whether a micro batch of so many tokens is larger than any of the recorded steps."""
+        return tokens > self._largest_tokens
+
+    def steps_to_pass(self) -> int:
+        """Returns how many steps to pass over before the next record; mostly none."""
+        if self._trace_every is not None or self._on_demand or self._records < _ALL_RECORDED or self._last is None:
+            return 0
+        cost, interval = median(self._record_costs), median(self._intervals)
+        if cost <= self._budget * interval:
+            return 0
+        longest = min(
+            _LONGEST_GAP_SECONDS / max(interval, 1e-9), self._last.step + self._max_interval - self._previous_step
+        )
+        earned = _RECORDS_SHARE * self._budget * interval
+        apart = longest if earned * longest < cost else cost / earned
+        return max(0, ceil(apart) - 1)
+
+    def ended(self, record: StepRecord, passed_seconds: float = 0.0) -> None:
+        """Notes a finished step, traced or not, with what it took.
+
+        Args:
+            record: the step. Its `self_seconds` are all that memtrace took since the record before.
+            passed_seconds: what of that the steps took that were passed over.
+        """
         seconds = record.step_seconds or 0.0
         began = record.unix_seconds - seconds if self._previous_end is None else self._previous_end
         self._previous_end = record.unix_seconds
         cost = record.self_seconds
+        self._note_pace(record, (record.unix_seconds - began), cost - passed_seconds)
         if record.traced:
             if self._neighbours:
                 cost += max(0.0, seconds - median(self._neighbours))
@@ -80,6 +120,15 @@ class TraceSchedule:
             self._neighbours.append(seconds)
             self._changed = self._changed or (self._last is not None and picture_changed(record, self._last))
         self._credit_seconds += self._budget * max(0.0, record.unix_seconds - began) - cost
+
+    def _note_pace(self, record: StepRecord, wall_seconds: float, record_seconds: float) -> None:
+        steps, self._previous_step = record.step - self._previous_step, record.step
+        self._records += 1
+        if record.batch is not None:
+            self._largest_tokens = max(self._largest_tokens, record.batch.largest_micro_batch_tokens)
+        self._intervals.append(max(0.0, wall_seconds) / max(1, steps))
+        if not record.traced:
+            self._record_costs.append(max(0.0, record_seconds))
 
 
 def picture_changed(record: StepRecord, traced: StepRecord) -> bool:

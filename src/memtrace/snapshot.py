@@ -34,11 +34,11 @@ class Totals:
     retries: int = 0
     peak_counter_resets: int = 0
 
-    def after(self, record: StepRecord) -> Totals:
-        """Returns the counters after one more step."""
+    def after(self, record: StepRecord, passed: int = 0) -> Totals:
+        """Returns the counters after one more step that has a record, and so many before it that have none."""
         told = record.allocator
         return Totals(
-            steps=self.steps + 1,
+            steps=self.steps + passed + 1,
             traced_steps=self.traced_steps + record.traced,
             self_seconds=self.self_seconds + record.self_seconds,
             ooms=self.ooms if told is None or told.ooms is None else max(self.ooms, told.ooms),

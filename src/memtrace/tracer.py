@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +25,7 @@ from memtrace.config import TracerConfig
 from memtrace.guard import Guard
 from memtrace.oom.watch import OomWatch
 from memtrace.oom_report import OomReport
+from memtrace.passing import PassedSteps
 from memtrace.planning.plan import read_plan
 from memtrace.publication import Listener, Publication
 from memtrace.risk_reading import LargestBatch, largest_by_setting
@@ -96,9 +96,11 @@ class Tracer:
             plan={} if self.config.plan is None else read_plan(Path(self.config.plan)).moments,
         )
         self._highest_steps = HighestSteps()
+        self._passed = PassedSteps(self._scan, self._guard, self._published.pass_over)
         self._attached = False
         self._spent_before_ns = 0
         self._handled: int | None = None
+        self._main_input_name = getattr(model, "main_input_name", None)
 
     def __enter__(self) -> Self:
         self.attach()
@@ -134,13 +136,7 @@ class Tracer:
 
         May be called from any thread.
         """
-        sampler = self._sampler
-        if sampler is None:
-            return self._published.snapshot
-        try:
-            return replace(self._published.snapshot, device_memory=sampler.reading())
-        except RuntimeError:  # a fault of the sampling thread: the end of the next step raises it under the guard
-            return replace(self._published.snapshot, up=False)
+        return self._published.snapshot_with(self._sampler)
 
     def add_listener(self, listener: Listener) -> None:
         """Calls `listener(record)` on the training thread after each step."""
@@ -166,6 +162,7 @@ class Tracer:
 
     def trace_next(self) -> None:
         """Makes the next step a traced one."""
+        self._passed.hasten()
         self._schedule.ask()
 
     def attach(self) -> None:
@@ -180,7 +177,7 @@ class Tracer:
 
     def begin_step(self, number: int | None = None) -> None:
         """Begins a step, where the loop tells its steps; `number` is the loop's own count, from 1."""
-        self._guard.run(self._begin, number)
+        self._guard.run(self._begin_told, number)
 
     def end_step(self) -> None:
         """Ends the step in flight, where the loop tells its steps."""
@@ -191,8 +188,7 @@ class Tracer:
         self._device = device
         self._reference: PeakReference | None = None
         self._last_reading: AllocatorReading | None = None
-        parameters = self._model.parameters()
-        self._anchor = next((p for p in parameters if canonical_device(p.device) == device), None)
+        self._anchor = next((p for p in self._model.parameters() if canonical_device(p.device) == device), None)
         """A parameter that tells when the model is moved; None where an engine keeps all of them elsewhere."""
         self._source = source or event_source(device)
         self._ledger = Ledger(device)
@@ -249,6 +245,7 @@ class Tracer:
 
     def _release(self) -> None:
         self._step = None
+        self._passed.stop()
         self._window.abandon()
         self._hooks.close()
         if self._sampler is not None:
@@ -262,13 +259,18 @@ class Tracer:
         self._published.switch_off()
         self._release()
 
+    def _begin_told(self, number: int | None) -> None:
+        if self._passed.on:
+            self._passed.number = number or self._published.steps + 1
+        else:
+            self._begin(number)
+
     def _begin(self, number: int | None = None) -> None:
         if self._anchor is not None and self._anchor.device != self._device:
             self._follow()
-        number = number or self._published.snapshot.totals.steps + 1
-        self._step = StepInFlight(
-            number=number, read=self._source.reading, prepares_gradients=self._scan.prepares_gradients
-        )
+        number = number or self._published.steps + 1
+        prepares = self._scan.prepares_gradients
+        self._step = StepInFlight(number=number, read=self._source.reading, prepares_gradients=prepares)
 
     def _decide(self, step: StepInFlight, batch: torch.Tensor | None) -> None:
         """Makes the step a traced one or a counted one, once its first batch is known."""
@@ -283,13 +285,16 @@ class Tracer:
         self._settle()
         if not torch.is_grad_enabled() or backward_is_running():
             return  # evaluation, or a checkpoint around the model that computes it again
+        batch = main_input(args, kwargs, self._main_input_name)
         if self._step is None:
-            if self._explicit:
+            if self._explicit and self._passed.number is None:
                 return
-            self._begin()
+            if self._passed.on and not (batch is not None and self._schedule.is_larger(count_tokens(batch))):
+                self._passed.number = self._passed.number or self._published.steps + 1
+                return
+            self._begin(self._passed.stop())
         step = self._step
         assert step is not None
-        batch = main_input(args, kwargs, getattr(module, "main_input_name", None))
         if step.recorded is None:
             self._scan.look_in_forward()
             self._decide(step, batch)
@@ -310,7 +315,7 @@ class Tracer:
     def _on_optimizer(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._settle()
         if self._step is None:
-            if self._explicit:
+            if self._explicit or self._passed.on:
                 return
             self._begin()
         assert self._step is not None
@@ -322,6 +327,8 @@ class Tracer:
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         if self._step is None:
+            if self._passed.on and not self._explicit:
+                self._passed.optimizer_ends(optimizer)
             return
         self._step.optimizer_ends(optimizer)
         if not self._explicit and self._scan.finished(self._step.stepped):
@@ -340,6 +347,8 @@ class Tracer:
     def _end(self) -> None:
         step, self._step = self._step, None
         if step is None:
+            if self._passed.number is not None:
+                self._passed.step_ends()
             return
         marks = step.marks or step.ends()
         moments: Mapping[Moment, Breakdown] | None = None
@@ -350,20 +359,18 @@ class Tracer:
                 self._schedule.missed()
             else:
                 moments = timeline.moments(marks)
+                self._reference = PeakReference.of(moments, step.forward_added)
                 curve = self._highest_steps.curve(timeline, marks)
-        traced = moments is not None
         water = high_water(self._last_reading, step.reads)
         self._last_reading = step.reads[-1] if step.reads else None
-        if moments is not None:
-            self._reference = PeakReference.of(moments, step.forward_added)
-        if self._scan.learn_new_state(self._ledger) or traced:
+        if self._scan.learn_new_state(self._ledger) or moments is not None:
             self._host.look()
         spent_ns = self._guard.spent_ns
         record = StepRecord(
             step=step.number,
             rank=self.identity.rank,
             device=str(self._device),
-            traced=traced,
+            traced=moments is not None,
             unix_seconds=marks.end_ns / 1e9,
             self_seconds=(spent_ns - self._spent_before_ns) / 1e9,
             step_seconds=(marks.end_ns - marks.begin_ns) / 1e9,
@@ -376,8 +383,9 @@ class Tracer:
             curve=curve,
         )
         self._spent_before_ns = spent_ns
-        self._schedule.ended(record)
+        self._schedule.ended(record, passed_seconds=self._passed.seconds)
         self._published.publish(record)
+        self._passed.plan(self._schedule.steps_to_pass())
 
     def _publish_oom(self, report: OomReport, *, again: bool) -> Path | None:
         """Counts a failed allocation, unless it was counted before; returns where its report is: nowhere here."""

@@ -37,6 +37,8 @@ def main_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], main_name: str 
     named = kwargs.get(main_name) if main_name is not None else None
     if isinstance(named, torch.Tensor):
         return named
+    if args and isinstance(args[0], torch.Tensor):
+        return args[0]
     return next(batch_tensors((args, kwargs)), None)
 
 

@@ -1,0 +1,122 @@
+"""Very short steps: a sample of them has a record, all of them are counted, and what is new is not passed over.
+
+A budget of 0 makes every step too short, whatever the machine: then records come with the traces, every ten steps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_training import ROWS, loss_of, make, step, traced
+
+from memtrace import MemoryTracer
+from memtrace.config import TracerConfig
+from memtrace.exporters.steplog import read_step_log
+
+SPARSE = TracerConfig(
+    strict=True, port=None, step_log=False, device_poll_seconds=0, overhead_budget=0, max_trace_interval=10
+)
+AT_FIRST = list(range(1, 33))
+
+
+@pytest.fixture(autouse=True)
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow machine a second would pass before the next trace is due."""
+    monkeypatch.setattr("memtrace.sampling._LONGEST_GAP_SECONDS", 1e9)
+
+
+def test_all_steps_are_counted_and_a_sample_has_records(tmp_path: Path) -> None:
+    """Numbers in history and log are the true ones; law 1 holds in the traced records."""
+    model, optimizer = make()
+    config = TracerConfig(strict=True, port=None, log_dir=tmp_path, overhead_budget=0, max_trace_interval=10)
+    with MemoryTracer(model, optimizer, config) as tracer:
+        for number in range(1, 61):
+            step(model, optimizer)
+            assert tracer.snapshot().totals.steps == number
+        path = tracer.log_path
+    assert path is not None
+    assert [record.step for record in tracer.history] == [*AT_FIRST, 42, 52]
+    assert [record.step for record in read_step_log(path)] == [*AT_FIRST, 42, 52]
+    assert [record.step for record in tracer.history if record.traced] == [2, 12, 22, 32, 42, 52]
+
+
+def test_a_larger_batch_is_not_passed_over() -> None:
+    """It has a record of its own, and the next one comes when it would have come."""
+    model, optimizer = make()
+    with traced(model, optimizer, SPARSE) as tracer:
+        for number in range(1, 61):
+            step(model, optimizer, rows=2 * ROWS if number in (45, 47) else ROWS)
+    assert [record.step for record in tracer.history] == [*AT_FIRST, 42, 45, 52]
+
+
+def test_a_trace_that_was_asked_for_is_not_passed_over() -> None:
+    """Between two steps it is the next step; in the middle of one the step after it."""
+    model, optimizer = make()
+    with traced(model, optimizer, SPARSE) as tracer:
+        for number in range(1, 51):
+            if number == 36:
+                tracer.trace_next()
+            loss = loss_of(model)
+            if number == 40:
+                tracer.trace_next()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [record.step for record in tracer.history if record.traced][4:] == [36, 41]
+
+
+def test_where_the_loop_tells_its_steps() -> None:
+    """Trainer's own numbers, from 101; a step that is begun and has a larger batch keeps its number."""
+    model, optimizer = make()
+    with traced(model, optimizer, SPARSE, explicit_steps=True) as tracer:
+        for number in range(101, 161):
+            tracer.begin_step(number)
+            step(model, optimizer, rows=2 * ROWS if number == 150 else ROWS)
+            tracer.end_step()
+            step(model, optimizer)  # belongs to no step
+    assert tracer.snapshot().totals.steps == 60
+    assert [record.step for record in tracer.history if record.step > 132] == [141, 150, 151]
+
+
+def test_several_optimizers_and_micro_batches_are_one_step() -> None:
+    """Also where they are passed over."""
+    model, _ = make()
+    first = torch.optim.SGD(model.first.parameters(), lr=0.1, momentum=0.9)
+    second = torch.optim.SGD([*model.second.parameters(), *model.head.parameters()], lr=0.1)
+    with traced(model, [first, second], SPARSE) as tracer:
+        for _ in range(50):
+            for _ in range(2):
+                loss_of(model).backward()
+            first.step()
+            second.step()
+    assert tracer.snapshot().totals.steps == 50
+    assert tracer.history[-1].step == 42
+
+
+@pytest.mark.parametrize("trace_every", [0, 7])
+def test_a_fixed_interval_of_traces_leaves_every_step_its_record(trace_every: int) -> None:
+    """The budget spaces nothing then."""
+    model, optimizer = make()
+    config = TracerConfig(strict=True, port=None, step_log=False, overhead_budget=0, trace_every=trace_every)
+    with traced(model, optimizer, config) as tracer:
+        for _ in range(50):
+            step(model, optimizer)
+    assert [record.step for record in tracer.history] == list(range(1, 51))
+
+
+def test_training_is_the_same_bit_for_bit() -> None:
+    """Law 5, through recorded, traced and passed-over steps."""
+    outcomes = []
+    for sparse in (False, True):
+        model, optimizer = make()
+        if sparse:
+            with traced(model, optimizer, SPARSE):
+                losses = [step(model, optimizer) for _ in range(60)]
+        else:
+            losses = [step(model, optimizer) for _ in range(60)]
+        outcomes.append((losses, list(model.parameters())))
+    assert outcomes[0][0] == outcomes[1][0]
+    for left, right in zip(outcomes[0][1], outcomes[1][1], strict=True):
+        assert torch.equal(left, right)
