@@ -12,6 +12,9 @@ RESULTS = PAGE.parents[1] / "benchmarks" / "results"
 SMALL = 100
 """From so many steps on a median of a variant is worth reading; the page says which are below."""
 
+FEW = 5
+"""Rounds below which a bootstrap over them says nothing."""
+
 Result = Mapping[str, Any]
 
 
@@ -92,8 +95,11 @@ def _overhead(results: Sequence[Result]) -> str:
 def _ratio(row: Mapping[str, Any]) -> str:
     star = "" if row["steps"] >= SMALL else " *"
     low, high = row["interval"]
+    interval = f"{low:.4g} to {high:.4g}"
+    if row["rounds"] < FEW:
+        interval, low, high = "too few", 0.0, float("inf")
     return (
-        f"| {row['title']}{star} | {row['ratio']:.4g} | {low:.4g} to {high:.4g} | {row['total']:.4g} "
+        f"| {row['title']}{star} | {row['ratio']:.4g} | {interval} | {row['total']:.4g} "
         f"| {row['steps']:,}, {row['traced_steps']:,} | {_bound((low, high), row['bound'])} |"
     )
 
