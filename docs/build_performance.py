@@ -12,7 +12,7 @@ RESULTS = PAGE.parents[1] / "benchmarks" / "results"
 SMALL = 100
 """From so many steps on a median of a variant is worth reading; the page says which are below."""
 
-FEW = 5
+FEW = 6
 """Rounds below which a bootstrap over them says nothing."""
 
 Result = Mapping[str, Any]
