@@ -37,7 +37,8 @@ in. By formula it needs a parameter count and answers at once, without loading t
 
 * The table is the **peak**: everything that is allocated at the worst instant of a step. GB is 1e9 bytes, GiB is 2**30.
 * `forward end`, `backward end` and `step end` are the other [moments](categories.md). At `step end` gradients are set
-  to zero already, as under Trainer; in a plain loop they may still be there.
+  to zero already, as under Trainer; in a plain loop they may still be there. With `--config` and no engine the step ends
+  with the optimizer's, before that.
 * With one micro batch the peak by formula is an upper bound: it counts activations and gradients both whole. With
   `--accumulation-steps 2` and more they are whole together.
 * Activations come from you: `--activation-ratio` of the weights in the type of the arithmetic, or
@@ -118,7 +119,8 @@ buckets. DeepSpeed prints their GiB as GB.
 `--what-if` plans again with one thing changed at a time and ranks the changes by the bytes they save at the peak:
 precision, 8-bit and factored optimizers, LoRA, sharding, offloading, and gradient checkpointing where activations are
 known. With `--config` each is simulated, and half the batch accumulated twice, a fused optimizer step, fused attention
-and a loss whose logits are made in parts are among them. A saving can be smaller than the part that it removes: then another instant has become the peak.
+and a loss whose logits are made in parts are among them. A saving can be smaller than the part that it removes: then
+another instant has become the peak.
 
 ## Devices
 

@@ -107,6 +107,22 @@ def test_a_text_is_as_long_as_the_model_reads(tmp_path: Path, capsys: pytest.Cap
     assert document(capsys, "--config", str(tmp_path))["setup"]["batch"] == "1 x 128"
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "lists of parameters (foreach)"),
+        (["--fused-optimizer"], "step is fused"),
+        (["--fused-optimizer", "--optimizer", "rmsprop"], "lists of parameters (foreach)"),
+    ],
+)
+def test_how_the_optimizer_steps_is_said(
+    config: str, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    """A fused step has no temporaries, which can be the peak; not every optimizer has one."""
+    assumptions = document(capsys, "--config", config, "--seq-len", "16", "--recipe", "fp32", *options)["assumptions"]
+    assert [said in sentence for sentence in assumptions if "optimizer" in sentence] == [True]
+
+
 def test_a_search_without_a_device_or_room_is_refused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     """It says what is missing, or that not even one sample fits."""
     status, _, error = run(capsys, "--config", config, "--find-max", "batch-size")

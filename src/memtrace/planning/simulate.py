@@ -16,9 +16,12 @@ from memtrace.planning.recipe import Recipe, find_recipe
 from memtrace.planning.sharding import Sharding, Strategy
 from memtrace.planning.sharding_assumptions import sharding_assumptions
 from memtrace.planning.simulated_run import Loss, SimulatedRun, Training, run_two_steps
-from memtrace.planning.torch_optimizers import StepKernels, make_optimizer
+from memtrace.planning.torch_optimizers import StepKernels, make_optimizer, steps_fused
 from memtrace.planning.updates import MakeOptimizer
 from memtrace.sources.kernels import CUBLAS_WORKSPACES, Target
+
+_CUSTOM = "custom"
+"""What an optimizer is called that a function makes."""
 
 
 def plan(
@@ -63,7 +66,7 @@ def plan(
     if isinstance(optimizer, str):
         name, make = optimizer, make_optimizer(optimizer, step_kernels(target, sharding))
     else:
-        name, make = "custom", optimizer
+        name, make = _CUSTOM, optimizer
     run = run_two_steps(
         Training(
             make_model=make_model,
@@ -87,10 +90,26 @@ def step_kernels(target: Target, sharding: Sharding) -> StepKernels:
 
 
 def plan_of(
-    run: SimulatedRun, recipe: Recipe, optimizer: str, target: Target, sharding: Sharding | None = None
+    run: SimulatedRun,
+    recipe: Recipe,
+    optimizer: str,
+    target: Target,
+    sharding: Sharding | None = None,
+    *,
+    kernels: StepKernels | None = None,
 ) -> Plan:
-    """Returns the plan that a simulated run makes."""
+    """Returns the plan that a simulated run makes.
+
+    Args:
+        run: what happened.
+        recipe: of the run.
+        optimizer: its name.
+        target: of the run.
+        sharding: of the run.
+        kernels: how the optimizer went through the parameters, where it was told; by default as `step_kernels` says.
+    """
     sharding = sharding or Sharding()
+    fused = steps_fused(optimizer, kernels or step_kernels(target, sharding))
     peak = run.moments[Moment.PEAK].total_bytes
     setup: dict[str, str | int | float] = {"parameters": run.parameters, "trainable_parameters": run.trainable}
     if run.batch is not None:
@@ -106,7 +125,7 @@ def plan_of(
         optimizer=optimizer,
         setup=setup,
         moments=run.moments,
-        assumptions=(*_assumptions(recipe, target, sharding), *sharding_assumptions(sharding)),
+        assumptions=(*_assumptions(recipe, target, optimizer, fused=fused), *sharding_assumptions(sharding)),
         allocated=ByteRange(low=peak, high=peak if allocator is None else max(peak, allocator.peak_allocated_bytes)),
         reserved_bytes=None if allocator is None else allocator.peak_reserved_bytes,
     )
@@ -131,16 +150,21 @@ def model_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     return loss
 
 
-def _assumptions(recipe: Recipe, target: Target, sharding: Sharding) -> Iterator[str]:
+def _assumptions(recipe: Recipe, target: Target, optimizer: str, *, fused: bool) -> Iterator[str]:
     yield f"Recipe {recipe.name}: {recipe.summary}."
     yield "Two steps of the model's own code were run on tensors without memory; the figures are of the second."
     if target is Target.CPU:
         yield "Scratch memory inside the kernels of a CPU is not counted."
         return
-    if sharding.is_zero:
+    if fused:
         yield "The optimizer's step is fused, as DeepSpeed's own and Trainer's default are: it has no temporaries."
+    elif optimizer == _CUSTOM:
+        yield "The optimizer is the given one, and its step is run as it is."
     else:
-        yield "The optimizer's step works on lists of parameters (foreach), torch's default on a GPU."
+        yield (
+            "The optimizer's step works on lists of parameters (foreach), torch's default on a GPU; Trainer's default, "
+            "a fused step where there is one, has no temporaries: --fused-optimizer plans it."
+        )
     yield (
         "Attention is flash or memory-efficient attention where torch would choose it; scratch of convolutions and of "
         "the backward pass of embeddings is not counted."

@@ -83,7 +83,14 @@ def plan_simulated(request: SimulationRequest, run: SimulatedRun | None = None) 
     Raises:
         PlanError: as `simulate`.
     """
-    plan = plan_of(run or simulate(request), request.recipe, request.optimizer, request.target, request.sharding)
+    plan = plan_of(
+        run or simulate(request),
+        request.recipe,
+        request.optimizer,
+        request.target,
+        request.sharding,
+        kernels=request.step_kernels,
+    )
     setup = {
         "model": request.configuration.model_type,
         **plan.setup,

@@ -106,6 +106,12 @@ def make_optimizer(name: str, kernels: StepKernels) -> MakeOptimizer:
     return lambda parameters: build(parameters, foreach=kernels is not StepKernels.LOOP, **settings)
 
 
+def steps_fused(name: str, kernels: StepKernels) -> bool:
+    """Returns whether the optimizer with this name takes its step in one kernel, without temporaries."""
+    name = name.casefold()
+    return name == "adamw8bit" or (kernels is StepKernels.FUSED and name in _FUSED)
+
+
 def _transformers_adafactor(parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
     try:
         from transformers.optimization import Adafactor  # noqa: PLC0415 - an optional dependency
