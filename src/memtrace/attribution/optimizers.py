@@ -10,6 +10,7 @@ Roles, not element types, tell a master copy from a moment:
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -58,7 +59,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     ours = list(optimizer_parameters(optimizer))
     if any(id(parameter) in known for parameter in ours):
         return
-    if ours and all(_is_master_of(parameter, model) for parameter in ours):
+    copies = _Copies(model)
+    if ours and all(copies.may_have(parameter) for parameter in ours):
         return
     raise ConfigError(
         f"{type(optimizer).__name__} must hold parameters of the model or higher-precision copies of them; "
@@ -73,9 +75,11 @@ def claim_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, ledger: 
     Call after `claim_model`: parameters that the ledger knows as weights stay weights.
     """
     claimed = {id(parameter) for parameter in model.parameters()}
+    copies: _Copies | None = None
     for parameter in optimizer_parameters(optimizer):
         if id(parameter) not in claimed and ledger.role_of(parameter) is None:
-            if _is_master_of(parameter, model):
+            copies = copies or _Copies(model)
+            if copies.may_have(parameter):
                 ledger.claim(parameter, Category.MASTER_WEIGHTS)
             else:
                 ledger.claim(parameter, Category.WEIGHTS, "trainable")
@@ -87,19 +91,27 @@ def claim_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, ledger: 
                 ledger.claim(tensor, Category.OPTIMIZER_STATE, component)
 
 
-def _is_master_of(tensor: torch.Tensor, model: nn.Module) -> bool:
-    """Whether the tensor could be a master copy: higher precision and shape of a parameter, or flat over several."""
-    if not tensor.is_floating_point():
-        return False
-    lower = [
-        parameter
-        for parameter in model.parameters()
-        if parameter.is_floating_point() and parameter.element_size() < tensor.element_size()
-    ]
-    if any(parameter.shape == tensor.shape for parameter in lower):
-        return True
-    flat = tensor.dim() == 1 and bool(lower)
-    return flat and tensor.numel() <= sum(parameter.numel() for parameter in lower) + _FLAT_PADDING
+class _Copies:
+    """What master copies of a model's parameters can look like: asked for many tensors, looked up once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._shapes: dict[int, set[torch.Size]] = {}
+        self._elements: Counter[int] = Counter()
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                size = parameter.element_size()
+                self._shapes.setdefault(size, set()).add(parameter.shape)
+                self._elements[size] += parameter.numel()
+
+    def may_have(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor has higher precision and the shape of a parameter, or is flat over several."""
+        if not tensor.is_floating_point():
+            return False
+        lower = [size for size in self._shapes if size < tensor.element_size()]
+        if any(tensor.shape in self._shapes[size] for size in lower):
+            return True
+        flat = tensor.dim() == 1 and bool(lower)
+        return flat and tensor.numel() <= sum(self._elements[size] for size in lower) + _FLAT_PADDING
 
 
 _FLAT_PADDING = 4096
