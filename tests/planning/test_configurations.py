@@ -69,6 +69,7 @@ def test_a_size_that_is_missing_in_a_part_is_named_with_the_part() -> None:
         (LLAMA | {"hidden_size": "64"}, "Validation error for field 'hidden_size'"),
         (LLAMA | {"num_attention_heads": 7}, "hidden size .64. is not a multiple of the number of attention heads"),
         (LLAMA | {"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 4096, got 1000000000"),
+        (LLAMA | {"num_labels": 10**9}, "num_labels must be at most 1048576, got 1000000000"),
     ],
 )
 def test_what_is_no_configuration_is_said(document: Any, message: str) -> None:

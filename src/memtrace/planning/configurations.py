@@ -16,10 +16,14 @@ from memtrace.errors import PlanError
 MAX_REPEATS = 4096
 """Layers, experts or blocks that are built at most: a model of more is a slip of the pen."""
 
+MAX_LABELS = 2**20
+"""Classes of a classifier: transformers makes a name for each."""
+
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "depths")
 """Fields that give a model its size, by their common names: transformers would take defaults for those left out."""
 
-_REPEATED = ("layer", "expert", "depth", "block", "stage")
+_MOST = dict.fromkeys(("layer", "expert", "depth", "block", "stage"), MAX_REPEATS) | {"num_labels": MAX_LABELS}
+"""What a field may say at most, by a part of its name: beyond that, making the model would take the host's memory."""
 
 
 def load_configuration(source: str) -> Any:
@@ -107,12 +111,13 @@ def _kind_of(document: Mapping[str, Any]) -> Any:
 
 
 def _check_repeats(document: Mapping[str, Any], source: str) -> None:
-    """Checks that no count of layers, experts or blocks is beyond reason."""
+    """Checks that no count of layers, experts, blocks or labels is beyond reason."""
     for name, value in document.items():
         if isinstance(value, dict):
             _check_repeats(value, f"{source}, {name}")
-        elif any(part in name for part in _REPEATED):
-            counts = value if isinstance(value, list) else [value]
-            for count in counts:
-                if isinstance(count, (int, float)) and not isinstance(count, bool) and count > MAX_REPEATS:
-                    raise PlanError(f"{source}: {name} must be at most {MAX_REPEATS}, got {count}")
+            continue
+        most = next((limit for part, limit in _MOST.items() if part in name), None)
+        for count in value if isinstance(value, list) else [value]:
+            counted = isinstance(count, (int, float)) and not isinstance(count, bool)
+            if most is not None and counted and count > most:
+                raise PlanError(f"{source}: {name} must be at most {most}, got {count}")
