@@ -13,6 +13,7 @@ from memtrace.planning.plan import ByteRange
 from memtrace.planning.recipe import RECIPES, Recipe, find_recipe
 from memtrace.planning.request import PlanRequest
 from memtrace.planning.sharding import ZERO3_MAX_LIVE, ZERO_REDUCE_BUCKET, Sharding, Strategy
+from memtrace.sources.simulation import MAX_OPERATORS
 from memtrace.units import MIB
 
 PAGE = Path(__file__).with_name("plan.md")
@@ -63,7 +64,7 @@ allocations are replayed as those of a live step are, and once more through a mo
   configuration. [engines.md](engines.md) holds such plans against runs on two processes.
 * A model that is not in transformers: `memtrace.plan(make_model, make_batch, recipe=..., optimizer=...)` in Python, with
   any module and any loss.
-* Code that goes through positions one by one (Mamba without its kernels) is refused beyond two million operators.
+* Code that goes through positions one by one (Mamba without its kernels) is refused beyond {MAX_OPERATORS:,} operators.
 
 After the run, or during it, `memtrace compare PLAN.json RUN_DIR` says how far each category was off, where PLAN.json is
 what `--json` wrote; the setting `plan=` exports the same plan as `memtrace_plan_bytes` beside the measured series.
