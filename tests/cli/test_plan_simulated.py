@@ -123,6 +123,15 @@ def test_how_the_optimizer_steps_is_said(
     assert [said in sentence for sentence in assumptions if "optimizer" in sentence] == [True]
 
 
+def test_no_end_of_a_search_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A recurrent model, whose code takes twice as long for twice the length, is refused after two lengths."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", **sizes}))
+    status, _, error = run(capsys, "--config", str(tmp_path), "--capacity", "2GiB", "--find-max", "seq-len")
+    assert status == 2
+    assert "goes through positions one by one" in error
+
+
 def test_a_search_without_a_device_or_room_is_refused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     """It says what is missing, or that not even one sample fits."""
     status, _, error = run(capsys, "--config", config, "--find-max", "batch-size")
@@ -130,7 +139,7 @@ def test_a_search_without_a_device_or_room_is_refused(config: str, capsys: pytes
     assert "--find-max batch-size needs a device to fit: give --device or --capacity" in error
     status, _, error = run(capsys, "--config", config, "--find-max", "batch-size", "--capacity", "1MiB")
     assert status == 2
-    assert "--find-max batch-size: not even 1 fits on 1MiB" in error
+    assert "--find-max batch-size on 1MiB: not even 1 fits" in error
 
 
 def test_remedies_are_simulated_and_ranked(config: str, capsys: pytest.CaptureFixture[str]) -> None:

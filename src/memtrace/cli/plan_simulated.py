@@ -25,6 +25,9 @@ from memtrace.planning.simulation_request import SimulationRequest, plan_simulat
 _SEQUENCE_STEP = 64
 """Tokens between two lengths that a search tries."""
 
+_GROWN = 1.5
+"""Operators grow by more than this with twice the length where code loops over positions; else not at all."""
+
 Device = tuple[str, int]
 """Name and usable bytes."""
 
@@ -89,14 +92,21 @@ def _search(
         field = "samples" if what == "batch-size" else "positions"
         return replace(request, batch=replace(request.batch, **{field: number}))
 
+    operators: dict[int, int] = {}
+
     def attempt(number: int) -> Plan:
         say(f"simulating a {what.replace('-', ' ').replace('seq len', 'sequence length')} of {number:,}")
-        return held_against(plan_simulated(with_size(number)), *device, request.sharding.world_size)
+        resized = with_size(number)
+        run = simulate(resized)
+        operators[number] = run.operators
+        if run.operators > _GROWN * operators.get(number // 2, run.operators):
+            raise PlanError("the code goes through positions one by one and a search has no end: give --seq-len")
+        return held_against(plan_simulated(resized, run), *device, request.sharding.world_size)
 
     longest = longest_text(request.configuration) if what == "seq-len" else None
     step = 1 if what == "batch-size" else min(_SEQUENCE_STEP, longest or _SEQUENCE_STEP)
     try:
         found, _ = find_max(attempt, lambda plan: plan.verdict is Verdict.FITS, step=step, limit=longest or LIMIT)
     except PlanError as error:
-        raise PlanError(f"--find-max {what}: {error} on {device[0]}") from error
+        raise PlanError(f"--find-max {what} on {device[0]}: {error}") from error
     return with_size(found), found

@@ -79,6 +79,8 @@ class SimulatedRun:
     parameters: int
     trainable: int
     batch: BatchShape | None
+    operators: int
+    """Operators that the two steps took."""
 
     def events(self) -> list[Event]:
         """Returns every allocation and free, in order."""
@@ -129,6 +131,7 @@ def run_two_steps(training: Training) -> SimulatedRun:
         parameters=parameters,
         trainable=trainable,
         batch=recorder.batch,
+        operators=simulation.operators,
     )
 
 

@@ -57,7 +57,8 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._target = target
         self._guesses = False
-        self._operators = 0
+        self.operators = 0
+        """How many have run."""
         self._resized: dict[int, None] = {}
         """Identities of storages that may be resized without an operator, which nobody tells."""
         self.events = SimulatedEvents(self._address_of)
@@ -138,8 +139,8 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
             self._see_resized()
         if any(kind is not SimulatedTensor for kind in types):
             return NotImplemented  # a wrapper such as DTensor calls again with the tensors that it wraps
-        self._operators += 1
-        if self._operators > MAX_OPERATORS:
+        self.operators += 1
+        if self.operators > MAX_OPERATORS:
             raise PlanError(
                 f"the step takes more than {MAX_OPERATORS:,} operators, as code does that goes through positions one "
                 "by one: plan a shorter sequence or fewer layers"
