@@ -6,29 +6,24 @@ from collections.abc import Callable
 
 import torch
 
-from memtrace.attribution.inputs import count_tokens
 from memtrace.attribution.scan import Scan
-from memtrace.categories import Phase
 from memtrace.guard import Guard
-from memtrace.steps import StepInFlight
 
 
 class PassedSteps:
     """The steps until the next record.
 
     A step that is passed over reads no counter and makes no record: two calls around its forward pass and two around
-    its optimizer, of some microseconds together. What a report of a failure needs is noted all the same.
+    its optimizer, of some microseconds together.
 
     Args:
         scan: knows when all optimizers have stepped.
         guard: knows what memtrace has taken so far.
-        is_larger: whether a micro batch of so many tokens is larger than any that has a record: it gets one.
         count: called for each step that was passed over.
     """
 
-    def __init__(self, scan: Scan, guard: Guard, is_larger: Callable[[int], bool], count: Callable[[], None]) -> None:
-        self._scan, self._guard = scan, guard
-        self._is_larger, self._count = is_larger, count
+    def __init__(self, scan: Scan, guard: Guard, count: Callable[[], None]) -> None:
+        self._scan, self._guard, self._count = scan, guard, count
         self._left = 0
         self._stepped: dict[int, int] = {}
         self._begin_ns = 0
@@ -36,9 +31,6 @@ class PassedSteps:
         """Number of the step that is being passed over; None between steps."""
         self.seconds = 0.0
         """What memtrace took for the steps that were passed over last."""
-        self._phase = Phase.OUTSIDE
-        self._shape: tuple[int, ...] | None = None
-        self._tokens = 0
 
     @property
     def on(self) -> bool:
@@ -48,35 +40,6 @@ class PassedSteps:
     def plan(self, steps: int) -> None:
         """Passes over so many steps from now on."""
         self._left, self._begin_ns, self.seconds = steps, self._guard.spent_ns, 0.0
-
-    def takes(self, batch: torch.Tensor | None, number: int) -> bool:
-        """Passes over the step that a forward pass on this batch begins, or goes on with; False where it may not.
-
-        Args:
-            batch: the micro batch, of which the shape is noted; None where the model saw no tensor.
-            number: of the step, unless it was told before.
-        """
-        if not self.on:
-            return False
-        tokens = 0 if batch is None else count_tokens(batch)
-        if self._is_larger(tokens):
-            return False
-        self.number = self.number or number
-        self._phase, self._tokens = Phase.FORWARD, tokens
-        self._shape = None if batch is None else tuple(batch.shape)
-        return True
-
-    def enters(self, phase: Phase) -> None:
-        """Notes that another part of the step begins."""
-        self._phase = phase
-
-    def in_flight(self) -> StepInFlight | None:
-        """Returns what is known of the step that is being passed over; None between steps."""
-        if self.number is None:
-            return None
-        step = StepInFlight(number=self.number, read=lambda: None)
-        step.resumes(self._phase, self._shape, self._tokens)
-        return step
 
     def hasten(self) -> None:
         """Passes over no step after the one at work."""

@@ -69,13 +69,6 @@ class StepInFlight:
         if not self.phases or self.phases[-1][1] is not phase:
             self.phases.append((self.now_ns(), phase))
 
-    def resumes(self, phase: Phase, shape: tuple[int, ...] | None, tokens: int) -> None:
-        """Notes where a step is that was not followed from its beginning, and its last micro batch."""
-        self.enter(phase)
-        self._in_forward = phase is Phase.FORWARD
-        self._shape, self._tokens, self._largest = shape, tokens, tokens
-        self.micro_batches = 1
-
     def forward_begins(self, batch: torch.Tensor | None) -> None:
         """Notes a forward pass of the model on one micro batch."""
         self.enter(Phase.FORWARD)

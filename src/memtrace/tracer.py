@@ -20,7 +20,7 @@ from memtrace.attribution.peaks import HighWater, PeakReference, counted_peak, h
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.storages import canonical_device
 from memtrace.breakdown import AllocatorReading, Breakdown, StepRecord
-from memtrace.categories import Moment, Phase
+from memtrace.categories import Moment
 from memtrace.config import TracerConfig
 from memtrace.guard import Guard
 from memtrace.oom.watch import OomWatch
@@ -96,7 +96,7 @@ class Tracer:
             plan={} if self.config.plan is None else read_plan(Path(self.config.plan)).moments,
         )
         self._highest_steps = HighestSteps()
-        self._passed = PassedSteps(self._scan, self._guard, self._schedule.is_larger, self._published.pass_over)
+        self._passed = PassedSteps(self._scan, self._guard, self._published.pass_over)
         self._attached = False
         self._spent_before_ns = 0
         self._handled: int | None = None
@@ -209,7 +209,7 @@ class Tracer:
             ledger=self._ledger,
             window=self._window,
             guard=self._guard,
-            current_step=lambda: self._step or self._passed.in_flight(),
+            current_step=lambda: self._step,
             snapshot=self.snapshot,
             publish=self._publish_oom,
         )
@@ -226,8 +226,10 @@ class Tracer:
 
     def _attach(self) -> None:
         identity = identify(self._device, self.config.run_name)
-        device_type, uuid, period = self._device.type, identity.gpu_uuid, self.config.device_poll_seconds
-        self._sampler = DeviceSampler(lambda: open_device(device_type, uuid), period_seconds=period)
+        device_type, uuid = self._device.type, identity.gpu_uuid
+        self._sampler = DeviceSampler(
+            lambda: open_device(device_type, uuid), period_seconds=self.config.device_poll_seconds
+        )
         self._sampler.start()
         self._published.begin(identity, self.config.device_limit_bytes)
         if not self._window.adopt():
@@ -287,7 +289,8 @@ class Tracer:
         if self._step is None:
             if self._explicit and self._passed.number is None:
                 return
-            if self._passed.takes(batch, self._published.steps + 1):
+            if self._passed.on and not (batch is not None and self._schedule.is_larger(count_tokens(batch))):
+                self._passed.number = self._passed.number or self._published.steps + 1
                 return
             self._begin(self._passed.stop())
         step = self._step
@@ -305,17 +308,13 @@ class Tracer:
         if output is None and error is not None and id(error) != self._handled:
             self._oom.raised(error)
             self._window.explain(error)
-        if not torch.is_grad_enabled() or backward_is_running():
-            return
-        self._passed.enters(Phase.BACKWARD)
-        if self._step is not None:
+        if self._step is not None and torch.is_grad_enabled() and not backward_is_running():
             self._step.forward_ends()
             self._window.forward_ends()
 
-    def _on_optimizer(self, *_: object) -> None:
+    def _on_optimizer(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._settle()
         if self._step is None:
-            self._passed.enters(Phase.OPTIMIZER)
             if self._explicit or self._passed.on:
                 return
             self._begin()
@@ -324,9 +323,10 @@ class Tracer:
         if self._window.is_open:
             self._window.backward_ends()
 
-    def _on_optimizer_end(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _on_optimizer_end(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
         if self._step is None:
-            self._passed.enters(Phase.OUTSIDE)
             if self._passed.on and not self._explicit:
                 self._passed.optimizer_ends(optimizer)
             return
