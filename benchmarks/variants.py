@@ -12,7 +12,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.workloads import Training
-from memtrace import MemoryTracer, TracerConfig
+from memtrace import MemoryTracer, StepRecord, TracerConfig
 
 
 class Watch(Protocol):
@@ -41,6 +41,8 @@ class Memtrace:
 
     def __init__(self, tracer: MemoryTracer) -> None:
         self._tracer = tracer
+        self._traced = 0
+        tracer.add_listener(self._count)  # asked between any two steps, a snapshot would empty the processor's caches
 
     def resume(self, away_seconds: float) -> None:
         """Takes the turns of the others out of the wall time that the budget of traces is a share of.
@@ -54,7 +56,10 @@ class Memtrace:
 
     def traced_steps(self) -> int:
         """Returns how many steps were traced so far."""
-        return self._tracer.snapshot().totals.traced_steps
+        return self._traced
+
+    def _count(self, record: StepRecord) -> None:
+        self._traced += record.traced
 
 
 @contextmanager

@@ -6,10 +6,11 @@ A budget of 0 makes every step too short, whatever the machine: then records com
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from small_training import ROWS, loss_of, make, step, traced
+from small_training import ROWS, WIDTH, loss_of, make, step, traced
 
 from memtrace import MemoryTracer
 from memtrace.config import TracerConfig
@@ -93,6 +94,50 @@ def test_several_optimizers_and_micro_batches_are_one_step() -> None:
             second.step()
     assert tracer.snapshot().totals.steps == 50
     assert tracer.history[-1].step == 42
+
+
+class Announcing(torch.optim.AdamW):
+    """An optimizer with a step of its own around its base class's: torch calls the hooks of both."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_an_optimizer_that_is_told_of_twice_steps_once() -> None:
+    """Also right after a record, when the outer of the two calls is still to end."""
+    make()  # from the first AdamW of the process on, its own step has hooks too
+    model, optimizer = make(Announcing)
+    with traced(model, optimizer, SPARSE) as tracer:
+        for number in range(1, 61):
+            step(model, optimizer)
+            assert tracer.snapshot().totals.steps == number
+    assert [record.step for record in tracer.history] == [*AT_FIRST, 42, 52]
+
+
+def test_batches_of_many_shapes_are_passed_over_unless_they_are_larger() -> None:
+    """Told by the tokens, whether the batch is given by position or by the name that the model has for it."""
+    model, optimizer = make()
+    model.main_input_name = "rows"
+    with traced(model, optimizer, SPARSE) as tracer:
+        for number in range(1, 61):
+            rows = torch.randn({40: 2 * ROWS, 44: 2 * ROWS}.get(number, 1 + number % ROWS), WIDTH)
+            loss = model(rows) if number % 2 else model(rows=rows)
+            loss.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [record.step for record in tracer.history] == [*AT_FIRST, 40, 42, 52]
+
+
+def test_evaluations_belong_to_no_step() -> None:
+    """Forward passes without gradients, whatever their size."""
+    model, optimizer = make()
+    with traced(model, optimizer, SPARSE) as tracer:
+        for number in range(1, 61):
+            with torch.no_grad():
+                model(torch.randn(3 * ROWS, WIDTH))
+            assert tracer.snapshot().totals.steps == number - 1
+            step(model, optimizer)
+    assert [record.step for record in tracer.history] == [*AT_FIRST, 42, 52]
 
 
 @pytest.mark.parametrize("trace_every", [0, 7])

@@ -192,9 +192,9 @@ def test_there_is_a_record_every_second_and_for_every_due_trace() -> None:
     assert numbers[32:] == [65, *range(129, 1000, 64)]
 
 
-def test_a_batch_larger_than_any_with_a_record_is_told() -> None:
-    """So that it is not passed over."""
+def test_the_largest_batch_with_a_record_is_told() -> None:
+    """A larger one is not passed over."""
     schedule = budgeted()
     schedule.ended(record(1, traced=False, tokens=100))
-    assert schedule.is_larger(101)
-    assert not schedule.is_larger(100)
+    schedule.ended(record(2, traced=False, tokens=50))
+    assert schedule.largest_tokens == 100

@@ -70,7 +70,7 @@ class TracerConfig:
     does itself and what a traced step takes longer than its neighbours. 0.005 is half a percent. Where even counting a
     step takes more than that (steps of less than some 40 ms), not every step has a record: `sampling.TraceSchedule`
     says which."""
-    max_trace_interval: int = 1000
+    max_trace_interval: int = 10_000
     """Steps after which a step is traced whatever it costs, where `overhead_budget` decides."""
     device_limit_bytes: int | None = None
     """What the run may use of the device, in bytes. None means all that the device has."""

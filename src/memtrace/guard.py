@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from memtrace.errors import MemTraceError
@@ -90,13 +91,9 @@ class Guard:
                 raise
             logger.exception("memtrace could not take off everything of its own")
 
-    def wrap(self, function: Callable[..., Any]) -> Callable[..., None]:
-        """Returns a hook that runs `function` and returns None, whatever happens."""
-
-        def guarded(*args: Any) -> None:
-            self.run(function, *args)
-
-        return guarded
+    def wrap(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Returns a hook that runs `function`, which returns None."""
+        return partial(self.run, function)
 
     def _fail(self) -> None:
         self._failed = True

@@ -2,76 +2,216 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from time import perf_counter_ns
+from typing import Any
 
 import torch
+from torch import nn
 
+from memtrace.attribution.inputs import tokens_of
 from memtrace.attribution.scan import Scan
+from memtrace.categories import Phase
 from memtrace.guard import Guard
+from memtrace.sampling import TraceSchedule
+from memtrace.sources.torch_private import current_autograd_node, frame_compiler, leave_out_of_graphs
+from memtrace.steps import StepInFlight
+
+Hook = Callable[..., None]
 
 
 class PassedSteps:
     """The steps until the next record.
 
-    A step that is passed over reads no counter and makes no record: two calls around its forward pass and two around
-    its optimizer, of some microseconds together.
+    A step that is passed over reads no counter and makes no record. What a report of a failure says of the step is
+    noted all the same.
+
+    These are the hooks that run most often of all, in steps of less than a millisecond. Calls are what takes time
+    there, with caches that the training has filled: so each hook is one function, which reads and sets plain
+    attributes, calls nothing in Python, and cannot fail. All else is done by what it goes on to, under the guard.
 
     Args:
         scan: knows when all optimizers have stepped.
-        guard: knows what memtrace has taken so far.
-        count: called for each step that was passed over.
+        guard: knows what memtrace has taken so far, apart from these hooks.
+        explicit: whether the loop tells where steps begin and end.
+        main_input_name: of the argument that gives a batch its shape; None where the model does not say.
     """
 
-    def __init__(self, scan: Scan, guard: Guard, count: Callable[[], None]) -> None:
-        self._scan, self._guard, self._count = scan, guard, count
-        self._left = 0
-        self._stepped: dict[int, int] = {}
-        self._begin_ns = 0
+    def __init__(self, scan: Scan, guard: Guard, *, explicit: bool, main_input_name: str | None) -> None:
+        self._scan, self._guard = scan, guard
+        self._explicit, self._main_input_name = explicit, main_input_name or ""
+        self.left = 0
+        """How many steps are still to be passed over, the one at work included."""
+        self.done = 0
+        """How many steps have been passed over."""
         self.number: int | None = None
         """Number of the step that is being passed over; None between steps."""
         self.seconds = 0.0
         """What memtrace took for the steps that were passed over last."""
+        self.handled = id(None)
+        """Identity of the exception that was being handled when the last forward pass began: none of its own."""
+        self._spent_ns = 0
+        self._planned_ns = 0
+        self._next = 1
+        self._largest_tokens = 0
+        self._stepped: dict[int, int] = {}
+        self._phase = Phase.OUTSIDE
+        self._shape: torch.Size | None = None
+        self._dtype: torch.dtype | None = None
 
     @property
-    def on(self) -> bool:
-        """Whether the next step, or the one at work, is passed over."""
-        return self._left > 0
+    def spent_ns(self) -> int:
+        """What memtrace has taken so far, with its share in steps that were passed over; nanoseconds."""
+        return self._guard.spent_ns + self._spent_ns
 
-    def plan(self, steps: int) -> None:
-        """Passes over so many steps from now on."""
-        self._left, self._begin_ns, self.seconds = steps, self._guard.spent_ns, 0.0
+    def before_forward(self, otherwise: Hook) -> Hook:
+        """Returns the hook before each forward pass of the model.
+
+        It notes the forward passes of steps that are passed over, as far as it can tell at a glance that the batch is
+        not larger than any with a record, and goes on to `otherwise` with all others.
+        """
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if self.left and frame_compiler() is None and (self.number is not None or not self._explicit):
+                begin_ns = perf_counter_ns()
+                batch = kwargs.get(self._main_input_name) if kwargs else None
+                if batch is None and args:
+                    batch = args[0]
+                if (
+                    type(batch) is torch.Tensor
+                    and (batch.numel() <= self._largest_tokens or batch.shape == self._shape)
+                    and torch.is_grad_enabled()
+                    and current_autograd_node() is None
+                ):
+                    self._shape, self._dtype, self._phase = batch.shape, batch.dtype, Phase.FORWARD
+                    self.number = self.number or self._next
+                    self.handled = id(sys.exception())
+                    self._spent_ns += perf_counter_ns() - begin_ns
+                    return
+            otherwise(module, args, kwargs)
+
+        leave_out_of_graphs(hook)
+        return hook
+
+    def after_forward(self, otherwise: Hook) -> Hook:
+        """Returns the hook after each forward pass of the model, also of one that raised: `otherwise` is told of it."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            if self.left and output is not None:
+                if self._phase is Phase.FORWARD:  # else it was not one of the step, but an evaluation
+                    self._phase = Phase.BACKWARD
+            else:
+                otherwise(module, args, output)
+
+        leave_out_of_graphs(hook)
+        return hook
+
+    def before_optimizer(self, otherwise: Hook) -> Hook:
+        """Returns the hook before each step of an optimizer."""
+
+        def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if self.left:
+                self._phase = Phase.OPTIMIZER
+                if self.number is None and not self._explicit:
+                    self.number = self._next
+            else:
+                otherwise(optimizer, args, kwargs)
+
+        return hook
+
+    def after_optimizer(self, otherwise: Hook) -> Hook:
+        """Returns the hook after each step of an optimizer.
+
+        It ends a step that is passed over, but for the last one: unless the loop tells where steps end, or more than
+        this optimizer has to step. One whose own `step` calls that of its base class may be told of twice.
+        """
+        alone = not self._explicit and self._scan.ends_with_any
+
+        def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if alone and self.left > 1 and self.number is not None:
+                self.left -= 1
+                self.done += 1
+                self._next += 1
+                self.number = None
+                self._phase = Phase.OUTSIDE
+            else:
+                otherwise(optimizer, args, kwargs)
+
+        return hook
+
+    def plan(self, schedule: TraceSchedule, *, following: int) -> None:
+        """Passes over as many steps from now on as the schedule says, unless one has a larger batch than any record.
+
+        Args:
+            schedule: when there are records.
+            following: number of the next step, where the loop does not tell it.
+        """
+        self.left, self._next = schedule.steps_to_pass(), following
+        self._largest_tokens = schedule.largest_tokens
+        self._planned_ns, self.seconds = self.spent_ns, 0.0
 
     def hasten(self) -> None:
         """Passes over no step after the one at work."""
         if self.number is None:
             self.stop()
         else:
-            self._left = 1
+            self.left = 1
 
     def stop(self) -> int | None:
         """Passes over no more, also not what is left of the step at work; returns its number."""
         number = self.number
-        if self._left:
-            self._left = 0
+        if self.left:
+            self.left = 0
             self._finish()
         return number
 
+    def begins(self, number: int | None) -> None:
+        """Notes that the loop begins a step, with its own number if it has one."""
+        self.number = number or self._next
+
+    def takes(self, batch: torch.Tensor | None) -> bool:
+        """Notes a forward pass of a step that is passed over.
+
+        Returns:
+            False where none is: there are no such steps now, or its batch is larger than any with a record.
+        """
+        tokens = 0 if batch is None else tokens_of(batch.shape, batch.dtype)
+        if not self.left or tokens > self._largest_tokens:
+            return False
+        self.number = self.number or self._next
+        self._phase = Phase.FORWARD
+        self._shape, self._dtype = (None, None) if batch is None else (batch.shape, batch.dtype)
+        return True
+
     def optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
         """Notes that an optimizer has stepped, which may end the step."""
-        self._stepped[id(optimizer)] = self._stepped.get(id(optimizer), 0) + 1
-        if self._scan.finished(self._stepped):
-            self.step_ends()
+        self._phase = Phase.OUTSIDE
+        if not self._explicit and self.number is not None:
+            self._stepped[id(optimizer)] = self._stepped.get(id(optimizer), 0) + 1
+            if self._scan.finished(self._stepped):
+                self.step_ends()
 
     def step_ends(self) -> None:
         """Counts a step."""
-        self._count()
-        self._left -= 1
+        self.left -= 1
+        self.done += 1
+        self._next += 1
         self.number = None
         self._stepped.clear()
-        if not self._left:
+        if not self.left:
             self._finish()
+
+    def in_flight(self) -> StepInFlight | None:
+        """Returns what is known of the step that is being passed over; None between steps."""
+        if self.number is None:
+            return None
+        step = StepInFlight(number=self.number, read=lambda: None)
+        step.resumes(self._phase, self._shape, self._dtype)
+        return step
 
     def _finish(self) -> None:
         self.number = None
         self._stepped.clear()
-        self.seconds = (self._guard.spent_ns - self._begin_ns) / 1e9
+        self._phase = Phase.OUTSIDE
+        self.seconds = (self.spent_ns - self._planned_ns) / 1e9

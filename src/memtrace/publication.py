@@ -31,6 +31,8 @@ class Publication:
         history: how many records are kept.
         largest: the largest micro batch that the run can still meet; None where nobody knows.
         plan: the plan that the run was given, by moment.
+        passed: returns how many steps have been passed over without a record. They are added when somebody looks,
+            which is not in every step.
     """
 
     def __init__(
@@ -40,31 +42,25 @@ class Publication:
         history: int,
         largest: LargestBatch | None,
         plan: Mapping[Moment, Breakdown],
+        passed: Callable[[], int],
     ) -> None:
         self._snapshot = Snapshot(identity=identity, up=False, plan=plan)
         self._history: deque[StepRecord] = deque(maxlen=history)
         self._listeners: list[Listener] = []
         self._risk = RiskMonitor(largest)
         self._warned = False
-        self._passed = 0
-        """Steps without a record since the last one with one: added when somebody looks, which is not in every step."""
+        self._passed = passed
 
     @property
     def snapshot(self) -> Snapshot:
         """The state after the last step; its device reading is the one of that step."""
-        if not self._passed:
-            return self._snapshot
-        totals = self._snapshot.totals
-        return replace(self._snapshot, totals=replace(totals, steps=totals.steps + self._passed))
+        found, passed = self._snapshot, self._passed()
+        return found if passed == found.totals.passed_steps else replace(found, totals=found.totals.with_passed(passed))
 
     @property
     def steps(self) -> int:
         """Steps so far, those without a record included."""
-        return self._snapshot.totals.steps + self._passed
-
-    def pass_over(self) -> None:
-        """Counts a step that has no record."""
-        self._passed += 1
+        return self.snapshot.totals.steps
 
     def snapshot_with(self, sampler: DeviceSampler | None) -> Snapshot:
         """Returns the state with the newest reading of the device; may be called from any thread."""
@@ -108,10 +104,9 @@ class Publication:
     def publish(self, record: StepRecord) -> None:
         """Takes in a finished step, foresees, warns once in the log of the run when the risk is high, and tells."""
         self._history.append(record)
-        passed, self._passed = self._passed, 0
         self._snapshot = replace(
             self._snapshot,
-            totals=self._snapshot.totals.after(record, passed),
+            totals=self._snapshot.totals.with_passed(self._passed()).after(record),
             latest=record,
             latest_traced=record if record.traced else self._snapshot.latest_traced,
         )

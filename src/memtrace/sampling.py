@@ -53,7 +53,8 @@ class TraceSchedule:
         self._neighbours: deque[float] = deque(maxlen=_NEIGHBOURS)
         self._records = 0
         self._previous_step = 0
-        self._largest_tokens = 0
+        self.largest_tokens = 0
+        """Tokens of the largest micro batch of the recorded steps."""
         self._record_costs: deque[float] = deque(maxlen=_NEIGHBOURS)
         self._intervals: deque[float] = deque(maxlen=_NEIGHBOURS)
 
@@ -78,10 +79,6 @@ class TraceSchedule:
     def missed(self) -> None:
         """Notes that a step was to be traced and could not be: the next one is due."""
         self._on_demand = True
-
-    def is_larger(self, tokens: int) -> bool:
-        """Returns whether a micro batch of so many tokens is larger than any of the recorded steps."""
-        return tokens > self._largest_tokens
 
     def steps_to_pass(self) -> int:
         """Returns how many steps to pass over before the next record; mostly none."""
@@ -125,7 +122,7 @@ class TraceSchedule:
         steps, self._previous_step = record.step - self._previous_step, record.step
         self._records += 1
         if record.batch is not None:
-            self._largest_tokens = max(self._largest_tokens, record.batch.largest_micro_batch_tokens)
+            self.largest_tokens = max(self.largest_tokens, record.batch.largest_micro_batch_tokens)
         self._intervals.append(max(0.0, wall_seconds) / max(1, steps))
         if not record.traced:
             self._record_costs.append(max(0.0, record_seconds))

@@ -28,17 +28,24 @@ class Totals:
     """Counters since the tracer was attached."""
 
     steps: int = 0
+    passed_steps: int = 0
+    """Those of `steps` that were passed over without a record."""
     traced_steps: int = 0
     self_seconds: float = 0.0
     ooms: int = 0
     retries: int = 0
     peak_counter_resets: int = 0
 
-    def after(self, record: StepRecord, passed: int = 0) -> Totals:
-        """Returns the counters after one more step that has a record, and so many before it that have none."""
+    def with_passed(self, passed_steps: int) -> Totals:
+        """Returns the counters when so many steps in all have been passed over."""
+        return replace(self, steps=self.steps + passed_steps - self.passed_steps, passed_steps=passed_steps)
+
+    def after(self, record: StepRecord) -> Totals:
+        """Returns the counters after one more step that has a record."""
         told = record.allocator
         return Totals(
-            steps=self.steps + passed + 1,
+            steps=self.steps + 1,
+            passed_steps=self.passed_steps,
             traced_steps=self.traced_steps + record.traced,
             self_seconds=self.self_seconds + record.self_seconds,
             ooms=self.ooms if told is None or told.ooms is None else max(self.ooms, told.ooms),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from memtrace.attribution.inputs import count_tokens
+from memtrace.attribution.inputs import count_tokens, tokens_of
 from memtrace.attribution.timeline import StepMarks
 from memtrace.breakdown import AllocatorReading, BatchShape
 from memtrace.categories import Moment, Phase
@@ -68,6 +68,15 @@ class StepInFlight:
         """Notes that a phase begins now."""
         if not self.phases or self.phases[-1][1] is not phase:
             self.phases.append((self.now_ns(), phase))
+
+    def resumes(self, phase: Phase, shape: Sequence[int] | None, dtype: torch.dtype | None) -> None:
+        """Notes where a step is that was not followed from its beginning, and its last micro batch."""
+        self.enter(phase)
+        self._in_forward = phase is Phase.FORWARD
+        self.micro_batches = 1
+        if shape is not None and dtype is not None:
+            self._shape, self._tokens = tuple(shape), tokens_of(shape, dtype)
+            self._largest = self._tokens
 
     def forward_begins(self, batch: torch.Tensor | None) -> None:
         """Notes a forward pass of the model on one micro batch."""

@@ -10,16 +10,15 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from memtrace.attribution.counted import counted_moments
+from memtrace.attribution.counted import CountedSteps, counted_moments
 from memtrace.attribution.curve import HighestSteps
 from memtrace.attribution.host import HostMemory
 from memtrace.attribution.inputs import claim_batch, count_tokens, main_input
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.model import device_of
-from memtrace.attribution.peaks import HighWater, PeakReference, counted_peak, high_water
+from memtrace.attribution.peaks import HighWater
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.storages import canonical_device
-from memtrace.breakdown import AllocatorReading, Breakdown, StepRecord
+from memtrace.breakdown import Breakdown, StepRecord
 from memtrace.categories import Moment
 from memtrace.config import TracerConfig
 from memtrace.guard import Guard
@@ -35,7 +34,7 @@ from memtrace.sources.device import open_device
 from memtrace.sources.device_sampler import DeviceSampler
 from memtrace.sources.event_source import event_source
 from memtrace.sources.events import EventSource
-from memtrace.sources.hooks import HookSet
+from memtrace.sources.hooks import HookSet, outside_graphs
 from memtrace.sources.ranks import identify
 from memtrace.sources.torch_private import backward_is_running
 from memtrace.steps import StepInFlight
@@ -75,7 +74,6 @@ class Tracer:
     ) -> None:
         self.config = config or TracerConfig()
         self._model = model
-        device_of(model)  # before anything else, so that a model without parameters is told as such
         self._scan = Scan(model, optimizers)
         device = self._scan.device
         self._explicit = explicit_steps
@@ -89,18 +87,20 @@ class Tracer:
         self._hooks = HookSet()
         self._step: StepInFlight | None = None
         self._sampler: DeviceSampler | None = None
+        self._main_input_name = getattr(model, "main_input_name", None)
+        self._passed = PassedSteps(
+            self._scan, self._guard, explicit=explicit_steps, main_input_name=self._main_input_name
+        )
         self._published = Publication(
             identity=RunIdentity(run_name=self.config.run_name or "run", device=str(self._device)),
             history=self.config.history,
             largest=largest_by_setting(self.config.max_tokens),
             plan={} if self.config.plan is None else read_plan(Path(self.config.plan)).moments,
+            passed=lambda: self._passed.done,
         )
         self._highest_steps = HighestSteps()
-        self._passed = PassedSteps(self._scan, self._guard, self._published.pass_over)
         self._attached = False
         self._spent_before_ns = 0
-        self._handled: int | None = None
-        self._main_input_name = getattr(model, "main_input_name", None)
 
     def __enter__(self) -> Self:
         self.attach()
@@ -186,8 +186,7 @@ class Tracer:
     def _watch(self, device: torch.device, source: EventSource | None = None) -> None:
         """Sets up what belongs to one device."""
         self._device = device
-        self._reference: PeakReference | None = None
-        self._last_reading: AllocatorReading | None = None
+        self._counted_steps = CountedSteps()
         self._anchor = next((p for p in self._model.parameters() if canonical_device(p.device) == device), None)
         """A parameter that tells when the model is moved; None where an engine keeps all of them elsewhere."""
         self._source = source or event_source(device)
@@ -209,7 +208,7 @@ class Tracer:
             ledger=self._ledger,
             window=self._window,
             guard=self._guard,
-            current_step=lambda: self._step,
+            current_step=lambda: self._step or self._passed.in_flight(),
             snapshot=self.snapshot,
             publish=self._publish_oom,
         )
@@ -235,11 +234,15 @@ class Tracer:
         if not self._window.adopt():
             self._scan.claim_persistent(self._ledger)
         self._host.look()
-        wrap = self._guard.wrap
-        self._hooks.before_forward(self._model, wrap(self._on_forward))
-        self._hooks.after_forward(self._model, wrap(self._on_forward_end))
+        wrap, passed = self._guard.wrap, self._passed
+        self._hooks.before_forward(self._model, passed.before_forward(outside_graphs(wrap(self._on_forward))))
+        self._hooks.after_forward(self._model, passed.after_forward(outside_graphs(wrap(self._on_forward_end))))
+        before, after = (
+            passed.before_optimizer(wrap(self._on_optimizer)),
+            passed.after_optimizer(wrap(self._on_optimizer_end)),
+        )
         for optimizer in self._scan.optimizers:
-            self._hooks.around_step(optimizer, wrap(self._on_optimizer), wrap(self._on_optimizer_end))
+            self._hooks.around_step(optimizer, before, after)
         self._hooks.callback(self._oom.subscribe())
         self._attached = True
 
@@ -260,8 +263,8 @@ class Tracer:
         self._release()
 
     def _begin_told(self, number: int | None) -> None:
-        if self._passed.on:
-            self._passed.number = number or self._published.steps + 1
+        if self._passed.left:
+            self._passed.begins(number)
         else:
             self._begin(number)
 
@@ -281,17 +284,16 @@ class Tracer:
         step.recorded = wanted and self._window.is_open
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._handled = id(sys.exception())
+        self._passed.handled = id(sys.exception())
         self._settle()
         if not torch.is_grad_enabled() or backward_is_running():
             return  # evaluation, or a checkpoint around the model that computes it again
+        if self._explicit and self._step is None and self._passed.number is None:
+            return
         batch = main_input(args, kwargs, self._main_input_name)
+        if self._step is None and self._passed.takes(batch):
+            return
         if self._step is None:
-            if self._explicit and self._passed.number is None:
-                return
-            if self._passed.on and not (batch is not None and self._schedule.is_larger(count_tokens(batch))):
-                self._passed.number = self._passed.number or self._published.steps + 1
-                return
             self._begin(self._passed.stop())
         step = self._step
         assert step is not None
@@ -304,18 +306,19 @@ class Tracer:
         self._window.forward_begins()
 
     def _on_forward_end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        error = sys.exception()
-        if output is None and error is not None and id(error) != self._handled:
-            self._oom.raised(error)
-            self._window.explain(error)
+        if output is None:
+            error = sys.exception()
+            if error is not None and id(error) != self._passed.handled:
+                self._oom.raised(error)
+                self._window.explain(error)
         if self._step is not None and torch.is_grad_enabled() and not backward_is_running():
             self._step.forward_ends()
             self._window.forward_ends()
 
-    def _on_optimizer(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _on_optimizer(self, *_: object) -> None:
         self._settle()
         if self._step is None:
-            if self._explicit or self._passed.on:
+            if self._explicit or self._passed.left:
                 return
             self._begin()
         assert self._step is not None
@@ -323,11 +326,9 @@ class Tracer:
         if self._window.is_open:
             self._window.backward_ends()
 
-    def _on_optimizer_end(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
+    def _on_optimizer_end(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._step is None:
-            if self._passed.on and not self._explicit:
+            if self._passed.left:
                 self._passed.optimizer_ends(optimizer)
             return
         self._step.optimizer_ends(optimizer)
@@ -359,13 +360,12 @@ class Tracer:
                 self._schedule.missed()
             else:
                 moments = timeline.moments(marks)
-                self._reference = PeakReference.of(moments, step.forward_added)
+                self._counted_steps.learn(moments, step.forward_added)
                 curve = self._highest_steps.curve(timeline, marks)
-        water = high_water(self._last_reading, step.reads)
-        self._last_reading = step.reads[-1] if step.reads else None
+        water = self._counted_steps.water(step.reads)
         if self._scan.learn_new_state(self._ledger) or moments is not None:
             self._host.look()
-        spent_ns = self._guard.spent_ns
+        spent_ns = self._passed.spent_ns
         record = StepRecord(
             step=step.number,
             rank=self.identity.rank,
@@ -385,7 +385,7 @@ class Tracer:
         self._spent_before_ns = spent_ns
         self._schedule.ended(record, passed_seconds=self._passed.seconds)
         self._published.publish(record)
-        self._passed.plan(self._schedule.steps_to_pass())
+        self._passed.plan(self._schedule, following=self._published.steps + 1)
 
     def _publish_oom(self, report: OomReport, *, again: bool) -> Path | None:
         """Counts a failed allocation, unless it was counted before; returns where its report is: nowhere here."""
@@ -395,6 +395,5 @@ class Tracer:
 
     def _counted(self, step: StepInFlight, water: HighWater) -> Mapping[Moment, Breakdown]:
         gradients = self._scan.gradient_bytes(self._device)
-        moments = counted_moments(self._ledger.totals(), gradients, step.before_forward, step.readings)
-        peak = counted_peak(self._reference, moments, step.forward_added, water)
-        return moments if peak is None else moments | {Moment.PEAK: peak}
+        known = counted_moments(self._ledger.totals(), gradients, step.before_forward, step.readings)
+        return self._counted_steps.moments(known, step.forward_added, water)

@@ -32,12 +32,12 @@ def run_out(training: Training, place: str, steps: int = 3) -> pytest.ExceptionI
     return caught
 
 
-def report_of_context(tmp_path: Path, place: str, **changes) -> OomReport:
+def report_of_context(tmp_path: Path, place: str, steps: int = 3, **changes) -> OomReport:
     """Returns the one report of a run whose exception leaves the tracer's `with` block."""
     training = Training()
     tracer = MemoryTracer(training.model, training.optimizer, TracerConfig(**settings(tmp_path, **changes)))
     with pytest.raises(RuntimeError, match="can't allocate memory"), tracer:
-        for _ in range(3):
+        for _ in range(steps):
             training.step()
         training.fail(place)
         training.step()
@@ -85,6 +85,39 @@ def test_traced_step_shows_everything(tmp_path: Path, place: str) -> None:
     assert (sizes.get(Category.ACTIVATIONS, 0) > 0) == (place != "optimizer")
     assert sizes.get(Category.INPUTS, 0) == (0 if place == "optimizer" else 8 * 32 * 4)
     assert report.last_traced_step == 3
+
+
+PASSED_OVER = {"trace_every": None, "overhead_budget": 0, "max_trace_interval": 10**6}
+"""Settings with which every step is too short for a record, after the first 32."""
+
+
+@pytest.fixture
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow machine a second would pass, and bring a record."""
+    monkeypatch.setattr("memtrace.sampling._LONGEST_GAP_SECONDS", 1e9)
+
+
+@pytest.mark.usefixtures("no_clock")
+@pytest.mark.parametrize("place", PLACES)
+def test_step_that_is_passed_over_is_named_too(tmp_path: Path, place: str) -> None:
+    """Where steps are too short for records a report has number, part and batch of the step all the same."""
+    report = report_of_context(tmp_path, place, steps=40, **PASSED_OVER)
+    assert report.step == 41
+    assert report.request.phase is PHASES[place]
+    assert report.batch is not None
+    assert report.batch.shape == (8, 32)
+
+
+@pytest.mark.usefixtures("no_clock")
+def test_failures_of_steps_that_are_passed_over_are_told_apart(tmp_path: Path) -> None:
+    """The bound on reports is one for each step, not for all that are passed over."""
+    training = Training()
+    with MemoryTracer(training.model, training.optimizer, TracerConfig(**settings(tmp_path, **PASSED_OVER))) as tracer:
+        for _ in range(5):
+            run_out(training, "forward", steps=40)
+            training.step()
+    assert len(tracer.history) < 50
+    assert [report.step for report in reports_in(tmp_path)] == [41, 82, 123, 164, 205]
 
 
 def test_exception_has_a_note_of_the_report(tmp_path: Path) -> None:

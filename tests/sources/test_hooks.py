@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+import sys
 import threading
 from typing import Any
 
@@ -55,6 +59,31 @@ class TestHookSet:
             model(torch.ones(1, 2)).sum().backward()
         model(torch.ones(1, 2)).sum().backward()
         assert seen == [model[1].weight]
+
+    def test_no_copy_of_a_module_takes_them_along(self) -> None:
+        """A deep copy (an average of weights) and a pickle (a checkpoint of the whole module) are not watched."""
+        module, calls = nn.Sequential(nn.Linear(2, 2)), []
+        with HookSet() as hooks:
+            hooks.before_forward(module, lambda *_: calls.append("before"))
+            hooks.after_forward(module, lambda *_: calls.append("after"))
+            saved = io.BytesIO()
+            torch.save(module, saved)
+            saved.seek(0)
+            copies = [copy.deepcopy(module), torch.load(saved, weights_only=False)]
+            for other in copies:
+                assert torch.equal(other(torch.ones(1, 2)), module(torch.ones(1, 2)))
+        assert calls == ["before", "after"] * 2
+
+    def test_a_pickle_needs_no_memtrace(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever loads the module need not have what it was trained with."""
+        module = nn.Linear(2, 2)
+        with HookSet() as hooks:
+            hooks.before_forward(module, lambda *_: None)
+            hooks.after_forward(module, lambda *_: None)
+            pickled = pickle.dumps(module)
+        for name in [name for name in sys.modules if name.split(".")[0] == "memtrace"]:
+            monkeypatch.setitem(sys.modules, name, None)
+        assert pickle.loads(pickled)(torch.ones(1, 2)).shape == (1, 2)
 
     def test_closed_in_reverse_and_once(self) -> None:
         """The last one first; closing again does nothing; a closed set can be used again."""

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from memtrace.attribution.peaks import HighWater, PeakReference, counted_peak, high_water
 from memtrace.breakdown import AllocatorReading, Breakdown, EntryKey, ordered_entries
 from memtrace.categories import PERSISTENT, Category, Moment
 from memtrace.sources.events import Tag
+
+
+class CountedSteps:
+    """Makes the breakdowns of steps without a trace, and remembers what their estimates need of the steps before."""
+
+    def __init__(self) -> None:
+        self._reference: PeakReference | None = None
+        self._last: AllocatorReading | None = None
+
+    def water(self, readings: Sequence[AllocatorReading]) -> HighWater:
+        """Returns what the readings of a step say of its peak; called for every step, in order."""
+        water = high_water(self._last, readings)
+        self._last = readings[-1] if readings else None
+        return water
+
+    def learn(self, moments: Mapping[Moment, Breakdown], forward_added: int | None) -> None:
+        """Takes in a traced step: its moments, and what its largest forward pass has added by the counters."""
+        self._reference = PeakReference.of(moments, forward_added)
+
+    def moments(
+        self, known: Mapping[Moment, Breakdown], forward_added: int | None, water: HighWater
+    ) -> Mapping[Moment, Breakdown]:
+        """Returns the moments that are known of a counted step, with an estimate of its peak where there is one."""
+        peak = counted_peak(self._reference, known, forward_added, water)
+        return known if peak is None else {**known, Moment.PEAK: peak}
 
 
 def counted_moments(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -43,11 +44,16 @@ def main_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], main_name: str 
 
 
 def count_tokens(tensor: torch.Tensor) -> int:
-    """Returns the positions in a batch: what the size of its activations is proportional to.
+    """Returns the positions in a batch: what the size of its activations is proportional to."""
+    return tokens_of(tensor.shape, tensor.dtype)
+
+
+def tokens_of(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Returns the positions in a batch of this shape; never more than it has elements.
 
     All elements of integer tensors (ids) and of tensors of up to two dimensions (waveforms); samples x positions where
     the last of three dimensions holds features; samples alone for images and volumes.
     """
-    if tensor.dim() <= 2 or not tensor.is_floating_point():
-        return tensor.numel()
-    return tensor.shape[0] * tensor.shape[1] if tensor.dim() == 3 else tensor.shape[0]
+    if len(shape) <= 2 or not dtype.is_floating_point:
+        return prod(shape)
+    return shape[0] * shape[1] if len(shape) == 3 else shape[0]

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.storages import state_tensors, storages_of
-from memtrace.breakdown import EntryKey
+from memtrace.attribution.storages import state_tensors
 from memtrace.categories import Category
 from memtrace.errors import ConfigError
 
@@ -50,33 +49,26 @@ def claim_gradients(parameters: Iterable[torch.Tensor], ledger: Ledger) -> None:
             ledger.claim(parameter.grad, Category.GRADIENTS)
 
 
-def gradient_bytes(gradients: Iterable[torch.Tensor | None], device: torch.device) -> dict[EntryKey, int]:
-    """Returns the bytes of the gradients that exist, by element type, without touching the ledger.
+def check_model(model: nn.Module) -> None:
+    """Checks that there is something to train.
 
-    Counts each storage once: for a step that is not traced, about 0.5 us a parameter.
+    Raises:
+        ConfigError: the model has no parameters.
     """
-    totals: dict[str, int] = {}
-    seen: set[int] = set()
-    for gradient in gradients:
-        for storage, dtype in storages_of(gradient, device) if gradient is not None else ():
-            if storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                totals[dtype] = totals.get(dtype, 0) + storage.nbytes()
-    return {EntryKey(Category.GRADIENTS, "", dtype): size for dtype, size in totals.items()}
+    if next(model.parameters(), None) is None:
+        raise ConfigError(f"the model must have parameters, got a {type(model).__name__} without any")
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Returns the device that holds most of the parameters' bytes.
+    """Returns the device that holds most of the bytes of a model's parameters; it has at least one.
 
     Raises:
-        ConfigError: the model has no parameters, or they are on the meta device.
+        ConfigError: the parameters are on the meta device.
     """
     held: dict[torch.device, int] = {}
     for parameter in model.parameters():
         device = parameter.device
         held[device] = held.get(device, 0) + parameter.nbytes
-    if not held:
-        raise ConfigError(f"the model must have parameters, got a {type(model).__name__} without any")
     device = max(held, key=held.__getitem__)
     if device.type == "meta":
         raise ConfigError("the model must hold memory, got parameters on the meta device: materialise it first")

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from memtrace.attribution.engines import Engine, find_engines
+from memtrace.attribution.gradients import GradientCount, gradient_bytes
 from memtrace.attribution.hidden import HiddenBuffers
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.model import Role, claim_gradients, claim_model, device_of, gradient_bytes
+from memtrace.attribution.model import Role, check_model, claim_gradients, claim_model, device_of
 from memtrace.attribution.optimizers import check_optimizer, claim_optimizer, optimizer_parameters, unwrap_optimizer
 from memtrace.attribution.storages import canonical_device
 from memtrace.breakdown import EntryKey
@@ -27,19 +28,22 @@ class Scan:
         engines: engines that cannot be found from these, such as simulated ones.
 
     Raises:
-        ConfigError: there is no optimizer, or one of them updates neither the model nor copies of its parameters.
+        ConfigError: there is no optimizer, the model has no parameters, or an optimizer updates neither the model nor
+            copies of its parameters.
     """
 
     def __init__(self, model: nn.Module, optimizers: Any, engines: Sequence[Engine] = ()) -> None:
         given = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
         if not given:
             raise ConfigError("a tracer needs at least one optimizer, got none")
+        check_model(model)
         self._model = model
         self._given = given
         self.optimizers = [unwrap_optimizer(optimizer) for optimizer in given]
         self.engines = [*engines, *find_engines(model, given)]
         self._looked_in_forward = False
         self._state_sizes: list[int] = []
+        self._gradients: GradientCount | None = None
         for optimizer in self.optimizers:
             if not any(engine.owns(optimizer) for engine in self.engines):
                 check_optimizer(optimizer, model)
@@ -69,6 +73,7 @@ class Scan:
         Costs about 1 us for each storage: it is run when a tracer is attached, around each traced step, and after a
         step in which an optimizer has made new state.
         """
+        self._gradients = None
         for engine in self.engines:
             engine.claim(ledger)
         claim_model(self._model, ledger, self.role_of)
@@ -84,9 +89,7 @@ class Scan:
         """Claims `.grad` of the model's parameters and of master copies that optimizers hold, and the engines' own."""
         for engine in self.engines:
             engine.claim(ledger)
-        claim_gradients(self._model.parameters(), ledger)
-        for optimizer in self.optimizers:
-            claim_gradients(optimizer_parameters(optimizer), ledger)
+        claim_gradients(self._gradient_owners(), ledger)
 
     def claim_passing(self, ledger: Ledger) -> None:
         """Claims the buckets that engines have for a part of a step only; nothing where there is no engine."""
@@ -102,12 +105,24 @@ class Scan:
         return None
 
     def gradient_bytes(self, device: torch.device) -> dict[EntryKey, int]:
-        """Returns the bytes of the gradients that exist now, by element type, without touching the ledger."""
-        gradients = [parameter.grad for parameter in self._model.parameters()]
-        for optimizer in self.optimizers:  # master copies have gradients of their own
-            gradients += [parameter.grad for parameter in optimizer_parameters(optimizer)]
-        gradients += [gradient for engine in self.engines for gradient in engine.gradients()]
-        return gradient_bytes(gradients, device)
+        """Returns the bytes of the gradients that exist now, by element type, without touching the ledger.
+
+        Of the parameters that the last look at everything has found.
+        """
+        if self.engines:  # they have gradients of their own, views of buckets among them
+            owners = self._gradient_owners()
+            gradients = [owner.grad for owner in owners if owner.grad is not None]
+            gradients += [gradient for engine in self.engines for gradient in engine.gradients()]
+            return gradient_bytes(gradients, device)
+        if self._gradients is None or self._gradients.device != device:
+            self._gradients = GradientCount(self._gradient_owners(), device)
+        return self._gradients.count()
+
+    def _gradient_owners(self) -> Iterator[torch.Tensor]:
+        """Yields the parameters of the model, then those of the optimizers: master copies have gradients too."""
+        yield from self._model.parameters()
+        for optimizer in self.optimizers:
+            yield from optimizer_parameters(optimizer)
 
     def gradient_leaves(self) -> Iterator[nn.Parameter]:
         """Yields every tensor that autograd accumulates a gradient into."""
@@ -134,6 +149,11 @@ class Scan:
         return all(steps.get(id(optimizer), 0) >= self._updates(optimizer) for optimizer in self.optimizers)
 
     @property
+    def ends_with_any(self) -> bool:
+        """Whether a step of the training is over as soon as any optimizer has stepped: there is one, and no engine."""
+        return len(self.optimizers) == 1 and not self.engines
+
+    @property
     def has_state(self) -> bool:
         """Whether an optimizer has state for any parameter."""
         return any(optimizer.state for optimizer in self.optimizers)
@@ -147,12 +167,15 @@ class Scan:
         if sizes == self._state_sizes:
             return False
         self._state_sizes = sizes
+        self._gradients = None
         self.claim_optimizers(ledger)
         return True
 
     def _updates(self, optimizer: torch.optim.Optimizer) -> int:
-        owners = [engine for engine in self.engines if engine.owns(optimizer)]
-        return owners[0].updates_per_step(optimizer) if owners else 1
+        for engine in self.engines:
+            if engine.owns(optimizer):
+                return engine.updates_per_step(optimizer)
+        return 1
 
     def role_of(self, parameter: torch.Tensor) -> Role | None:
         """Returns what an engine says that the storage of a parameter is for now; None for plain weights."""

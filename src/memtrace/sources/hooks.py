@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -37,12 +38,12 @@ class HookSet:
 
     def before_forward(self, module: nn.Module, hook: Callable[..., None], *, prepend: bool = True) -> None:
         """Calls `hook(module, args, kwargs)` before each forward of the module, before or after all other hooks."""
-        handle = module.register_forward_pre_hook(_outside_graphs(hook), with_kwargs=True, prepend=prepend)
+        handle = module.register_forward_pre_hook(_ModuleHook(outside_graphs(hook)), with_kwargs=True, prepend=prepend)
         self._stack.callback(handle.remove)
 
     def after_forward(self, module: nn.Module, hook: Callable[..., None]) -> None:
         """Calls `hook(module, args, output)` after each forward of the module, also of one that raised."""
-        handle = module.register_forward_hook(_outside_graphs(hook), always_call=True)
+        handle = module.register_forward_hook(_ModuleHook(outside_graphs(hook)), always_call=True)
         self._stack.callback(handle.remove)
 
     def around_step(
@@ -64,16 +65,27 @@ class HookSet:
         self._stack.callback(function)
 
 
-def _outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
-    """Returns the hook as torch's compiler leaves it out of a graph, where the compiler is loaded.
+def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
+    """Returns the hook as torch's compiler leaves it, and what it calls, out of a graph, where the compiler is loaded.
 
     Traced into the graph of a compiled module, a hook would run once instead of each time, and change the graph. The
     compiler is not loaded for that: it takes seconds, and most runs do without.
     """
-    if "torch._dynamo" not in sys.modules:
+    if "torch._dynamo" not in sys.modules or torch_private.is_left_out_of_graphs(hook):
         return hook
     outside: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return outside
+
+
+class _ModuleHook(partial[None]):
+    """A hook on a module, which no copy and no pickle of the module takes along.
+
+    A copy is another module, that nobody has asked to be watched, and whoever loads a pickle need not have memtrace:
+    both have something in this place that does nothing.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
 
 
 class SavedTensorHooks:

@@ -6,6 +6,7 @@ feature, never the run: each function says what its caller gets then.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -110,14 +111,41 @@ def pop_saved_tensor_hooks() -> None:
     torch._C._autograd._pop_saved_tensors_default_hooks()
 
 
+current_autograd_node: Callable[[], object] = getattr(torch._C, "_current_autograd_node", lambda: None)
+"""Returns the node of a backward pass that this thread is inside of; None outside, and where torch cannot tell."""
+
+
 def backward_is_running() -> bool:
     """Returns whether this thread is inside a node of a backward pass; False where torch cannot tell.
 
     torch saves the thread's profiler and saved-tensor hooks before each node, and before the callbacks at the end of
     the pass, and puts them back afterwards: what is switched on or off in between is undone.
     """
-    probe = getattr(torch._C, "_current_autograd_node", None)
-    return probe is not None and probe() is not None
+    return current_autograd_node() is not None
+
+
+frame_compiler: Callable[[], object] = getattr(
+    getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None), "get_eval_frame_callback", lambda: True
+)
+"""Returns None where torch's compiler is not at work on this thread; else something, also where torch cannot tell."""
+
+
+def leave_out_of_graphs(function: Callable[..., Any]) -> None:
+    """Makes torch's compiler, where it is loaded, neither trace into calls of this function nor compile it by itself.
+
+    `torch.compiler.disable` does so by a call around it that asks the compiler each time. What the function calls is
+    not left out: it must not call anything in Python while `frame_compiler()` is there. Without effect where torch
+    has changed.
+    """
+    skip_code = getattr(sys.modules.get("torch._dynamo.eval_frame"), "skip_code", None)
+    if skip_code is not None:
+        skip_code(function.__code__)
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def is_left_out_of_graphs(function: Callable[..., Any]) -> bool:
+    """Returns whether `leave_out_of_graphs`, or torch's own way to the same, has had its effect."""
+    return bool(getattr(function, "_torchdynamo_disable", False))
 
 
 def record_memory_history(max_entries: int) -> None:
