@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,8 @@ class Lane:
                 traced.append(watch.traced_steps() > before)
             stopping = clock()
         self.left_at = clock()
+        if variant.leaves_garbage:
+            gc.collect()
         return Block(seconds=tuple(seconds), traced=tuple(traced), around_seconds=starting + self.left_at - stopping)
 
 
@@ -74,8 +77,7 @@ def interleave(
             watch = stack.enter_context(variant.attach(training, directory / variant.name))
             now = time.perf_counter()
             lanes.append(Lane(variant=variant, training=training, watch=watch, settle=settle, left_at=now))
-        # The last ones first: who is first to trace waits for torch's profiler to load, and memtrace with its default
-        # settings would save for that for a thousand steps.
+        # The last ones first: who is first to trace waits for torch's profiler to load.
         for lane in reversed(lanes):
             lane.run(workload.warm_up)
         until, number = time.perf_counter() + seconds, 0

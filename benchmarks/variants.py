@@ -109,6 +109,9 @@ class Variant:
     """What is on while a block of steps runs; starting and stopping it is counted."""
     around_step: Callable[[Training], AbstractContextManager[object]] = _unwatched
     """The same for each step, where the tool does not take a second one."""
+    leaves_garbage: bool = False
+    """Whether what it has recorded is collected after each block, outside of what is measured: else those who follow
+    pay for it."""
     every: int = 1
     """Takes part in every so many rounds: what is slow needs fewer."""
 
@@ -127,13 +130,15 @@ VARIANTS: Sequence[Variant] = (
         name="profiler",
         title="torch.profiler, profile_memory",
         around_block=_profiler(details=False),
+        leaves_garbage=True,
         every=6,
     ),
     Variant(
         name="profiler_details",
         title="the same with shapes and stacks",
         around_block=_profiler(details=True),
+        leaves_garbage=True,
         every=6,
     ),
-    Variant(name="memtracker", title="torch's MemTracker", around_step=_memtracker, every=6),
+    Variant(name="memtracker", title="torch's MemTracker", around_step=_memtracker, leaves_garbage=True, every=6),
 )

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from small_training import ROWS, WIDTH, loss_of, make, step, traced
+from torch import nn
 
 from memtrace import MemoryTracer
+from memtrace.breakdown import BatchShape
 from memtrace.config import TracerConfig
 from memtrace.exporters.steplog import read_step_log
 
@@ -126,6 +128,34 @@ def test_batches_of_many_shapes_are_passed_over_unless_they_are_larger() -> None
             optimizer.step()
             optimizer.zero_grad()
     assert [record.step for record in tracer.history] == [*AT_FIRST, 40, 42, 52]
+
+
+class Packed(nn.Module):
+    """Takes a nested batch apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.body(rows) for rows in batch.unbind()])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_batches(layout: torch.layout) -> None:
+    """Which have no shape that could be looked at in passing: recorded, traced and passed over like others."""
+    model = Packed()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with traced(model, optimizer, SPARSE) as tracer:
+        for number in range(1, 61):
+            lengths = (2, 9) if number == 45 else (2, 1 + number % 4)
+            rows = [torch.randn(length, WIDTH) for length in lengths]
+            model(torch.nested.nested_tensor(rows, layout=layout)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [record.step for record in tracer.history] == [*AT_FIRST, 42, 45, 52]
+    assert tracer.history[-2].batch == BatchShape(shape=(1, 11, WIDTH), tokens=11, largest_micro_batch_tokens=11)
 
 
 def test_evaluations_belong_to_no_step() -> None:

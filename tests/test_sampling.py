@@ -118,7 +118,7 @@ def test_budget_is_kept_and_used(budget: float, trace_seconds: float) -> None:
     run = Run(budgeted(budget), trace_seconds=trace_seconds)
     traced = run.go(30_000)
     assert run.spent <= budget * run.now + trace_seconds, "at most the first trace is owed"
-    assert run.spent >= 0.8 * budget * run.now - trace_seconds, "and what is earned is spent"
+    assert run.spent >= 0.7 * budget * run.now - trace_seconds, "and all is spent but what is kept for the unseen"
     gaps = [later - earlier for earlier, later in pairwise(traced[1:])]
     assert max(gaps) - min(gaps) <= 1, "traces of a steady run are evenly spaced"
 
@@ -173,15 +173,15 @@ def recorded(
 
 
 def test_an_ordinary_step_always_has_a_record() -> None:
-    """As long as records alone stay within the budget: 0.2 ms of 50 ms."""
-    assert recorded(0.05, 0.0002, steps=2000) == list(range(1, 2001))
+    """As long as records alone stay within the budget: 0.2 ms of 60 ms."""
+    assert recorded(0.06, 0.0002, steps=2000) == list(range(1, 2001))
 
 
 def test_records_of_short_steps_take_half_of_the_budget() -> None:
-    """0.1 ms a record, steps of 0.5 ms: one in 80, after those at the beginning."""
+    """0.1 ms a record, steps of 0.5 ms: one in 100, after those at the beginning."""
     numbers = recorded(0.0005, 0.0001)
     assert numbers[:32] == list(range(1, 33))
-    assert {later - earlier for earlier, later in pairwise(numbers[31:])} <= {80, 81}, "the clock is a float"
+    assert {later - earlier for earlier, later in pairwise(numbers[31:])} <= {100, 101}, "the clock is a float"
 
 
 def test_there_is_a_record_every_second_and_for_every_due_trace() -> None:

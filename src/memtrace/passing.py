@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memtrace.attribution.inputs import tokens_of
+from memtrace.attribution.inputs import shape_of, tokens_of
 from memtrace.attribution.scan import Scan
 from memtrace.categories import Phase
 from memtrace.guard import Guard
@@ -28,8 +28,8 @@ class PassedSteps:
     noted all the same.
 
     These are the hooks that run most often of all, in steps of less than a millisecond. Calls are what takes time
-    there, with caches that the training has filled: so each hook is one function, which reads and sets plain
-    attributes, calls nothing in Python, and cannot fail. All else is done by what it goes on to, under the guard.
+    there, with caches that the training has filled: so each hook is one function, which sets plain attributes and calls
+    nothing in Python. All else is done by what it goes on to, under the guard.
 
     Args:
         scan: knows when all optimizers have stepped.
@@ -57,7 +57,7 @@ class PassedSteps:
         self._largest_tokens = 0
         self._stepped: dict[int, int] = {}
         self._phase = Phase.OUTSIDE
-        self._shape: torch.Size | None = None
+        self._shape: tuple[int, ...] | None = None
         self._dtype: torch.dtype | None = None
 
     @property
@@ -80,6 +80,7 @@ class PassedSteps:
                     batch = args[0]
                 if (
                     type(batch) is torch.Tensor
+                    and not batch.is_nested
                     and (batch.numel() <= self._largest_tokens or batch.shape == self._shape)
                     and torch.is_grad_enabled()
                     and current_autograd_node() is None
@@ -176,12 +177,14 @@ class PassedSteps:
         Returns:
             False where none is: there are no such steps now, or its batch is larger than any with a record.
         """
-        tokens = 0 if batch is None else tokens_of(batch.shape, batch.dtype)
-        if not self.left or tokens > self._largest_tokens:
+        shape, dtype = (None, None) if batch is None else (shape_of(batch), batch.dtype)
+        if not self.left or (
+            shape is not None and dtype is not None and tokens_of(shape, dtype) > self._largest_tokens
+        ):
             return False
         self.number = self.number or self._next
         self._phase = Phase.FORWARD
-        self._shape, self._dtype = (None, None) if batch is None else (batch.shape, batch.dtype)
+        self._shape, self._dtype = shape, dtype
         return True
 
     def optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:

@@ -13,8 +13,11 @@ _NEIGHBOURS = 15
 """How many counted steps a traced one is compared with."""
 _ALL_RECORDED = 32
 """Steps at the beginning that have a record in any case: what a record takes is learned from them."""
+_SEEN = 0.8
+"""Share of the budget that is spent by memtrace's own clock. The rest is for what that clock does not see: how long it
+takes to call a hook, and that training goes on with caches that memtrace has used."""
 _RECORDS_SHARE = 0.5
-"""Share of the budget that records take where it is not enough for a record of every step."""
+"""Share of it that records take where it is not enough for a record of every step."""
 _LONGEST_GAP_SECONDS = 1.0
 """Time without a record at most, as long as there are steps: a scrape sees nothing older."""
 _MOVED = 0.01
@@ -28,11 +31,11 @@ class TraceSchedule:
     step: gradients and state are made in the first one, which is never representative). Then there are two ways:
 
     * `trace_every=N` traces every N steps; 0 never again.
-    * `trace_every=None` keeps an account: a step earns `overhead_budget` of the wall time since the one before, and
-      pays what memtrace took of it. A traced step also pays what it took longer than the median of its neighbours. The
-      next trace is due when the account covers one like the last; already when it is not overdrawn if the picture
-      has changed (a larger batch than any traced, a new high-water mark, a persistent category that moved); and
-      after `max_trace_interval` steps in any case.
+    * `trace_every=None` keeps an account: a step earns four fifths of `overhead_budget` of the wall time since the one
+      before, and pays what memtrace took of it. A traced step also pays what it took longer than the median of its
+      neighbours. The next trace is due when the account covers one like the last; already when it is not overdrawn if
+      the picture has changed (a larger batch than any traced, a new high-water mark, a persistent category that moved);
+      and after `max_trace_interval` steps in any case.
 
     With `trace_every=None` the account spaces records too. A record of every step is made as long as that alone stays
     within the budget; from then on records are as far apart as half the budget pays for, about a second at most,
@@ -41,7 +44,7 @@ class TraceSchedule:
 
     def __init__(self, *, trace_every: int | None, overhead_budget: float, max_trace_interval: int) -> None:
         self._trace_every = trace_every
-        self._budget = overhead_budget
+        self._budget = _SEEN * overhead_budget
         self._max_interval = max_trace_interval
         self._on_demand = False
         self._last: StepRecord | None = None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from memtrace.attribution.inputs import count_tokens, tokens_of
+from memtrace.attribution.inputs import shape_of, tokens_of
 from memtrace.attribution.timeline import StepMarks
 from memtrace.breakdown import AllocatorReading, BatchShape
 from memtrace.categories import Moment, Phase
@@ -69,13 +69,13 @@ class StepInFlight:
         if not self.phases or self.phases[-1][1] is not phase:
             self.phases.append((self.now_ns(), phase))
 
-    def resumes(self, phase: Phase, shape: Sequence[int] | None, dtype: torch.dtype | None) -> None:
+    def resumes(self, phase: Phase, shape: tuple[int, ...] | None, dtype: torch.dtype | None) -> None:
         """Notes where a step is that was not followed from its beginning, and its last micro batch."""
         self.enter(phase)
         self._in_forward = phase is Phase.FORWARD
         self.micro_batches = 1
         if shape is not None and dtype is not None:
-            self._shape, self._tokens = tuple(shape), tokens_of(shape, dtype)
+            self._shape, self._tokens = shape, tokens_of(shape, dtype)
             self._largest = self._tokens
 
     def forward_begins(self, batch: torch.Tensor | None) -> None:
@@ -85,10 +85,11 @@ class StepInFlight:
         self.micro_batches += 1
         self.before_forward = self._reading()
         if batch is not None:
-            tokens = count_tokens(batch)
+            shape = shape_of(batch)
+            tokens = tokens_of(shape, batch.dtype)
             self._tokens += tokens
             if self._shape is None or tokens > self._largest:
-                self._shape, self._largest = tuple(batch.shape), tokens
+                self._shape, self._largest = shape, tokens
 
     def forward_ends(self) -> None:
         """Notes the end of the model's forward pass."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from memtrace.attribution.inputs import batch_tensors, claim_batch, count_tokens, main_input
+from memtrace.attribution.inputs import batch_tensors, claim_batch, count_tokens, main_input, shape_of
 from memtrace.attribution.ledger import Ledger
 from memtrace.categories import Category
 
@@ -63,3 +63,15 @@ def test_the_tensor_that_gives_the_batch_its_shape(args: Any, kwargs: Any, name:
 def test_tokens(shape: tuple[int, ...], dtype: torch.dtype, tokens: int) -> None:
     """What the size of the activations is proportional to."""
     assert count_tokens(torch.zeros(shape, dtype=dtype, device="meta")) == tokens
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize(("dtype", "rest", "tokens"), [(torch.float32, (4,), 5), (torch.int64, (), 5)])
+def test_a_nested_batch_is_one_packed_sequence(
+    layout: torch.layout, dtype: torch.dtype, rest: tuple[int, ...], tokens: int
+) -> None:
+    """It has no shape of its own."""
+    rows = [torch.ones((length, *rest), dtype=dtype) for length in (2, 3)]
+    batch = torch.nested.nested_tensor(rows, layout=layout)
+    assert shape_of(batch) == (1, 5, *rest)
+    assert count_tokens(batch) == tokens

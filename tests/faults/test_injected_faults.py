@@ -31,10 +31,13 @@ SHELLS = frozenset(
     {
         # What stands between the user or torch and the guard: one call of what is guarded, where no fault can be.
         "Guard.run",
-        "Guard.wrap.<locals>.guarded",
         "Guard.finish",
         "Guard.set_up",
         "Guard._fail",
+        "PassedSteps.before_forward.<locals>.hook",
+        "PassedSteps.after_forward.<locals>.hook",
+        "PassedSteps.before_optimizer.<locals>.hook",
+        "PassedSteps.after_optimizer.<locals>.hook",
         "_Pair.pack",
         "_Pair.unpack",
         "TraceWindow.__init__.<locals>.<lambda>",

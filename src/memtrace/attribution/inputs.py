@@ -43,17 +43,27 @@ def main_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], main_name: str 
     return next(batch_tensors((args, kwargs)), None)
 
 
-def count_tokens(tensor: torch.Tensor) -> int:
-    """Returns the positions in a batch: what the size of its activations is proportional to."""
-    return tokens_of(tensor.shape, tensor.dtype)
+def shape_of(batch: torch.Tensor) -> tuple[int, ...]:
+    """Returns the shape of a batch; that of a nested one as of one packed sequence: (1, positions, ...)."""
+    if not batch.is_nested:
+        return tuple(batch.shape)
+    if batch.layout is torch.jagged:  # its lengths are on the device, where nobody may ask for them
+        return (1, *batch.values().shape)
+    rows = batch.unbind()
+    return (1, sum(len(row) for row in rows), *(rows[0].shape[1:] if rows else ()))
 
 
 def tokens_of(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Returns the positions in a batch of this shape; never more than it has elements.
+    """Returns the positions in a batch of this shape: what the size of its activations is proportional to.
 
     All elements of integer tensors (ids) and of tensors of up to two dimensions (waveforms); samples x positions where
-    the last of three dimensions holds features; samples alone for images and volumes.
+    the last of three dimensions holds features; samples alone for images and volumes. Never more than all elements.
     """
     if len(shape) <= 2 or not dtype.is_floating_point:
         return prod(shape)
     return shape[0] * shape[1] if len(shape) == 3 else shape[0]
+
+
+def count_tokens(batch: torch.Tensor) -> int:
+    """Returns the positions in a batch."""
+    return tokens_of(shape_of(batch), batch.dtype)
