@@ -16,6 +16,7 @@ from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.timeline import Timeline, replay
 from memtrace.categories import Category
+from memtrace.garbage import uncollected
 from memtrace.guard import Guard
 from memtrace.sources.events import EventSource, TagEvent
 from memtrace.sources.hooks import HookSet, SavedTensorHooks
@@ -120,6 +121,10 @@ class TraceWindow:
 
     def close(self) -> Timeline | None:
         """Ends the window and replays it; None where the source lost events."""
+        with uncollected():
+            return self._close()
+
+    def _close(self) -> Timeline | None:
         assert self._tags is not None, "close() without open()"
         self._scan.claim_persistent(self._ledger)
         notes = self._tags.notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from operator import itemgetter
 
 from memtrace.breakdown import AllocatorReading
 from memtrace.sources import torch_private
@@ -51,7 +52,7 @@ class CpuEvents:
             return Window(begin_ns=begin_ns, end_ns=end_ns, events=(), live_at_begin=None, complete=False)
         recorded = torch_private.stop_memory_profiler()
         self._begin_ns = None  # only now: after a fault on the way here, abandon() must still end the recording
-        rows = sorted(recorded, key=lambda row: row[0])
+        rows = sorted(recorded, key=itemgetter(0))
         return Window(
             begin_ns=begin_ns,
             end_ns=end_ns,

@@ -65,16 +65,16 @@ def give_up_memory_profiler() -> None:
 
 
 def _allocations(roots: list[Any]) -> Iterator[tuple[int, int, int, int]]:
-    allocation = torch._C._profiler._EventType.Allocation
+    # Each attribute of a node is a call into torch, and nearly all nodes are allocations: only what is used is asked.
+    allocation, cpu = torch._C._profiler._ExtraFields_Allocation, torch.device("cpu")
     stack = list(reversed(roots))
     while stack:
         node = stack.pop()
-        if node.tag == allocation:
-            fields = node.extra_fields
-            if fields.device.type == "cpu":
-                yield node.start_time_ns, fields.ptr, fields.alloc_size, fields.total_allocated
-        if node.children:
+        fields = node.extra_fields
+        if not isinstance(fields, allocation):
             stack.extend(reversed(node.children))
+        elif fields.device == cpu:
+            yield node.start_time_ns, fields.ptr, fields.alloc_size, fields.total_allocated
 
 
 def profiler_is_recording() -> bool:
