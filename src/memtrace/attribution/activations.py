@@ -8,7 +8,7 @@ from torch import nn
 from memtrace.attribution.storages import storages_of
 from memtrace.categories import Category
 from memtrace.sources import torch_private
-from memtrace.sources.events import MEMORY, Coordinates, Tag, TagEvent
+from memtrace.sources.events import MEMORY, Coordinates, TagEvent, tag_of
 
 _VIEWS = (
     "TBackward",
@@ -50,7 +50,7 @@ class ActivationTags:
         if tensor.dtype in (torch.bfloat16, torch.float16) and self._is_cast_weight(tensor):
             category, component = Category.TRANSIENT_WEIGHTS, "autocast"
         for storage, dtype in storages_of(tensor, self._device):
-            tag = Tag(category, component, dtype)
+            tag = tag_of(category, component, dtype)
             self.notes.append(TagEvent(self._now_ns(), self._address_of(storage), storage.nbytes(), tag))
 
     def _is_cast_weight(self, tensor: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from memtrace.attribution.storages import storages_of
 from memtrace.categories import Category
-from memtrace.sources.events import MEMORY, Coordinates, Tag, TagEvent
+from memtrace.sources.events import MEMORY, Coordinates, Tag, TagEvent, tag_of
 
 PRECEDENCE = {
     category: rank
@@ -93,13 +93,13 @@ class Ledger:
         the tensor's own.
         """
         for storage, dtype in storages_of(tensor, self._device):
-            tag = Tag(category, component, dtype)
+            tag = tag_of(category, component, dtype)
             entry = self._entries.get(id(storage))
             if entry is None:
                 self._entries[id(storage)] = entry = _Entry(storage, self._on_death)
                 entry.identity, entry.address = id(storage), self._address_of(storage)
                 entry.nbytes, entry.tag = storage.nbytes(), tag
-            elif PRECEDENCE[entry.tag.category] >= PRECEDENCE[category]:
+            elif entry.tag is not tag and PRECEDENCE[entry.tag.category] >= PRECEDENCE[category]:
                 entry.tag = tag
             if self._journal is not None:
                 self._journal.append(TagEvent(self._now_ns(), self._address_of(storage), storage.nbytes(), entry.tag))

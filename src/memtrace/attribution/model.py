@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,16 +23,20 @@ class Role(NamedTuple):
 
 def claim_model(
     model: nn.Module, ledger: Ledger, role_of: Callable[[torch.Tensor], Role | None] = lambda _: None
-) -> None:
+) -> Sequence[nn.Parameter]:
     """Claims every parameter and buffer of the module; tied and shared ones count once.
 
     Args:
         model: the module.
         ledger: where to claim.
         role_of: returns the role of a parameter that an engine has given another storage; None for plain weights.
+
+    Returns:
+        The parameters, for what else is to be known of them: to list them takes about as long as to claim them.
     """
     trainable, frozen = Role(Category.WEIGHTS, "trainable"), Role(Category.WEIGHTS, "frozen")
-    for parameter in model.parameters():
+    parameters = list(model.parameters())
+    for parameter in parameters:
         role = role_of(parameter) or (trainable if parameter.requires_grad else frozen)
         ledger.claim(parameter, role.category, role.component)
         if type(parameter) is not nn.Parameter:  # a quantised one keeps its scales as attributes
@@ -40,13 +44,15 @@ def claim_model(
                 ledger.claim(tensor, role.category, role.component)
     for buffer in model.buffers():
         ledger.claim(buffer, Category.BUFFERS)
+    return parameters
 
 
 def claim_gradients(parameters: Iterable[torch.Tensor], ledger: Ledger) -> None:
     """Claims `.grad` of each parameter that has one."""
     for parameter in parameters:
-        if parameter.grad is not None:
-            ledger.claim(parameter.grad, Category.GRADIENTS)
+        gradient = parameter.grad
+        if gradient is not None:
+            ledger.claim(gradient, Category.GRADIENTS)
 
 
 def check_model(model: nn.Module) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import nn
@@ -55,11 +56,11 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     Raises:
         ConfigError: none of its parameters belongs to the model.
     """
-    known = {id(parameter) for parameter in model.parameters()}
     ours = list(optimizer_parameters(optimizer))
-    if any(id(parameter) in known for parameter in ours):
+    known = {id(parameter) for parameter in ours}
+    if any(id(parameter) in known for parameter in model.parameters()):
         return
-    copies = _Copies(model)
+    copies = _Copies(model.parameters())
     if ours and all(copies.may_have(parameter) for parameter in ours):
         return
     raise ConfigError(
@@ -69,35 +70,40 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     )
 
 
-def claim_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, ledger: Ledger) -> None:
-    """Claims the optimizer's parameters that are not the model's, and all tensors in its state.
+def claim_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], ledger: Ledger) -> None:
+    """Claims the optimizer's parameters that are not among the model's `parameters`, and all tensors in its state.
 
     Call after `claim_model`: parameters that the ledger knows as weights stay weights.
     """
-    claimed = {id(parameter) for parameter in model.parameters()}
+    claimed = {id(parameter) for parameter in parameters}
     copies: _Copies | None = None
     for parameter in optimizer_parameters(optimizer):
         if id(parameter) not in claimed and ledger.role_of(parameter) is None:
-            copies = copies or _Copies(model)
+            copies = copies or _Copies(parameters)
             if copies.may_have(parameter):
                 ledger.claim(parameter, Category.MASTER_WEIGHTS)
             else:
                 ledger.claim(parameter, Category.WEIGHTS, "trainable")
     for state in optimizer.state.values():
         for component, tensor in state_tensors(state):
-            if _MASTER_NAME.search(component):
+            if _names_master(component):
                 ledger.claim(tensor, Category.MASTER_WEIGHTS)
             else:
                 ledger.claim(tensor, Category.OPTIMIZER_STATE, component)
 
 
+@cache
+def _names_master(component: str) -> bool:
+    return _MASTER_NAME.search(component) is not None
+
+
 class _Copies:
     """What master copies of a model's parameters can look like: asked for many tensors, looked up once."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
         self._shapes: dict[int, set[torch.Size]] = {}
         self._elements: Counter[int] = Counter()
-        for parameter in model.parameters():
+        for parameter in parameters:
             if parameter.is_floating_point():
                 size = parameter.element_size()
                 self._shapes.setdefault(size, set()).add(parameter.shape)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -76,20 +77,15 @@ class Scan:
         self._gradients = None
         for engine in self.engines:
             engine.claim(ledger)
-        claim_model(self._model, ledger, self.role_of)
-        self.claim_optimizers(ledger)
-        self.claim_gradients(ledger)
-
-    def claim_optimizers(self, ledger: Ledger) -> None:
-        """Claims what the optimizers hold."""
-        for optimizer in self.optimizers:
-            claim_optimizer(optimizer, self._model, ledger)
+        parameters = claim_model(self._model, ledger, self.role_of)
+        self._claim_optimizers(parameters, ledger)
+        claim_gradients(self._gradient_owners(parameters), ledger)
 
     def claim_gradients(self, ledger: Ledger) -> None:
         """Claims `.grad` of the model's parameters and of master copies that optimizers hold, and the engines' own."""
         for engine in self.engines:
             engine.claim(ledger)
-        claim_gradients(self._gradient_owners(), ledger)
+        claim_gradients(self._gradient_owners(self._model.parameters()), ledger)
 
     def claim_passing(self, ledger: Ledger) -> None:
         """Claims the buckets that engines have for a part of a step only; nothing where there is no engine."""
@@ -110,19 +106,13 @@ class Scan:
         Of the parameters that the last look at everything has found.
         """
         if self.engines:  # they have gradients of their own, views of buckets among them
-            owners = self._gradient_owners()
+            owners = self._gradient_owners(self._model.parameters())
             gradients = [owner.grad for owner in owners if owner.grad is not None]
             gradients += [gradient for engine in self.engines for gradient in engine.gradients()]
             return gradient_bytes(gradients, device)
         if self._gradients is None or self._gradients.device != device:
-            self._gradients = GradientCount(self._gradient_owners(), device)
+            self._gradients = GradientCount(self._gradient_owners(self._model.parameters()), device)
         return self._gradients.count()
-
-    def _gradient_owners(self) -> Iterator[torch.Tensor]:
-        """Yields the parameters of the model, then those of the optimizers: master copies have gradients too."""
-        yield from self._model.parameters()
-        for optimizer in self.optimizers:
-            yield from optimizer_parameters(optimizer)
 
     def gradient_leaves(self) -> Iterator[nn.Parameter]:
         """Yields every tensor that autograd accumulates a gradient into."""
@@ -168,8 +158,17 @@ class Scan:
             return False
         self._state_sizes = sizes
         self._gradients = None
-        self.claim_optimizers(ledger)
+        self._claim_optimizers(list(self._model.parameters()), ledger)
         return True
+
+    def _claim_optimizers(self, parameters: Sequence[torch.Tensor], ledger: Ledger) -> None:
+        for optimizer in self.optimizers:
+            claim_optimizer(optimizer, parameters, ledger)
+
+    def _gradient_owners(self, parameters: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+        """Returns the model's parameters and what else the optimizers update: master copies have gradients too."""
+        tensors = chain(parameters, *map(optimizer_parameters, self.optimizers))
+        return {id(tensor): tensor for tensor in tensors}.values()
 
     def _updates(self, optimizer: torch.optim.Optimizer) -> int:
         for engine in self.engines:

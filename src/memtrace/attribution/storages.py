@@ -5,18 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from memtrace.sources import torch_private
 
-
-class StorageView(NamedTuple):
-    """A storage and the element type that the tensor on it has."""
-
-    storage: torch.UntypedStorage
-    dtype: str
+StorageView = tuple[torch.UntypedStorage, str]
+"""A storage and the element type that the tensor on it has. A plain tuple: a claim makes one and drops it."""
 
 
 def storages_of(tensor: torch.Tensor, device: torch.device) -> Sequence[StorageView]:
@@ -33,7 +29,7 @@ def storages_of(tensor: torch.Tensor, device: torch.device) -> Sequence[StorageV
         if tensor.device != device:
             return ()
         storage = tensor.untyped_storage()
-        return (StorageView(storage, dtype_name(tensor.dtype)),) if storage.nbytes() else ()
+        return ((storage, dtype_name(tensor.dtype)),) if storage.nbytes() else ()
     else:
         tensors = torch_private.sparse_parts(tensor)
     return [view for part in tensors for view in storages_of(part, device)]
@@ -64,14 +60,17 @@ def state_tensors(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     seen: set[int] = set()
 
     def walk(value: Any, path: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
-        if isinstance(value, torch.Tensor):
-            yield path, value
-        elif depth < _MAX_DEPTH and id(value) not in seen:
-            seen.add(id(value))
-            for name, part in _parts(value):
-                yield from walk(part, f"{path}.{name}" if path and name else path or name, depth + 1)
+        if depth == _MAX_DEPTH or id(value) in seen:
+            return
+        seen.add(id(value))
+        for name, part in _parts(value):
+            below = f"{path}.{name}" if path and name else path or name
+            if isinstance(part, torch.Tensor):
+                yield below, part
+            else:
+                yield from walk(part, below, depth + 1)
 
-    return walk(value, "", 0)
+    return walk((value,), "", -1)
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -46,6 +47,10 @@ class Tag(NamedTuple):
     category: Category
     component: str
     dtype: str
+
+
+tag_of = cache(Tag)
+"""Returns the one `Tag` of these fields: a run has a handful of them, and puts them on thousands of storages."""
 
 
 class TagEvent(NamedTuple):
