@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-
-from memtrace.attribution.timeline import Classifier, StepMarks, Timeline
+from memtrace.attribution.timeline import StepMarks, Timeline
 from memtrace.breakdown import StepCurve
 from memtrace.categories import Category, Moment
 
@@ -35,7 +33,7 @@ def step_curve(timeline: Timeline, marks: StepMarks) -> StepCurve:
     positions = _positions(timeline, marks)
     return StepCurve(
         seconds=[_seconds(timeline, marks, position) for position in positions],
-        by_category=_by_category(timeline, Classifier(timeline, marks), positions),
+        by_category=_by_category(timeline, marks, positions),
         moments={moment: _seconds(timeline, marks, position) for moment, position in timeline.positions(marks).items()},
     )
 
@@ -56,20 +54,13 @@ def _seconds(timeline: Timeline, marks: StepMarks, position: int) -> float:
     return max(reached_ns - marks.begin_ns, 0) / 1e9
 
 
-def _by_category(timeline: Timeline, classify: Classifier, positions: list[int]) -> dict[Category, list[int]]:
+def _by_category(timeline: Timeline, marks: StepMarks, positions: list[int]) -> dict[Category, list[int]]:
     """Returns the bytes of each category that has any at each position."""
     changes: dict[Category, list[int]] = {}
-    turn = bisect_left(positions, classify.turn)
-    for life in timeline.lifetimes:
-        begin = bisect_right(positions, life.begin)
-        end = len(positions) if life.end is None else bisect_right(positions, life.end)
-        middle = min(max(turn, begin), end)
-        for start, stop in ((begin, middle), (middle, end)):
-            if start < stop:
-                category = classify(life, positions[start]).category
-                row = changes.setdefault(category, [0] * (len(positions) + 1))
-                row[start] += life.nbytes
-                row[stop] -= life.nbytes
+    for key, nbytes, start, stop in timeline.stretches(marks, positions):
+        row = changes.setdefault(key.category, [0] * (len(positions) + 1))
+        row[start] += nbytes
+        row[stop] -= nbytes
     return {category: _running(changes[category]) for category in Category if category in changes}
 
 

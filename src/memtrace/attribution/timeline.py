@@ -8,8 +8,9 @@ it can list them (CUDA), else from the ledger and from tags on addresses that no
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain, pairwise
 
 from memtrace.attribution.ledger import PRECEDENCE
@@ -72,11 +73,16 @@ class Timeline:
     def moments(self, marks: StepMarks) -> dict[Moment, Breakdown]:
         """Returns the breakdown of one step at each moment that it had, and at its exact peak."""
         positions = self.positions(marks)
-        classify = Classifier(self, marks)
+        ordered = sorted(set(positions.values()))
+        entries: dict[int, dict[EntryKey, int]] = {position: {} for position in ordered}
+        for key, nbytes, start, stop in self.stretches(marks, ordered):
+            for position in ordered[start:stop]:
+                totals = entries[position]
+                totals[key] = totals.get(key, 0) + nbytes
         return {
             moment: Breakdown(
                 moment=moment,
-                entries=self._entries(positions[moment], classify),
+                entries=ordered_entries(entries[positions[moment]]),
                 allocated_bytes=marks.counters.get(moment, self.totals[positions[moment]]),
             )
             for moment in Moment
@@ -86,7 +92,7 @@ class Timeline:
     def positions(self, marks: StepMarks) -> dict[Moment, int]:
         """Returns the position of each moment that the step had, the exact peak among them."""
         first, last = self.position(marks.begin_ns), self.position(marks.end_ns)
-        peak = max(range(first, last + 1), key=self.totals.__getitem__)
+        peak = self.totals.index(max(self.totals[first : last + 1]), first)
         positions = {Moment.PEAK: peak, Moment.STEP_END: last}
         if marks.forward_end_ns is not None:
             positions[Moment.FORWARD_END] = self.position(marks.forward_end_ns)
@@ -94,16 +100,29 @@ class Timeline:
             positions[Moment.BACKWARD_END] = self.position(marks.backward_end_ns)
         return positions
 
-    def _entries(self, position: int, classify: Classifier) -> Mapping[EntryKey, int]:
-        totals: dict[EntryKey, int] = {}
+    def stretches(self, marks: StepMarks, positions: Sequence[int]) -> Iterator[tuple[EntryKey, int, int, int]]:
+        """Yields (entry, bytes, start, stop) for each block that is there at some of the positions, which ascend.
+
+        The block counts for the entry at `positions[start:stop]`. It comes a second time where it is for something
+        else after the end of the backward pass.
+        """
+        classify = _Classifier(self, marks)
+        turn = bisect_left(positions, classify.turn)
         for life in self.lifetimes:
-            if life.begin < position and (life.end is None or life.end >= position):
-                key = classify(life, position)
-                totals[key] = totals.get(key, 0) + life.nbytes
-        return ordered_entries(totals)
+            start = bisect_right(positions, life.begin)
+            stop = len(positions) if life.end is None else bisect_right(positions, life.end)
+            if start < turn < stop:
+                yield classify(life, positions[start]), life.nbytes, start, turn
+                start = turn
+            if start < stop:
+                yield classify(life, positions[start]), life.nbytes, start, stop
 
 
-class Classifier:
+_entry_of = cache(EntryKey._make)
+"""Returns the one entry of a tag."""
+
+
+class _Classifier:
     """Says what a block of a timeline is for at a position, given where the step begins and ends.
 
     What it says of a block is the same at all positions before `turn`, and at all from there on.
@@ -121,19 +140,19 @@ class Classifier:
         """Returns the entry that the block counts for at a position at which it is there."""
         tag = life.tag
         if tag is not None and tag[:2] not in _STEP_BOUND:
-            return EntryKey(*tag)
+            return _entry_of(tag)
         before_step = life.begin < self._first
         if tag is not None and before_step and life.saved_ns is not None and life.saved_ns >= self._begin_ns:
             # Older than the step and saved by it: given to it, such as labels for a loss outside the model, or casts
             # that one autocast around many steps keeps.
             return (
-                EntryKey(*tag)
+                _entry_of(tag)
                 if tag.category is Category.TRANSIENT_WEIGHTS
                 else EntryKey(Category.INPUTS, "", tag.dtype)
             )
         outlives = before_step or life.end is None or life.end >= self._last
         if tag is not None and not before_step and not (outlives and position >= self.turn):
-            return EntryKey(*tag)
+            return _entry_of(tag)
         category = Category.UNATTRIBUTED if outlives else Category.TEMPORARIES
         return EntryKey(category, self._phase(life, before_step), "")
 
