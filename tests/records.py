@@ -91,7 +91,8 @@ def gpu_snapshot(record: StepRecord | None = None, **fields: Any) -> Snapshot:
         "identity": RunIdentity(
             run_name="llama", rank=1, local_rank=1, world_size=2, device="cuda:1", gpu_uuid="GPU-1234"
         ),
-        "totals": Totals(steps=12, traced_steps=1, self_seconds=0.5, ooms=0, retries=2),
+        "totals": Totals(steps=12, traced_steps=1, self_seconds=0.5, slowed_seconds=0.25, ooms=0, retries=2),
+        "begun_unix_seconds": latest.unix_seconds - 100,
         "latest": latest,
         "latest_traced": latest if latest.traced else None,
         "device_memory": latest.device_memory,

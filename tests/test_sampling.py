@@ -21,6 +21,7 @@ def record(
     now: float = 0.0,
     seconds: float = 1.0,
     cost: float = 0.0,
+    slowed: float = 0.0,
     tokens: int = 100,
     state: int = GIB,
     high_water: int | None = None,
@@ -36,6 +37,7 @@ def record(
         traced=traced,
         unix_seconds=now,
         self_seconds=cost,
+        slowed_seconds=slowed,
         step_seconds=seconds,
         batch=BatchShape(shape=(1, tokens), tokens=tokens, largest_micro_batch_tokens=tokens),
         allocator=allocator,
@@ -66,7 +68,9 @@ class Run:
             self.now += self.step_seconds + slower + own
             self.spent += slower + own
             seconds = self.step_seconds + slower
-            self.schedule.ended(record(self.step, traced=wants, now=self.now, seconds=seconds, cost=own, **changes))
+            slowed = self.schedule.slowed(seconds) if wants else 0.0
+            ended = record(self.step, traced=wants, now=self.now, seconds=seconds, cost=own, slowed=slowed, **changes)
+            self.schedule.ended(ended)
             if wants:
                 traced.append(self.step)
         return traced
@@ -121,6 +125,16 @@ def test_budget_is_kept_and_used(budget: float, trace_seconds: float) -> None:
     assert run.spent >= 0.7 * budget * run.now - trace_seconds, "and all is spent but what is kept for the unseen"
     gaps = [later - earlier for earlier, later in pairwise(traced[1:])]
     assert max(gaps) - min(gaps) <= 1, "traces of a steady run are evenly spaced"
+
+
+def test_a_traced_step_is_held_against_the_counted_ones_before_it() -> None:
+    """What it took longer than their median; nothing where there are none, and nothing where it was quicker."""
+    schedule = budgeted()
+    assert schedule.slowed(5.0) == 0.0
+    for step, seconds in enumerate((1.0, 9.0, 2.0), start=1):
+        schedule.ended(record(step, traced=False, seconds=seconds))
+    assert schedule.slowed(5.0) == 3.0
+    assert schedule.slowed(1.5) == 0.0
 
 
 def test_what_counted_steps_take_is_on_the_account() -> None:

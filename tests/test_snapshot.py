@@ -10,7 +10,7 @@ from records import GIB, STEP_END_ENTRIES, breakdown, counted_step, cpu_snapshot
 
 from memtrace.breakdown import AllocatorReading, DeviceReading, EntryKey, StepRecord
 from memtrace.categories import Category, Moment
-from memtrace.snapshot import Snapshot
+from memtrace.snapshot import RunIdentity, Snapshot
 
 UNATTRIBUTED = EntryKey(Category.UNATTRIBUTED, "outside", "")
 WEIGHTS = EntryKey(Category.WEIGHTS, "trainable", "bfloat16")
@@ -96,6 +96,13 @@ def test_the_limit_is_the_device_where_none_was_set() -> None:
     assert gpu_snapshot().device_limit_bytes == 80 * GIB
     assert gpu_snapshot(limit_bytes=GIB).device_limit_bytes == GIB
     assert gpu_snapshot(device_memory=None, latest=None).device_limit_bytes is None
+
+
+def test_what_memtrace_has_cost_is_a_share_of_wall_time() -> None:
+    """Its own time and that of slower steps, since the tracer was attached; not told before there is a step."""
+    assert gpu_snapshot().overhead_ratio == (0.5 + 0.25) / 100
+    assert gpu_snapshot(begun_unix_seconds=None).overhead_ratio is None
+    assert Snapshot(identity=RunIdentity(run_name="run"), begun_unix_seconds=1.0).overhead_ratio is None
 
 
 def test_an_exact_breakdown_is_shown_as_it_is() -> None:

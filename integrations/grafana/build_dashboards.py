@@ -341,10 +341,11 @@ def memtrace_itself() -> Panels:
         board.Row("memtrace itself"),
         graph(
             "What memtrace costs",
-            "Share of the training thread's time. The budget is 0.5 % unless set otherwise.",
+            "Share of wall time, memtrace's own and that of slower steps. The budget is 0.5 % unless set otherwise.",
             [
                 (
-                    f"max(rate({metrics.SELF_SECONDS.name}{{{SELECTOR}}}[$__rate_interval]) and on ({RANK}) {RUN})",
+                    f"max((rate({metrics.SELF_SECONDS.name}{{{SELECTOR}}}[$__rate_interval])"
+                    f" + rate({metrics.SLOWED_SECONDS.name}{{{SELECTOR}}}[$__rate_interval])) and on ({RANK}) {RUN})",
                     "share of time",
                 )
             ],

@@ -164,6 +164,9 @@ class StepRecord:
     """When the step ended, seconds since 1970."""
     self_seconds: float
     """Time that memtrace itself took on the training thread since the record before."""
+    slowed_seconds: float = 0.0
+    """What a traced step took longer than the counted ones before it, besides `self_seconds`: their median is what it
+    is held against. 0 for a counted step."""
     step_seconds: float | None = None
     """Wall time from the beginning of the step to its end."""
     batch: BatchShape | None = None

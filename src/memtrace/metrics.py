@@ -97,6 +97,19 @@ SELF_SECONDS = Metric(
     unit=Unit.SECONDS,
     help="Time that memtrace itself has taken on the training thread.",
 )
+SLOWED_SECONDS = Metric(
+    name="memtrace_slowed_seconds_total",
+    type=MetricType.COUNTER,
+    unit=Unit.SECONDS,
+    help="What traced steps took longer than the steps before them, besides memtrace's own time.",
+)
+OVERHEAD = Metric(
+    name="memtrace_overhead_ratio",
+    type=MetricType.GAUGE,
+    unit=Unit.RATIO,
+    help="Share of the wall time since memtrace was attached that it has cost, its own time and slower steps together.",
+    absent="before the first step has ended",
+)
 RETRIES = Metric(
     name="memtrace_allocator_retries_total",
     type=MetricType.COUNTER,
@@ -337,6 +350,8 @@ CATALOGUE: tuple[Metric, ...] = (
     STEPS,
     TRACED_STEPS,
     SELF_SECONDS,
+    SLOWED_SECONDS,
+    OVERHEAD,
     RETRIES,
     OOMS,
     PEAK_RESETS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -83,7 +84,10 @@ class Publication:
 
     def begin(self, identity: RunIdentity, limit_bytes: int | None) -> None:
         """Notes that the tracer is at work, for whom, and what the run may use of the device."""
-        self._snapshot = replace(self._snapshot, identity=identity, up=True, limit_bytes=limit_bytes)
+        begun = self._snapshot.begun_unix_seconds or time.time()
+        self._snapshot = replace(
+            self._snapshot, identity=identity, up=True, limit_bytes=limit_bytes, begun_unix_seconds=begun
+        )
 
     def switch_off(self) -> None:
         """Notes that a fault has ended the tracer's work."""

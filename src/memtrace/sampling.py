@@ -97,6 +97,14 @@ class TraceSchedule:
         apart = longest if earned * longest < cost else cost / earned
         return max(0, ceil(apart) - 1)
 
+    def slowed(self, seconds: float) -> float:
+        """Returns what a traced step took longer than the median of its neighbours; seconds.
+
+        Args:
+            seconds: what it took, without memtrace's own part.
+        """
+        return max(0.0, seconds - median(self._neighbours)) if self._neighbours else 0.0
+
     def ended(self, record: StepRecord, passed_seconds: float = 0.0) -> None:
         """Notes a finished step, traced or not, with what it took.
 
@@ -107,11 +115,9 @@ class TraceSchedule:
         seconds = record.step_seconds or 0.0
         began = record.unix_seconds - seconds if self._previous_end is None else self._previous_end
         self._previous_end = record.unix_seconds
-        cost = record.self_seconds
-        self._note_pace(record, (record.unix_seconds - began), cost - passed_seconds)
+        cost = record.self_seconds + record.slowed_seconds
+        self._note_pace(record, (record.unix_seconds - began), record.self_seconds - passed_seconds)
         if record.traced:
-            if self._neighbours:
-                cost += max(0.0, seconds - median(self._neighbours))
             self._trace_seconds = cost
             self._last, self._on_demand, self._changed = record, False, False
             if record.batch is not None:

@@ -32,6 +32,7 @@ class Totals:
     """Those of `steps` that were passed over without a record."""
     traced_steps: int = 0
     self_seconds: float = 0.0
+    slowed_seconds: float = 0.0
     ooms: int = 0
     retries: int = 0
     peak_counter_resets: int = 0
@@ -48,6 +49,7 @@ class Totals:
             passed_steps=self.passed_steps,
             traced_steps=self.traced_steps + record.traced,
             self_seconds=self.self_seconds + record.self_seconds,
+            slowed_seconds=self.slowed_seconds + record.slowed_seconds,
             ooms=self.ooms if told is None or told.ooms is None else max(self.ooms, told.ooms),
             retries=self.retries if told is None or told.retries is None else told.retries,
             peak_counter_resets=self.peak_counter_resets + record.peak_counter_reset,
@@ -66,6 +68,8 @@ class Snapshot:
     identity: RunIdentity
     up: bool = True
     """False once a fault inside memtrace switched it off."""
+    begun_unix_seconds: float | None = None
+    """When the tracer was attached, seconds since 1970; None before."""
     totals: Totals = field(default_factory=Totals)
     latest: StepRecord | None = None
     latest_traced: StepRecord | None = None
@@ -91,6 +95,14 @@ class Snapshot:
         if self.limit_bytes is not None or self.device is None:
             return self.limit_bytes
         return self.device.total_bytes
+
+    @property
+    def overhead_ratio(self) -> float | None:
+        """Share of the wall time since the tracer was attached that memtrace has cost; None before the first step."""
+        if self.latest is None or self.begun_unix_seconds is None:
+            return None
+        passed = self.latest.unix_seconds - self.begun_unix_seconds
+        return (self.totals.self_seconds + self.totals.slowed_seconds) / passed if passed > 0 else None
 
     @property
     def headroom_bytes(self) -> int | None:

@@ -26,6 +26,8 @@ class StepInFlight:
     number: int
     read: Callable[[], AllocatorReading | None]
     now_ns: Callable[[], int] = time.time_ns
+    spent_ns: int = 0
+    """What memtrace had taken of the training thread before the step; nanoseconds."""
     begin_ns: int = field(init=False)
     recorded: bool | None = None
     """Whether the step ends as a traced record; None until its first forward pass."""

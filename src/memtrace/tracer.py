@@ -10,12 +10,11 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from memtrace.attribution.counted import CountedSteps, counted_moments
+from memtrace.attribution.counted import CountedSteps
 from memtrace.attribution.curve import HighestSteps
 from memtrace.attribution.host import HostMemory
 from memtrace.attribution.inputs import claim_batch, count_tokens, main_input
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.peaks import HighWater
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.storages import canonical_device
 from memtrace.breakdown import Breakdown, StepRecord
@@ -186,11 +185,11 @@ class Tracer:
     def _watch(self, device: torch.device, source: EventSource | None = None) -> None:
         """Sets up what belongs to one device."""
         self._device = device
-        self._counted_steps = CountedSteps()
         self._anchor = next((p for p in self._model.parameters() if canonical_device(p.device) == device), None)
         """A parameter that tells when the model is moved; None where an engine keeps all of them elsewhere."""
         self._source = source or event_source(device)
         self._ledger = Ledger(device)
+        self._counted = CountedSteps(self._scan, self._ledger)
         self._host = HostMemory(self._scan, device)
         self._window = TraceWindow(
             model=self._model,
@@ -273,7 +272,9 @@ class Tracer:
             self._follow()
         number = number or self._published.steps + 1
         prepares = self._scan.prepares_gradients
-        self._step = StepInFlight(number=number, read=self._source.reading, prepares_gradients=prepares)
+        self._step = StepInFlight(
+            number=number, read=self._source.reading, prepares_gradients=prepares, spent_ns=self._passed.spent_ns
+        )
 
     def _decide(self, step: StepInFlight, batch: torch.Tensor | None) -> None:
         """Makes the step a traced one or a counted one, once its first batch is known."""
@@ -352,6 +353,7 @@ class Tracer:
                 self._passed.step_ends()
             return
         marks = step.marks or step.ends()
+        seconds, inside = (marks.end_ns - marks.begin_ns) / 1e9, (self._passed.spent_ns - step.spent_ns) / 1e9
         moments: Mapping[Moment, Breakdown] | None = None
         curve = None
         if step.recorded and self._window.is_open:
@@ -360,9 +362,9 @@ class Tracer:
                 self._schedule.missed()
             else:
                 moments = timeline.moments(marks)
-                self._counted_steps.learn(moments, step.forward_added)
+                self._counted.learn(moments, step.forward_added)
                 curve = self._highest_steps.curve(timeline, marks)
-        water = self._counted_steps.water(step.reads)
+        water = self._counted.water(step.reads)
         if self._scan.learn_new_state(self._ledger) or moments is not None:
             self._host.look()
         spent_ns = self._passed.spent_ns
@@ -373,9 +375,10 @@ class Tracer:
             traced=moments is not None,
             unix_seconds=marks.end_ns / 1e9,
             self_seconds=(spent_ns - self._spent_before_ns) / 1e9,
-            step_seconds=(marks.end_ns - marks.begin_ns) / 1e9,
+            slowed_seconds=0.0 if moments is None else self._schedule.slowed(seconds - inside),
+            step_seconds=seconds,
             batch=step.batch(),
-            moments=moments if moments is not None else self._counted(step, water),
+            moments=moments or self._counted.moments(step.before_forward, step.readings, step.forward_added, water),
             allocator=step.readings.get(Moment.STEP_END),
             host=self._host.entries,
             device_memory=self._sampler.reading() if self._sampler is not None else None,
@@ -392,8 +395,3 @@ class Tracer:
         if not again:
             self._published.count_oom(report)
         return None
-
-    def _counted(self, step: StepInFlight, water: HighWater) -> Mapping[Moment, Breakdown]:
-        gradients = self._scan.gradient_bytes(self._device)
-        known = counted_moments(self._ledger.totals(), gradients, step.before_forward, step.readings)
-        return self._counted_steps.moments(known, step.forward_added, water)

@@ -172,6 +172,12 @@ def test_any_record_can_be_shown(record: StepRecord, width: int) -> None:
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
 
 
+def test_a_slower_step_is_told() -> None:
+    """Beside what memtrace has taken itself."""
+    text = render_text(traced_step(self_seconds=0.02, slowed_seconds=0.04), width=200)
+    assert "memtrace took 20 ms and slowed it by 40 ms" in text
+
+
 def test_long_steps_are_told_in_seconds() -> None:
     """Durations have three digits and a unit that fits."""
     assert "· 12.3 s · memtrace took 1.5 ms" in render_text(traced_step(step_seconds=12.34, self_seconds=0.0015))

@@ -54,7 +54,8 @@ def snapshots(rank: int, world_size: int, steps: int, end: float) -> Iterator[Sn
         totals = Totals(
             steps=number * 40,
             traced_steps=number,
-            self_seconds=0.004 * INTERVAL * number,
+            self_seconds=0.003 * INTERVAL * number,
+            slowed_seconds=0.001 * INTERVAL * number,
             retries=number // 90,
             ooms=int(rank == 1 and number > steps * 2 // 3),
         )

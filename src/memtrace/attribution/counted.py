@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.peaks import HighWater, PeakReference, counted_peak, high_water
+from memtrace.attribution.scan import Scan
 from memtrace.breakdown import AllocatorReading, Breakdown, EntryKey, ordered_entries
 from memtrace.categories import PERSISTENT, Category, Moment
 from memtrace.sources.events import Tag
 
 
 class CountedSteps:
-    """Makes the breakdowns of steps without a trace, and remembers what their estimates need of the steps before."""
+    """Makes the breakdowns of steps without a trace, and remembers what their estimates need of the steps before.
 
-    def __init__(self) -> None:
+    Args:
+        scan: whose gradients there are.
+        ledger: what is known of all else; its device is the one that is watched.
+    """
+
+    def __init__(self, scan: Scan, ledger: Ledger) -> None:
+        self._scan, self._ledger = scan, ledger
         self._reference: PeakReference | None = None
         self._last: AllocatorReading | None = None
 
@@ -28,9 +36,22 @@ class CountedSteps:
         self._reference = PeakReference.of(moments, forward_added)
 
     def moments(
-        self, known: Mapping[Moment, Breakdown], forward_added: int | None, water: HighWater
+        self,
+        before_forward: AllocatorReading | None,
+        readings: Mapping[Moment, AllocatorReading],
+        forward_added: int | None,
+        water: HighWater,
     ) -> Mapping[Moment, Breakdown]:
-        """Returns the moments that are known of a counted step, with an estimate of its peak where there is one."""
+        """Returns the moments that are known of a step that ends now, with an estimate of its peak where there is one.
+
+        Args:
+            before_forward: the counters before the last forward pass; None on a device without counters.
+            readings: the counters at the moments of the step.
+            forward_added: bytes that the largest forward pass has added, by the counters.
+            water: what the high-water mark says of the step.
+        """
+        gradients = self._scan.gradient_bytes(self._ledger.device)
+        known = counted_moments(self._ledger.totals(), gradients, before_forward, readings)
         peak = counted_peak(self._reference, known, forward_added, water)
         return known if peak is None else {**known, Moment.PEAK: peak}
 

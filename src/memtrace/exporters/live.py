@@ -83,6 +83,9 @@ def _headline(scrape: Scrape) -> Iterator[str]:
     steps, traced = scrape.value(metrics.STEPS), scrape.value(metrics.TRACED_STEPS)
     if steps is not None and traced is not None:
         yield f"{steps:.0f} steps, {traced:.0f} traced"
+    overhead = scrape.value(metrics.OVERHEAD)
+    if overhead is not None:
+        yield f"memtrace costs {overhead:.2%}"
 
 
 def _verdict(scrape: Scrape) -> Text:

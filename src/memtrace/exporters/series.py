@@ -17,7 +17,7 @@ from memtrace.snapshot import Snapshot
 OTHER = "other"
 """Component under which the smallest entries of a category are added up when there are too many."""
 
-MAX_MEMORY_SERIES = 30
+MAX_MEMORY_SERIES = 28
 """Series of `memtrace_memory_bytes`, all moments together: what `MAX_SERIES` leaves beside the plan and the rest."""
 
 MAX_PLAN_SERIES = len(Category)
@@ -155,6 +155,8 @@ READERS: Mapping[Metric, Reader] = MappingProxyType(
         metrics.STEPS: _one(lambda snapshot: snapshot.totals.steps),
         metrics.TRACED_STEPS: _one(lambda snapshot: snapshot.totals.traced_steps),
         metrics.SELF_SECONDS: _one(lambda snapshot: snapshot.totals.self_seconds),
+        metrics.SLOWED_SECONDS: _one(lambda snapshot: snapshot.totals.slowed_seconds),
+        metrics.OVERHEAD: _one(lambda snapshot: snapshot.overhead_ratio),
         metrics.RETRIES: _one(lambda snapshot: snapshot.totals.retries),
         metrics.OOMS: _one(lambda snapshot: snapshot.totals.ooms),
         metrics.PEAK_RESETS: _one(lambda snapshot: snapshot.totals.peak_counter_resets),

@@ -116,7 +116,8 @@ def _headline(record: StepRecord) -> Iterator[str]:
         yield f"batch {' x '.join(map(str, record.batch.shape))}, {record.batch.tokens:,} tokens"
     if record.step_seconds is not None:
         yield _duration(record.step_seconds)
-    yield f"memtrace took {_duration(record.self_seconds)}"
+    slowed = f" and slowed it by {_duration(record.slowed_seconds)}" if record.slowed_seconds else ""
+    yield f"memtrace took {_duration(record.self_seconds)}{slowed}"
 
 
 def _duration(seconds: float) -> str:
