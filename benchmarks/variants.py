@@ -117,7 +117,7 @@ class Variant:
 
 
 NOTHING = Variant(name="nothing", title="nothing")
-CONTROL = Variant(name="control", title="nothing again")
+CONTROL = Variant(name="control", title="nothing again", every=3)
 DEFAULT = Variant(name="default", title="memtrace, default settings", attach=_memtrace())
 EVERY_STEP = Variant(name="every_step", title="memtrace, every step traced", attach=_memtrace(trace_every=1), every=3)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import shutil
 import socket
 import threading
@@ -174,6 +176,22 @@ def test_data_loader_workers(tmp_path: Path, context: str) -> None:
 
     assert_same(run(traced=True), run(traced=False))
     assert len(list(read_step_log(tmp_path / "steps-rank0.jsonl"))) == STEPS
+
+
+def test_model_is_copied_and_pickled(tmp_path: Path, expected: list[torch.Tensor]) -> None:
+    """A copy trains by itself, as an average of weights does, and the whole model can be saved; neither is watched."""
+    model, optimizer = make()
+    with tracer_of(model, optimizer, tmp_path) as tracer:
+        for row in batches(STEPS):
+            other = copy.deepcopy(model)
+            saved = io.BytesIO()
+            torch.save(model, saved)
+            saved.seek(0)
+            for aside in (other, torch.load(saved, weights_only=False)):
+                run_steps(aside, torch.optim.AdamW(aside.parameters()), [row])
+            run_steps(model, optimizer, [row])
+        assert_recorded(tracer)
+    assert_same(state_of(model), expected)
 
 
 def test_attached_twice(tmp_path: Path, expected: list[torch.Tensor]) -> None:
