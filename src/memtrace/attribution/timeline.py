@@ -11,7 +11,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain, pairwise
+from itertools import accumulate, chain
+from operator import sub
 
 from memtrace.attribution.ledger import PRECEDENCE
 from memtrace.breakdown import Breakdown, EntryKey, ordered_entries
@@ -187,9 +188,9 @@ class _Replay:
         self._closed: dict[int, Lifetime] = {}
         """The last block closed at an address, for tags that arrive within the clock's resolution."""
         self._change_ns: list[int] = []
-        self._running: list[int] = []
-        """Sum of the changes so far, after each change."""
-        self._sum = 0
+        self._changes: list[int] = []
+        """By how much each change changed the total."""
+        self._now_ns = 0
         self._initial = 0
         self._may_reveal = window.live_at_begin is None
         tags = {known.address: known.tag for known in base}
@@ -218,7 +219,7 @@ class _Replay:
         return Timeline(
             lifetimes=self._lifetimes,
             change_ns=self._change_ns,
-            totals=[self._initial, *(self._initial + change for change in self._running)],
+            totals=list(accumulate(self._changes, initial=self._initial)),
         )
 
     def _counted(self) -> Iterable[int]:
@@ -227,11 +228,11 @@ class _Replay:
         if not events or reported is None:
             return [event.delta for event in events]
         before = reported[0] - events[0].delta
-        return [after - previous for previous, after in pairwise(chain([before], reported))]
+        return map(sub, reported, chain([before], reported))
 
     def _reveal(self, address: int, nbytes: int, tag: Tag | None) -> Lifetime:
         """Adds a block that was there before the window began."""
-        life = Lifetime(address, nbytes, -1, begin_ns=self._window.begin_ns, tag=tag)
+        life = Lifetime(address, nbytes, -1, None, self._window.begin_ns, tag)
         self._lifetimes.append(life)
         self._open[address] = life
         self._initial += nbytes
@@ -239,10 +240,10 @@ class _Replay:
 
     def _change(self, time_ns: int, delta: int) -> int:
         """Notes a change of the total; returns the number of changes before it."""
-        self._change_ns.append(max(time_ns, self._change_ns[-1]) if self._change_ns else time_ns)
-        self._sum += delta
-        self._running.append(self._sum)
-        return len(self._running) - 1
+        self._now_ns = max(self._now_ns, time_ns)
+        self._change_ns.append(self._now_ns)
+        self._changes.append(delta)
+        return len(self._changes) - 1
 
     def _close(self, life: Lifetime, time_ns: int, counted: int) -> None:
         del self._open[life.address]
@@ -253,7 +254,7 @@ class _Replay:
         stale = self._open.get(address)
         if stale is not None:  # its free was not seen: on another thread, or of memory that is not the allocator's
             self._close(stale, time_ns, -stale.nbytes)
-        life = Lifetime(address, nbytes, self._change(time_ns, counted), begin_ns=time_ns)
+        life = Lifetime(address, nbytes, self._change(time_ns, counted), None, time_ns)
         self._lifetimes.append(life)
         self._open[address] = life
 
@@ -270,23 +271,24 @@ class _Replay:
         self._close(life, time_ns, counted)
 
     def _note(self, note: TagEvent) -> None:
-        life = self._open.get(note.address)
-        if note.tag is None:
+        life, tag = self._open.get(note.address), note.tag
+        if tag is None:
             if life is not None and life.begin < 0 and self._may_reveal:
                 self._close(life, note.time_ns, -life.nbytes)
             return
+        saved = tag[:2] in _STEP_BOUND
         if life is None:
             closed = self._closed.get(note.address)
             if closed is not None and closed.end is not None and self._within_resolution(closed.end, note.time_ns):
                 life = closed
-            elif self._may_reveal and note.tag[:2] not in _STEP_BOUND:
+            elif self._may_reveal and not saved:
                 life = self._reveal(note.address, note.nbytes, None)
             else:
                 return
-        if note.tag[:2] in _STEP_BOUND:
+        if saved:
             life.saved_ns = note.time_ns
-        if life.tag is None or PRECEDENCE[note.tag.category] <= PRECEDENCE[life.tag.category]:
-            life.tag = note.tag
+        if life.tag is None or PRECEDENCE[tag.category] <= PRECEDENCE[life.tag.category]:
+            life.tag = tag
 
     def _within_resolution(self, change: int, time_ns: int) -> bool:
         return time_ns - self._change_ns[change] < self._window.resolution_ns

@@ -57,7 +57,7 @@ class CpuEvents:
             end_ns=end_ns,
             events=[Event(time_ns, address, delta) for time_ns, address, delta, _ in rows],
             live_at_begin=None,
-            running_totals=[total for *_, total in rows],
+            running_totals=[row[3] for row in rows],
         )
 
     def abandon(self) -> None:
