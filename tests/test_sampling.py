@@ -170,9 +170,15 @@ def test_same_picture_is_no_news() -> None:
 
 
 def recorded(
-    seconds: float, cost: float, *, budget: float = 0.005, longest: int = 10**6, steps: int = 20_000
+    seconds: float,
+    cost: float,
+    *,
+    passing: float = 0.0,
+    budget: float = 0.005,
+    longest: int = 10**6,
+    steps: int = 20_000,
 ) -> list[int]:
-    """Returns which of equal steps have a record, where that costs so much and passing over costs nothing."""
+    """Returns which of equal steps have a record, where that costs so much, and `passing` to pass one over."""
     schedule = budgeted(budget, longest)
     numbers, left = [], 0
     for step in range(1, steps + 1):
@@ -180,7 +186,9 @@ def recorded(
             left -= 1
             continue
         traced = schedule.wants(step, has_state=True, tokens=100)
-        schedule.ended(record(step, traced=traced, now=step * seconds, seconds=seconds, cost=cost))
+        passed = passing * (step - numbers[-1] - 1) if numbers else 0.0
+        ended = record(step, traced=traced, now=step * seconds, seconds=seconds, cost=cost + passed)
+        schedule.ended(ended, passed_seconds=passed)
         numbers.append(step)
         left = schedule.steps_to_pass()
     return numbers
@@ -196,6 +204,14 @@ def test_records_of_short_steps_take_half_of_the_budget() -> None:
     numbers = recorded(0.0005, 0.0001)
     assert numbers[:32] == list(range(1, 33))
     assert {later - earlier for earlier, later in pairwise(numbers[31:])} <= {100, 101}, "the clock is a float"
+
+
+def test_what_passing_over_takes_comes_first() -> None:
+    """Of 1 us a step for counting, 0.5 us: records are twice as far apart; of which nothing is left: once a second."""
+    numbers = recorded(0.0005, 0.0001, passing=0.0000005)
+    assert {later - earlier for earlier, later in pairwise(numbers[34:])} <= {200, 201}
+    numbers = recorded(0.0005, 0.0001, passing=0.000002)
+    assert {later - earlier for earlier, later in pairwise(numbers[34:])} <= {2000, 2001}
 
 
 def test_there_is_a_record_every_second_and_for_every_due_trace() -> None:

@@ -51,6 +51,8 @@ class PassedSteps:
         """What memtrace took for the steps that were passed over last."""
         self.handled = id(None)
         """Identity of the exception that was being handled when the last forward pass began: none of its own."""
+        self._alone = False
+        """Whether a step is over as soon as any optimizer has stepped."""
         self._spent_ns = 0
         self._planned_ns = 0
         self._next = 1
@@ -72,24 +74,30 @@ class PassedSteps:
         not larger than any with a record, and goes on to `otherwise` with all others.
         """
 
+        named, explicit, forward, records_gradients = (
+            self._main_input_name,
+            self._explicit,
+            Phase.FORWARD,
+            torch.is_grad_enabled,
+        )
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if self.left and frame_compiler() is None and (self.number is not None or not self._explicit):
+            if self.left and frame_compiler() is None and (self.number is not None or not explicit):
                 begin_ns = perf_counter_ns()
-                batch = kwargs.get(self._main_input_name) if kwargs else None
+                batch = kwargs.get(named) if kwargs else None
                 if batch is None and args:
                     batch = args[0]
-                if (
-                    type(batch) is torch.Tensor
-                    and not batch.is_nested
-                    and (batch.numel() <= self._largest_tokens or batch.shape == self._shape)
-                    and torch.is_grad_enabled()
-                    and current_autograd_node() is None
-                ):
-                    self._shape, self._dtype, self._phase = batch.shape, batch.dtype, Phase.FORWARD
-                    self.number = self.number or self._next
-                    self.handled = id(sys.exception())
-                    self._spent_ns += perf_counter_ns() - begin_ns
-                    return
+                if type(batch) is torch.Tensor and records_gradients() and current_autograd_node() is None:
+                    try:
+                        shape = batch.shape
+                    except RuntimeError:  # a nested tensor has none
+                        shape = None
+                    if shape is not None and (batch.numel() <= self._largest_tokens or shape == self._shape):
+                        self._shape, self._dtype, self._phase = shape, batch.dtype, forward
+                        self.number = self.number or self._next
+                        self.handled = id(sys.exception())
+                        self._spent_ns += perf_counter_ns() - begin_ns
+                        return
             otherwise(module, args, kwargs)
 
         leave_out_of_graphs(hook)
@@ -98,10 +106,12 @@ class PassedSteps:
     def after_forward(self, otherwise: Hook) -> Hook:
         """Returns the hook after each forward pass of the model, also of one that raised: `otherwise` is told of it."""
 
+        forward, backward = Phase.FORWARD, Phase.BACKWARD
+
         def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
             if self.left and output is not None:
-                if self._phase is Phase.FORWARD:  # else it was not one of the step, but an evaluation
-                    self._phase = Phase.BACKWARD
+                if self._phase is forward:  # else it was not one of the step, but an evaluation
+                    self._phase = backward
             else:
                 otherwise(module, args, output)
 
@@ -111,10 +121,12 @@ class PassedSteps:
     def before_optimizer(self, otherwise: Hook) -> Hook:
         """Returns the hook before each step of an optimizer."""
 
+        explicit, stepping = self._explicit, Phase.OPTIMIZER
+
         def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.left:
-                self._phase = Phase.OPTIMIZER
-                if self.number is None and not self._explicit:
+                self._phase = stepping
+                if self.number is None and not explicit:
                     self.number = self._next
             else:
                 otherwise(optimizer, args, kwargs)
@@ -127,15 +139,15 @@ class PassedSteps:
         It ends a step that is passed over, but for the last one: unless the loop tells where steps end, or more than
         this optimizer has to step. One whose own `step` calls that of its base class may be told of twice.
         """
-        alone = not self._explicit and self._scan.ends_with_any
+        outside = Phase.OUTSIDE
 
         def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if alone and self.left > 1 and self.number is not None:
+            if self._alone and self.left > 1 and self.number is not None:
                 self.left -= 1
                 self.done += 1
                 self._next += 1
                 self.number = None
-                self._phase = Phase.OUTSIDE
+                self._phase = outside
             else:
                 otherwise(optimizer, args, kwargs)
 
@@ -150,6 +162,7 @@ class PassedSteps:
         """
         self.left, self._next = schedule.steps_to_pass(), following
         self._largest_tokens = schedule.largest_tokens
+        self._alone = not self._explicit and self._scan.ends_with_any
         self._planned_ns, self.seconds = self.spent_ns, 0.0
 
     def hasten(self) -> None:

@@ -17,7 +17,8 @@ _SEEN = 0.8
 """Share of the budget that is spent by memtrace's own clock. The rest is for what that clock does not see: how long it
 takes to call a hook, and that training goes on with caches that memtrace has used."""
 _RECORDS_SHARE = 0.5
-"""Share of it that records take where it is not enough for a record of every step."""
+"""Share of it that is for counting, where it is not enough for a record of every step: for what the steps take that are
+passed over, and from the rest for records."""
 _LONGEST_GAP_SECONDS = 1.0
 """Time without a record at most, as long as there are steps: a scrape sees nothing older."""
 _MOVED = 0.01
@@ -38,8 +39,8 @@ class TraceSchedule:
       and after `max_trace_interval` steps in any case.
 
     With `trace_every=None` the account spaces records too. A record of every step is made as long as that alone stays
-    within the budget; from then on records are as far apart as half the budget pays for, about a second at most,
-    and the steps in between are passed over. A larger batch than any so far ends that at once.
+    within the budget; from then on records are as far apart as half the budget pays for, less what passing over takes,
+    about a second at most, and the steps in between are passed over. A larger batch than any so far ends that at once.
     """
 
     def __init__(self, *, trace_every: int | None, overhead_budget: float, max_trace_interval: int) -> None:
@@ -59,6 +60,7 @@ class TraceSchedule:
         self.largest_tokens = 0
         """Tokens of the largest micro batch of the recorded steps."""
         self._record_costs: deque[float] = deque(maxlen=_NEIGHBOURS)
+        self._pass_costs: deque[float] = deque(maxlen=_NEIGHBOURS)
         self._intervals: deque[float] = deque(maxlen=_NEIGHBOURS)
 
     def ask(self) -> None:
@@ -93,7 +95,7 @@ class TraceSchedule:
         longest = min(
             _LONGEST_GAP_SECONDS / max(interval, 1e-9), self._last.step + self._max_interval - self._previous_step
         )
-        earned = _RECORDS_SHARE * self._budget * interval
+        earned = _RECORDS_SHARE * self._budget * interval - (median(self._pass_costs) if self._pass_costs else 0.0)
         apart = longest if earned * longest < cost else cost / earned
         return max(0, ceil(apart) - 1)
 
@@ -116,7 +118,7 @@ class TraceSchedule:
         began = record.unix_seconds - seconds if self._previous_end is None else self._previous_end
         self._previous_end = record.unix_seconds
         cost = record.self_seconds + record.slowed_seconds
-        self._note_pace(record, (record.unix_seconds - began), record.self_seconds - passed_seconds)
+        self._note_pace(record, record.unix_seconds - began, passed_seconds)
         if record.traced:
             self._trace_seconds = cost
             self._last, self._on_demand, self._changed = record, False, False
@@ -127,14 +129,16 @@ class TraceSchedule:
             self._changed = self._changed or (self._last is not None and picture_changed(record, self._last))
         self._credit_seconds += self._budget * max(0.0, record.unix_seconds - began) - cost
 
-    def _note_pace(self, record: StepRecord, wall_seconds: float, record_seconds: float) -> None:
+    def _note_pace(self, record: StepRecord, wall_seconds: float, passed_seconds: float) -> None:
         steps, self._previous_step = record.step - self._previous_step, record.step
         self._records += 1
         if record.batch is not None:
             self.largest_tokens = max(self.largest_tokens, record.batch.largest_micro_batch_tokens)
         self._intervals.append(max(0.0, wall_seconds) / max(1, steps))
+        if steps > 1:
+            self._pass_costs.append(passed_seconds / (steps - 1))
         if not record.traced:
-            self._record_costs.append(max(0.0, record_seconds))
+            self._record_costs.append(max(0.0, record.self_seconds - passed_seconds))
 
 
 def picture_changed(record: StepRecord, traced: StepRecord) -> bool:
