@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, chain
-from operator import sub
+from math import inf
+from operator import itemgetter, sub
 
 from memtrace.attribution.ledger import PRECEDENCE
 from memtrace.breakdown import Breakdown, EntryKey, ordered_entries
@@ -187,10 +188,10 @@ class _Replay:
         self._lifetimes: list[Lifetime] = []
         self._closed: dict[int, Lifetime] = {}
         """The last block closed at an address, for tags that arrive within the clock's resolution."""
-        self._change_ns: list[int] = []
+        self._times: list[int] = []
+        """When each change was, by the event's or the note's own time."""
         self._changes: list[int] = []
         """By how much each change changed the total."""
-        self._now_ns = 0
         self._initial = 0
         self._may_reveal = window.live_at_begin is None
         tags = {known.address: known.tag for known in base}
@@ -201,15 +202,13 @@ class _Replay:
             self._reveal(block.address, block.nbytes, tags.get(block.address))
 
     def run(self, journal: Sequence[TagEvent]) -> Timeline:
-        notes = sorted(journal, key=lambda note: note.time_ns)
-        times = [note.time_ns for note in notes]
+        notes = sorted(journal, key=itemgetter(0))
+        times = [*map(itemgetter(0), notes), inf]
         done = 0
         for (time_ns, address, delta), counted in zip(self._window.events, self._counted(), strict=True):
-            if done < len(notes) and times[done] < time_ns:
-                upto = bisect_left(times, time_ns, done)
-                for note in notes[done:upto]:
-                    self._note(note)
-                done = upto
+            while times[done] < time_ns:
+                self._note(notes[done])
+                done += 1
             if delta > 0:
                 self._allocate(time_ns, address, delta, counted)
             else:
@@ -218,7 +217,7 @@ class _Replay:
             self._note(note)
         return Timeline(
             lifetimes=self._lifetimes,
-            change_ns=self._change_ns,
+            change_ns=list(accumulate(self._times, max)),
             totals=list(accumulate(self._changes, initial=self._initial)),
         )
 
@@ -240,8 +239,7 @@ class _Replay:
 
     def _change(self, time_ns: int, delta: int) -> int:
         """Notes a change of the total; returns the number of changes before it."""
-        self._now_ns = max(self._now_ns, time_ns)
-        self._change_ns.append(self._now_ns)
+        self._times.append(time_ns)
         self._changes.append(delta)
         return len(self._changes) - 1
 
@@ -291,4 +289,4 @@ class _Replay:
             life.tag = tag
 
     def _within_resolution(self, change: int, time_ns: int) -> bool:
-        return time_ns - self._change_ns[change] < self._window.resolution_ns
+        return time_ns - self._times[change] < self._window.resolution_ns
