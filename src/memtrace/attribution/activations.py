@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import nn
 
@@ -24,6 +26,7 @@ _VIEWS = (
 )
 """Beginnings of the names of gradient functions of views: what may lie between a cast and the tensor that is saved."""
 _MAX_VIEWS = 4
+_CAST_TO = (torch.bfloat16, torch.float16)
 
 
 class ActivationTags:
@@ -36,18 +39,15 @@ class ActivationTags:
 
     def __init__(self, model: nn.Module, device: torch.device, coordinates: Coordinates = MEMORY) -> None:
         self.notes: list[TagEvent] = []
-        self._device = device
+        self._model, self._device = model, device
         self._now_ns, self._address_of = coordinates.now_ns, coordinates.address_of
-        frozen = [p for p in model.parameters() if not p.requires_grad and p.dtype is torch.float32]
-        self._frozen_shapes = {tuple(p.shape) for p in frozen if p.dim() > 2}
-        self._frozen_transposed = {(p.shape[1], p.shape[0]) for p in frozen if p.dim() == 2}
 
     def pack(self, tensor: torch.Tensor) -> None:
         """Notes one tensor that autograd saves; costs about 1 us."""
         if torch_private.is_zero_tensor(tensor):
             return
         category, component = Category.ACTIVATIONS, ""
-        if tensor.dtype in (torch.bfloat16, torch.float16) and self._is_cast_weight(tensor):
+        if tensor.dtype in _CAST_TO and self._is_cast_weight(tensor):
             category, component = Category.TRANSIENT_WEIGHTS, "autocast"
         for storage, dtype in storages_of(tensor, self._device):
             tag = tag_of(category, component, dtype)
@@ -68,8 +68,14 @@ class ActivationTags:
             node = below
         return False
 
+    @cached_property
+    def _frozen_shapes(self) -> set[tuple[int, ...]]:
+        """The shapes of the frozen parameters in full precision; of matrices, of their transposed views."""
+        frozen = [p for p in self._model.parameters() if not p.requires_grad and p.dtype is torch.float32]
+        return {tuple(p.shape)[::-1] if p.dim() == 2 else tuple(p.shape) for p in frozen if p.dim() >= 2}
+
     def _looks_like_frozen_cast(self, tensor: torch.Tensor) -> bool:
         shape = tuple(tensor.shape)
-        if tensor.dim() == 2:
-            return tensor.stride() == (1, shape[0]) and shape in self._frozen_transposed
-        return tensor.dim() > 2 and shape in self._frozen_shapes
+        if len(shape) < 2 or (len(shape) == 2 and tensor.stride() != (1, shape[0])):
+            return False
+        return shape in self._frozen_shapes
