@@ -209,10 +209,15 @@ class _Replay:
             while times[done] < time_ns:
                 self._note(notes[done])
                 done += 1
+            life = self._open.get(address)
             if delta > 0:
+                if life is not None:  # its free was not seen: on another thread, or not the allocator's memory
+                    self._close(life, time_ns, -life.nbytes)
                 self._allocate(time_ns, address, delta, counted)
+            elif life is not None and life.begin >= 0:
+                self._close(life, time_ns, counted)
             else:
-                self._free(time_ns, address, -delta, counted)
+                self._free_older(life, time_ns, address, -delta, counted)
         for note in notes[done:]:
             self._note(note)
         return Timeline(
@@ -237,30 +242,25 @@ class _Replay:
         self._initial += nbytes
         return life
 
-    def _change(self, time_ns: int, delta: int) -> int:
-        """Notes a change of the total; returns the number of changes before it."""
+    def _allocate(self, time_ns: int, address: int, nbytes: int, counted: int) -> None:
+        life = Lifetime(address, nbytes, len(self._times), None, time_ns)
+        self._lifetimes.append(life)
+        self._open[address] = life
         self._times.append(time_ns)
-        self._changes.append(delta)
-        return len(self._changes) - 1
+        self._changes.append(counted)
 
     def _close(self, life: Lifetime, time_ns: int, counted: int) -> None:
         del self._open[life.address]
-        life.end = self._change(time_ns, counted)
+        life.end = len(self._times)
         self._closed[life.address] = life
+        self._times.append(time_ns)
+        self._changes.append(counted)
 
-    def _allocate(self, time_ns: int, address: int, nbytes: int, counted: int) -> None:
-        stale = self._open.get(address)
-        if stale is not None:  # its free was not seen: on another thread, or of memory that is not the allocator's
-            self._close(stale, time_ns, -stale.nbytes)
-        life = Lifetime(address, nbytes, self._change(time_ns, counted), None, time_ns)
-        self._lifetimes.append(life)
-        self._open[address] = life
-
-    def _free(self, time_ns: int, address: int, nbytes: int, counted: int) -> None:
-        life = self._open.get(address)
-        if self._may_reveal and (life is None or life.begin < 0):
-            # Allocated before the window. The size in the event is then what the source last saw at this address,
-            # perhaps of a block long gone: the ledger's size counts, and a block that nobody knew stays out.
+    def _free_older(self, life: Lifetime | None, time_ns: int, address: int, nbytes: int, counted: int) -> None:
+        """Ends a block that was allocated before the window began."""
+        if self._may_reveal:
+            # The size in the event is then what the source last saw at this address, perhaps of a block long gone: the
+            # ledger's size counts, and a block that nobody knew stays out.
             if life is not None:
                 self._close(life, time_ns, -life.nbytes)
             return
