@@ -67,13 +67,14 @@ def give_up_memory_profiler() -> None:
 def _allocations(roots: list[Any]) -> Iterator[tuple[int, int, int, int]]:
     # Each attribute of a node is a call into torch, and nearly all nodes are allocations: only what is used is asked.
     allocation, cpu = torch._C._profiler._ExtraFields_Allocation, torch.device("cpu")
+    only_cpu = torch.accelerator.current_accelerator() is None  # so this build of torch has no other blocks
     stack = list(reversed(roots))
     while stack:
         node = stack.pop()
         fields = node.extra_fields
         if not isinstance(fields, allocation):
             stack.extend(reversed(node.children))
-        elif fields.device == cpu:
+        elif only_cpu or fields.device == cpu:
             yield node.start_time_ns, fields.ptr, fields.alloc_size, fields.total_allocated
 
 
