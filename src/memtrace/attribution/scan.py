@@ -79,13 +79,11 @@ class Scan:
             engine.claim(ledger)
         parameters = claim_model(self._model, ledger, self.role_of)
         self._claim_optimizers(parameters, ledger)
-        claim_gradients(self._gradient_owners(parameters), ledger)
+        self._claim_gradients(parameters, ledger)
 
     def claim_gradients(self, ledger: Ledger) -> None:
         """Claims `.grad` of the model's parameters and of master copies that optimizers hold, and the engines' own."""
-        for engine in self.engines:
-            engine.claim(ledger)
-        claim_gradients(self._gradient_owners(self._model.parameters()), ledger)
+        self._claim_gradients(self._model.parameters(), ledger)
 
     def claim_passing(self, ledger: Ledger) -> None:
         """Claims the buckets that engines have for a part of a step only; nothing where there is no engine."""
@@ -164,6 +162,11 @@ class Scan:
     def _claim_optimizers(self, parameters: Sequence[torch.Tensor], ledger: Ledger) -> None:
         for optimizer in self.optimizers:
             claim_optimizer(optimizer, parameters, ledger)
+
+    def _claim_gradients(self, parameters: Iterable[torch.Tensor], ledger: Ledger) -> None:
+        for engine in self.engines:
+            engine.claim(ledger)
+        claim_gradients(self._gradient_owners(parameters), ledger)
 
     def _gradient_owners(self, parameters: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
         """Returns the model's parameters and what else the optimizers update: master copies have gradients too."""
