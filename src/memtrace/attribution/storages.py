@@ -57,20 +57,20 @@ def state_tensors(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     The component is the path of names to it, without positions: the third of a list `old_dirs` is `old_dirs`. What is
     reached in several ways is looked into once, by the first of them.
     """
-    seen: set[int] = set()
+    return _walk((value,), "", -1, set())
 
-    def walk(value: Any, path: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
-        if depth == _MAX_DEPTH or id(value) in seen:
-            return
-        seen.add(id(value))
-        for name, part in _parts(value):
-            below = f"{path}.{name}" if path and name else path or name
-            if isinstance(part, torch.Tensor):
-                yield below, part
-            else:
-                yield from walk(part, below, depth + 1)
 
-    return walk((value,), "", -1)
+def _walk(value: Any, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    # No function inside the other: one that calls itself is a cycle, left to the garbage collector for each state.
+    if depth == _MAX_DEPTH or id(value) in seen:
+        return
+    seen.add(id(value))
+    for name, part in _parts(value):
+        below = f"{path}.{name}" if path and name else path or name
+        if isinstance(part, torch.Tensor):
+            yield below, part
+        else:
+            yield from _walk(part, below, depth + 1, seen)
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:

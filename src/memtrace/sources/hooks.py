@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from memtrace.sources import torch_private
 
@@ -55,14 +56,20 @@ class HookSet:
 
     def after_gradient(self, parameters: Iterable[nn.Parameter], hook: Callable[[torch.Tensor], None]) -> None:
         """Calls `hook(parameter)` each time a gradient was accumulated into `.grad`."""
+        handles: list[RemovableHandle] = []
+        self._stack.callback(_remove, handles)  # one callback for all: a traced step has them on for that step alone
         for parameter in parameters:
             if parameter.requires_grad and parameter.is_leaf:
-                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-                self._stack.callback(handle.remove)
+                handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def callback(self, function: Callable[[], Any]) -> None:
         """Calls `function` when the set is closed."""
         self._stack.callback(function)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
 
 
 def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
