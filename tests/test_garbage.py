@@ -1,10 +1,15 @@
-"""The garbage collector is off inside the block, and afterwards as it was."""
+"""The garbage collector is off inside the block, and afterwards as it was; traced steps leave it nothing to do."""
+
+from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from small_training import make, step, traced
 
+from memtrace import tracing
 from memtrace.garbage import uncollected
 
 
@@ -36,3 +41,34 @@ def test_off_stays_off() -> None:
     with uncollected():
         pass
     assert not gc.isenabled()
+
+
+def test_off_while_a_step_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And on between the steps."""
+    gc.enable()
+    replay, states = tracing.replay, []
+
+    def watched(*args: Any) -> Any:
+        states.append(gc.isenabled())
+        return replay(*args)
+
+    monkeypatch.setattr(tracing, "replay", watched)
+    model, optimizer = make()
+    with traced(model, optimizer):
+        for _ in range(2):
+            step(model, optimizer)
+            assert gc.isenabled()
+    assert states == [False, False]
+
+
+def test_traced_steps_leave_no_cycles() -> None:
+    """What they make is gone when they end, without the collector: it would have to look at all of the training."""
+    model, optimizer = make()
+    with traced(model, optimizer):
+        for _ in range(2):
+            step(model, optimizer)
+        gc.disable()
+        gc.collect()
+        for _ in range(2):
+            step(model, optimizer)
+        assert gc.collect() == 0

@@ -15,7 +15,7 @@ class CpuEvents:
 
     A block that was allocated outside any window has no free event: the ledger's weak references tell when it died.
     Allocations of threads that the training thread did not start (a DataLoader's pin-memory thread) are not seen.
-    Cost: about 2 us for an allocation and its reading back, and less than 1 ms a window.
+    Cost: about 4 us for each allocation and each free, recorded and read back, most of it in torch; 0.3 ms a window.
     """
 
     def __init__(self) -> None:
