@@ -64,30 +64,33 @@ def interleave(
         workload: what is trained; each variant has a model of its own, with the same values.
         variants: the first one takes part in every round.
         device: where.
-        seconds: how long, after the warm-up; at least one round is run in which all take part.
+        seconds: how long, without the warm-ups; at least one round is run in which all take part.
         directory: for what the variants write.
     """
     found: dict[str, dict[int, Block]] = {variant.name: {} for variant in variants}
     draw = random.Random(0)
-    settle = torch.cuda.synchronize if device.type == "cuda" else _done
-    with ExitStack() as stack:
-        lanes = []
-        for variant in variants:
-            training = workload.build(device)
-            watch = stack.enter_context(variant.attach(training, directory / variant.name))
-            now = time.perf_counter()
-            lanes.append(Lane(variant=variant, training=training, watch=watch, settle=settle, left_at=now))
-        # The last ones first: who is first to trace waits for torch's profiler to load.
-        for lane in reversed(lanes):
-            lane.run(workload.warm_up)
-        until, number = time.perf_counter() + seconds, 0
-        while number == 0 or time.perf_counter() < until:
-            taking_part = [lane for lane in lanes if number % lane.variant.every == 0]
-            draw.shuffle(taking_part)
-            for lane in taking_part:
-                found[lane.variant.name][number] = lane.run(workload.block)
-            number += 1
+    number = 0
+    for generation in range(workload.generations):
+        with ExitStack() as stack:
+            lanes = [_lane(variant, workload, device, directory / str(generation), stack) for variant in variants]
+            # The last ones first: who is first to trace waits for torch's profiler to load.
+            for lane in reversed(lanes):
+                lane.run(workload.warm_up)
+            until, first = time.perf_counter() + seconds / workload.generations, number
+            while number == first or time.perf_counter() < until:
+                taking_part = [lane for lane in lanes if (number - first) % lane.variant.every == 0]
+                draw.shuffle(taking_part)
+                for lane in taking_part:
+                    found[lane.variant.name][number] = lane.run(workload.block)
+                number += 1
     return found
+
+
+def _lane(variant: Variant, workload: Workload, device: torch.device, directory: Path, stack: ExitStack) -> Lane:
+    training = workload.build(device)
+    watch = stack.enter_context(variant.attach(training, directory / variant.name))
+    settle = torch.cuda.synchronize if device.type == "cuda" else _done
+    return Lane(variant=variant, training=training, watch=watch, settle=settle, left_at=time.perf_counter())
 
 
 def _done() -> None:

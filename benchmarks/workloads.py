@@ -35,6 +35,9 @@ class Workload:
     """Steps that a variant takes before the next one has its turn: about 20 ms or one step."""
     warm_up: int
     """Steps before measuring, the first traced one among them."""
+    generations: int = 1
+    """How often everything is built anew in one run: where a model happens to lie in memory makes a short step up to a
+    hundredth longer or shorter, for as long as the model lives."""
     device: str = "cpu"
     """Type of the device that it is made for."""
 
@@ -176,7 +179,7 @@ def endless_batches(data: Docstrings, device: torch.device, *, size: int = 16) -
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload(name="tiny", title="tiny perceptron", build=tiny, block=100, warm_up=50),
+        Workload(name="tiny", title="tiny perceptron", build=tiny, block=100, warm_up=50, generations=12),
         Workload(name="llama", title="Llama, 8 layers", build=llama, block=1, warm_up=3),
         Workload(name="minilm", title="MiniLM fine-tune", build=minilm, block=1, warm_up=3),
         Workload(
