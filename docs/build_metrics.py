@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from memtrace.categories import DESCRIPTIONS, Category
-from memtrace.exporters.series import MAX_MEMORY_SERIES, OTHER
+from memtrace.exporters.series import MAX_ENTRY_SERIES, OTHER
 from memtrace.metrics import CATALOGUE, EXPORTED_MOMENTS, IDENTITY_LABELS, MAX_SERIES, Metric
 
 PAGE = Path(__file__).with_name("metrics.md")
@@ -24,9 +24,9 @@ Each rank serves its own metrics at `http://127.0.0.1:16368/metrics`; local rank
   `GPU-...` or `MIG-...` form, as other exporters write it.
 * What is not known has no series. No value is NaN, and 0 means 0.
 * All series of one scrape come from the same instant.
-* A rank has at most {MAX_SERIES} series. `memtrace_memory_bytes` takes at most {MAX_MEMORY_SERIES} of them, for the
-  moments {moments} together: beyond that the smallest entries of a category are added up as `component="{OTHER}"`, and
-  sums by category stay right.
+* A rank has at most {MAX_SERIES} series. `memtrace_memory_bytes`, for the moments {moments} together, and
+  `memtrace_plan_bytes` take at most {MAX_ENTRY_SERIES} of them: beyond that the smallest entries of a category are added up as
+  `component="{OTHER}"`, and sums by category stay right.
 * After a fault of memtrace itself `memtrace_up` is 0 and what would be out of date is gone; the counters stay.
 
 ## Catalogue

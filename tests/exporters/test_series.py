@@ -8,7 +8,7 @@ from records import entry_keys
 
 from memtrace.breakdown import EntryKey
 from memtrace.categories import Category, Moment
-from memtrace.exporters.series import MAX_MEMORY_SERIES, READERS, fold
+from memtrace.exporters.series import MAX_ENTRY_SERIES, MAX_PLAN_SERIES, READERS, fold
 from memtrace.metrics import CATALOGUE, EXPORTED_MOMENTS
 
 Sizes = dict[tuple[Moment, EntryKey], int]
@@ -63,4 +63,4 @@ def test_a_small_category_keeps_its_name() -> None:
 
 def test_the_limit_is_enough_for_every_category() -> None:
     """Each category can have a series at each moment."""
-    assert len(EXPORTED_MOMENTS) * len(Category) <= MAX_MEMORY_SERIES
+    assert len(EXPORTED_MOMENTS) * len(Category) <= MAX_ENTRY_SERIES - MAX_PLAN_SERIES

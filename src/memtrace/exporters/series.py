@@ -17,11 +17,12 @@ from memtrace.snapshot import Snapshot
 OTHER = "other"
 """Component under which the smallest entries of a category are added up when there are too many."""
 
-MAX_MEMORY_SERIES = 28
-"""Series of `memtrace_memory_bytes`, all moments together: what `MAX_SERIES` leaves beside the plan and the rest."""
+MAX_ENTRY_SERIES = 39
+"""Series of `memtrace_memory_bytes`, all moments together, and of `memtrace_plan_bytes`: what `MAX_SERIES` leaves."""
 
 MAX_PLAN_SERIES = len(Category)
-"""Series of `memtrace_plan_bytes`: one for each category at most."""
+"""Series of `memtrace_plan_bytes`: one for each category at most. What a plan does not need of them, or a run without
+one, is for what was measured."""
 
 Labels = dict[str, str]
 Sample = tuple[Labels, float | None]
@@ -93,7 +94,8 @@ def _memory(snapshot: Snapshot) -> Iterator[Sample]:
         if breakdown is not None
         for key, size in breakdown.entries.items()
     }
-    for (moment, key), size in fold(sizes, MAX_MEMORY_SERIES).items():
+    planned = sum(1 for _ in _plan(snapshot))
+    for (moment, key), size in fold(sizes, MAX_ENTRY_SERIES - planned).items():
         yield _entry_labels(moment, key), size
 
 
