@@ -36,8 +36,8 @@ class Workload:
     warm_up: int
     """Steps before measuring, the first traced one among them."""
     generations: int = 1
-    """How often everything is built anew in one run: where a model happens to lie in memory makes a short step up to a
-    hundredth longer or shorter, for as long as the model lives."""
+    """How often everything is built anew in one run: where a model happens to lie in memory makes a short step longer
+    or shorter, for as long as the model lives."""
     device: str = "cpu"
     """Type of the device that it is made for."""
 

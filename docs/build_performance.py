@@ -37,7 +37,8 @@ itself is `python -m benchmarks.overhead tiny`, `llama` or `minilm`, the second 
 How it is measured: one process, a model of its own for each variant with the same values, blocks of steps in turns, in
 an order drawn anew each round, one thread. Each block is held against the block of the plain training in the same
 round, so that what the machine does meanwhile meets all of them. The models of the tiny perceptron are built anew twelve
-times: where one lies in memory makes its steps up to a hundredth longer or shorter.
+times, since where one lies in memory makes its steps longer or shorter. So none of its runs with the default settings is
+long enough for the trace that is due after 10,000 steps whatever it costs: the row of traced steps says what that is.
 
 * `ratio` is the median of steps that were not traced and the median of those that were, by the share of each: how much
   longer a whole run takes. Its 95 % are those of a bootstrap over the rounds; a bound that lies within them is one of

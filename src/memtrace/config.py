@@ -67,9 +67,9 @@ class TracerConfig:
     of the forward phase, and all else is as exact as ever."""
     overhead_budget: float = 0.005
     """Share of wall time that memtrace may take: traced steps are spaced so that it is kept, counting what memtrace
-    does itself and what a traced step takes longer than its neighbours. 0.005 is half a percent. Where even counting a
-    step takes more than that (steps of less than some 50 ms), not every step has a record: `sampling.TraceSchedule`
-    says which."""
+    does itself and what a traced step takes longer than its neighbours. 0.005 is half a percent. Where a record of
+    each step takes more than that, as with very short ones, not every step has a record: `sampling.TraceSchedule` says
+    which."""
     max_trace_interval: int = 10_000
     """Steps after which a step is traced whatever it costs, where `overhead_budget` decides."""
     device_limit_bytes: int | None = None

@@ -74,12 +74,8 @@ class PassedSteps:
         not larger than any with a record, and goes on to `otherwise` with all others.
         """
 
-        named, explicit, forward, records_gradients = (
-            self._main_input_name,
-            self._explicit,
-            Phase.FORWARD,
-            torch.is_grad_enabled,
-        )
+        named, explicit = self._main_input_name, self._explicit
+        forward, records_gradients = Phase.FORWARD, torch.is_grad_enabled
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.left and frame_compiler() is None and (self.number is not None or not explicit):
@@ -190,14 +186,15 @@ class PassedSteps:
         Returns:
             False where none is: there are no such steps now, or its batch is larger than any with a record.
         """
-        shape, dtype = (None, None) if batch is None else (shape_of(batch), batch.dtype)
-        if not self.left or (
-            shape is not None and dtype is not None and tokens_of(shape, dtype) > self._largest_tokens
-        ):
+        if not self.left:
             return False
+        shape, dtype = None, None
+        if batch is not None:
+            shape, dtype = shape_of(batch), batch.dtype
+            if tokens_of(shape, dtype) > self._largest_tokens:
+                return False
         self.number = self.number or self._next
-        self._phase = Phase.FORWARD
-        self._shape, self._dtype = shape, dtype
+        self._shape, self._dtype, self._phase = shape, dtype, Phase.FORWARD
         return True
 
     def optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli.test_plan_simulated import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import memtrace
@@ -18,17 +19,7 @@ from memtrace.cli import main
 from memtrace.exporters.prometheus import render_text
 from memtrace.planning.plan import read_plan
 
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 600,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "use_cache": False,
-}
+CONFIG = {**LLAMA, "use_cache": False}
 SAMPLES, POSITIONS = 4, 32
 
 

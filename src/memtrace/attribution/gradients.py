@@ -20,12 +20,12 @@ class GradientCount:
     about 0.1 us a parameter. Parameters are held weakly.
 
     Args:
-        parameters: those of the model and those that its optimizers hold instead, each once or more often.
+        parameters: those of the model and those that its optimizers hold instead, each once.
         device: where the gradients are that count.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor], device: torch.device) -> None:
-        self._parameters = [weakref.ref(parameter) for parameter in {id(p): p for p in parameters}.values()]
+        self._parameters = [weakref.ref(parameter) for parameter in parameters]
         self.device = device
         self._present: list[bool] | None = None
         self._counted: dict[EntryKey, int] = {}

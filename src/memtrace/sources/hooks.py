@@ -76,7 +76,7 @@ def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
     """Returns the hook as torch's compiler leaves it, and what it calls, out of a graph, where the compiler is loaded.
 
     Traced into the graph of a compiled module, a hook would run once instead of each time, and change the graph. The
-    compiler is not loaded for that: it takes seconds, and most runs do without.
+    compiler is not loaded for that, which takes seconds: whoever has made an optimizer of torch has loaded it.
     """
     if "torch._dynamo" not in sys.modules or torch_private.is_left_out_of_graphs(hook):
         return hook
