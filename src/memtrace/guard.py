@@ -91,8 +91,8 @@ class Guard:
                 raise
             logger.exception("memtrace could not take off everything of its own")
 
-    def wrap(self, function: Callable[..., None]) -> Callable[..., None]:
-        """Returns a hook that runs `function`, which returns None."""
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a hook that runs `function`, and returns what it does; None after a fault."""
         return partial(self.run, function)
 
     def _fail(self) -> None:

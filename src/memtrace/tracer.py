@@ -17,9 +17,11 @@ from memtrace.attribution.inputs import claim_batch, count_tokens, main_input
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.storages import canonical_device
-from memtrace.breakdown import Breakdown, StepRecord
+from memtrace.attribution.timeline import StepMarks
+from memtrace.breakdown import Breakdown, StepCurve, StepRecord
 from memtrace.categories import Moment
 from memtrace.config import TracerConfig
+from memtrace.garbage import uncollected
 from memtrace.guard import Guard
 from memtrace.oom.watch import OomWatch
 from memtrace.oom_report import OomReport
@@ -74,7 +76,6 @@ class Tracer:
         self.config = config or TracerConfig()
         self._model = model
         self._scan = Scan(model, optimizers)
-        device = self._scan.device
         self._explicit = explicit_steps
         self._guard = Guard(self._switch_off, strict=self.config.strict)
         self._schedule = TraceSchedule(
@@ -82,7 +83,7 @@ class Tracer:
             overhead_budget=self.config.overhead_budget,
             max_trace_interval=self.config.max_trace_interval,
         )
-        self._watch(device, source)
+        self._watch(self._scan.device, source)
         self._hooks = HookSet()
         self._step: StepInFlight | None = None
         self._sampler: DeviceSampler | None = None
@@ -236,10 +237,8 @@ class Tracer:
         wrap, passed = self._guard.wrap, self._passed
         self._hooks.before_forward(self._model, passed.before_forward(outside_graphs(wrap(self._on_forward))))
         self._hooks.after_forward(self._model, passed.after_forward(outside_graphs(wrap(self._on_forward_end))))
-        before, after = (
-            passed.before_optimizer(wrap(self._on_optimizer)),
-            passed.after_optimizer(wrap(self._on_optimizer_end)),
-        )
+        before = passed.before_optimizer(wrap(self._on_optimizer))
+        after = passed.after_optimizer(wrap(self._on_optimizer_end))
         for optimizer in self._scan.optimizers:
             self._hooks.around_step(optimizer, before, after)
         self._hooks.callback(self._oom.subscribe())
@@ -354,16 +353,7 @@ class Tracer:
             return
         marks = step.marks or step.ends()
         seconds, inside = (marks.end_ns - marks.begin_ns) / 1e9, (self._passed.spent_ns - step.spent_ns) / 1e9
-        moments: Mapping[Moment, Breakdown] | None = None
-        curve = None
-        if step.recorded and self._window.is_open:
-            timeline = self._window.close()
-            if timeline is None:
-                self._schedule.missed()
-            else:
-                moments = timeline.moments(marks)
-                self._counted.learn(moments, step.forward_added)
-                curve = self._highest_steps.curve(timeline, marks)
+        moments, curve = self._seen(step, marks)
         water = self._counted.water(step.reads)
         if self._scan.learn_new_state(self._ledger) or moments is not None:
             self._host.look()
@@ -389,6 +379,19 @@ class Tracer:
         self._schedule.ended(record, passed_seconds=self._passed.seconds)
         self._published.publish(record)
         self._passed.plan(self._schedule, following=self._published.steps + 1)
+
+    def _seen(self, step: StepInFlight, marks: StepMarks) -> tuple[Mapping[Moment, Breakdown] | None, StepCurve | None]:
+        """Ends the window and returns what it says of the step; nothing without one, or where it lost events."""
+        if not step.recorded or not self._window.is_open:
+            return None, None
+        with uncollected():
+            timeline = self._window.close()
+            if timeline is None:
+                self._schedule.missed()
+                return None, None
+            moments = timeline.moments(marks)
+            self._counted.learn(moments, step.forward_added)
+            return moments, self._highest_steps.curve(timeline, marks)
 
     def _publish_oom(self, report: OomReport, *, again: bool) -> Path | None:
         """Counts a failed allocation, unless it was counted before; returns where its report is: nowhere here."""

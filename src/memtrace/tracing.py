@@ -16,7 +16,6 @@ from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.timeline import Timeline, replay
 from memtrace.categories import Category
-from memtrace.garbage import uncollected
 from memtrace.guard import Guard
 from memtrace.sources.events import EventSource, TagEvent
 from memtrace.sources.hooks import HookSet, SavedTensorHooks
@@ -55,11 +54,7 @@ class TraceWindow:
         """A hook that takes off what a window abandoned inside a backward pass had to leave."""
         self._base: Sequence[TagEvent] = ()
         self._tags: ActivationTags | None = None
-        self._saved = SavedTensorHooks(
-            lambda tensor: guard.run(self._packed, tensor),
-            lambda tensor: guard.run(self._unpacked, tensor),
-            lambda kept: guard.run(self._kept, kept),
-        )
+        self._saved = SavedTensorHooks(guard.wrap(self._packed), guard.wrap(self._unpacked), guard.wrap(self._kept))
 
     @property
     def is_open(self) -> bool:
@@ -121,10 +116,6 @@ class TraceWindow:
 
     def close(self) -> Timeline | None:
         """Ends the window and replays it; None where the source lost events."""
-        with uncollected():
-            return self._close()
-
-    def _close(self) -> Timeline | None:
         assert self._tags is not None, "close() without open()"
         self._scan.claim_persistent(self._ledger)
         notes = self._tags.notes
@@ -179,11 +170,13 @@ class TraceWindow:
             return None
         self._tags.pack(tensor)
         step.packed()
+        stand_in = None
         if self._scan.engines:
             self._ledger.note(tensor)
             self._scan.claim_passing(self._ledger)
+            stand_in = self._scan.saved_as(tensor)
         self._give_way()
-        return self._scan.saved_as(tensor)
+        return stand_in
 
     def _kept(self, kept: object) -> None:
         """Tags what hooks of the user keep in place of a saved tensor, as far as it is on the device."""

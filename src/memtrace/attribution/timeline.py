@@ -109,15 +109,16 @@ class Timeline:
         else after the end of the backward pass.
         """
         classify = _Classifier(self, marks)
-        turn = bisect_left(positions, classify.turn)
+        turn, count = bisect_left(positions, classify.turn), len(positions)
         for life in self.lifetimes:
-            start = bisect_right(positions, life.begin)
-            stop = len(positions) if life.end is None else bisect_right(positions, life.end)
+            start, end = bisect_right(positions, life.begin), life.end
+            stop = count if end is None else bisect_right(positions, end)
+            if start == stop:
+                continue
             if start < turn < stop:
                 yield classify(life, positions[start]), life.nbytes, start, turn
                 start = turn
-            if start < stop:
-                yield classify(life, positions[start]), life.nbytes, start, stop
+            yield classify(life, positions[start]), life.nbytes, start, stop
 
 
 _entry_of = cache(EntryKey._make)
@@ -203,26 +204,33 @@ class _Replay:
 
     def run(self, journal: Sequence[TagEvent]) -> Timeline:
         notes = sorted(journal, key=itemgetter(0))
-        times = [*map(itemgetter(0), notes), inf]
-        done = 0
+        note_ns = [*map(itemgetter(0), notes), inf]
+        done, live, times, changes = 0, self._open, self._times, self._changes
         for (time_ns, address, delta), counted in zip(self._window.events, self._counted(), strict=True):
-            while times[done] < time_ns:
+            while note_ns[done] < time_ns:
                 self._note(notes[done])
                 done += 1
-            life = self._open.get(address)
+            life = live.get(address)
             if delta > 0:
                 if life is not None:  # its free was not seen: on another thread, or not the allocator's memory
                     self._close(life, time_ns, -life.nbytes)
-                self._allocate(time_ns, address, delta, counted)
+                live[address] = life = Lifetime(address, delta, len(times), None, time_ns)
+                self._lifetimes.append(life)
             elif life is not None and life.begin >= 0:
-                self._close(life, time_ns, counted)
+                del live[address]
+                life.end = len(times)
+                self._closed[address] = life
             else:
                 self._free_older(life, time_ns, address, -delta, counted)
+                continue
+            times.append(time_ns)
+            changes.append(counted)
         for note in notes[done:]:
             self._note(note)
+        ascending = self._times == sorted(self._times)
         return Timeline(
             lifetimes=self._lifetimes,
-            change_ns=list(accumulate(self._times, max)),
+            change_ns=self._times if ascending else [*accumulate(self._times, max)],
             totals=list(accumulate(self._changes, initial=self._initial)),
         )
 
@@ -241,13 +249,6 @@ class _Replay:
         self._open[address] = life
         self._initial += nbytes
         return life
-
-    def _allocate(self, time_ns: int, address: int, nbytes: int, counted: int) -> None:
-        life = Lifetime(address, nbytes, len(self._times), None, time_ns)
-        self._lifetimes.append(life)
-        self._open[address] = life
-        self._times.append(time_ns)
-        self._changes.append(counted)
 
     def _close(self, life: Lifetime, time_ns: int, counted: int) -> None:
         del self._open[life.address]

@@ -51,13 +51,15 @@ class CpuEvents:
             return Window(begin_ns=begin_ns, end_ns=end_ns, events=(), live_at_begin=None, complete=False)
         recorded = torch_private.stop_memory_profiler()
         self._begin_ns = None  # only now: after a fault on the way here, abandon() must still end the recording
-        rows = sorted(recorded, key=itemgetter(0))
+        if recorded.times_ns != sorted(recorded.times_ns):  # several threads
+            rows = sorted(zip(*recorded, strict=True), key=itemgetter(0))
+            recorded = torch_private.MemoryColumns(*map(list, zip(*rows, strict=True)))
         return Window(
             begin_ns=begin_ns,
             end_ns=end_ns,
-            events=[Event(time_ns, address, delta) for time_ns, address, delta, _ in rows],
+            events=[*map(Event._make, zip(*recorded[:3], strict=True))],
             live_at_begin=None,
-            running_totals=[row[3] for row in rows],
+            running_totals=recorded.totals,
         )
 
     def abandon(self) -> None:

@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from itertools import chain, compress
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import profiler as autograd_profiler
 
 SavedTensorHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+
+
+class MemoryColumns(NamedTuple):
+    """What an allocator did, one number of each list for each allocation or free."""
+
+    times_ns: list[int]
+    addresses: list[int]
+    deltas: list[int]
+    """Bytes: negative for a free."""
+    totals: list[int]
+    """The profiler's own count of the blocks that it has seen since the process began; bytes."""
 
 
 class ProfilerUnavailable(RuntimeError):
@@ -49,14 +62,11 @@ def start_memory_profiler() -> None:
         raise ProfilerUnavailable(f"torch {torch.__version__} cannot record memory events: {error}") from error
 
 
-def stop_memory_profiler() -> Iterator[tuple[int, int, int, int]]:
-    """Stops the recording and returns (time_ns, address, signed bytes, running total) of each event on a CPU.
-
-    The running total is the profiler's own count of the blocks it has seen since the process began.
-    """
+def stop_memory_profiler() -> MemoryColumns:
+    """Stops the recording and returns what happened to the blocks of a CPU."""
     torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]
     result = torch.autograd._disable_profiler()  # type: ignore[attr-defined]
-    return _allocations(result.experimental_event_tree())
+    return _columns(result.experimental_event_tree())
 
 
 def give_up_memory_profiler() -> None:
@@ -64,18 +74,23 @@ def give_up_memory_profiler() -> None:
     torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]
 
 
-def _allocations(roots: list[Any]) -> Iterator[tuple[int, int, int, int]]:
-    # Each attribute of a node is a call into torch, and nearly all nodes are allocations: only what is used is asked.
-    allocation, cpu = torch._C._profiler._ExtraFields_Allocation, torch.device("cpu")
-    only_cpu = torch.accelerator.current_accelerator() is None  # so this build of torch has no other blocks
-    stack = list(reversed(roots))
-    while stack:
-        node = stack.pop()
-        fields = node.extra_fields
-        if not isinstance(fields, allocation):
-            stack.extend(reversed(node.children))
-        elif only_cpu or fields.device == cpu:
-            yield node.start_time_ns, fields.ptr, fields.alloc_size, fields.total_allocated
+def _columns(nodes: list[Any]) -> MemoryColumns:
+    # Nearly all nodes are allocations, thousands of them, and each attribute of one is a call into torch: the calls are
+    # made in a row, and only for what is used.
+    allocation = torch._C._profiler._ExtraFields_Allocation
+    fields = [*map(attrgetter("extra_fields"), nodes)]
+    while {*map(type, fields)} - {allocation}:
+        below = [
+            [node] if isinstance(of, allocation) else node.children for node, of in zip(nodes, fields, strict=True)
+        ]
+        nodes = [*chain.from_iterable(below)]
+        fields = [*map(attrgetter("extra_fields"), nodes)]
+    if torch.accelerator.current_accelerator() is not None:  # else this build of torch has no other blocks
+        cpu = torch.device("cpu")
+        kept = [of.device == cpu for of in fields]
+        nodes, fields = [*compress(nodes, kept)], [*compress(fields, kept)]
+    columns = [map(attrgetter(name), fields) for name in ("ptr", "alloc_size", "total_allocated")]
+    return MemoryColumns(*map(list, (map(attrgetter("start_time_ns"), nodes), *columns)))
 
 
 def profiler_is_recording() -> bool:
