@@ -62,9 +62,9 @@ def interleave(
 
     Args:
         workload: what is trained; each variant has a model of its own, with the same values.
-        variants: the first one takes part in every round.
+        variants: those that take part.
         device: where.
-        seconds: how long, without the warm-ups; at least one round is run in which all take part.
+        seconds: how long, without the warm-ups; at least one round is run.
         directory: for what the variants write.
     """
     found: dict[str, dict[int, Block]] = {variant.name: {} for variant in variants}
@@ -73,14 +73,12 @@ def interleave(
     for generation in range(workload.generations):
         with ExitStack() as stack:
             lanes = [_lane(variant, workload, device, directory / str(generation), stack) for variant in variants]
-            # The last ones first: who is first to trace waits for torch's profiler to load.
-            for lane in reversed(lanes):
+            for lane in lanes:
                 lane.run(workload.warm_up)
             until, first = time.perf_counter() + seconds / workload.generations, number
             while number == first or time.perf_counter() < until:
-                taking_part = [lane for lane in lanes if (number - first) % lane.variant.every == 0]
-                draw.shuffle(taking_part)
-                for lane in taking_part:
+                draw.shuffle(lanes)
+                for lane in lanes:
                     found[lane.variant.name][number] = lane.run(workload.block)
                 number += 1
     return found

@@ -2,13 +2,18 @@
 
 usage: python -m benchmarks.overhead WORKLOAD [--seconds S] [--variants NAME,NAME]
 
-Prints a table of ratios to the same training without anything, and writes them to benchmarks/results/.
+Prints a table of ratios to the same training without anything, and writes them to benchmarks/results/. Each variant
+runs in a process of its own, in turns with the plain training: it does not meet what another tool has left behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -16,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.interleave import Blocks, interleave
+from benchmarks.interleave import interleave
 from benchmarks.ratios import Ratio, compare
 from benchmarks.results import environment, write
 from benchmarks.variants import NOTHING, VARIANTS, Variant
@@ -30,28 +35,41 @@ BOUNDS = {
 }
 """What a ratio may be at most."""
 
+Row = Mapping[str, Any]
 
-def measure(workload: Workload, variants: list[Variant], *, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Returns the result of one workload, as it is written."""
+
+def measure(workload: Workload, variant: Variant, *, device: torch.device, seconds: float) -> Row:
+    """Returns the ratio of one variant to nothing, measured in this process."""
     with tempfile.TemporaryDirectory() as directory:
-        blocks = interleave(workload, variants, device=device, seconds=seconds, directory=Path(directory))
-    return result(workload, variants, blocks)
-
-
-def result(workload: Workload, variants: list[Variant], blocks: Blocks) -> dict[str, Any]:
-    """Returns what the blocks of a workload say."""
+        blocks = interleave(workload, [NOTHING, variant], device=device, seconds=seconds, directory=Path(directory))
     nothing = blocks[NOTHING.name]
+    return {
+        "variant": variant.name,
+        "title": variant.title,
+        **asdict(compare(blocks[variant.name], nothing)),
+        "step_seconds": median(block.step_seconds for block in nothing.values()),
+        "bound": BOUNDS.get((workload.name, variant.name)),
+    }
+
+
+def measure_apart(workload: Workload, variants: Sequence[Variant], *, seconds: float) -> list[Row]:
+    """Returns the ratio of each variant, measured in a process of its own, one after the other."""
+    shares = sum(variant.share for variant in variants)
     rows = []
     for variant in variants:
-        if variant is not NOTHING:
-            ratio = compare(blocks[variant.name], nothing)
-            bound = BOUNDS.get((workload.name, variant.name))
-            rows.append({"variant": variant.name, "title": variant.title, **asdict(ratio), "bound": bound})
+        command = [sys.executable, "-m", "benchmarks.overhead", workload.name, "--here"]
+        command += ["--variants", variant.name, "--seconds", str(seconds * variant.share / shares)]
+        rows += json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return rows
+
+
+def result(workload: Workload, rows: Sequence[Row]) -> dict[str, Any]:
+    """Returns what was measured of one workload, as it is written."""
     return {
         "workload": workload.name,
         "title": workload.title,
         "block_steps": workload.block,
-        "step_seconds": median(block.step_seconds for block in nothing.values()),
+        "step_seconds": median(row["step_seconds"] for row in rows),
         "ratios": rows,
     }
 
@@ -76,18 +94,25 @@ def show(found: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workload", choices=sorted(WORKLOADS))
-    parser.add_argument("--seconds", type=float, default=150, help="how long to measure, after the warm-up")
+    parser.add_argument("--seconds", type=float, default=240, help="how long to measure, after the warm-ups")
     parser.add_argument("--variants", help="names to take beside nothing, with commas; all by default")
     parser.add_argument("--results", type=Path, help="directory to write the result to instead")
+    parser.add_argument("--here", action="store_true", help="measure in this process and print JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    names = [variant.name for variant in VARIANTS] if options.variants is None else options.variants.split(",")
-    variants = [variant for variant in VARIANTS if variant is NOTHING or variant.name in names]
+    known = {variant.name: variant for variant in VARIANTS}
+    names = list(known) if options.variants is None else options.variants.split(",")
+    if unknown := set(names) - set(known):
+        parser.error(f"there is no variant {', '.join(sorted(unknown))}; expected {', '.join(known)}")
+    variants = [known[name] for name in names]
     workload = WORKLOADS[options.workload]
     device = torch.device(workload.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"{workload.name} needs a CUDA device, and torch sees none here: `make bench` runs on a CPU")
-    found = measure(workload, variants, device=device, seconds=options.seconds)
+    if options.here:
+        print(json.dumps([measure(workload, variant, device=device, seconds=options.seconds) for variant in variants]))
+        return 0
+    found = result(workload, measure_apart(workload, variants, seconds=options.seconds))
     show(found)
     print(write(f"overhead-{workload.name}", found, environment(device), options.results))
     return 0 if all(row["bound"] is None or row["ratio"] <= row["bound"] for row in found["ratios"]) else 1

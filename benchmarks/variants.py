@@ -110,35 +110,30 @@ class Variant:
     around_step: Callable[[Training], AbstractContextManager[object]] = _unwatched
     """The same for each step, where the tool does not take a second one."""
     leaves_garbage: bool = False
-    """Whether what it has recorded is collected after each block, outside of what is measured: else those who follow
-    pay for it."""
-    every: int = 1
-    """Takes part in every so many rounds: what is slow needs fewer."""
+    """Whether what it has recorded is collected after each block, outside of what is measured: else the plain training
+    pays for a part of it."""
+    share: int = 1
+    """Of the time that a workload is measured for, beside the shares of the others: a small difference needs most."""
 
 
 NOTHING = Variant(name="nothing", title="nothing")
-CONTROL = Variant(name="control", title="nothing again", every=3)
-DEFAULT = Variant(name="default", title="memtrace, default settings", attach=_memtrace())
-EVERY_STEP = Variant(name="every_step", title="memtrace, every step traced", attach=_memtrace(trace_every=1), every=3)
 
 VARIANTS: Sequence[Variant] = (
-    NOTHING,
-    CONTROL,
-    DEFAULT,
-    EVERY_STEP,
+    Variant(name="control", title="nothing again", share=2),
+    Variant(name="default", title="memtrace, default settings", attach=_memtrace(), share=8),
+    Variant(name="every_step", title="memtrace, every step traced", attach=_memtrace(trace_every=1), share=3),
     Variant(
         name="profiler",
         title="torch.profiler, profile_memory",
         around_block=_profiler(details=False),
         leaves_garbage=True,
-        every=6,
     ),
     Variant(
         name="profiler_details",
         title="the same with shapes and stacks",
         around_block=_profiler(details=True),
         leaves_garbage=True,
-        every=6,
     ),
-    Variant(name="memtracker", title="torch's MemTracker", around_step=_memtracker, leaves_garbage=True, every=6),
+    Variant(name="memtracker", title="torch's MemTracker", around_step=_memtracker, leaves_garbage=True),
 )
+"""What is measured, each beside `NOTHING`."""

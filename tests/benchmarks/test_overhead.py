@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,15 +23,24 @@ def small(device: torch.device) -> Training:
 
 
 def test_every_variant_is_measured_beside_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A round in which all take part gives each of them a ratio; the step after the warm-up is traced where all are."""
+    """One round gives each of them a ratio; the step after the warm-up is traced where all are."""
     monkeypatch.chdir(tmp_path)
     workload = Workload(name="small", title="Llama in small", build=small, block=1, warm_up=3)
-    found = measure(workload, list(VARIANTS), device=torch.device("cpu"), seconds=0)
-    rows = {row["variant"]: row for row in found["ratios"]}
-    assert list(rows) == [variant.name for variant in VARIANTS[1:]]
+    rows = {v.name: measure(workload, v, device=torch.device("cpu"), seconds=0) for v in VARIANTS}
     assert all(row["ratio"] > 0 and row["rounds"] == row["steps"] == 1 for row in rows.values())
     assert rows["every_step"]["traced_steps"] == 1
     assert rows["control"]["traced_steps"] == 0
+
+
+def test_the_command_measures_each_variant_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """It prints a row for each and writes what it prints, with what it was measured on."""
+    command = [sys.executable, "-m", "benchmarks.overhead", "tiny", "--seconds", "0", "--variants", "control,default"]
+    done = subprocess.run([*command, "--results", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr  # 1: so few steps may miss the bound
+    found = json.loads((tmp_path / "cpu-overhead-tiny.json").read_text(encoding="utf-8"))
+    assert [row["variant"] for row in found["ratios"]] == ["control", "default"]
+    assert all(f"  {row['variant']} " in done.stdout for row in found["ratios"])
+    assert found["environment"]["threads"] == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here: nothing is refused")
