@@ -175,7 +175,8 @@ class TraceWindow:
             self._ledger.note(tensor)
             self._scan.claim_passing(self._ledger)
             stand_in = self._scan.saved_as(tensor)
-        self._give_way()
+        if self._source.interrupted():
+            self.abandon()
         return stand_in
 
     def _kept(self, kept: object) -> None:
@@ -215,8 +216,5 @@ class TraceWindow:
             self._claim_role(parameter)
             self._scan.claim_passing(self._ledger)
         step.gradient_accumulated()
-        self._give_way()
-
-    def _give_way(self) -> None:
         if self._source.interrupted():
             self.abandon()

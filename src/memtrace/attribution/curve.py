@@ -56,17 +56,7 @@ def _seconds(timeline: Timeline, marks: StepMarks, position: int) -> float:
 
 def _by_category(timeline: Timeline, marks: StepMarks, positions: list[int]) -> dict[Category, list[int]]:
     """Returns the bytes of each category that has any at each position."""
-    changes: dict[Category, list[int]] = {}
-    for key, nbytes, start, stop in timeline.stretches(marks, positions):
-        row = changes.setdefault(key.category, [0] * (len(positions) + 1))
-        row[start] += nbytes
-        row[stop] -= nbytes
-    return {category: _running(changes[category]) for category in Category if category in changes}
-
-
-def _running(changes: list[int]) -> list[int]:
-    total, sums = 0, []
-    for change in changes[:-1]:
-        total += change
-        sums.append(total)
-    return sums
+    rows: dict[Category, list[list[int]]] = {}
+    for key, row in timeline.held(marks, positions).items():
+        rows.setdefault(key.category, []).append(row)
+    return {category: [*map(sum, zip(*rows[category], strict=True))] for category in Category if category in rows}

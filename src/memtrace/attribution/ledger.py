@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -92,17 +92,25 @@ class Ledger:
         A stronger role that the storage already has is kept; an equal one is replaced. The element type in the tag is
         the tensor's own.
         """
-        for storage, dtype in storages_of(tensor, self._device):
-            tag = tag_of(category, component, dtype)
-            entry = self._entries.get(id(storage))
-            if entry is None:
-                self._entries[id(storage)] = entry = _Entry(storage, self._on_death)
-                entry.identity, entry.address = id(storage), self._address_of(storage)
-                entry.nbytes, entry.tag = storage.nbytes(), tag
-            elif entry.tag is not tag and PRECEDENCE[entry.tag.category] >= PRECEDENCE[category]:
-                entry.tag = tag
-            if self._journal is not None:
-                self._journal.append(TagEvent(self._now_ns(), self._address_of(storage), storage.nbytes(), entry.tag))
+        self.claim_all((tensor,), category, component)
+
+    def claim_all(self, tensors: Iterable[torch.Tensor], category: Category, component: str = "") -> None:
+        """Notes the same of many tensors, which is quicker than one by one."""
+        entries, device, journal = self._entries, self._device, self._journal
+        address_of = self._address_of
+        now_ns = 0 if journal is None else self._now_ns()
+        for tensor in tensors:
+            for storage, dtype in storages_of(tensor, device):
+                tag = tag_of(category, component, dtype)
+                entry = entries.get(id(storage))
+                if entry is None:
+                    entries[id(storage)] = entry = _Entry(storage, self._on_death)
+                    entry.identity, entry.address = id(storage), address_of(storage)
+                    entry.nbytes, entry.tag = storage.nbytes(), tag
+                elif entry.tag is not tag and PRECEDENCE[entry.tag.category] >= PRECEDENCE[category]:
+                    entry.tag = tag
+                if journal is not None:
+                    journal.append(TagEvent(now_ns, address_of(storage), storage.nbytes(), entry.tag))
 
     def note(self, tensor: torch.Tensor) -> None:
         """Notes in the journal where the storage of this tensor is now, if the ledger knows it.

@@ -36,23 +36,23 @@ def claim_model(
     """
     trainable, frozen = Role(Category.WEIGHTS, "trainable"), Role(Category.WEIGHTS, "frozen")
     parameters = list(model.parameters())
+    holders: dict[Role, list[torch.Tensor]] = {}
     for parameter in parameters:
         role = role_of(parameter) or (trainable if parameter.requires_grad else frozen)
-        ledger.claim(parameter, role.category, role.component)
+        held = holders.setdefault(role, [])
+        held.append(parameter)
         if type(parameter) is not nn.Parameter:  # a quantised one keeps its scales as attributes
-            for _, tensor in state_tensors(vars(parameter)):
-                ledger.claim(tensor, role.category, role.component)
-    for buffer in model.buffers():
-        ledger.claim(buffer, Category.BUFFERS)
+            held.extend(tensor for _, tensor in state_tensors(vars(parameter)))
+    for role, tensors in holders.items():
+        ledger.claim_all(tensors, role.category, role.component)
+    ledger.claim_all(model.buffers(), Category.BUFFERS)
     return parameters
 
 
 def claim_gradients(parameters: Iterable[torch.Tensor], ledger: Ledger) -> None:
     """Claims `.grad` of each parameter that has one."""
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is not None:
-            ledger.claim(gradient, Category.GRADIENTS)
+    gradients = (parameter.grad for parameter in parameters)
+    ledger.claim_all((gradient for gradient in gradients if gradient is not None), Category.GRADIENTS)
 
 
 def check_model(model: nn.Module) -> None:

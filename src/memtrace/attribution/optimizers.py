@@ -84,12 +84,15 @@ def claim_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[torch
                 ledger.claim(parameter, Category.MASTER_WEIGHTS)
             else:
                 ledger.claim(parameter, Category.WEIGHTS, "trainable")
-    for state in optimizer.state.values():
-        for component, tensor in state_tensors(state):
-            if _names_master(component):
-                ledger.claim(tensor, Category.MASTER_WEIGHTS)
-            else:
-                ledger.claim(tensor, Category.OPTIMIZER_STATE, component)
+    state: dict[str, list[torch.Tensor]] = {}
+    for of_parameter in optimizer.state.values():
+        for component, tensor in state_tensors(of_parameter):
+            state.setdefault(component, []).append(tensor)
+    for component, tensors in state.items():
+        if _names_master(component):
+            ledger.claim_all(tensors, Category.MASTER_WEIGHTS)
+        else:
+            ledger.claim_all(tensors, Category.OPTIMIZER_STATE, component)
 
 
 @cache

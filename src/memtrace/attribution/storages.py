@@ -15,17 +15,22 @@ StorageView = tuple[torch.UntypedStorage, str]
 """A storage and the element type that the tensor on it has. A plain tuple: a claim makes one and drops it."""
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Types that need no further look: nearly all tensors, and each is looked at several times in a traced step."""
+_STRIDED = torch.strided
+
+
 def storages_of(tensor: torch.Tensor, device: torch.device) -> Sequence[StorageView]:
     """Returns each storage on `device` that holds a part of the tensor.
 
     A DTensor or a quantised tensor gives the storages of the tensors that it wraps, with their own element types, so
     that packed weights count what they take. Empty storages and opaque layouts (MKLDNN) give nothing.
     """
-    if torch_private.is_wrapper_subclass(tensor):
+    if type(tensor) not in _PLAIN and torch_private.is_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         parts = [getattr(tensor, name) for name in names]
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]  # a DTensor names its mesh too
-    elif tensor.layout is torch.strided:
+    elif tensor.layout is _STRIDED:
         if tensor.device != device:
             return ()
         storage = tensor.untyped_storage()

@@ -76,11 +76,8 @@ class Timeline:
         """Returns the breakdown of one step at each moment that it had, and at its exact peak."""
         positions = self.positions(marks)
         ordered = sorted(set(positions.values()))
-        entries: dict[int, dict[EntryKey, int]] = {position: {} for position in ordered}
-        for key, nbytes, start, stop in self.stretches(marks, ordered):
-            for position in ordered[start:stop]:
-                totals = entries[position]
-                totals[key] = totals.get(key, 0) + nbytes
+        held = self.held(marks, ordered)
+        entries = {position: {key: held[key][i] for key in held} for i, position in enumerate(ordered)}
         return {
             moment: Breakdown(
                 moment=moment,
@@ -102,7 +99,18 @@ class Timeline:
             positions[Moment.BACKWARD_END] = self.position(marks.backward_end_ns)
         return positions
 
-    def stretches(self, marks: StepMarks, positions: Sequence[int]) -> Iterator[tuple[EntryKey, int, int, int]]:
+    def held(self, marks: StepMarks, positions: Sequence[int]) -> dict[EntryKey, list[int]]:
+        """Returns the bytes of each entry at each of the positions, which ascend."""
+        changes: dict[EntryKey, list[int]] = {}
+        for key, nbytes, start, stop in self._stretches(marks, positions):
+            row = changes.get(key)
+            if row is None:
+                changes[key] = row = [0] * (len(positions) + 1)
+            row[start] += nbytes
+            row[stop] -= nbytes
+        return {key: [*accumulate(row[:-1])] for key, row in changes.items()}
+
+    def _stretches(self, marks: StepMarks, positions: Sequence[int]) -> Iterator[tuple[EntryKey, int, int, int]]:
         """Yields (entry, bytes, start, stop) for each block that is there at some of the positions, which ascend.
 
         The block counts for the entry at `positions[start:stop]`. It comes a second time where it is for something
