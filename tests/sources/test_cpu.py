@@ -53,6 +53,18 @@ class TestWindow:
         assert [(event.address, event.delta) for event in seen] == [(address, SIZE), (address, -SIZE)]
         assert before_ns <= window.begin_ns <= seen[0].time_ns <= seen[1].time_ns <= window.end_ns <= time.time_ns()
 
+    def test_blocks_of_operators_that_are_recorded_all_the_same(self, source: CpuEvents) -> None:
+        """Somebody has switched operators on again: their blocks lie below them, and are found in their order."""
+        assert source.open()
+        first = block()
+        torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]
+        second = block().add(1).reshape(64, 64)
+        del first
+        window = source.close()
+        assert changes(window) == [1, 1, 1, -1, -1]
+        assert second.untyped_storage().data_ptr() in {event.address for event in window.events}
+        assert [event.time_ns for event in window.events] == sorted(event.time_ns for event in window.events)
+
     def test_the_running_total_is_the_profilers_own(self, source: CpuEvents) -> None:
         """It changes by each event's size; where it began is not told."""
         assert source.open()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain, compress
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -75,22 +74,25 @@ def give_up_memory_profiler() -> None:
 
 
 def _columns(nodes: list[Any]) -> MemoryColumns:
-    # Nearly all nodes are allocations, thousands of them, and each attribute of one is a call into torch: the calls are
-    # made in a row, and only for what is used.
-    allocation = torch._C._profiler._ExtraFields_Allocation
-    fields = [*map(attrgetter("extra_fields"), nodes)]
+    # Nearly all nodes are allocations, thousands of them, and each attribute of one is a call into torch: the functions
+    # of the properties are called themselves, in rows, and only those that are used.
+    node: Any = torch._C._profiler._ProfilerEvent
+    allocation: Any = torch._C._profiler._ExtraFields_Allocation
+    fields = [*map(node.extra_fields.fget, nodes)]
     while {*map(type, fields)} - {allocation}:
-        below = [
-            [node] if isinstance(of, allocation) else node.children for node, of in zip(nodes, fields, strict=True)
-        ]
+        below = [[one] if type(of) is allocation else one.children for one, of in zip(nodes, fields, strict=True)]
         nodes = [*chain.from_iterable(below)]
-        fields = [*map(attrgetter("extra_fields"), nodes)]
+        fields = [*map(node.extra_fields.fget, nodes)]
     if torch.accelerator.current_accelerator() is not None:  # else this build of torch has no other blocks
         cpu = torch.device("cpu")
         kept = [of.device == cpu for of in fields]
         nodes, fields = [*compress(nodes, kept)], [*compress(fields, kept)]
-    columns = [map(attrgetter(name), fields) for name in ("ptr", "alloc_size", "total_allocated")]
-    return MemoryColumns(*map(list, (map(attrgetter("start_time_ns"), nodes), *columns)))
+    return MemoryColumns(
+        times_ns=[*map(node.start_time_ns.fget, nodes)],
+        addresses=[*map(allocation.ptr.fget, fields)],
+        deltas=[*map(allocation.alloc_size.fget, fields)],
+        totals=[*map(allocation.total_allocated.fget, fields)],
+    )
 
 
 def profiler_is_recording() -> bool:
