@@ -20,6 +20,9 @@ from memtrace.steps import StepInFlight
 
 Hook = Callable[..., None]
 
+_TIMED_EVERY = 8
+"""Of so many steps that are passed over, one is timed and stands for all: the clock is a third of what they take."""
+
 
 class PassedSteps:
     """The steps until the next record.
@@ -49,8 +52,6 @@ class PassedSteps:
         """Number of the step that is being passed over; None between steps."""
         self.seconds = 0.0
         """What memtrace took for the steps that were passed over last."""
-        self.handled = id(None)
-        """Identity of the exception that was being handled when the last forward pass began: none of its own."""
         self._alone = False
         """Whether a step is over as soon as any optimizer has stepped."""
         self._spent_ns = 0
@@ -75,11 +76,11 @@ class PassedSteps:
         """
 
         named, explicit = self._main_input_name, self._explicit
-        forward, records_gradients = Phase.FORWARD, torch.is_grad_enabled
+        forward, records_gradients, timed_every = Phase.FORWARD, torch.is_grad_enabled, _TIMED_EVERY
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.left and frame_compiler() is None and (self.number is not None or not explicit):
-                begin_ns = perf_counter_ns()
+                begin_ns = 0 if self.left % timed_every else perf_counter_ns()
                 batch = kwargs.get(named) if kwargs else None
                 if batch is None and args:
                     batch = args[0]
@@ -88,11 +89,14 @@ class PassedSteps:
                         shape = batch.shape
                     except RuntimeError:  # a nested tensor has none
                         shape = None
-                    if shape is not None and (batch.numel() <= self._largest_tokens or shape == self._shape):
-                        self._shape, self._dtype, self._phase = shape, batch.dtype, forward
+                    as_before = shape is not None and shape == self._shape
+                    if as_before or (shape is not None and batch.numel() <= self._largest_tokens):
+                        if not as_before:
+                            self._shape, self._dtype = shape, batch.dtype
+                        self._phase = forward
                         self.number = self.number or self._next
-                        self.handled = id(sys.exception())
-                        self._spent_ns += perf_counter_ns() - begin_ns
+                        if begin_ns:
+                            self._spent_ns += (perf_counter_ns() - begin_ns) * timed_every
                         return
             otherwise(module, args, kwargs)
 
@@ -100,7 +104,11 @@ class PassedSteps:
         return hook
 
     def after_forward(self, otherwise: Hook) -> Hook:
-        """Returns the hook after each forward pass of the model, also of one that raised: `otherwise` is told of it."""
+        """Returns the hook after each forward pass of the model; `otherwise` gets what a failed one has raised as well.
+
+        A model may return None, and within the handling of some other exception: its own is the one that whoever calls
+        the hook has caught.
+        """
 
         forward, backward = Phase.FORWARD, Phase.BACKWARD
 
@@ -108,8 +116,10 @@ class PassedSteps:
             if self.left and output is not None:
                 if self._phase is forward:  # else it was not one of the step, but an evaluation
                     self._phase = backward
-            else:
-                otherwise(module, args, output)
+                return
+            error = sys.exception() if output is None else None
+            caught = None if error is None or error.__traceback__ is None else error.__traceback__.tb_frame
+            otherwise(module, error if caught is sys._getframe(1) else None)
 
         leave_out_of_graphs(hook)
         return hook

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -284,7 +283,6 @@ class Tracer:
         step.recorded = wanted and self._window.is_open
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._passed.handled = id(sys.exception())
         self._settle()
         if not torch.is_grad_enabled() or backward_is_running():
             return  # evaluation, or a checkpoint around the model that computes it again
@@ -305,12 +303,10 @@ class Tracer:
             claim_batch(args, kwargs, self._ledger)
         self._window.forward_begins()
 
-    def _on_forward_end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if output is None:
-            error = sys.exception()
-            if error is not None and id(error) != self._passed.handled:
-                self._oom.raised(error)
-                self._window.explain(error)
+    def _on_forward_end(self, module: nn.Module, error: BaseException | None) -> None:
+        if error is not None:
+            self._oom.raised(error)
+            self._window.explain(error)
         if self._step is not None and torch.is_grad_enabled() and not backward_is_running():
             self._step.forward_ends()
             self._window.forward_ends()

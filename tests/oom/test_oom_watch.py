@@ -206,6 +206,34 @@ def test_failure_that_is_being_handled_is_not_reported_again(tmp_path: Path) -> 
     assert len(reports_in(tmp_path)) == 1
 
 
+class Silent(torch.nn.Module):
+    """A model that keeps its loss and returns None, as a failing one seems to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+
+    def forward(self, batch: torch.Tensor) -> None:
+        self.loss = self.layer(batch).sum()
+
+
+@pytest.mark.usefixtures("no_clock")
+def test_model_that_returns_none_has_not_failed(tmp_path: Path) -> None:
+    """Neither in recorded steps nor in those that are passed over, also while a failure of others is handled."""
+    model = Silent()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with MemoryTracer(model, optimizer, TracerConfig(**settings(tmp_path, **PASSED_OVER))) as tracer:
+        try:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.")
+        except RuntimeError:
+            for _ in range(40):
+                model(torch.ones(2, 4))
+                model.loss.backward()
+                optimizer.step()
+        assert tracer.snapshot().totals.ooms == 0
+    assert reports_in(tmp_path) == []
+
+
 def test_failure_outside_of_a_step_is_reported_as_such(tmp_path: Path) -> None:
     """Evaluation can run out of memory too."""
     training = Training()
