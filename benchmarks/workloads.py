@@ -32,8 +32,8 @@ class Workload:
     title: str
     build: Callable[[torch.device], Training]
     block: int
-    """Steps that a variant takes before the plain training has its turn, or the other way round: several, since the
-    steps of a run find the processor's caches as their own run has left them."""
+    """Steps that a variant takes before the plain training has its turn, or the other way round: about 70 ms or one
+    step, since a machine changes within a second."""
     warm_up: int
     """Steps before measuring, the first traced one among them."""
     generations: int = 1
@@ -181,10 +181,10 @@ WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload(name="tiny", title="tiny perceptron", build=tiny, block=100, warm_up=50, generations=12),
-        Workload(name="llama", title="Llama, 8 layers", build=llama, block=4, warm_up=3),
-        Workload(name="minilm", title="MiniLM fine-tune", build=minilm, block=2, warm_up=3),
+        Workload(name="llama", title="Llama, 8 layers", build=llama, block=1, warm_up=3),
+        Workload(name="minilm", title="MiniLM fine-tune", build=minilm, block=1, warm_up=3),
         Workload(
-            name="llama1b", title="Llama, 1B parameters, bfloat16", build=llama_1b, block=4, warm_up=3, device="cuda"
+            name="llama1b", title="Llama, 1B parameters, bfloat16", build=llama_1b, block=1, warm_up=3, device="cuda"
         ),
     )
 }

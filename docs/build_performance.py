@@ -34,11 +34,12 @@ itself is `python -m benchmarks.overhead tiny`, `llama` or `minilm`, the second 
 
 {_overhead(overhead)}
 
-How it is measured: one process, a model of its own for each variant with the same values, blocks of steps in turns, in
-an order drawn anew each round, one thread. Each block is held against the block of the plain training in the same
-round, so that what the machine does meanwhile meets all of them. The models of the tiny perceptron are built anew twelve
-times, since where one lies in memory makes its steps longer or shorter. So none of its runs with the default settings is
-long enough for the trace that is due after 10,000 steps whatever it costs: the row of traced steps says what that is.
+How it is measured: each variant in a process of its own, where it takes turns with the plain training of a second model
+with the same values: blocks of steps, in an order drawn anew each round, one thread. Each block is held against the
+plain one of the same round, so that what the machine does meanwhile meets both; and no variant meets what another tool
+has left behind in the process. The models of the tiny perceptron are built anew twelve times, since where one lies in
+memory makes its steps longer or shorter. So none of its runs with the default settings is long enough for the trace that
+is due after 10,000 steps whatever it costs: the row of traced steps says what that is.
 
 * `ratio` is the median of steps that were not traced and the median of those that were, by the share of each: how much
   longer a whole run takes. Its 95 % are those of a bootstrap over the rounds; a bound that lies within them is one of
@@ -47,7 +48,7 @@ long enough for the trace that is due after 10,000 steps whatever it costs: the 
 * `nothing again` is the plain training a second time: what differs from 1 there is the machine. A difference that is
   smaller than that cannot be seen here.
 * torch.profiler runs around each block, MemTracker around each step, since it does not take a second one; what it costs
-  to start and stop them is counted. The two need fewer rounds, and take part in every sixth only.
+  to start and stop them is counted. A small difference needs many rounds: the default settings have half of the time.
 * Few steps say little about the share of traced steps: memtrace spaces them over a long run. Rows with less than
   {SMALL} steps are marked with a star.
 

@@ -76,7 +76,8 @@ class PassedSteps:
         """
 
         named, explicit = self._main_input_name, self._explicit
-        forward, records_gradients, timed_every = Phase.FORWARD, torch.is_grad_enabled, _TIMED_EVERY
+        outside, forward = Phase.OUTSIDE, Phase.FORWARD
+        records_gradients, timed_every = torch.is_grad_enabled, _TIMED_EVERY
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.left and frame_compiler() is None and (self.number is not None or not explicit):
@@ -84,7 +85,11 @@ class PassedSteps:
                 batch = kwargs.get(named) if kwargs else None
                 if batch is None and args:
                     batch = args[0]
-                if type(batch) is torch.Tensor and records_gradients() and current_autograd_node() is None:
+                if (
+                    type(batch) is torch.Tensor
+                    and records_gradients()
+                    and (self._phase is outside or current_autograd_node() is None)
+                ):
                     try:
                         shape = batch.shape
                     except RuntimeError:  # a nested tensor has none

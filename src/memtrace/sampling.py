@@ -13,7 +13,7 @@ _NEIGHBOURS = 15
 """How many counted steps a traced one is compared with."""
 _ALL_RECORDED = 32
 """Steps at the beginning that have a record in any case: what a record takes is learned from them."""
-_SEEN = 0.8
+_SEEN = 0.6
 """Share of the budget that is spent by memtrace's own clock. The rest is for what that clock does not see: how long it
 takes to call a hook, and that training goes on with caches that memtrace has used."""
 _RECORDS_SHARE = 0.5
@@ -32,7 +32,7 @@ class TraceSchedule:
     step: gradients and state are made in the first one, which is never representative). Then there are two ways:
 
     * `trace_every=N` traces every N steps; 0 never again.
-    * `trace_every=None` keeps an account: a step earns four fifths of `overhead_budget` of the wall time since the one
+    * `trace_every=None` keeps an account: a step earns three fifths of `overhead_budget` of the wall time since the one
       before, and pays what memtrace took of it. A traced step also pays what it took longer than the median of its
       neighbours. The next trace is due when the account covers one like the last; already when it is not overdrawn if
       the picture has changed (a larger batch than any traced, a new high-water mark, a persistent category that moved);
