@@ -120,9 +120,9 @@ def test_step_that_could_not_be_traced_is_made_up_for() -> None:
 def test_budget_is_kept_and_used(budget: float, trace_seconds: float) -> None:
     """Over a long run memtrace takes its share of wall time, its own cost and the slower steps together, no more."""
     run = Run(budgeted(budget), trace_seconds=trace_seconds)
-    traced = run.go(30_000)
+    traced = run.go(40_000)
     assert run.spent <= budget * run.now + trace_seconds, "at most the first trace is owed"
-    assert run.spent >= 0.7 * budget * run.now - trace_seconds, "and all is spent but what is kept for the unseen"
+    assert run.spent >= 0.5 * budget * run.now - trace_seconds, "and all is spent but what is kept for the unseen"
     gaps = [later - earlier for earlier, later in pairwise(traced[1:])]
     assert max(gaps) - min(gaps) <= 1, "traces of a steady run are evenly spaced"
 
@@ -195,22 +195,22 @@ def recorded(
 
 
 def test_an_ordinary_step_always_has_a_record() -> None:
-    """As long as records alone stay within the budget: 0.2 ms of 60 ms."""
-    assert recorded(0.06, 0.0002, steps=2000) == list(range(1, 2001))
+    """As long as records alone stay within the budget: 0.15 ms of 60 ms."""
+    assert recorded(0.06, 0.00015, steps=2000) == list(range(1, 2001))
 
 
 def test_records_of_short_steps_take_half_of_the_budget() -> None:
-    """0.1 ms a record, steps of 0.5 ms: one in 100, after those at the beginning."""
-    numbers = recorded(0.0005, 0.0001)
+    """75 us a record, steps of 0.5 ms: one in 100, after those at the beginning."""
+    numbers = recorded(0.0005, 0.000075)
     assert numbers[:32] == list(range(1, 33))
     assert {later - earlier for earlier, later in pairwise(numbers[31:])} <= {100, 101}, "the clock is a float"
 
 
 def test_what_passing_over_takes_comes_first() -> None:
-    """Of 1 us a step for counting, 0.5 us: records are twice as far apart; of which nothing is left: once a second."""
-    numbers = recorded(0.0005, 0.0001, passing=0.0000005)
+    """Half of 0.75 us a step for counting: records twice as far apart; where nothing is left, once a second."""
+    numbers = recorded(0.0005, 0.000075, passing=0.000000375)
     assert {later - earlier for earlier, later in pairwise(numbers[34:])} <= {200, 201}
-    numbers = recorded(0.0005, 0.0001, passing=0.000002)
+    numbers = recorded(0.0005, 0.000075, passing=0.000002)
     assert {later - earlier for earlier, later in pairwise(numbers[34:])} <= {2000, 2001}
 
 
