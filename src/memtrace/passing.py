@@ -21,7 +21,8 @@ from memtrace.steps import StepInFlight
 Hook = Callable[..., None]
 
 _TIMED_EVERY = 8
-"""Of so many steps that are passed over, one is timed and stands for all: the clock is a third of what they take."""
+"""Of so many steps that are passed over, one is timed and stands for all: two looks at the clock are among the dearest
+things that are done in one. Fewer than this at a time are not timed."""
 
 
 class PassedSteps:
@@ -109,7 +110,7 @@ class PassedSteps:
         return hook
 
     def after_forward(self, otherwise: Hook) -> Hook:
-        """Returns the hook after each forward pass of the model; `otherwise` gets what a failed one has raised as well.
+        """Returns the hook after each forward pass ; `otherwise` gets what a failed one has raised, or None.
 
         A model may return None, and within the handling of some other exception: its own is the one that whoever calls
         the hook has caught.
@@ -124,7 +125,7 @@ class PassedSteps:
                 return
             error = sys.exception() if output is None else None
             caught = None if error is None or error.__traceback__ is None else error.__traceback__.tb_frame
-            otherwise(module, error if caught is sys._getframe(1) else None)
+            otherwise(error if caught is sys._getframe(1) else None)
 
         leave_out_of_graphs(hook)
         return hook

@@ -303,7 +303,7 @@ class Tracer:
             claim_batch(args, kwargs, self._ledger)
         self._window.forward_begins()
 
-    def _on_forward_end(self, module: nn.Module, error: BaseException | None) -> None:
+    def _on_forward_end(self, error: BaseException | None) -> None:
         if error is not None:
             self._oom.raised(error)
             self._window.explain(error)

@@ -17,7 +17,6 @@ StorageView = tuple[torch.UntypedStorage, str]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Types that need no further look: nearly all tensors, and each is looked at several times in a traced step."""
-_STRIDED = torch.strided
 
 
 def storages_of(tensor: torch.Tensor, device: torch.device) -> Sequence[StorageView]:
@@ -30,7 +29,7 @@ def storages_of(tensor: torch.Tensor, device: torch.device) -> Sequence[StorageV
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         parts = [getattr(tensor, name) for name in names]
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]  # a DTensor names its mesh too
-    elif tensor.layout is _STRIDED:
+    elif tensor.layout is torch.strided:
         if tensor.device != device:
             return ()
         storage = tensor.untyped_storage()

@@ -1,7 +1,7 @@
 """Every private call into torch that memtrace makes, each with its reason and what happens where it is missing.
 
-Nothing else in the package touches `torch._C` or an underscored name of torch. A missing private name costs a
-feature, never the run: each function says what its caller gets then.
+Nothing else in the package touches `torch._C` or an underscored name of torch, but `torch_fake` for tensors without
+memory. A missing private name costs a feature, never the run: each function says what its caller gets then.
 """
 
 from __future__ import annotations
@@ -219,8 +219,7 @@ def is_zero_tensor(tensor: torch.Tensor) -> bool:
 
 def is_wrapper_subclass(tensor: torch.Tensor) -> bool:
     """Returns whether the tensor only wraps other tensors (DTensor, quantised tensors) that hold the storage."""
-    kind = type(tensor)
-    return kind is not torch.Tensor and kind is not torch.nn.Parameter and hasattr(kind, "__tensor_flatten__")
+    return hasattr(type(tensor), "__tensor_flatten__")
 
 
 def sparse_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
