@@ -110,7 +110,7 @@ class PassedSteps:
         return hook
 
     def after_forward(self, otherwise: Hook) -> Hook:
-        """Returns the hook after each forward pass ; `otherwise` gets what a failed one has raised, or None.
+        """Returns the hook after each forward pass; `otherwise` gets what a failed one has raised, or None.
 
         A model may return None, and within the handling of some other exception: its own is the one that whoever calls
         the hook has caught.
