@@ -137,7 +137,7 @@ def traced_step(events: int) -> Any:
     """
     from memtrace.attribution.timeline import StepMarks
     from memtrace.categories import Category
-    from memtrace.sources.events import Event, Tag, TagEvent, Window
+    from memtrace.sources.events import Event, Events, Tag, TagEvent, Window
 
     draw = random.Random(0)
     weight, gradient = Tag(Category.WEIGHTS, "trainable", "float32"), Tag(Category.GRADIENTS, "", "float32")
@@ -180,7 +180,7 @@ def traced_step(events: int) -> Any:
         release(*saved.pop())
     while len(happened) < events:
         allocate(512)
-    window = Window(begin_ns=0, end_ns=now, events=happened, live_at_begin=None)
+    window = Window(begin_ns=0, end_ns=now, events=Events.of(happened), live_at_begin=None)
     marks = StepMarks(begin_ns=1, end_ns=now, forward_end_ns=forward_end_ns, backward_end_ns=now)
     return window, base, journal, marks
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from memtrace.attribution.curve import MAX_STRETCHES, HighestSteps, step_curve
 from memtrace.attribution.timeline import StepMarks, Timeline, replay
 from memtrace.categories import Category, Moment, Phase
-from memtrace.sources.events import Block, Event, Tag, TagEvent, Window
+from memtrace.sources.events import Block, Event, Events, Tag, TagEvent, Window
 
 WEIGHTS = Tag(Category.WEIGHTS, "trainable", "float32")
 GRADIENTS = Tag(Category.GRADIENTS, "", "float32")
@@ -25,16 +25,14 @@ BACKWARD = ((110, 9, 4), (111, 9, -4))
 def window(
     *events: tuple[int, int, int],
     live: Sequence[Block] | None = None,
-    totals: Sequence[int] | None = None,
     resolution_ns: int = 1,
 ) -> Window:
     """A window from 0 to END; an event is (time, address, signed bytes)."""
     return Window(
         begin_ns=0,
         end_ns=END,
-        events=[Event(*event) for event in events],
+        events=Events.of(Event(*event) for event in events),
         live_at_begin=live,
-        running_totals=totals,
         resolution_ns=resolution_ns,
     )
 
@@ -252,18 +250,18 @@ class TestWhatWasThereBefore:
     def test_a_death_and_its_free_event_are_one_free(self) -> None:
         """Where the source has an event after all, the block does not go twice."""
         base = [TagEvent(0, 1, 64, GRADIENTS), TagEvent(0, 2, 8, WEIGHTS)]
-        timeline = replay(window((151, 1, -64), totals=[500]), base, [TagEvent(150, 1, 64, None)])
+        timeline = replay(window((151, 1, -64)), base, [TagEvent(150, 1, 64, None)])
         assert bytes_at(timeline, Moment.STEP_END) == {"weights/trainable/float32": 8}
 
     def test_the_size_of_a_free_from_before_the_window_is_the_ledgers(self) -> None:
         """torch's profiler reports the size of the block that it last saw at the address, in an earlier window."""
         base = [TagEvent(0, 1, 64, GRADIENTS), TagEvent(0, 2, 8, WEIGHTS)]
-        timeline = replay(window((150, 1, -4096), (160, 3, 16), totals=[5000, 5016]), base, ())
+        timeline = replay(window((150, 1, -4096), (160, 3, 16)), base, ())
         assert bytes_at(timeline, Moment.STEP_END) == {"weights/trainable/float32": 8, "unattributed/backward/": 16}
 
     def test_the_free_of_a_block_that_nobody_knew_is_passed_over(self) -> None:
         """Without a list and without the ledger nobody knows how large it was, nor that it was there."""
-        timeline = replay(window((20, 2, 8), (150, 1, -4096), totals=[5008, 912]), (), ())
+        timeline = replay(window((20, 2, 8), (150, 1, -4096)), (), ())
         assert bytes_at(timeline, Moment.FORWARD_END) == {"unattributed/forward/": 8}
         assert bytes_at(timeline, Moment.STEP_END) == {"unattributed/forward/": 8}
 
@@ -291,14 +289,6 @@ class TestWhatWasThereBefore:
 
 
 class TestRunningTotal:
-    def test_the_sources_own_count_decides(self) -> None:
-        """Allocated comes from the profiler's counter, not from the sizes that the categories are made of."""
-        breakdown = replay(window((20, 1, 64), totals=[72]), (), ()).moments(marks())[Moment.STEP_END]
-        assert (breakdown.allocated_bytes, breakdown.total_bytes) == (64, 64)
-        events = window((20, 1, 64), (30, 2, 8), totals=[164, 173])
-        breakdown = replay(events, (), ()).moments(marks())[Moment.STEP_END]
-        assert (breakdown.allocated_bytes, breakdown.total_bytes) == (73, 72), "a byte that the events do not tell"
-
     def test_events_out_of_order_keep_their_order(self) -> None:
         """Two threads may read the clock in the wrong order: the order of the events is the allocator's."""
         timeline = replay(window((30, 1, 64), (29, 1, -64), (29, 2, 8)), (), ())
@@ -326,7 +316,7 @@ def stories(draw: st.DrawFn) -> tuple[Window, list[TagEvent], list[TagEvent]]:
             live[address] = draw(st.integers(1, 64))
             events.append(Event(time_ns, address, live[address]))
     blocks = [Block(*item) for item in known.items()] if listed else None
-    return Window(begin_ns=0, end_ns=100, events=events, live_at_begin=blocks), base, notes
+    return Window(begin_ns=0, end_ns=100, events=Events.of(events), live_at_begin=blocks), base, notes
 
 
 @given(stories())

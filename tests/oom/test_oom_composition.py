@@ -8,7 +8,7 @@ from memtrace.attribution.timeline import replay
 from memtrace.breakdown import EntryKey
 from memtrace.categories import Category, Phase
 from memtrace.oom.composition import MAX_ENTRIES, Holding, StepFacts, compose, from_blocks, from_ledger, from_timeline
-from memtrace.sources.events import Block, Event, TagEvent, Window
+from memtrace.sources.events import Block, Event, Events, TagEvent, Window
 
 ACTIVATIONS = EntryKey(Category.ACTIVATIONS, "", "")
 UNATTRIBUTED = EntryKey(Category.UNATTRIBUTED, Phase.OUTSIDE, "")
@@ -61,7 +61,7 @@ def test_more_before_the_forward_pass_than_is_unclaimed_now() -> None:
 def test_open_window_tells_every_block() -> None:
     """In a traced step live blocks are told by their tags and by when they were made."""
     events = [Event(10, 1, MIB), Event(20, 2, MIB), Event(30, 3, 2 * MIB), Event(40, 4, MIB), Event(50, 4, -MIB)]
-    window = Window(begin_ns=0, end_ns=100, events=events, live_at_begin=None)
+    window = Window(begin_ns=0, end_ns=100, events=Events.of(events), live_at_begin=None)
     timeline = replay(window, [TagEvent(0, 9, GIB, WEIGHTS)], [TagEvent(21, 2, MIB, SAVED)])
     assert sizes(from_timeline(timeline, 15, Phase.FORWARD)) == {
         EntryKey(*WEIGHTS): GIB,

@@ -7,7 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -34,6 +38,20 @@ def changes(window: Window, nbytes: int = SIZE) -> list[int]:
 
 def block(nbytes: int = SIZE) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
+
+
+@contextmanager
+def recorded_by_torch(without: int | None = None) -> Iterator[list[Any]]:
+    """Yields a list that gets the nodes of torch's recording when it ends, of which memtrace does not get one."""
+    disable, nodes = torch.autograd._disable_profiler, []  # type: ignore[attr-defined]
+
+    def stop() -> object:
+        nodes.extend(disable().experimental_event_tree())
+        left = [node for position, node in enumerate(nodes) if position != without]
+        return SimpleNamespace(experimental_event_tree=lambda: left)
+
+    with mock.patch.object(torch.autograd, "_disable_profiler", stop):
+        yield nodes
 
 
 class TestWindow:
@@ -65,16 +83,28 @@ class TestWindow:
         assert second.untyped_storage().data_ptr() in {event.address for event in window.events}
         assert [event.time_ns for event in window.events] == sorted(event.time_ns for event in window.events)
 
-    def test_the_running_total_is_the_profilers_own(self, source: CpuEvents) -> None:
-        """It changes by each event's size; where it began is not told."""
-        assert source.open()
-        kept = [block(size) for size in (100, 200, 300)]
-        del kept[1]
-        window = source.close()
-        assert window.running_totals is not None
-        assert len(window.running_totals) == len(window.events)
-        steps = [after - before for before, after in pairwise(window.running_totals)]
+    def test_the_profilers_own_count_changes_by_each_events_size(self, source: CpuEvents) -> None:
+        """Where it began is not told."""
+        with recorded_by_torch() as nodes:
+            assert source.open()
+            kept = [block(size) for size in (100, 200, 300)]
+            del kept[1]
+            window = source.close()
+        totals = [node.extra_fields.total_allocated for node in nodes]
+        steps = [after - before for before, after in pairwise(totals)]
         assert steps == [event.delta for event in window.events[1:]]
+        assert window.complete
+
+    @pytest.mark.parametrize("lost", [1, 2, 3])
+    def test_a_lost_event_shows(self, source: CpuEvents, lost: int) -> None:
+        """The profiler's own count knows of it."""
+        with recorded_by_torch(without=lost):
+            assert source.open()
+            kept = [block(size) for size in (100, 200, 300, 400)]
+            del kept[1]
+            window = source.close()
+        assert len(window.events) == 4
+        assert not window.complete
 
     def test_events_are_in_order_of_time(self, source: CpuEvents) -> None:
         """Also those of a backward pass."""

@@ -8,12 +8,12 @@ it can list them (CUDA), else from the ledger and from tags on addresses that no
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate, chain
+from itertools import accumulate
 from math import inf
-from operator import itemgetter, sub
+from operator import itemgetter
 
 from memtrace.attribution.ledger import PRECEDENCE
 from memtrace.breakdown import Breakdown, EntryKey, ordered_entries
@@ -64,8 +64,7 @@ class Timeline:
     totals: Sequence[int]
     """Allocated bytes before the first change, then after each one: one longer than `change_ns`.
 
-    Counted from the source's own running total where it keeps one, from the sizes of the events else; never from the
-    lifetimes.
+    Counted from the sizes of the events, never from the lifetimes.
     """
 
     def position(self, time_ns: int) -> int:
@@ -214,7 +213,7 @@ class _Replay:
         notes = sorted(journal, key=itemgetter(0))
         note_ns = [*map(itemgetter(0), notes), inf]
         done, live, times, changes = 0, self._open, self._times, self._changes
-        for (time_ns, address, delta), counted in zip(self._window.events, self._counted(), strict=True):
+        for time_ns, address, delta in self._window.events.rows():
             while note_ns[done] < time_ns:
                 self._note(notes[done])
                 done += 1
@@ -229,10 +228,10 @@ class _Replay:
                 life.end = len(times)
                 self._closed[address] = life
             else:
-                self._free_older(life, time_ns, address, -delta, counted)
+                self._free_older(life, time_ns, address, delta)
                 continue
             times.append(time_ns)
-            changes.append(counted)
+            changes.append(delta)
         for note in notes[done:]:
             self._note(note)
         ascending = self._times == sorted(self._times)
@@ -242,14 +241,6 @@ class _Replay:
             totals=list(accumulate(self._changes, initial=self._initial)),
         )
 
-    def _counted(self) -> Iterable[int]:
-        """Returns by how much each event changed the total: by the source's own count where it keeps one."""
-        events, reported = self._window.events, self._window.running_totals
-        if not events or reported is None:
-            return [event.delta for event in events]
-        before = reported[0] - events[0].delta
-        return map(sub, reported, chain([before], reported))
-
     def _reveal(self, address: int, nbytes: int, tag: Tag | None) -> Lifetime:
         """Adds a block that was there before the window began."""
         life = Lifetime(address, nbytes, -1, None, self._window.begin_ns, tag)
@@ -258,14 +249,14 @@ class _Replay:
         self._initial += nbytes
         return life
 
-    def _close(self, life: Lifetime, time_ns: int, counted: int) -> None:
+    def _close(self, life: Lifetime, time_ns: int, delta: int) -> None:
         del self._open[life.address]
         life.end = len(self._times)
         self._closed[life.address] = life
         self._times.append(time_ns)
-        self._changes.append(counted)
+        self._changes.append(delta)
 
-    def _free_older(self, life: Lifetime | None, time_ns: int, address: int, nbytes: int, counted: int) -> None:
+    def _free_older(self, life: Lifetime | None, time_ns: int, address: int, delta: int) -> None:
         """Ends a block that was allocated before the window began."""
         if self._may_reveal:
             # The size in the event is then what the source last saw at this address, perhaps of a block long gone: the
@@ -273,9 +264,7 @@ class _Replay:
             if life is not None:
                 self._close(life, time_ns, -life.nbytes)
             return
-        if life is None:
-            life = self._reveal(address, nbytes, None)
-        self._close(life, time_ns, counted)
+        self._close(life or self._reveal(address, -delta, None), time_ns, delta)
 
     def _note(self, note: TagEvent) -> None:
         life, tag = self._open.get(note.address), note.tag

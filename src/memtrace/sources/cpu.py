@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from operator import itemgetter
 
 from memtrace.breakdown import AllocatorReading
 from memtrace.sources import torch_private
-from memtrace.sources.events import Event, Window
+from memtrace.sources.events import Events, Window
 
 
 class CpuEvents:
@@ -42,25 +41,21 @@ class CpuEvents:
         return self.is_open and torch_private.user_profiler_is_recording()
 
     def close(self) -> Window:
-        """Ends the window and returns what happened in it; `complete` is False where another profiler took over."""
+        """Ends the window and returns what happened in it.
+
+        `complete` is False where another profiler took over, and where torch's own count of allocated bytes says that
+        events are missing.
+        """
         assert self._begin_ns is not None, "close() without open()"
         begin_ns, end_ns = self._begin_ns, time.time_ns()
         if torch_private.user_profiler_is_recording() or not torch_private.profiler_is_recording():
             torch_private.give_up_memory_profiler()
             self._begin_ns = None
-            return Window(begin_ns=begin_ns, end_ns=end_ns, events=(), live_at_begin=None, complete=False)
-        recorded = torch_private.stop_memory_profiler()
+            return Window(begin_ns=begin_ns, end_ns=end_ns, events=Events(), live_at_begin=None, complete=False)
+        events, counted = torch_private.stop_memory_profiler()
         self._begin_ns = None  # only now: after a fault on the way here, abandon() must still end the recording
-        if recorded.times_ns != sorted(recorded.times_ns):  # several threads
-            rows = sorted(zip(*recorded, strict=True), key=itemgetter(0))
-            recorded = torch_private.MemoryColumns(*map(list, zip(*rows, strict=True)))
-        return Window(
-            begin_ns=begin_ns,
-            end_ns=end_ns,
-            events=[*map(Event._make, zip(*recorded[:3], strict=True))],
-            live_at_begin=None,
-            running_totals=recorded.totals,
-        )
+        complete = sum(events.deltas) == counted
+        return Window(begin_ns=begin_ns, end_ns=end_ns, events=events, live_at_begin=None, complete=complete)
 
     def abandon(self) -> None:
         """Ends the window, if one is open, and forgets it."""

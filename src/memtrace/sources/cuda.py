@@ -16,7 +16,7 @@ import torch
 from memtrace.breakdown import AllocatorReading
 from memtrace.errors import LogFormatError
 from memtrace.sources import torch_private
-from memtrace.sources.events import Block, Event, Window
+from memtrace.sources.events import Block, Event, Events, Window
 
 MAX_EVENTS = 400_000
 """Size of the history ring, in events; torch's default is unbounded. An entry without a stack takes about 100 B."""
@@ -139,13 +139,13 @@ def parse_window(
     if not isinstance(traces, Sequence):
         raise LogFormatError("a CUDA snapshot must have a list 'device_traces', got none: is it from _snapshot()?")
     history = traces[device_index] if device_index < len(traces) else ()
-    events = list(_parse_history(history, begin_ns))
+    events = Events.of(_parse_history(history, begin_ns))
     live = {block.address: block.nbytes for block in live_at_begin}
-    for event in events:
-        if event.delta > 0:
-            live[event.address] = event.delta
+    for _, address, delta in events.rows():
+        if delta > 0:
+            live[address] = delta
         else:
-            live.pop(event.address, None)
+            live.pop(address, None)
     now = {block.address: block.nbytes for block in live_blocks(snapshot.get("segments", ()), device_index)}
     return Window(
         begin_ns=begin_ns,

@@ -1,16 +1,16 @@
 """The types that all sources share: what the allocator did, and what is known of an address.
 
-These are the two streams that `attribution.timeline` joins. Both types are tuples because a step has tens of
-thousands of them. Times are nanoseconds of one clock and addresses name storages, both as `Coordinates` says.
+These are the two streams that `attribution.timeline` joins. A step has tens of thousands of either: events are kept in
+columns, tags are tuples. Times are nanoseconds of one clock and addresses name storages, both as `Coordinates` says.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self, overload
 
 import torch
 
@@ -39,6 +39,44 @@ class Event(NamedTuple):
     address: int
     delta: int
     """Bytes: positive for an allocation, negative for a free."""
+
+
+@dataclass(frozen=True, slots=True)
+class Events(Sequence[Event]):
+    """Allocations and frees in the order in which the allocator did them.
+
+    Each field is a column with one number for each of them, and is what a replay reads: it takes longer to make the
+    rows than to go through them.
+    """
+
+    times_ns: Sequence[int] = ()
+    addresses: Sequence[int] = ()
+    deltas: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> Self:
+        """Returns these events, column by column."""
+        return cls(*zip(*events, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.times_ns)
+
+    def __iter__(self) -> Iterator[Event]:
+        return map(Event._make, self.rows())
+
+    @overload
+    def __getitem__(self, index: int) -> Event: ...
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | slice) -> Event | Self:
+        columns = self.times_ns, self.addresses, self.deltas
+        if isinstance(index, slice):
+            return type(self)(*(column[index] for column in columns))
+        return Event(*(column[index] for column in columns))
+
+    def rows(self) -> Iterator[tuple[int, int, int]]:
+        """Returns each event as a plain tuple: what is quickest to go through."""
+        return zip(self.times_ns, self.addresses, self.deltas, strict=True)
 
 
 class Tag(NamedTuple):
@@ -76,12 +114,9 @@ class Window:
 
     begin_ns: int
     end_ns: int
-    events: Sequence[Event]
-    """In the order in which the allocator did them."""
+    events: Events
     live_at_begin: Sequence[Block] | None
     """Every block that was live at the beginning; None where the source cannot list them (a CPU)."""
-    running_totals: Sequence[int] | None = None
-    """The source's own count of allocated bytes after each event, up to a constant; None where it keeps none."""
     resolution_ns: int = 1
     """How far the time of an event may lie before the instant that it stands for."""
     complete: bool = True

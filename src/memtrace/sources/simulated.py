@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from memtrace.breakdown import AllocatorReading
-from memtrace.sources.events import Block, Coordinates, Event, Window
+from memtrace.sources.events import Block, Coordinates, Event, Events, Window
 
 
 class SimulatedEvents:
@@ -18,9 +18,7 @@ class SimulatedEvents:
         self._ticks = itertools.count(1)
         self._addresses = itertools.count(1)
         self._live: dict[int, int] = {}
-        self._allocated = 0
         self._events: list[Event] = []
-        self._totals: list[int] = []
         self._begin_ns: int | None = None
         self._live_at_begin: Sequence[Block] = ()
         self.coordinates = Coordinates(now_ns=self._ticks.__next__, address_of=address_of)
@@ -45,7 +43,7 @@ class SimulatedEvents:
         """Begins a window; False where one is open."""
         if self.is_open:
             return False
-        self._events, self._totals = [], []
+        self._events = []
         self._live_at_begin = [Block(address, nbytes) for address, nbytes in self._live.items()]
         self._begin_ns = self.coordinates.now_ns()
         return True
@@ -61,9 +59,8 @@ class SimulatedEvents:
         return Window(
             begin_ns=begin_ns,
             end_ns=self.coordinates.now_ns(),
-            events=self._events,
+            events=Events.of(self._events),
             live_at_begin=self._live_at_begin,
-            running_totals=self._totals,
         )
 
     def abandon(self) -> None:
@@ -75,7 +72,5 @@ class SimulatedEvents:
         return None
 
     def _note(self, address: int, delta: int) -> None:
-        self._allocated += delta
         if self._begin_ns is not None:
             self._events.append(Event(self.coordinates.now_ns(), address, delta))
-            self._totals.append(self._allocated)

@@ -9,23 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain, compress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd import profiler as autograd_profiler
 
+from memtrace.sources.events import Events
+
 SavedTensorHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
-
-
-class MemoryColumns(NamedTuple):
-    """What an allocator did, one number of each list for each allocation or free."""
-
-    times_ns: list[int]
-    addresses: list[int]
-    deltas: list[int]
-    """Bytes: negative for a free."""
-    totals: list[int]
-    """The profiler's own count of the blocks that it has seen since the process began; bytes."""
 
 
 class ProfilerUnavailable(RuntimeError):
@@ -61,11 +52,15 @@ def start_memory_profiler() -> None:
         raise ProfilerUnavailable(f"torch {torch.__version__} cannot record memory events: {error}") from error
 
 
-def stop_memory_profiler() -> MemoryColumns:
-    """Stops the recording and returns what happened to the blocks of a CPU."""
+def stop_memory_profiler() -> tuple[Events, int]:
+    """Stops the recording.
+
+    Returns:
+        What happened to the blocks of a CPU, and by how many bytes the profiler's own count of them has changed.
+    """
     torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]
     result = torch.autograd._disable_profiler()  # type: ignore[attr-defined]
-    return _columns(result.experimental_event_tree())
+    return _events(result.experimental_event_tree())
 
 
 def give_up_memory_profiler() -> None:
@@ -73,7 +68,7 @@ def give_up_memory_profiler() -> None:
     torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]
 
 
-def _columns(nodes: list[Any]) -> MemoryColumns:
+def _events(nodes: list[Any]) -> tuple[Events, int]:
     # Nearly all nodes are allocations, thousands of them, and each attribute of one is a call into torch: the functions
     # of the properties are called themselves, in rows, and only those that are used.
     node: Any = torch._C._profiler._ProfilerEvent
@@ -87,12 +82,13 @@ def _columns(nodes: list[Any]) -> MemoryColumns:
         cpu = torch.device("cpu")
         kept = [of.device == cpu for of in fields]
         nodes, fields = [*compress(nodes, kept)], [*compress(fields, kept)]
-    return MemoryColumns(
-        times_ns=[*map(node.start_time_ns.fget, nodes)],
-        addresses=[*map(allocation.ptr.fget, fields)],
-        deltas=[*map(allocation.alloc_size.fget, fields)],
-        totals=[*map(allocation.total_allocated.fget, fields)],
-    )
+    times_ns = [*map(node.start_time_ns.fget, nodes)]
+    if times_ns != (ascending := sorted(times_ns)):  # those of one thread come after those of another
+        order = sorted(range(len(times_ns)), key=times_ns.__getitem__)
+        times_ns, fields = ascending, [fields[position] for position in order]
+    deltas = [*map(allocation.alloc_size.fget, fields)]
+    counted = fields[-1].total_allocated - fields[0].total_allocated + deltas[0] if fields else 0
+    return Events(times_ns, [*map(allocation.ptr.fget, fields)], deltas), counted
 
 
 def profiler_is_recording() -> bool:

@@ -9,10 +9,11 @@ history sees all threads, and none of this matters.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import replace
 
 from memtrace.sources.cpu import CpuEvents
-from memtrace.sources.events import Event, Window
+from memtrace.sources.events import Event, Events, Window
 
 
 class _ForeignFree(ctypes.Structure):
@@ -36,14 +37,14 @@ class AllThreadsEvents(CpuEvents):
         return super().open()
 
     def close(self) -> Window:
-        """Ends the window; the total is that of the events, since torch's own misses the same frees."""
+        """Ends the window."""
         window = super().close()
         noted = self._library.foreign_frees()
         frees = [(noted[i].time_ns, noted[i].address) for i in range(self._first, self._library.foreign_free_count())]
-        return replace(window, events=_merge(window.events, frees), running_totals=None)
+        return replace(window, events=Events.of(_merge(window.events, frees)))
 
 
-def _merge(events: list[Event], frees: list[tuple[int, int]]) -> list[Event]:
+def _merge(events: Iterable[Event], frees: list[tuple[int, int]]) -> list[Event]:
     """Puts a free between the allocation of its block and whatever comes next at that address."""
     rows = [(event.time_ns, event) for event in events]
     rows += [(time_ns, Event(time_ns, address, 0)) for time_ns, address in frees]
