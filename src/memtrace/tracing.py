@@ -89,6 +89,7 @@ class TraceWindow:
 
     def forward_begins(self) -> None:
         """Puts the saved-tensor hooks on for a forward pass; without a window, takes off what a backward pass left."""
+        self._saved.listening = True
         if not self.is_open:
             self._let_go()
         elif self._trace_activations:
@@ -111,6 +112,7 @@ class TraceWindow:
 
     def backward_ends(self) -> None:
         """Claims gradients that no hook has seen, before the optimizer uses them."""
+        self._saved.listening = True  # where optimizers step inside the backward pass, it goes on
         self._saved.pop()
         self._scan.claim_gradients(self._ledger)
 
@@ -185,14 +187,16 @@ class TraceWindow:
             for tensor in batch_tensors(kept):
                 self._tags.pack(tensor)
 
-    def _unpacked(self, tensor: torch.Tensor) -> None:
+    def _unpacked(self, tensor: torch.Tensor) -> bool:
+        """Notes that the backward pass is at work; returns whether that is all there is to know of it."""
         step = self._current_step()
         if self._tags is None or step is None:
-            return
+            return False
         step.backward_runs()
         if self._scan.engines:
             self._claim_role(tensor)
             self._scan.claim_passing(self._ledger)
+        return not self._scan.engines
 
     def _gathered(self, engine: Engine, module: nn.Module, *args: object) -> None:
         if self._tags is not None:

@@ -183,6 +183,27 @@ class TestSavedTensorHooks:
         result.sum().backward()
         assert torch.equal(x.grad, stand_in)
 
+    def test_it_hears_what_the_backward_pass_asks_for_until_it_has_heard_enough(self) -> None:
+        """Nothing more of any tensor, whichever pair saved it, until it is told to listen again."""
+        asked: list[torch.Tensor] = []
+
+        def on_unpack(tensor: torch.Tensor) -> bool:
+            asked.append(tensor)
+            return len(asked) == 2
+
+        pair = SavedTensorHooks(lambda tensor: None, on_unpack, lambda kept: None)
+        pair.push()
+        first = saved_once().exp().exp()
+        pair.pop()
+        pair.push()
+        second = saved_once()
+        pair.pop()
+        first.sum().backward()
+        assert len(asked) == 2
+        pair.listening = True
+        second.sum().backward()
+        assert len(asked) == 3
+
     def test_hooks_of_the_user_below_are_called(self) -> None:
         """Both see the tensor; the pair says that it covers them."""
         watch, boxes = Watch(), Boxes()

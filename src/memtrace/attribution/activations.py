@@ -10,7 +10,7 @@ from torch import nn
 from memtrace.attribution.storages import storages_of
 from memtrace.categories import Category
 from memtrace.sources import torch_private
-from memtrace.sources.events import MEMORY, Coordinates, TagEvent, tag_of
+from memtrace.sources.events import MEMORY, Coordinates, TagEvent, tags_of
 
 _VIEWS = (
     "TBackward",
@@ -28,6 +28,9 @@ _VIEWS = (
 _MAX_VIEWS = 4
 _CAST_TO = (torch.bfloat16, torch.float16)
 
+_ACTIVATIONS = tags_of(Category.ACTIVATIONS, "")
+_CASTS = tags_of(Category.TRANSIENT_WEIGHTS, "autocast")
+
 
 class ActivationTags:
     """Notes every tensor that is packed for backward; the replay keeps stronger roles that a storage has.
@@ -44,14 +47,16 @@ class ActivationTags:
 
     def pack(self, tensor: torch.Tensor) -> None:
         """Notes one tensor that autograd saves; costs about 1 us."""
-        if torch_private.is_zero_tensor(tensor):
-            return
-        category, component = Category.ACTIVATIONS, ""
-        if tensor.dtype in _CAST_TO and self._is_cast_weight(tensor):
-            category, component = Category.TRANSIENT_WEIGHTS, "autocast"
-        for storage, dtype in storages_of(tensor, self._device):
-            tag = tag_of(category, component, dtype)
-            self.notes.append(TagEvent(self._now_ns(), self._address_of(storage), storage.nbytes(), tag))
+        is_cast = tensor.dtype in _CAST_TO and self._is_cast_weight(tensor)
+        tags = _CASTS if is_cast else _ACTIVATIONS
+        for storage, nbytes, dtype in storages_of(tensor, self._device):
+            try:
+                address = self._address_of(storage)
+            except RuntimeError:
+                if torch_private.is_zero_tensor(tensor):
+                    return
+                raise
+            self.notes.append(TagEvent(self._now_ns(), address, nbytes, tags[dtype]))
 
     def _is_cast_weight(self, tensor: torch.Tensor) -> bool:
         node = tensor.grad_fn

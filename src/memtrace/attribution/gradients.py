@@ -10,6 +10,7 @@ import torch
 from memtrace.attribution.storages import storages_of
 from memtrace.breakdown import EntryKey
 from memtrace.categories import Category
+from memtrace.sources.events import dtype_name
 
 
 class GradientCount:
@@ -42,11 +43,11 @@ class GradientCount:
 
 def gradient_bytes(gradients: Iterable[torch.Tensor], device: torch.device) -> dict[EntryKey, int]:
     """Returns the bytes of gradients by element type, each storage once; about 1 us a gradient."""
-    totals: dict[str, int] = {}
+    totals: dict[torch.dtype, int] = {}
     seen: set[int] = set()
     for gradient in gradients:
-        for storage, dtype in storages_of(gradient, device):
+        for storage, nbytes, dtype in storages_of(gradient, device):
             if storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
-                totals[dtype] = totals.get(dtype, 0) + storage.nbytes()
-    return {EntryKey(Category.GRADIENTS, "", dtype): size for dtype, size in totals.items()}
+                totals[dtype] = totals.get(dtype, 0) + nbytes
+    return {EntryKey(Category.GRADIENTS, "", dtype_name(dtype)): size for dtype, size in totals.items()}

@@ -10,7 +10,7 @@ import torch
 
 from memtrace.attribution.storages import storages_of
 from memtrace.categories import Category
-from memtrace.sources.events import MEMORY, Coordinates, Tag, TagEvent, tag_of
+from memtrace.sources.events import MEMORY, Coordinates, Tag, TagEvent, tags_of
 
 PRECEDENCE = {
     category: rank
@@ -97,20 +97,20 @@ class Ledger:
     def claim_all(self, tensors: Iterable[torch.Tensor], category: Category, component: str = "") -> None:
         """Notes the same of many tensors, which is quicker than one by one."""
         entries, device, journal = self._entries, self._device, self._journal
-        address_of = self._address_of
+        address_of, tags = self._address_of, tags_of(category, component)
         now_ns = 0 if journal is None else self._now_ns()
         for tensor in tensors:
-            for storage, dtype in storages_of(tensor, device):
-                tag = tag_of(category, component, dtype)
+            for storage, nbytes, dtype in storages_of(tensor, device):
+                tag = tags[dtype]
                 entry = entries.get(id(storage))
                 if entry is None:
                     entries[id(storage)] = entry = _Entry(storage, self._on_death)
                     entry.identity, entry.address = id(storage), address_of(storage)
-                    entry.nbytes, entry.tag = storage.nbytes(), tag
+                    entry.nbytes, entry.tag = nbytes, tag
                 elif entry.tag is not tag and PRECEDENCE[entry.tag.category] >= PRECEDENCE[category]:
                     entry.tag = tag
                 if journal is not None:
-                    journal.append(TagEvent(now_ns, address_of(storage), storage.nbytes(), entry.tag))
+                    journal.append(TagEvent(now_ns, address_of(storage), nbytes, entry.tag))
 
     def note(self, tensor: torch.Tensor) -> None:
         """Notes in the journal where the storage of this tensor is now, if the ledger knows it.
@@ -119,14 +119,14 @@ class Ledger:
         """
         if self._journal is None:
             return
-        for storage, _ in storages_of(tensor, self._device):
+        for storage, nbytes, _ in storages_of(tensor, self._device):
             entry = self._entries.get(id(storage))
             if entry is not None:
-                self._journal.append(TagEvent(self._now_ns(), self._address_of(storage), storage.nbytes(), entry.tag))
+                self._journal.append(TagEvent(self._now_ns(), self._address_of(storage), nbytes, entry.tag))
 
     def role_of(self, tensor: torch.Tensor) -> Category | None:
         """Returns what the first storage of a tensor is known to be for."""
-        for storage, _ in storages_of(tensor, self._device):
+        for storage, _, _ in storages_of(tensor, self._device):
             entry = self._entries.get(id(storage))
             return None if entry is None else entry.tag.category
         return None

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 
 from memtrace.sources import torch_private
 
-StorageView = tuple[torch.UntypedStorage, str]
-"""A storage and the element type that the tensor on it has. A plain tuple: a claim makes one and drops it."""
-
+StorageView = tuple[torch.UntypedStorage, int, torch.dtype]
+"""A storage, its bytes, and the element type that the tensor on it has. Plain: a claim makes one and drops it."""
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Types that need no further look: nearly all tensors, and each is looked at several times in a traced step."""
+_STRIDED = torch.strided
 
 
 def storages_of(tensor: torch.Tensor, device: torch.device) -> Sequence[StorageView]:
@@ -29,20 +28,15 @@ def storages_of(tensor: torch.Tensor, device: torch.device) -> Sequence[StorageV
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         parts = [getattr(tensor, name) for name in names]
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]  # a DTensor names its mesh too
-    elif tensor.layout is torch.strided:
+    elif tensor.layout is _STRIDED:
         if tensor.device != device:
             return ()
         storage = tensor.untyped_storage()
-        return ((storage, dtype_name(tensor.dtype)),) if storage.nbytes() else ()
+        nbytes = storage.nbytes()
+        return ((storage, nbytes, tensor.dtype),) if nbytes else ()
     else:
         tensors = torch_private.sparse_parts(tensor)
     return [view for part in tensors for view in storages_of(part, device)]
-
-
-@cache
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns the name of an element type without `torch.`, such as `bfloat16`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def canonical_device(device: torch.device) -> torch.device:

@@ -24,6 +24,11 @@ _STEP_BOUND = frozenset({(Category.ACTIVATIONS, ""), (Category.TRANSIENT_WEIGHTS
 """Roles that end with the backward pass: a block that is still there after it is held by somebody else."""
 
 
+@cache
+def _is_step_bound(tag: Tag) -> bool:
+    return tag[:2] in _STEP_BOUND
+
+
 @dataclass(slots=True)
 class Lifetime:
     """One block from its allocation to its free; positions count the changes of the window, from 0."""
@@ -149,7 +154,7 @@ class _Classifier:
     def __call__(self, life: Lifetime, position: int) -> EntryKey:
         """Returns the entry that the block counts for at a position at which it is there."""
         tag = life.tag
-        if tag is not None and tag[:2] not in _STEP_BOUND:
+        if tag is not None and not _is_step_bound(tag):
             return _entry_of(tag)
         before_step = life.begin < self._first
         if tag is not None and before_step and life.saved_ns is not None and life.saved_ns >= self._begin_ns:
@@ -272,7 +277,7 @@ class _Replay:
             if life is not None and life.begin < 0 and self._may_reveal:
                 self._close(life, note.time_ns, -life.nbytes)
             return
-        saved = tag[:2] in _STEP_BOUND
+        saved = _is_step_bound(tag)
         if life is None:
             closed = self._closed.get(note.address)
             if closed is not None and closed.end is not None and self._within_resolution(closed.end, note.time_ns):
@@ -283,7 +288,7 @@ class _Replay:
                 return
         if saved:
             life.saved_ns = note.time_ns
-        if life.tag is None or PRECEDENCE[tag.category] <= PRECEDENCE[life.tag.category]:
+        if life.tag is not tag and (life.tag is None or PRECEDENCE[tag.category] <= PRECEDENCE[life.tag.category]):
             life.tag = tag
 
     def _within_resolution(self, change: int, time_ns: int) -> bool:

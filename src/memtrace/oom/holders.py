@@ -29,7 +29,7 @@ def module_names(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], 
     """
     names: dict[int, str] = {}
     for tensor, name in _named_tensors(model, optimizers):
-        for storage, _ in storages_of(tensor, device):
+        for storage, _, _ in storages_of(tensor, device):
             names.setdefault(storage.data_ptr(), name)
     return names
 

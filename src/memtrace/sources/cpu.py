@@ -38,7 +38,7 @@ class CpuEvents:
 
     def interrupted(self) -> bool:
         """Whether the user has started a profiler of their own inside the open window: theirs comes first."""
-        return self.is_open and torch_private.user_profiler_is_recording()
+        return self._begin_ns is not None and torch_private.user_profiler_is_recording()
 
     def close(self) -> Window:
         """Ends the window and returns what happened in it.

@@ -87,8 +87,25 @@ class Tag(NamedTuple):
     dtype: str
 
 
-tag_of = cache(Tag)
-"""Returns the one `Tag` of these fields: a run has a handful of them, and puts them on thousands of storages."""
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name of an element type without `torch.`, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+class _RoleTags(dict[torch.dtype, Tag]):
+    def __init__(self, category: Category, component: str) -> None:
+        self._role = category, component
+
+    def __missing__(self, dtype: torch.dtype) -> Tag:
+        self[dtype] = tag = Tag(*self._role, dtype_name(dtype))
+        return tag
+
+
+tags_of = cache(_RoleTags)
+"""Returns the one `Tag` of a category and a component for each element type that it is asked for.
+
+A run has a handful of tags, and puts them on thousands of storages.
+"""
 
 
 class TagEvent(NamedTuple):

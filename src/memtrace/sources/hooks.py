@@ -104,19 +104,19 @@ class SavedTensorHooks:
 
     Args:
         on_pack: called with each tensor that is saved; what it returns is kept in its place, unless it is None.
-        on_unpack: called with each tensor that the backward pass asks for.
+        on_unpack: called with each tensor that the backward pass asks for, until it returns True.
         on_kept: called with what hooks of the user that lie below keep in place of a tensor.
     """
 
     def __init__(
         self,
         on_pack: Callable[[torch.Tensor], torch.Tensor | None],
-        on_unpack: Callable[[torch.Tensor], None],
+        on_unpack: Callable[[torch.Tensor], bool | None],
         on_kept: Callable[[object], None],
     ) -> None:
-        self._on_pack = on_pack
-        self._on_unpack = on_unpack
-        self._on_kept = on_kept
+        self.on_pack, self.on_unpack, self.on_kept = on_pack, on_unpack, on_kept
+        self.listening = True
+        """Whether `on_unpack` is called; set it to hear again what the backward pass asks for."""
         self._pair: _Pair | None = None
         self._thread: int | None = None
 
@@ -137,7 +137,7 @@ class SavedTensorHooks:
         """
         if self.is_on or not torch_private.saved_tensor_hooks_allowed() or torch_private.backward_is_running():
             return
-        self._pair = _Pair(self._on_pack, self._on_unpack, self._on_kept, below=torch_private.saved_tensor_hooks())
+        self._pair = _Pair(self, below=torch_private.saved_tensor_hooks())
         torch_private.push_saved_tensor_hooks(self._pair.pack, self._pair.unpack)
         self._thread = threading.get_ident()
 
@@ -161,27 +161,20 @@ class SavedTensorHooks:
 class _Pair:
     """One pair on the stack. Tensors that were saved through it come back through it, also when it is off again."""
 
-    def __init__(
-        self,
-        on_pack: Callable[[torch.Tensor], torch.Tensor | None],
-        on_unpack: Callable[[torch.Tensor], None],
-        on_kept: Callable[[object], None],
-        below: torch_private.SavedTensorHooks | None,
-    ) -> None:
-        self._on_pack = on_pack
-        self._on_unpack = on_unpack
-        self._on_kept = on_kept
+    def __init__(self, hooks: SavedTensorHooks, below: torch_private.SavedTensorHooks | None) -> None:
+        self._hooks = hooks
         self.below = below
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        stand_in = self._on_pack(tensor)
+        stand_in = self._hooks.on_pack(tensor)
         if self.below is not None:
             kept = self.below[0](tensor)
-            self._on_kept(kept)
+            self._hooks.on_kept(kept)
             return kept
         return tensor if stand_in is None else stand_in
 
     def unpack(self, packed: Any) -> torch.Tensor:
-        tensor = packed if self.below is None else self.below[1](packed)
-        self._on_unpack(tensor)
+        tensor: torch.Tensor = packed if self.below is None else self.below[1](packed)
+        if self._hooks.listening:
+            self._hooks.listening = not self._hooks.on_unpack(tensor)
         return tensor

@@ -15,10 +15,9 @@ from torch import nn
 
 from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.hidden import HiddenBuffers
-from memtrace.attribution.storages import dtype_name
 from memtrace.categories import Category
 from memtrace.sources import torch_private
-from memtrace.sources.events import Tag
+from memtrace.sources.events import Tag, dtype_name
 
 
 def find(model: nn.Module, optimizers: Sequence[object]) -> Engine | None:
