@@ -11,6 +11,7 @@ from small_training import (
     CLASSES,
     EVERY_STEP,
     FLOAT,
+    LARGE,
     ROWS,
     WIDTH,
     Net,
@@ -25,8 +26,30 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memtrace.categories import Category, Moment
+from memtrace.breakdown import EntryKey
+from memtrace.categories import Category, Moment, Phase
 from memtrace.tracer import Tracer
+
+
+class _Scratch(nn.Module):
+    """Hands on what it is given; its backward pass asks for a saved tensor, then takes memory for a moment."""
+
+    nbytes = 0
+
+    class _Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(rows)
+            return rows.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            assert len(ctx.saved_tensors) == 1
+            torch.empty(_Scratch.nbytes, dtype=torch.uint8)
+            return gradient
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._Function.apply(rows)
 
 
 class TestOptimizers:
@@ -135,6 +158,33 @@ class TestOptimizers:
         peak = tracer.history[-1].moments[Moment.PEAK]
         assert peak[Category.GRADIENTS] < parameter_bytes(model)
         assert tracer.history[-1].moments[Moment.STEP_END][Category.OPTIMIZER_STATE] == parameter_bytes(model)
+
+    def test_what_a_second_backward_pass_takes_before_any_gradient(self) -> None:
+        """It is known by the tensor that it asks for, as the first one is."""
+        model = nn.Sequential(nn.Linear(WIDTH, CLASSES), _Scratch())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with traced(model, optimizer) as tracer:
+            for nbytes in (0, LARGE):
+                _Scratch.nbytes = nbytes
+                loss_of(model).backward()
+            optimizer.step()
+        peak = tracer.history[-1].moments[Moment.PEAK]
+        assert peak.entries[EntryKey(Category.TEMPORARIES, Phase.BACKWARD, "")] >= LARGE
+
+    def test_what_a_backward_pass_takes_after_an_optimizer_inside_it(self) -> None:
+        """It goes on with the next tensor that it asks for."""
+        first, head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES, bias=False)
+        model = nn.Sequential(first, _Scratch(), head)
+        _Scratch.nbytes = LARGE
+        own = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (first, head)]
+        with traced(model, own) as tracer:
+            loss = loss_of(model)
+            handle = head.weight.register_post_accumulate_grad_hook(lambda _: own[1].step())
+            loss.backward()
+            handle.remove()
+            own[0].step()
+        peak = tracer.history[-1].moments[Moment.PEAK]
+        assert peak.entries[EntryKey(Category.TEMPORARIES, Phase.BACKWARD, "")] >= LARGE
 
     def test_parameters_added_later(self) -> None:
         """`add_param_group` in the middle of training: the next trace knows the new state."""
