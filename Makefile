@@ -29,7 +29,7 @@ demo: venv ## fine-tune a small real model on this machine and show what its mem
 	KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_trainer.py --output-dir $(DEMO_DIR)
 	$(BIN)/memtrace show $(DEMO_DIR)/memtrace
 
-bench: venv ## what a training step costs with memtrace and with its neighbours; a quiet machine, about 15 minutes
+bench: venv ## what a training step costs with memtrace and with its neighbours; a quiet machine, about 20 minutes
 	@kept=0; for workload in tiny llama minilm; do \
 		$(TEST_ENV) $(BIN)/python -m benchmarks.overhead $$workload || kept=1; \
 	done; \

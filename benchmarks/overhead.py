@@ -94,7 +94,7 @@ def show(found: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workload", choices=sorted(WORKLOADS))
-    parser.add_argument("--seconds", type=float, default=240, help="how long to measure, after the warm-ups")
+    parser.add_argument("--seconds", type=float, default=300, help="how long to measure, after the warm-ups")
     parser.add_argument("--variants", help="names to take beside nothing, with commas; all by default")
     parser.add_argument("--results", type=Path, help="directory to write the result to instead")
     parser.add_argument("--here", action="store_true", help="measure in this process and print JSON")

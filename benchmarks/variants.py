@@ -121,7 +121,7 @@ NOTHING = Variant(name="nothing", title="nothing")
 VARIANTS: Sequence[Variant] = (
     Variant(name="control", title="nothing again", share=2),
     Variant(name="default", title="memtrace, default settings", attach=_memtrace(), share=8),
-    Variant(name="every_step", title="memtrace, every step traced", attach=_memtrace(trace_every=1), share=3),
+    Variant(name="every_step", title="memtrace, every step traced", attach=_memtrace(trace_every=1), share=8),
     Variant(
         name="profiler",
         title="torch.profiler, profile_memory",

@@ -48,7 +48,7 @@ is due after 10,000 steps whatever it costs: the row of traced steps says what t
 * `nothing again` is the plain training a second time: what differs from 1 there is the machine. A difference that is
   smaller than that cannot be seen here.
 * torch.profiler runs around each block, MemTracker around each step, since it does not take a second one; what it costs
-  to start and stop them is counted. A small difference needs many rounds: the default settings have half of the time.
+  to start and stop them is counted. A small difference needs many rounds: memtrace has three quarters of the time.
 * Few steps say little about the share of traced steps: memtrace spaces them over a long run. Rows with less than
   {SMALL} steps are marked with a star.
 
