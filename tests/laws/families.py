@@ -123,7 +123,10 @@ class Recurrent(nn.Module):
         self.head.weight = self.embedding.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.lstm(self.embedding(ids))[0])
+        hidden = self.embedding(ids)
+        low = torch.is_autocast_enabled("cpu") or hidden.dtype is torch.bfloat16
+        with torch.backends.mkldnn.flags(enabled=not low):  # oneDNN has no bfloat16 LSTM for CPUs without AVX-512
+            return self.head(self.lstm(hidden)[0])
 
 
 class FrozenBase(nn.Module):
@@ -156,7 +159,7 @@ def _own_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 def _classes(model: nn.Module, batch: Batch) -> torch.Tensor:
     """A loss outside the model, over classes."""
     first = next(tensor for name, tensor in batch.items() if name != "labels")
-    return F.cross_entropy(model(first).flatten(0, -2), batch["labels"].flatten())
+    return F.cross_entropy(model(first).flatten(0, -2).float(), batch["labels"].flatten())
 
 
 def _llama(*, tied: bool) -> nn.Module:
