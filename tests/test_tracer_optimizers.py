@@ -159,6 +159,73 @@ class TestOptimizers:
         assert peak[Category.GRADIENTS] < parameter_bytes(model)
         assert tracer.history[-1].moments[Moment.STEP_END][Category.OPTIMIZER_STATE] == parameter_bytes(model)
 
+    def test_no_hook_is_left_where_nobody_takes_gradients(self) -> None:
+        """torch calls a parameter that had a hook in each backward pass from then on, with or without one: 0.1 us."""
+        model, optimizer = make()
+        with traced(model, optimizer) as tracer:
+            for _ in range(3):
+                step(model, optimizer)
+                assert all(parameter._post_accumulate_grad_hooks is None for parameter in model.parameters())
+        assert tracer.history[-1].moments[Moment.BACKWARD_END][Category.GRADIENTS] == parameter_bytes(model)
+
+    def test_gradients_that_are_dropped_before_the_optimizer(self) -> None:
+        """A second backward pass in the same step, as sharpness-aware minimisation has it: both have gradients."""
+        model, optimizer = make()
+        with traced(model, optimizer) as tracer:
+            for _ in range(2):
+                loss_of(model).backward()
+                torch.empty(LARGE, dtype=torch.uint8)  # the peak of the step
+                optimizer.zero_grad()
+                loss_of(model).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        for record in tracer.history:
+            assert record.moments[Moment.PEAK].total_bytes > LARGE
+            assert record.moments[Moment.PEAK][Category.GRADIENTS] == parameter_bytes(model)
+
+    def test_gradients_that_hooks_take_inside_the_backward_pass(self) -> None:
+        """Each hook drops the gradients of the layers behind: they are known in the first trace."""
+        model, optimizer = make()
+        seen: list[int] = []
+
+        def take(gradient: torch.Tensor) -> None:
+            present = [parameter for parameter in model.parameters() if parameter.grad is not None]
+            if present and not seen:
+                seen.append(gradient.nbytes + sum(parameter.nbytes for parameter in present))
+                torch.empty(LARGE, dtype=torch.uint8)  # the peak of the step
+            for parameter in present:
+                parameter.grad = None
+
+        handles = [parameter.register_hook(take) for parameter in model.parameters()]
+        with traced(model, optimizer) as tracer:
+            step(model, optimizer)
+        for handle in handles:
+            handle.remove()
+        assert tracer.history[0].moments[Moment.PEAK].total_bytes > LARGE
+        assert tracer.history[0].moments[Moment.PEAK][Category.GRADIENTS] == seen[0]
+
+    def test_gradients_that_are_taken_where_no_hook_can_be_seen(self) -> None:
+        """By a hook on the graph: the first trace ends without them, the second one knows that they go."""
+        model, optimizer = make()
+        nodes = [torch.autograd.graph.get_gradient_edge(parameter).node for parameter in model.parameters()]
+
+        def taking(parameter: torch.Tensor) -> Any:
+            def take(*_: object) -> None:
+                if parameter is model.second.weight:
+                    torch.empty(LARGE, dtype=torch.uint8)  # the peak of the step
+                parameter.grad = None
+
+            return take
+
+        handles = [node.register_hook(taking(p)) for node, p in zip(nodes, model.parameters(), strict=True)]
+        with traced(model, optimizer) as tracer:
+            for _ in range(2):
+                step(model, optimizer)
+        for handle in handles:
+            handle.remove()
+        assert tracer.history[1].moments[Moment.PEAK].total_bytes > LARGE
+        assert tracer.history[1].moments[Moment.PEAK][Category.GRADIENTS] >= model.second.weight.nbytes
+
     def test_what_a_second_backward_pass_takes_before_any_gradient(self) -> None:
         """It is known by the tensor that it asks for, as the first one is."""
         model = nn.Sequential(nn.Linear(WIDTH, CLASSES), _Scratch())

@@ -109,12 +109,12 @@ class StepInFlight:
             self._last_pack_ns = self.now_ns()
 
     def backward_runs(self) -> None:
-        """Notes that the backward pass is at work: a saved tensor was asked for, or a gradient accumulated."""
+        """Notes that the backward pass is at work: a saved tensor was asked for, or gradients were accumulated."""
         if self.phases and self.phases[-1][1] is not Phase.BACKWARD:
             self.enter(Phase.BACKWARD)
 
-    def gradient_accumulated(self) -> None:
-        """Notes that a gradient was added to `.grad`."""
+    def gradients_accumulated(self) -> None:
+        """Notes that a gradient was added to `.grad`, or that the backward pass has added the last one."""
         self.backward_runs()
         self._last_gradient_ns = self.now_ns()
 

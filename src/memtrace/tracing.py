@@ -19,7 +19,7 @@ from memtrace.categories import Category
 from memtrace.guard import Guard
 from memtrace.sources.events import EventSource, TagEvent
 from memtrace.sources.hooks import HookSet, SavedTensorHooks
-from memtrace.sources.torch_private import backward_is_running
+from memtrace.sources.torch_private import after_backward, backward_is_running
 from memtrace.steps import StepInFlight
 
 _FORBIDS_HOOKS = "support saved tensor hooks"
@@ -55,6 +55,9 @@ class TraceWindow:
         self._base: Sequence[TagEvent] = ()
         self._tags: ActivationTags | None = None
         self._saved = SavedTensorHooks(guard.wrap(self._packed), guard.wrap(self._unpacked), guard.wrap(self._kept))
+        self._backward_ended = guard.wrap(self._all_gradients)
+        self._awaits_end = False
+        """Whether torch will tell of the end of the backward pass at work."""
 
     @property
     def is_open(self) -> bool:
@@ -89,7 +92,7 @@ class TraceWindow:
 
     def forward_begins(self) -> None:
         """Puts the saved-tensor hooks on for a forward pass; without a window, takes off what a backward pass left."""
-        self._saved.listening = True
+        self._saved.listening, self._awaits_end = True, False
         if not self.is_open:
             self._let_go()
         elif self._trace_activations:
@@ -111,7 +114,7 @@ class TraceWindow:
             self._saved.pop()
 
     def backward_ends(self) -> None:
-        """Claims gradients that no hook has seen, before the optimizer uses them."""
+        """Claims the gradients once more before the optimizer uses them: they may have been made anew since."""
         self._saved.listening = True  # where optimizers step inside the backward pass, it goes on
         self._saved.pop()
         self._scan.claim_gradients(self._ledger)
@@ -148,7 +151,11 @@ class TraceWindow:
 
     def _install(self) -> None:
         self._tags = ActivationTags(self._model, self._ledger.device, self._ledger.coordinates)
-        self._hooks.after_gradient(self._scan.gradient_leaves(), self._guard.wrap(self._gradient))
+        self._awaits_end = False
+        # Most gradients are there when the backward pass has ended: torch calls a parameter's hooks in each step from
+        # then on, also when there are none any more.
+        passing = self._scan.passing_gradients() if self._trace_activations else self._scan.gradient_leaves()
+        self._hooks.after_gradient(passing, self._guard.wrap(self._gradient))
         for engine, module in self._scan.gathering():
             gathered = partial(self._gathered, engine)
             self._hooks.before_forward(module, self._guard.wrap(gathered), prepend=False)
@@ -196,7 +203,9 @@ class TraceWindow:
         if self._scan.engines:
             self._claim_role(tensor)
             self._scan.claim_passing(self._ledger)
-        return not self._scan.engines
+            return False
+        self._awaits_end = self._awaits_end or after_backward(self._backward_ended)
+        return self._awaits_end
 
     def _gathered(self, engine: Engine, module: nn.Module, *args: object) -> None:
         if self._tags is not None:
@@ -210,6 +219,14 @@ class TraceWindow:
         else:
             self._ledger.claim(tensor, role.category, role.component)
 
+    def _all_gradients(self) -> None:
+        """Claims what a backward pass has left, and hears the next one."""
+        self._saved.listening, self._awaits_end = True, False
+        step = self._current_step()
+        if self._tags is not None and step is not None:
+            self._scan.backward_ended(self._ledger)
+            step.gradients_accumulated()
+
     def _gradient(self, parameter: torch.Tensor) -> None:
         step = self._current_step()
         if self._tags is None or step is None:
@@ -219,6 +236,6 @@ class TraceWindow:
         if self._scan.engines:
             self._claim_role(parameter)
             self._scan.claim_passing(self._ledger)
-        step.gradient_accumulated()
+        step.gradients_accumulated()
         if self._source.interrupted():
             self.abandon()

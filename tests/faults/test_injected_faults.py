@@ -40,6 +40,7 @@ SHELLS = frozenset(
         "PassedSteps.after_optimizer.<locals>.hook",
         "_Pair.pack",
         "_Pair.unpack",
+        "after_backward.<locals>.end",
         "TraceWindow.__init__.<locals>.<lambda>",
         "Tracer.attach",
         "Tracer.attached",

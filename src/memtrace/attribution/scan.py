@@ -18,6 +18,7 @@ from memtrace.attribution.optimizers import check_optimizer, claim_optimizer, op
 from memtrace.attribution.storages import canonical_device
 from memtrace.breakdown import EntryKey
 from memtrace.errors import ConfigError
+from memtrace.sources.torch_private import has_gradient_hooks
 
 
 class Scan:
@@ -45,6 +46,8 @@ class Scan:
         self._looked_in_forward = False
         self._state_sizes: list[int] = []
         self._gradients: GradientCount | None = None
+        self._without_gradient: set[int] = set()
+        """Identities of the parameters that had no gradient when the last backward pass had ended."""
         for optimizer in self.optimizers:
             if not any(engine.owns(optimizer) for engine in self.engines):
                 check_optimizer(optimizer, model)
@@ -112,11 +115,30 @@ class Scan:
             self._gradients = GradientCount(self._gradient_owners(self._model.parameters()), device)
         return self._gradients.count()
 
+    def backward_ended(self, ledger: Ledger) -> None:
+        """Claims the gradients that a backward pass has left, and notes which parameters have none."""
+        self._without_gradient = {id(parameter) for parameter in self._model.parameters() if parameter.grad is None}
+        self.claim_gradients(ledger)
+
     def gradient_leaves(self) -> Iterator[nn.Parameter]:
         """Yields every tensor that autograd accumulates a gradient into."""
         yield from self._model.parameters()
         for engine in self.engines:
             yield from engine.gradient_leaves()
+
+    def passing_gradients(self) -> Iterator[nn.Parameter]:
+        """Yields each tensor whose gradient may be gone when the backward pass has ended.
+
+        An engine may take it, or whoever has a hook on it (optimizers that step inside the backward pass), or nobody
+        knows who: then there was none at the end of the last backward pass. Engines may still be found in the first
+        forward pass.
+        """
+        if self.engines or not self._looked_in_forward:
+            yield from self.gradient_leaves()
+            return
+        for parameter in self._model.parameters():
+            if id(parameter) in self._without_gradient or has_gradient_hooks(parameter):
+                yield parameter
 
     def gathering(self) -> Iterator[tuple[Engine, nn.Module]]:
         """Yields each module whose weights an engine puts together for its forward pass, with the engine."""

@@ -7,6 +7,7 @@ memory. A missing private name costs a feature, never the run: each function say
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from itertools import chain, compress
 from typing import Any
@@ -129,13 +130,50 @@ current_autograd_node: Callable[[], object] = getattr(torch._C, "_current_autogr
 """Returns the node of a backward pass that this thread is inside of; None outside, and where torch cannot tell."""
 
 
-def backward_is_running() -> bool:
-    """Returns whether this thread is inside a node of a backward pass; False where torch cannot tell.
+_at_an_end: set[int] = set()
+"""The threads that are inside a call from `after_backward`."""
 
-    torch saves the thread's profiler and saved-tensor hooks before each node, and before the callbacks at the end of
-    the pass, and puts them back afterwards: what is switched on or off in between is undone.
+
+def backward_is_running() -> bool:
+    """Returns whether this thread is inside a node of a backward pass or a call from `after_backward`.
+
+    False where torch cannot tell. torch saves the thread's profiler and saved-tensor hooks before each node, and before
+    the callbacks at the end of the pass, and puts them back afterwards: what is switched on or off in between is
+    undone.
     """
-    return current_autograd_node() is not None
+    return current_autograd_node() is not None or threading.get_ident() in _at_an_end
+
+
+def after_backward(callback: Callable[[], None]) -> bool:
+    """Calls `callback()` once, when the backward pass that this thread is inside of has ended without an error.
+
+    Engines of torch end their own work so. No public hook tells of that end.
+
+    Returns:
+        False outside of a backward pass, and where torch has changed: nothing is called then.
+    """
+    queue = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "queue_callback", None)
+    if queue is None or current_autograd_node() is None:
+        return False
+
+    def end() -> None:
+        thread = threading.get_ident()
+        _at_an_end.add(thread)
+        try:
+            callback()
+        finally:
+            _at_an_end.discard(thread)
+
+    queue(end)
+    return True
+
+
+def has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """Returns whether somebody has a hook on the gradient of this leaf, before or after it is accumulated.
+
+    No public call tells of hooks. False where torch has changed.
+    """
+    return bool(getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 frame_compiler: Callable[[], object] = getattr(
