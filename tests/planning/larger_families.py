@@ -111,7 +111,11 @@ class Recurrent(nn.Module):
         self.head = nn.Linear(192, VOCABULARY)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.lstm(self.embedding(ids))[0])
+        hidden = self.embedding(ids)
+        low = torch.is_autocast_enabled("cpu") or hidden.dtype is torch.bfloat16
+        has_kernel = not low or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        with torch.backends.mkldnn.flags(enabled=has_kernel):  # oneDNN needs AVX-512 for an LSTM in bfloat16
+            return self.head(self.lstm(hidden)[0])
 
 
 class ConvNet(nn.Module):

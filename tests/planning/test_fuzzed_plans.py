@@ -12,7 +12,8 @@ from planning.fuzzed_plans import BASES, arguments_of
 from memtrace.cli import main
 
 _CHUNK = 250
-_MOST_SECONDS = 60
+_MOST_SECONDS = 300
+"""Of the processor; the dearest case, 300 layers of T5, took 71 on the slowest machine so far."""
 
 
 def outcome(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
