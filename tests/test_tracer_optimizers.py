@@ -160,7 +160,7 @@ class TestOptimizers:
         assert tracer.history[-1].moments[Moment.STEP_END][Category.OPTIMIZER_STATE] == parameter_bytes(model)
 
     def test_no_hook_is_left_where_nobody_takes_gradients(self) -> None:
-        """torch calls a parameter that had a hook in each backward pass from then on, with or without one: 0.1 us."""
+        """torch calls a parameter that had a hook in each backward pass from then on, with or without one."""
         model, optimizer = make()
         with traced(model, optimizer) as tracer:
             for _ in range(3):

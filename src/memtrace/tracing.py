@@ -55,7 +55,6 @@ class TraceWindow:
         self._base: Sequence[TagEvent] = ()
         self._tags: ActivationTags | None = None
         self._saved = SavedTensorHooks(guard.wrap(self._packed), guard.wrap(self._unpacked), guard.wrap(self._kept))
-        self._backward_ended = guard.wrap(self._all_gradients)
         self._awaits_end = False
         """Whether torch will tell of the end of the backward pass at work."""
 
@@ -114,7 +113,10 @@ class TraceWindow:
             self._saved.pop()
 
     def backward_ends(self) -> None:
-        """Claims the gradients once more before the optimizer uses them: they may have been made anew since."""
+        """Claims the gradients before the optimizer uses them.
+
+        Also after a backward pass whose end was told: they may have been made anew since.
+        """
         self._saved.listening = True  # where optimizers step inside the backward pass, it goes on
         self._saved.pop()
         self._scan.claim_gradients(self._ledger)
@@ -151,7 +153,6 @@ class TraceWindow:
 
     def _install(self) -> None:
         self._tags = ActivationTags(self._model, self._ledger.device, self._ledger.coordinates)
-        self._awaits_end = False
         # Most gradients are there when the backward pass has ended: torch calls a parameter's hooks in each step from
         # then on, also when there are none any more.
         passing = self._scan.passing_gradients() if self._trace_activations else self._scan.gradient_leaves()
@@ -204,7 +205,7 @@ class TraceWindow:
             self._claim_role(tensor)
             self._scan.claim_passing(self._ledger)
             return False
-        self._awaits_end = self._awaits_end or after_backward(self._backward_ended)
+        self._awaits_end = self._awaits_end or after_backward(self._guard.wrap(self._backward_ended))
         return self._awaits_end
 
     def _gathered(self, engine: Engine, module: nn.Module, *args: object) -> None:
@@ -219,7 +220,7 @@ class TraceWindow:
         else:
             self._ledger.claim(tensor, role.category, role.component)
 
-    def _all_gradients(self) -> None:
+    def _backward_ended(self) -> None:
         """Claims what a backward pass has left, and hears the next one."""
         self._saved.listening, self._awaits_end = True, False
         step = self._current_step()

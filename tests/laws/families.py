@@ -6,6 +6,7 @@ Every model is tiny and real: built from its configuration, or from plain torch,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -112,6 +113,12 @@ class ConvNet(nn.Module):
         return self.head(hidden.mean((2, 3)))
 
 
+def lstm_kernel(hidden: torch.Tensor) -> AbstractContextManager[object]:
+    """Leaves oneDNN out where it has no LSTM for this input: in bfloat16 it needs AVX-512."""
+    low = torch.is_autocast_enabled("cpu") or hidden.dtype is torch.bfloat16
+    return torch.backends.mkldnn.flags(enabled=not low or "AVX512" in torch.backends.cpu.get_cpu_capability())
+
+
 class Recurrent(nn.Module):
     """An LSTM over embeddings, its output matrix tied to them."""
 
@@ -124,8 +131,7 @@ class Recurrent(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         hidden = self.embedding(ids)
-        low = torch.is_autocast_enabled("cpu") or hidden.dtype is torch.bfloat16
-        with torch.backends.mkldnn.flags(enabled=not low):  # oneDNN has no bfloat16 LSTM for CPUs without AVX-512
+        with lstm_kernel(hidden):
             return self.head(self.lstm(hidden)[0])
 
 

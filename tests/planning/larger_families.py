@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import transformers
-from laws.families import Batch, Family, Way
+from laws.families import Batch, Family, Way, lstm_kernel
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -112,9 +112,7 @@ class Recurrent(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         hidden = self.embedding(ids)
-        low = torch.is_autocast_enabled("cpu") or hidden.dtype is torch.bfloat16
-        has_kernel = not low or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        with torch.backends.mkldnn.flags(enabled=has_kernel):  # oneDNN needs AVX-512 for an LSTM in bfloat16
+        with lstm_kernel(hidden):
             return self.head(self.lstm(hidden)[0])
 
 

@@ -13,7 +13,7 @@ from memtrace.cli import main
 
 _CHUNK = 250
 _MOST_SECONDS = 300
-"""Of the processor; the dearest case, 300 layers of T5, took 71 on the slowest machine so far."""
+"""Of the processor: several times what the dearest case, 300 layers of T5, takes on a slow machine."""
 
 
 def outcome(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
