@@ -67,6 +67,7 @@ def interleave(
         seconds: how long, without the warm-ups; at least one round is run.
         directory: for what the variants write.
     """
+    steps = workload.block if any(variant.surrounds_blocks for variant in variants) else workload.turn
     found: dict[str, dict[int, Block]] = {variant.name: {} for variant in variants}
     draw = random.Random(0)
     number = 0
@@ -79,7 +80,7 @@ def interleave(
             while number == first or time.perf_counter() < until:
                 draw.shuffle(lanes)
                 for lane in lanes:
-                    found[lane.variant.name][number] = lane.run(workload.block)
+                    found[lane.variant.name][number] = lane.run(steps)
                 number += 1
     return found
 

@@ -68,7 +68,6 @@ def result(workload: Workload, rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "workload": workload.name,
         "title": workload.title,
-        "block_steps": workload.block,
         "step_seconds": median(row["step_seconds"] for row in rows),
         "ratios": rows,
     }
@@ -76,7 +75,7 @@ def result(workload: Workload, rows: Sequence[Row]) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """Prints the ratios."""
-    print(f"{found['workload']}: a step takes {found['step_seconds'] * 1e3:.3g} ms, blocks of {found['block_steps']}")
+    print(f"{found['workload']}: a step takes {found['step_seconds'] * 1e3:.3g} ms")
     for row in found["ratios"]:
         ratio = Ratio(**{name: row[name] for name in Ratio.__dataclass_fields__})
         parts = " ".join(

@@ -115,6 +115,11 @@ class Variant:
     share: int = 1
     """Of the time that a workload is measured for, beside the shares of the others: a small difference needs most."""
 
+    @property
+    def surrounds_blocks(self) -> bool:
+        """Whether something is started and stopped around each block."""
+        return self.around_block is not _unwatched
+
 
 NOTHING = Variant(name="nothing", title="nothing")
 

@@ -32,10 +32,12 @@ class Workload:
     title: str
     build: Callable[[torch.device], Training]
     block: int
-    """Steps that a variant takes before the plain training has its turn, or the other way round: about 70 ms or one
-    step, since a machine changes within a second."""
+    """Steps of a turn of a tool that is started and stopped around it: what that costs has to be spread over some."""
     warm_up: int
     """Steps before measuring, the first traced one among them."""
+    turn: int = 1
+    """Steps that a variant without such a tool takes before the plain training has its turn, or the other way round:
+    about 10 ms or one step, since a machine changes within a second."""
     generations: int = 1
     """How often everything is built anew in one run: where a model happens to lie in memory makes a short step longer
     or shorter, for as long as the model lives."""
@@ -180,7 +182,7 @@ def endless_batches(data: Docstrings, device: torch.device, *, size: int = 16) -
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload(name="tiny", title="tiny perceptron", build=tiny, block=100, warm_up=50, generations=12),
+        Workload(name="tiny", title="tiny perceptron", build=tiny, block=100, turn=10, warm_up=50, generations=12),
         Workload(name="llama", title="Llama, 8 layers", build=llama, block=1, warm_up=3),
         Workload(name="minilm", title="MiniLM fine-tune", build=minilm, block=1, warm_up=3),
         Workload(

@@ -37,7 +37,8 @@ itself is `python -m benchmarks.overhead tiny`, `llama` or `minilm`, the second 
 How it is measured: each variant in a process of its own, where it takes turns with the plain training of a second model
 with the same values: blocks of steps, in an order drawn anew each round, one thread. Each block is held against the
 plain one of the same round, so that what the machine does meanwhile meets both; and no variant meets what another tool
-has left behind in the process. The models of the tiny perceptron are built anew twelve times, since where one lies in
+has left behind in the process. A block is one step, of the tiny perceptron ten, and a hundred where torch.profiler is
+started and stopped around it. The models of the tiny perceptron are built anew twelve times, since where one lies in
 memory makes its steps longer or shorter. So none of its runs with the default settings is long enough for the trace that
 is due after 10,000 steps whatever it costs: the row of traced steps says what that is.
 

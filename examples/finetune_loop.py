@@ -53,7 +53,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-    train, evaluation = (tokenize(part, tokenizer, max_tokens=options.max_tokens) for part in split(load_docstrings()))
+    parts = split(load_docstrings(), every=options.held_out)
+    train, evaluation = (tokenize(part, tokenizer, max_tokens=options.max_tokens) for part in parts)
     collate = DataCollatorWithPadding(tokenizer)
     train_loader = DataLoader(train, batch_size=options.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     evaluation_loader = DataLoader(evaluation, batch_size=64, collate_fn=collate)
@@ -116,6 +117,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, default=60, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=16, help="docstrings a batch")
     parser.add_argument("--max-tokens", type=int, default=48, help="longer docstrings are cut")
+    parser.add_argument("--held-out", type=int, default=5, help="one docstring in so many is kept to evaluate on")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-memtrace", action="store_true", help="the same run without memtrace, to compare")

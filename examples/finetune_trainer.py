@@ -53,7 +53,7 @@ def build_trainer(options: argparse.Namespace) -> Trainer:
     model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=len(MODULES))
     if options.checkpointing:
         model.gradient_checkpointing_enable()
-    train, evaluation = split(load_docstrings())
+    train, evaluation = split(load_docstrings(), every=options.held_out)
     return Trainer(
         model=model,
         args=TrainingArguments(
@@ -93,6 +93,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="docstrings a batch")
     parser.add_argument("--accumulate", type=int, default=1, help="batches an optimizer step")
     parser.add_argument("--max-tokens", type=int, default=48, help="longer docstrings are cut")
+    parser.add_argument("--held-out", type=int, default=5, help="one docstring in so many is kept to evaluate on")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--bf16", action="store_true", help="fp32 weights under bf16 autocast")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")

@@ -12,14 +12,14 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-FEW_STEPS = ("--max-steps", "3", "--batch-size", "4", "--max-tokens", "16")
+SHORT = ("--max-steps", "3", "--batch-size", "4", "--max-tokens", "16", "--held-out", "100")
 
 HELD_OUT = re.compile(r"accuracy on held-out docstrings, 16 classes: \d+\.\d% before, \d+\.\d% after")
 
 
 def run_example(script: str, *options: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, EXAMPLES / script, *FEW_STEPS, *options],
+        [sys.executable, EXAMPLES / script, *SHORT, *options],
         cwd=cwd,
         env={**os.environ, "KINETO_LOG_LEVEL": "6"},
         capture_output=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import run
 from threading import Thread
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -28,10 +30,13 @@ TRAINING = '{job="training"}'
 SCRAPE_SECONDS = 15
 HISTORY_STEPS = 30
 HISTORY_SECONDS = 3600
-QUERY_SECONDS = 2.0
-"""What the issue allows a query of a dashboard to take."""
-TRIES = 2
-"""The quicker of so many counts: Prometheus scrapes and evaluates rules meanwhile."""
+PLAIN_QUERY = f"max(memtrace_step_peak_bytes{TRAINING} and on (job, instance, rank) memtrace_run_info{TRAINING})"
+"""One line of a graph over all ranks: the yardstick for the others."""
+PLAIN_QUERIES = 6
+"""So many times the processor time of the plain query may a query of a dashboard take: two seconds of a core on which
+the plain one takes a third of a second."""
+TRIES = 6
+"""Prometheus scrapes and evaluates rules meanwhile: a query that was slow is tried again."""
 CONFIG = """
 global: {{scrape_interval: {interval}s, evaluation_interval: {interval}s}}
 rule_files: [{rules}]
@@ -190,27 +195,43 @@ def test_alerts_see_all_ranks(fleet: Fleet) -> None:
     "path", sorted((ROOT / "integrations/grafana/dashboards").glob("*.json")), ids=lambda p: p.stem
 )
 def test_dashboard_queries_are_quick(path: Path, fleet: Fleet) -> None:
-    """Each query of a dashboard over the last hour, all ranks chosen, takes Prometheus less than two seconds."""
+    """Each query of a dashboard over the last hour, all ranks chosen, is within a few times the plainest one."""
     now = time.time()
+    plain = min(_range_seconds(fleet.url, PLAIN_QUERY, now) for _ in range(TRIES))
     slow, slowest = [], 0.0
     for panel in json.loads(path.read_text())["panels"]:
         for target in panel.get("targets", []):
-            expression = _with_all(target["expr"])
-            took = min(_seconds(fleet.url, target, expression, now) for _ in range(TRIES))
+            took = _quickest(fleet.url, target, now, enough=PLAIN_QUERIES * plain)
             slowest = max(slowest, took)
-            if took > QUERY_SECONDS:
-                slow.append((panel["title"], target["refId"], round(took, 2)))
-    print(f"slowest query of {path.stem}: {slowest:.2f} s")
+            if took > PLAIN_QUERIES * plain:
+                slow.append((panel["title"], target["refId"], round(took / plain, 1)))
+    print(f"slowest query of {path.stem}: {slowest:.2f} s, {slowest / plain:.1f} times the plain one")
     assert slow == []
 
 
-def _seconds(url: str, target: dict[str, object], expression: str, now: float) -> float:
+def _quickest(url: str, target: dict[str, Any], now: float, *, enough: float) -> float:
+    """Returns the shortest time of a query in a few tries; one that took no longer than `enough` is the last."""
+    took = math.inf
+    for _ in range(TRIES):
+        took = min(took, _seconds(url, target, now))
+        if took <= enough:
+            break
+    return took
+
+
+def _seconds(url: str, target: dict[str, Any], now: float) -> float:
     """Returns how long Prometheus works on a query, in seconds of one core: other tests share the machine."""
+    expression = _with_all(target["expr"])
+    if not target.get("instant"):
+        return _range_seconds(url, expression, now)
     begun = _cpu_seconds(url)
-    if target.get("instant"):
-        ask(url, "query", query=expression, time=str(now))
-    else:
-        ask(url, "query_range", query=expression, start=str(now - HISTORY_SECONDS), end=str(now), step="15")
+    ask(url, "query", query=expression, time=str(now))
+    return _cpu_seconds(url) - begun
+
+
+def _range_seconds(url: str, expression: str, now: float) -> float:
+    begun = _cpu_seconds(url)
+    ask(url, "query_range", query=expression, start=str(now - HISTORY_SECONDS), end=str(now), step="15")
     return _cpu_seconds(url) - begun
 
 

@@ -122,12 +122,12 @@ def main(scenario: str, port: int, directory: Path) -> None:
         train(directory, [MemTraceCallback(**settings), Hold(directory, 40)], (LEAK_LENGTH,), 40, KeepsOutputs)
     elif scenario == "near_limit":
         first = MemTraceCallback(port=None, trace_every=1, strict=True, log_dir=directory / "calibration")
-        train(directory, [first], (TOO_LONG,), 3)
+        train(directory, [first], (TOO_LONG,), 2)
         assert first.tracer is not None
         assert first.tracer.latest is not None
         peak = max(record.moments["peak"].total_bytes for record in first.tracer.history if record.traced)
         settings |= {"device_limit_bytes": resident() + peak}
-        train(directory, [MemTraceCallback(**settings), Hold(directory, 12)], (TOO_LONG,), 12)
+        train(directory, [MemTraceCallback(**settings), Hold(directory, 5)], (TOO_LONG,), 5)
     else:
         settings |= {"max_tokens": 512, "device_limit_bytes": resident() + 2048 * MIB, "trace_every": None}
         train(directory, [MemTraceCallback(**settings), Hold(directory, HEALTHY_STEPS)], GROWING, HEALTHY_STEPS)
