@@ -51,9 +51,10 @@ grafana-render: ## the page that draws dashboards with Grafana's UI library, for
 	@scripts/debian-packages.sh node
 	integrations/grafana/render/build.sh .cache/grafana-render
 
+# Tests that share a long fixture are one `xdist_group`; every other long test goes to whichever worker is free.
 test-long: venv debian-test ## soak, scale and large fuzz runs
 	@if grep -rq --include='*.py' 'mark\.long' tests; then \
-		$(TEST_ENV) $(PYTEST) -m 'long and not gpu' -n $(WORKERS) --dist loadfile; \
+		$(TEST_ENV) $(PYTEST) -m 'long and not gpu' -n $(WORKERS) --dist loadgroup; \
 	else \
 		echo 'test-long: no test is marked `long` yet'; \
 	fi

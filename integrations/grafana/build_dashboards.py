@@ -36,18 +36,15 @@ from panels import (
     transformation,
     variable,
 )
+from queries import RUN, chosen, composition, counted, of, of_capacity, of_fullest, of_highest, rate, selected
 
 from memtrace import metrics
 from memtrace.categories import COLOURS, Category
-from memtrace.metrics import Metric
 
 Panels = Sequence[board.Row | Builder[words.Panel]]
 """A row and the panels below it, as builders."""
 
 HERE = Path(__file__).resolve().parent
-RANK = "job, instance, rank"
-SELECTOR = 'job=~"$job",instance=~"$instance",rank=~"$rank"'
-RUN = 'memtrace_run_info{job=~"$job",run=~"$run"}'
 COLOUR_OF = {category.value: colour for category, colour in COLOURS.items()}
 PART_COLOURS = {
     "tensors": PEAK_COLOUR,
@@ -58,50 +55,9 @@ PART_COLOURS = {
 }
 
 
-def selected(metric: Metric, **labels: str) -> str:
-    """Returns the series of a metric that the variables select, of any run."""
-    more = "".join(f',{name}="{value}"' for name, value in labels.items())
-    return f"{metric.name}{{{SELECTOR}{more}}}"
-
-
-def of(metric: Metric, **labels: str) -> str:
-    """Returns the series of a metric for the ranks of the run that were chosen."""
-    return f"({selected(metric, **labels)} and on ({RANK}) {RUN})"
-
-
-def of_fullest(metric: Metric, **labels: str) -> str:
-    """Returns the series of a metric for one of the chosen ranks: that with the highest peak of the time shown."""
-    peaks = f"max_over_time({selected(metrics.STEP_PEAK)}[$__range] @ end())"
-    fullest = f"topk(1, {peaks} and on ({RANK}) last_over_time({RUN}[$__range] @ end()))"
-    return f"({selected(metric, **labels)} and on ({RANK}) {fullest})"
-
-
-def composition(moment: str) -> list[tuple[str, str]]:
-    """Returns one query a category, in the stacking order; 0 where the rank holds none of it."""
-    none = f"0 * max({of_fullest(metrics.STEP_PEAK)})"
-    return [
-        (f"sum({of_fullest(metrics.MEMORY, category=category, moment=moment)}) or {none}", category.value)
-        for category in Category
-    ]
-
-
-def counted(metric: Metric) -> str:
-    """Returns how often something happened between two points of a graph, on the chosen ranks; a whole number.
-
-    A rate extrapolates, so that one event comes out as a little more or less than one.
-    """
-    return f"sum(round(rate({selected(metric)}[$__rate_interval]) * $__interval_ms / 1000))"
-
-
-def peak_ratio() -> str:
-    """Returns what share of the capacity the peak takes, for each chosen rank."""
-    return f"{of(metrics.STEP_PEAK)} / ({of(metrics.CAPACITY)} > 0)"
-
-
 def base(title: str, uid: str, description: str) -> board.Dashboard:
     """Returns a dashboard with what both have: variables, annotations, links between them."""
     of_job = 'memtrace_run_info{job=~"$job"}'
-    of_run = 'memtrace_run_info{job=~"$job",run=~"$run"}'
     of_instance = 'memtrace_run_info{job=~"$job",run=~"$run",instance=~"$instance"}'
     return (
         board.Dashboard(title)
@@ -122,11 +78,9 @@ def base(title: str, uid: str, description: str) -> board.Dashboard:
         .with_variable(board.DatasourceVariable("datasource").label("Data source").type("prometheus"))
         .with_variable(variable("job", "Job", "label_values(memtrace_run_info, job)"))
         .with_variable(variable("run", "Run", f"label_values({of_job}, run)", multi=False))
-        .with_variable(variable("instance", "Instance", f"label_values({of_run}, instance)"))
+        .with_variable(variable("instance", "Instance", f"label_values({RUN}, instance)"))
         .with_variable(variable("rank", "Rank", f"label_values({of_instance}, rank)"))
-        .annotation(
-            annotation("Out of memory", f"changes({metrics.OOMS.name}{{{SELECTOR}}}[$__rate_interval]) > 0", ALARM)
-        )
+        .annotation(annotation("Out of memory", f"changes({selected(metrics.OOMS)}[$__rate_interval]) > 0", ALARM))
         .annotation(
             annotation("Alerts", 'ALERTS{alertname=~"Memtrace.*",alertstate="firing",job=~"$job",run=~"$run"}', WATCH)
         )
@@ -163,7 +117,7 @@ def glance() -> Panels:
         number(
             "Left at the peak",
             "Share of the capacity that the peak of a step leaves, on the fullest rank. Cached memory counts as left.",
-            (f"min(1 - {peak_ratio()})", "left"),
+            (f"min(1 - {of_capacity(metrics.STEP_PEAK)})", "left"),
             unit="percentunit",
             levels=left,
         ),
@@ -177,7 +131,7 @@ def glance() -> Panels:
         number(
             "Largest batch to come",
             "What the largest batch to come is expected to take, as a share of the capacity.",
-            (f"max({of(metrics.PREDICTED_PEAK)} / ({of(metrics.CAPACITY)} > 0))", "expected"),
+            (f"max({of_capacity(metrics.PREDICTED_PEAK)})", "expected"),
             unit="percentunit",
             levels=[(None, CALM), (0.9, WATCH), (1.0, ALARM)],
         ),
@@ -192,7 +146,7 @@ def glance() -> Panels:
         number(
             "Steps an hour",
             "The pace of the slowest chosen rank.",
-            (f"min(rate({metrics.STEPS.name}{{{SELECTOR}}}[$__rate_interval]) and on ({RANK}) {RUN}) * 3600", "steps"),
+            (f"min({chosen(rate(metrics.STEPS))}) * 3600", "steps"),
             unit="none",
             levels=plain,
         ),
@@ -237,7 +191,7 @@ def peak() -> Panels:
 
 def forecast() -> Panels:
     """Returns the row of what is foreseen: the largest batch, and growth."""
-    expected, band = of(metrics.PREDICTED_PEAK), of(metrics.PREDICTED_PEAK_BAND)
+    expected, band = selected(metrics.PREDICTED_PEAK), selected(metrics.PREDICTED_PEAK_BAND)
     return [
         board.Row("What is to come"),
         graph(
@@ -246,9 +200,9 @@ def forecast() -> Panels:
             "chosen ranks.",
             [
                 (f"max({of(metrics.STEP_PEAK)})", "peak of a step"),
-                (f"max({expected})", "expected"),
-                (f"max({expected} + {band})", "expected, upper"),
-                (f"max({expected} - {band})", "expected, lower"),
+                (f"max({chosen(expected)})", "expected"),
+                (f"max({chosen(f'{expected} + {band}')})", "expected, upper"),
+                (f"max({chosen(f'{expected} - {band}')})", "expected, lower"),
                 (f"min({of(metrics.CAPACITY)})", "capacity"),
             ],
             unit="bytes",
@@ -344,8 +298,7 @@ def memtrace_itself() -> Panels:
             "Share of wall time, memtrace's own and that of slower steps. The budget is 0.5 % unless set otherwise.",
             [
                 (
-                    f"max((rate({metrics.SELF_SECONDS.name}{{{SELECTOR}}}[$__rate_interval])"
-                    f" + rate({metrics.SLOWED_SECONDS.name}{{{SELECTOR}}}[$__rate_interval])) and on ({RANK}) {RUN})",
+                    f"max({chosen(f'{rate(metrics.SELF_SECONDS)} + {rate(metrics.SLOWED_SECONDS)}')})",
                     "share of time",
                 )
             ],
@@ -388,7 +341,7 @@ def ranks_dashboard() -> board.Dashboard:
             "Time between the newest step of any rank and that of the slowest five.",
             [
                 (
-                    f"topk(5, scalar(max({of(metrics.LAST_STEP)})) - max by (rank) ({of(metrics.LAST_STEP)}))",
+                    f"scalar(max({of(metrics.LAST_STEP)})) - bottomk(5, max by (rank) ({of(metrics.LAST_STEP)}))",
                     "rank {{rank}}",
                 )
             ],
@@ -398,7 +351,7 @@ def ranks_dashboard() -> board.Dashboard:
         bars(
             "Fullest ranks",
             "By number of the rank: its peak as a share of the capacity; at most sixteen.",
-            (f"sort_desc(topk(16, max by (rank) ({peak_ratio()})))", "{{rank}}"),
+            (f"sort_desc(topk(16, max by (rank) ({of_capacity(metrics.STEP_PEAK)})))", "{{rank}}"),
             levels=share,
         ),
         bars(
@@ -412,11 +365,7 @@ def ranks_dashboard() -> board.Dashboard:
             "Composition of each rank's peak",
             "At most 64 ranks, those with the highest peaks.",
             [
-                (
-                    f"sum by (rank, category) ({of(metrics.MEMORY, moment='peak')} "
-                    f"and on ({RANK}) topk(64, {of(metrics.STEP_PEAK)}))",
-                    "",
-                )
+                (f"sum by (rank, category) ({of_highest(64, metrics.MEMORY, moment='peak')})", ""),
             ],
             unit="bytes",
             width=WIDE,

@@ -22,7 +22,7 @@ from promql import ROOT, RULES
 from recorded import open_metrics
 from servers import ask, prometheus
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900), pytest.mark.xdist_group("scale")]
 
 DASHBOARDS = sorted((ROOT / "integrations" / "grafana" / "dashboards").glob("*.json"))
 RANKS = 1024
@@ -32,9 +32,9 @@ HISTORY_STEPS = 30
 HISTORY_SECONDS = 3600
 PLAIN_QUERY = f"max(memtrace_step_peak_bytes{TRAINING} and on (job, instance, rank) memtrace_run_info{TRAINING})"
 """One line of a graph over all ranks: the yardstick for the others."""
-PLAIN_QUERIES = 6
+PLAIN_QUERIES = 8
 """So many times the processor time of the plain query may a query of a dashboard take: two seconds of a core on which
-the plain one takes a third of a second."""
+the plain one takes a quarter of a second."""
 TRIES = 6
 """Prometheus scrapes and evaluates rules meanwhile: a query that was slow is tried again."""
 CONFIG = """
@@ -210,11 +210,11 @@ def test_dashboard_queries_are_quick(path: Path, fleet: Fleet) -> None:
 
 
 def _quickest(url: str, target: dict[str, Any], now: float, *, enough: float) -> float:
-    """Returns the shortest time of a query in a few tries; one that took no longer than `enough` is the last."""
+    """Returns the shortest time of a query in two tries, or in more until it is no longer than `enough`."""
     took = math.inf
-    for _ in range(TRIES):
+    for number in range(TRIES):
         took = min(took, _seconds(url, target, now))
-        if took <= enough:
+        if number and took <= enough:
             break
     return took
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from soak.training import LOG_MAX_BYTES, TRACE_EVERY
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200), pytest.mark.xdist_group("soak")]
 
 TESTS = Path(__file__).parents[1]
 STEPS = 20_000
