@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +86,8 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions.argmax(axis=-1) == prediction.label_ids))}
 
 
-def parse_options() -> argparse.Namespace:
-    """Returns the options of the command line."""
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the options of these arguments, by default those of the command line."""
     parser = argparse.ArgumentParser(description="Fine-tune MiniLM under Trainer with memtrace.")
     parser.add_argument("--output-dir", type=Path, default=Path("memtrace-runs/finetune-trainer"))
     parser.add_argument("--max-steps", type=int, default=60, help="optimizer steps")
@@ -99,7 +100,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-memtrace", action="store_true", help="the same run without memtrace, to compare")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

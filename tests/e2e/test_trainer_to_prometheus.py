@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-from argparse import Namespace
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import pytest
+from finetune_trainer import build_trainer, parse_options
 from prometheus_server import PrometheusServer, Sample
 from transformers import Trainer, TrainerCallback
 
@@ -17,7 +16,6 @@ from memtrace import Category, MemTraceCallback, Moment, StepRecord
 from memtrace.exporters.steplog import read_step_log, step_log_path
 from memtrace.metrics import MAX_SERIES
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 5
 COUNT = "count({__name__=~'memtrace_.+'})"
 
@@ -51,24 +49,9 @@ def by_category(moment: Moment) -> str:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[AskPrometheus, StepRecord]:
     """One fine-tune of MiniLM with every step traced: what Prometheus said, and the last line of the step log."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        from finetune_trainer import build_trainer
-    finally:
-        sys.path.remove(str(EXAMPLES))
     output = tmp_path_factory.mktemp("minilm")
-    options = Namespace(
-        output_dir=output,
-        max_steps=STEPS,
-        batch_size=8,
-        accumulate=1,
-        max_tokens=32,
-        learning_rate=1e-4,
-        bf16=False,
-        checkpointing=False,
-        seed=0,
-        no_memtrace=True,
-    )
+    short = ["--max-steps", str(STEPS), "--batch-size", "8", "--max-tokens", "32", "--learning-rate", "1e-4"]
+    options = parse_options([*short, "--no-memtrace", "--output-dir", str(output)])
     trainer: Trainer = build_trainer(options)
     memtrace = MemTraceCallback(port=0, trace_every=1, strict=True)
     asking = AskPrometheus(memtrace, tmp_path_factory.mktemp("prometheus"))
