@@ -76,6 +76,14 @@ RUN_INFO = Metric(
     labels=("run", "device", "local_rank", "world_size"),
     help="Which process of which run this is; always 1.",
 )
+NOT_SEEN = Metric(
+    name="memtrace_not_seen",
+    type=MetricType.GAUGE,
+    labels=("what",),
+    help="1 for each thing of this run that memtrace cannot see; one line of the log says why, and what to do: forward "
+    "(the forward pass of the model), step_end (the end of a step), trace (what the allocator does in a step).",
+    absent="where everything is seen",
+)
 WORLD_SIZE = Metric(
     name="memtrace_world_size",
     type=MetricType.GAUGE,
@@ -344,6 +352,7 @@ DEVICE_TEMPERATURE = Metric(
 
 CATALOGUE: tuple[Metric, ...] = (
     UP,
+    NOT_SEEN,
     BUILD_INFO,
     RUN_INFO,
     WORLD_SIZE,

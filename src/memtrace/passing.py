@@ -244,3 +244,24 @@ class PassedSteps:
         self._stepped.clear()
         self._phase = Phase.OUTSIDE
         self.seconds = (self.spent_ns - self._planned_ns) / 1e9
+
+
+class CurrentStep:
+    """The step at work: one that is followed, or one that is being skipped.
+
+    Args:
+        passed: knows of the latter.
+    """
+
+    def __init__(self, passed: PassedSteps) -> None:
+        self._passed = passed
+        self.step: StepInFlight | None = None
+        """The step that is followed; None between steps, and in those that are skipped."""
+
+    def with_marks(self) -> StepInFlight | None:
+        """Returns the step that is followed."""
+        return self.step
+
+    def any(self) -> StepInFlight | None:
+        """Returns the step at work, with as much as is known of it."""
+        return self.step or self._passed.in_flight()

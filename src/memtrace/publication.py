@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from memtrace.breakdown import Breakdown, StepRecord
 from memtrace.categories import Moment
+from memtrace.limitations import Limitation
 from memtrace.oom_report import OomReport
 from memtrace.risk import WARN_AT, RiskMonitor, advise
 from memtrace.risk_reading import LargestBatch
@@ -121,6 +122,13 @@ class Publication:
             logger.warning("memtrace: rank %d, step %d: %s", record.rank, record.step, advise(risk))
         for listener in self._listeners:
             listener(record)
+
+    def limit(self, limitation: Limitation) -> None:
+        """Takes in something that is not seen: said once in the log, and shown from then on."""
+        if limitation.unseen in self._snapshot.not_seen:
+            return
+        self._snapshot = replace(self._snapshot, not_seen=(*self._snapshot.not_seen, limitation.unseen))
+        logger.warning("memtrace: rank %d: %s", self._snapshot.identity.rank, limitation.text)
 
     def count_oom(self, report: OomReport) -> None:
         """Counts a failed allocation."""

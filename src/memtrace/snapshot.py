@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from memtrace.breakdown import AllocatorReading, Breakdown, DeviceReading, StepRecord, ordered_entries
 from memtrace.categories import PERSISTENT, Moment
+from memtrace.limitations import Unseen
 from memtrace.risk_reading import RiskReading
 
 
@@ -79,6 +80,8 @@ class Snapshot:
     """What the run may use of the device: `device_limit_bytes`, else the device's total."""
     risk: RiskReading | None = None
     """What was foreseen after the latest step; None before the first one."""
+    not_seen: tuple[Unseen, ...] = ()
+    """What of the run memtrace cannot see."""
     plan: Mapping[Moment, Breakdown] = field(default_factory=dict)
     """The plan the run was given, to be shown beside what was measured."""
 

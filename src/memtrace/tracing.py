@@ -18,9 +18,13 @@ from memtrace.attribution.timeline import Timeline, replay
 from memtrace.categories import Category
 from memtrace.guard import Guard
 from memtrace.sources.events import EventSource, TagEvent
-from memtrace.sources.hooks import HookSet, SavedTensorHooks
+from memtrace.sources.hooks import HookSet
+from memtrace.sources.saved_tensors import SavedTensorHooks
 from memtrace.sources.torch_private import after_backward, backward_is_running
 from memtrace.steps import StepInFlight
+
+MAX_NOTES = 400_000
+"""Tags and deaths that are noted in one window at most; each takes about 100 B."""
 
 _FORBIDS_HOOKS = "support saved tensor hooks"
 """Part of the message of `torch.func.grad` and its kind."""
@@ -55,6 +59,7 @@ class TraceWindow:
         self._base: Sequence[TagEvent] = ()
         self._tags: ActivationTags | None = None
         self._saved = SavedTensorHooks(guard.wrap(self._packed), guard.wrap(self._unpacked), guard.wrap(self._kept))
+        self._forward_passes = 0
         self._awaits_end = False
         """Whether torch will tell of the end of the backward pass at work."""
 
@@ -96,6 +101,15 @@ class TraceWindow:
             self._let_go()
         elif self._trace_activations:
             self._saved.push()
+
+    def outgrown(self, forward_passes: int) -> bool:
+        """Notes a forward pass, and returns whether the open window has more than one step may have.
+
+        Args:
+            forward_passes: how many of the model one step may have, those without gradients included.
+        """
+        self._forward_passes += 1
+        return self._forward_passes > forward_passes or len(self.saved) + self._ledger.journal_length > MAX_NOTES
 
     def explain(self, error: BaseException) -> None:
         """Tells what to do in a note on an exception of `torch.func` that the saved-tensor hooks are the reason of.
@@ -151,8 +165,14 @@ class TraceWindow:
         else:
             self._let_go()
 
+    def release(self) -> None:
+        """Takes everything off for good; what autograd still holds of this window refers to nothing of it."""
+        self.abandon()
+        self._saved.forget()
+
     def _install(self) -> None:
         self._tags = ActivationTags(self._model, self._ledger.device, self._ledger.coordinates)
+        self._forward_passes = 0
         # Most gradients are there when the backward pass has ended: torch calls a parameter's hooks in each step from
         # then on, also when there are none any more.
         passing = self._scan.passing_gradients() if self._trace_activations else self._scan.gradient_leaves()

@@ -155,6 +155,11 @@ class Ledger:
             totals[entry.tag] = totals.get(entry.tag, 0) + entry.nbytes
         return totals
 
+    @property
+    def journal_length(self) -> int:
+        """How much has been noted since the journal was begun."""
+        return 0 if self._journal is None else len(self._journal)
+
     def begin_journal(self) -> None:
         """Starts noting claims and deaths."""
         self._journal = []

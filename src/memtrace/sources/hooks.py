@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -93,88 +92,3 @@ class _ModuleHook(partial[None]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
-
-
-class SavedTensorHooks:
-    """Saved-tensor hooks that stay on from one call to a later one, beside hooks of the user.
-
-    torch keeps saved-tensor hooks on a stack for each thread and applies the innermost pair only. So a pair of the
-    user that is below ours is called by ours; and ours is taken off only when it is the innermost one, on the thread
-    that put it on, so that the `with` block of a user never takes off the wrong pair.
-
-    Args:
-        on_pack: called with each tensor that is saved; what it returns is kept in its place, unless it is None.
-        on_unpack: called with each tensor that the backward pass asks for, until it returns True.
-        on_kept: called with what hooks of the user that lie below keep in place of a tensor.
-    """
-
-    def __init__(
-        self,
-        on_pack: Callable[[torch.Tensor], torch.Tensor | None],
-        on_unpack: Callable[[torch.Tensor], bool | None],
-        on_kept: Callable[[object], None],
-    ) -> None:
-        self.on_pack, self.on_unpack, self.on_kept = on_pack, on_unpack, on_kept
-        self.listening = True
-        """Whether `on_unpack` is called; set it to hear again what the backward pass asks for."""
-        self._pair: _Pair | None = None
-        self._thread: int | None = None
-
-    @property
-    def is_on(self) -> bool:
-        """Whether the pair is on the stack."""
-        return self._pair is not None
-
-    @property
-    def covers_user_hooks(self) -> bool:
-        """Whether a pair of the user lies below: then ours must come off in the call that put it on."""
-        return self._pair is not None and self._pair.below is not None
-
-    def push(self) -> None:
-        """Puts the pair on this thread's stack, unless it is there or such hooks are forbidden.
-
-        The user can forbid them; inside a node of a backward pass torch would take them off again.
-        """
-        if self.is_on or not torch_private.saved_tensor_hooks_allowed() or torch_private.backward_is_running():
-            return
-        self._pair = _Pair(self, below=torch_private.saved_tensor_hooks())
-        torch_private.push_saved_tensor_hooks(self._pair.pack, self._pair.unpack)
-        self._thread = threading.get_ident()
-
-    def pop(self) -> bool:
-        """Takes the pair off where that is possible now; returns whether it is off.
-
-        Inside a node of a backward pass torch would put it back.
-        """
-        if self._pair is None:
-            return True
-        if torch_private.backward_is_running() or threading.get_ident() != self._thread:
-            return False
-        top = torch_private.saved_tensor_hooks()
-        if top is None or top[0] != self._pair.pack:
-            return False
-        torch_private.pop_saved_tensor_hooks()
-        self._pair = self._thread = None
-        return True
-
-
-class _Pair:
-    """One pair on the stack. Tensors that were saved through it come back through it, also when it is off again."""
-
-    def __init__(self, hooks: SavedTensorHooks, below: torch_private.SavedTensorHooks | None) -> None:
-        self._hooks = hooks
-        self.below = below
-
-    def pack(self, tensor: torch.Tensor) -> Any:
-        stand_in = self._hooks.on_pack(tensor)
-        if self.below is not None:
-            kept = self.below[0](tensor)
-            self._hooks.on_kept(kept)
-            return kept
-        return tensor if stand_in is None else stand_in
-
-    def unpack(self, packed: Any) -> torch.Tensor:
-        tensor: torch.Tensor = packed if self.below is None else self.below[1](packed)
-        if self._hooks.listening:
-            self._hooks.listening = not self._hooks.on_unpack(tensor)
-        return tensor

@@ -97,6 +97,17 @@ def profiler_is_recording() -> bool:
     return bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
 
 
+def user_profiler_exists() -> bool:
+    """Returns whether a `torch.profiler.profile` of the user's is in use, also one that waits or warms up.
+
+    Nothing public tells of one that is prepared and does not record yet; whoever starts a recording then takes what it
+    has prepared from it, and it crashes. It counts steps from its making to the end of its `with` block. False where
+    torch has changed.
+    """
+    counts = getattr(getattr(autograd_profiler, "KinetoStepTracker", None), "_step_dict", ())
+    return getattr(torch.profiler.profiler, "PROFILER_STEP_NAME", "ProfilerStep") in counts
+
+
 def user_profiler_is_recording() -> bool:
     """Returns whether a profiler started through torch's Python API records; memtrace's own does not count."""
     return bool(getattr(autograd_profiler, "_is_profiler_enabled", False))

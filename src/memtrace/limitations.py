@@ -1,0 +1,53 @@
+"""What a tracer cannot see of a run: said once, in the log and as a metric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Unseen(StrEnum):
+    """What is not seen; the label `what` of `memtrace_not_seen`."""
+
+    FORWARD = "forward"
+    """The forward pass of the model."""
+    STEP_END = "step_end"
+    """The end of a step."""
+    TRACE = "trace"
+    """The allocator's events of a whole step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limitation:
+    """One thing that is not seen, with what to do about it."""
+
+    unseen: Unseen
+    text: str
+
+
+def no_forward(model: object) -> Limitation:
+    """Returns what is said where optimizers step and the model's own forward pass is never called."""
+    return Limitation(
+        unseen=Unseen.FORWARD,
+        text=f"steps end, but the forward pass of {type(model).__name__} is never called: steps are counted and not "
+        "traced, so that activations and the peak are not known. The loop calls another method than forward, or a "
+        "function that torch.compile has compiled with the model inside. Give memtrace the module that is called, or "
+        "attach it before the function is compiled.",
+    )
+
+
+def endless_step(forward_passes: int) -> Limitation:
+    """Returns what is said where forward pass follows forward pass and the optimizers do not step."""
+    return Limitation(
+        unseen=Unseen.STEP_END,
+        text=f"a step has not ended after {forward_passes} forward passes: it is not traced any further. The "
+        "optimizers that memtrace was given do not step. If the loop has made a new one, attach memtrace to that one.",
+    )
+
+
+def traces_given_up(losses: int, why: str) -> Limitation:
+    """Returns what is said where traced steps are given up."""
+    return Limitation(
+        unseen=Unseen.TRACE,
+        text=f"the last {losses} traces were in vain: {why}. Steps are counted from now on; trace_next() tries again.",
+    )

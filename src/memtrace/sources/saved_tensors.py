@@ -1,0 +1,197 @@
+"""What autograd saves for the backward pass, heard from one call to a later one, beside hooks of the user.
+
+A saved tensor is kept exactly as long as autograd keeps it without memtrace. What is kept in its place has no gradient
+function: a node that keeps a tensor of its own is a cycle through C++ that nobody frees.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from memtrace.sources import torch_private
+
+OnSaved = Callable[[torch.Tensor], torch.Tensor | None]
+"""Called with each tensor that is saved; what it returns is kept in its place, unless it is None."""
+OnAsked = Callable[[torch.Tensor], bool | None]
+"""Called with each tensor that the backward pass asks for, until it returns True."""
+
+
+class SavedTensorHooks:
+    """A pair of saved-tensor hooks that stays on from one call to a later one.
+
+    torch keeps saved-tensor hooks on a stack for each thread and applies the innermost pair only. So a pair of the
+    user that is below ours is called by ours; and ours is taken off only when it is the innermost one, on the thread
+    that put it on, so that the `with` block of a user never takes off the wrong pair.
+
+    How a pair ends: by `pop`; with the last tensor that was saved through it, where that dies outside of a backward
+    pass (a loss that was thrown away, a step that failed); with its thread.
+
+    Args:
+        on_saved: see `OnSaved`.
+        on_asked: see `OnAsked`.
+        on_kept: called with what hooks of the user that lie below keep in place of a tensor.
+    """
+
+    def __init__(self, on_saved: OnSaved, on_asked: OnAsked, on_kept: Callable[[object], None]) -> None:
+        self.on_saved, self.on_asked, self.on_kept = on_saved, on_asked, on_kept
+        self.listening = True
+        """Whether `on_asked` is called; set it to hear again what the backward pass asks for."""
+        self._of_thread = threading.local()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a pair is on the stack of this thread."""
+        return self._pair is not None
+
+    @property
+    def covers_user_hooks(self) -> bool:
+        """Whether a pair of the user lies below: then ours must come off in the call that put it on."""
+        pair = self._pair
+        return pair is not None and pair.below is not None
+
+    def forget(self) -> None:
+        """Calls nobody from now on, and holds nobody."""
+        self.on_saved = self.on_asked = self.on_kept = _nothing
+
+    @property
+    def _pair(self) -> _Pair | None:
+        owner = getattr(self._of_thread, "owner", None)
+        return None if owner is None else owner.pair
+
+    def push(self) -> None:
+        """Puts a pair on this thread's stack, unless it is there or such hooks are forbidden.
+
+        The user can forbid them; inside a node of a backward pass torch would take them off again.
+        """
+        if self.is_on or not torch_private.saved_tensor_hooks_allowed() or torch_private.backward_is_running():
+            return
+        pair = _Pair(self, below=torch_private.saved_tensor_hooks())
+        torch_private.push_saved_tensor_hooks(pair.pack, pair.unpack)
+        self._of_thread.owner = _Owner(pair)
+
+    def pop(self) -> bool:
+        """Takes this thread's pair off where that is possible now; returns whether it is off.
+
+        Inside a node of a backward pass torch would put it back.
+        """
+        pair = self._pair
+        if pair is None:
+            return True
+        if not pair.pop():
+            return False
+        del self._of_thread.owner
+        return True
+
+
+def _nothing(_: object) -> None:
+    """Stands for what a pair that nobody listens to any more calls."""
+
+
+class _Owner:
+    """Who answers for the pair on the stack of one thread: let go when the pair is off, or by the thread's end."""
+
+    __slots__ = ("pair",)
+
+    def __init__(self, pair: _Pair) -> None:
+        self.pair = pair
+
+    def __del__(self) -> None:
+        self.pair.pop()
+
+
+class _Graph:
+    """Stands for all tensors that are kept by one pair: each of them refers to it, and nothing else does for long."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Kept(NamedTuple):
+    """What is kept in place of a saved tensor."""
+
+    tensor: torch.Tensor
+    version: int | None
+    """How often the tensor had been changed in place when it was saved; None where that is not compared."""
+    output_nr: int
+    made_by: str | None
+    """Name of the gradient function of the saved tensor."""
+    graph: _Graph
+
+
+class _Pair:
+    """One pair on the stack. Tensors that were saved through it come back through it, also when it is off again."""
+
+    def __init__(self, hooks: SavedTensorHooks, below: torch_private.SavedTensorHooks | None) -> None:
+        self._hooks: SavedTensorHooks = hooks
+        self.below = below
+        self._thread = threading.get_ident()
+        self._graph: Callable[[], _Graph | None] = lambda: None
+        self._is_on = True
+
+    def pop(self) -> bool:
+        """Takes the pair off; returns whether it is off."""
+        if not self._is_on:
+            return True
+        if torch_private.backward_is_running() or threading.get_ident() != self._thread:
+            return False
+        top = torch_private.saved_tensor_hooks()
+        if top is None or top[0] != self.pack:
+            return False
+        torch_private.pop_saved_tensor_hooks()
+        self._is_on = False
+        return True
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        stand_in = self._hooks.on_saved(tensor)
+        if self.below is not None:
+            kept = self.below[0](tensor)
+            self._hooks.on_kept(kept)
+            return kept
+        graph = self._graph()
+        if graph is None:
+            graph = _Graph()
+            self._graph = weakref.ref(graph, self._forgotten)
+        if stand_in is not None:
+            return _Kept(stand_in, None, 0, None, graph)
+        made_by = tensor.grad_fn
+        if made_by is None:
+            return _Kept(tensor, tensor._version, 0, None, graph)
+        return _Kept(tensor.detach(), tensor._version, tensor.output_nr, made_by.name(), graph)
+
+    def unpack(self, packed: Any) -> torch.Tensor:
+        if self.below is not None:
+            tensor: torch.Tensor = self.below[1](packed)
+        else:
+            tensor = packed.tensor
+            if packed.version is not None and tensor._version != packed.version:
+                raise RuntimeError(_changed_in_place(packed))
+        if self._hooks.listening:
+            self._hooks.listening = not self._hooks.on_asked(tensor)
+        return tensor
+
+    def _forgotten(self, _: object) -> None:
+        """Takes the pair off when nothing that was saved through it is left: its forward pass led to nothing."""
+        self.pop()
+
+
+def _changed_in_place(kept: _Kept) -> str:
+    """Returns what torch says where a saved tensor was changed in place: beside hooks it does not compare versions."""
+    tensor = kept.tensor
+    sizes = tensor._nested_tensor_size() if tensor.is_nested and tensor.layout is torch.strided else list(tensor.shape)
+    origin = "" if kept.made_by is None else f", which is output {kept.output_nr} of {kept.made_by},"
+    hint = (
+        "the backtrace further above shows the operation that failed to compute its gradient. The variable in question "
+        "was changed in there or anywhere later. Good luck!"
+        if torch.is_anomaly_enabled()
+        else "enable anomaly detection to find the operation that failed to compute its gradient, with "
+        "torch.autograd.set_detect_anomaly(True)."
+    )
+    return (
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{tensor.type()} {sizes}]{origin} is at version {tensor._version}; "
+        f"expected version {kept.version} instead. Hint: {hint}"
+    )

@@ -1,0 +1,330 @@
+"""A watch: everything of memtrace that refers to a training. It is let go as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from memtrace.attribution.counted import CountedSteps
+from memtrace.attribution.curve import HighestSteps
+from memtrace.attribution.host import HostMemory
+from memtrace.attribution.inputs import claim_batch, count_tokens, main_input
+from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.scan import Scan
+from memtrace.attribution.storages import canonical_device
+from memtrace.attribution.timeline import StepMarks
+from memtrace.breakdown import Breakdown, StepCurve, StepRecord
+from memtrace.categories import Moment
+from memtrace.config import TracerConfig
+from memtrace.garbage import uncollected
+from memtrace.guard import Guard
+from memtrace.limitations import endless_step, no_forward
+from memtrace.oom.watch import OomWatch, Publish
+from memtrace.passing import CurrentStep, PassedSteps
+from memtrace.publication import Publication
+from memtrace.sampling import TraceSchedule
+from memtrace.snapshot import Snapshot
+from memtrace.sources.at_exit import at_exit
+from memtrace.sources.device import open_device
+from memtrace.sources.device_sampler import DeviceSampler
+from memtrace.sources.event_source import event_source
+from memtrace.sources.events import EventSource
+from memtrace.sources.hooks import HookSet, outside_graphs
+from memtrace.sources.ranks import identify
+from memtrace.sources.torch_private import backward_is_running
+from memtrace.steps import StepInFlight
+from memtrace.tracing import TraceWindow
+
+_STEPS_WITHOUT_FORWARD = 3
+"""Steps in a row without a forward pass of the model after which memtrace says so."""
+
+_FORWARD_PASSES, _TIMES_AS_MANY = 64, 8
+"""Forward passes that a traced step may have: so many, or so many times as many as the largest step before."""
+
+
+class Watch:
+    """Watches one model and its optimizers on one device, from `attach` to `release`; then it is thrown away.
+
+    What outlives it is handed in: the settings, the guard, the schedule and what is published.
+
+    Args:
+        model: see `tracer.Tracer`.
+        optimizers: see `tracer.Tracer`.
+        config: the settings.
+        explicit: whether the loop tells where steps begin and end.
+        source: where allocator events come from; by default the device's own.
+        guard: runs all that is called by torch.
+        schedule: decides which steps are traced.
+        published: takes in the records.
+        snapshot: returns the newest state, for reports.
+        publish_oom: takes in reports of failed allocations.
+        highest: decides which steps have a curve.
+
+    Raises:
+        ConfigError: the model has no parameters, or an optimizer holds none of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        config: TracerConfig,
+        *,
+        explicit: bool,
+        source: EventSource | None,
+        guard: Guard,
+        schedule: TraceSchedule,
+        published: Publication,
+        snapshot: Callable[[], Snapshot],
+        publish_oom: Publish,
+        highest: HighestSteps,
+    ) -> None:
+        self.model, self._config, self._explicit = model, config, explicit
+        self._guard, self._schedule, self._published = guard, schedule, published
+        self._snapshot, self._publish_oom, self._highest = snapshot, publish_oom, highest
+        self._scan = Scan(model, optimizers)
+        self._hooks = HookSet()
+        self.sampler: DeviceSampler | None = None
+        self._main_input_name = getattr(model, "main_input_name", None)
+        self.passed = PassedSteps(self._scan, guard, explicit=explicit, main_input_name=self._main_input_name)
+        self._current = CurrentStep(self.passed)
+        self._spent_before_ns = self.passed.spent_ns
+        self._most_micro_batches = 0
+        """Micro batches of the finished step that had most."""
+        self._without_forward = 0
+        """Steps in a row in which the model's forward pass was not heard."""
+        self._set_up(self._scan.device, source)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that is watched."""
+        return self._device
+
+    def _set_up(self, device: torch.device, source: EventSource | None = None) -> None:
+        """Sets up what belongs to one device."""
+        self._device = device
+        self._anchor = next((p for p in self.model.parameters() if canonical_device(p.device) == device), None)
+        """A parameter that tells when the model is moved; None where an engine keeps all of them elsewhere."""
+        self._source = source or event_source(device)
+        self._ledger = Ledger(device)
+        self._counted = CountedSteps(self._scan, self._ledger)
+        self._host = HostMemory(self._scan, device)
+        self.window = TraceWindow(
+            model=self.model,
+            scan=self._scan,
+            source=self._source,
+            ledger=self._ledger,
+            guard=self._guard,
+            current_step=self._current.with_marks,
+            trace_activations=self._config.trace_activations,
+        )
+        self.oom = OomWatch(
+            model=self.model,
+            scan=self._scan,
+            source=self._source,
+            ledger=self._ledger,
+            window=self.window,
+            guard=self._guard,
+            current_step=self._current.any,
+            snapshot=self._snapshot,
+            publish=self._publish_oom,
+        )
+
+    def attach(self) -> None:
+        """Installs the hooks and starts the sampling thread. What raises leaves the rest to `release`."""
+        identity = identify(self._device, self._config.run_name)
+        device_type, uuid = self._device.type, identity.gpu_uuid
+        self.sampler = DeviceSampler(
+            lambda: open_device(device_type, uuid), period_seconds=self._config.device_poll_seconds
+        )
+        self.sampler.start()
+        self._published.begin(identity, self._config.device_limit_bytes)
+        if not self.window.adopt():
+            self._scan.claim_persistent(self._ledger)
+        self._host.look()
+        wrap, passed = self._guard.wrap, self.passed
+        self._hooks.before_forward(self.model, passed.before_forward(outside_graphs(wrap(self._on_forward))))
+        self._hooks.after_forward(self.model, passed.after_forward(outside_graphs(wrap(self._on_forward_end))))
+        before = passed.before_optimizer(wrap(self._on_optimizer))
+        after = passed.after_optimizer(wrap(self._on_optimizer_end))
+        for optimizer in self._scan.optimizers:
+            self._hooks.around_step(optimizer, before, after)
+        self._hooks.callback(self.oom.subscribe())
+        self._hooks.callback(at_exit(self._exits))
+
+    def release(self) -> None:
+        """Takes off every hook, ends the window and the sampling thread, and forgets a step in flight.
+
+        Nothing of it refers to itself: who drops it then lets the training go at once.
+        """
+        self._current.step = None
+        self.passed.stop()
+        self.window.release()
+        self._hooks.close()
+        if self.sampler is not None:
+            self.sampler.stop()
+            self.sampler = None
+        self._ledger.clear()
+
+    def _exits(self) -> None:
+        """Ends the window before the interpreter is gone: what records then crashes."""
+        self._guard.finish(self.window.abandon)
+
+    def _follow(self) -> None:
+        """Starts anew on the device that the model has been moved to since the tracer was attached."""
+        self.release()
+        self._set_up(self._scan.device)
+        self.attach()
+
+    def begin(self, number: int | None) -> None:
+        """Begins a step, where the loop tells its steps; `number` is the loop's own count, from 1."""
+        if self.passed.left:
+            self.passed.begins(number)
+        else:
+            self._begin(number)
+
+    def _begin(self, number: int | None = None) -> None:
+        if self._anchor is not None and self._anchor.device != self._device:
+            self._follow()
+        number = number or self._published.steps + 1
+        prepares = self._scan.prepares_gradients
+        self._current.step = StepInFlight(
+            number=number, read=self._source.reading, prepares_gradients=prepares, spent_ns=self.passed.spent_ns
+        )
+
+    def _decide(self, step: StepInFlight, batch: torch.Tensor | None) -> None:
+        """Makes the step a traced one or a counted one, once its first batch is known."""
+        tokens = 0 if batch is None else count_tokens(batch)
+        wanted = self._schedule.wants(step.number, has_state=self._scan.has_state, tokens=tokens)
+        if wanted and not self.window.is_open and not self.window.open():
+            self._schedule.missed()
+        step.recorded = wanted and self.window.is_open
+
+    def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.settle()
+        self._bound()
+        if not torch.is_grad_enabled() or backward_is_running():
+            return  # evaluation, or a checkpoint around the model that computes it again
+        if self._explicit and self._current.step is None and self.passed.number is None:
+            return
+        batch = main_input(args, kwargs, self._main_input_name)
+        if self._current.step is None and self.passed.takes(batch):
+            return
+        if self._current.step is None:
+            self._begin(self.passed.stop())
+        step = self._current.step
+        assert step is not None
+        if step.recorded is None:
+            self._scan.look_in_forward()
+            self._decide(step, batch)
+        step.forward_begins(batch)
+        if self.window.is_open:
+            claim_batch(args, kwargs, self._ledger)
+        self.window.forward_begins()
+
+    def _on_forward_end(self, error: BaseException | None) -> None:
+        if error is not None:
+            self.oom.raised(error)
+            self.window.explain(error)
+        if self._current.step is not None and torch.is_grad_enabled() and not backward_is_running():
+            self._current.step.forward_ends()
+            self.window.forward_ends()
+
+    def _on_optimizer(self, *_: object) -> None:
+        self.settle()
+        if self._current.step is None:
+            if self._explicit or self.passed.left:
+                return
+            self._begin()
+        assert self._current.step is not None
+        self._current.step.optimizer_begins()
+        if self.window.is_open:
+            self.window.backward_ends()
+
+    def _on_optimizer_end(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if self._current.step is None:
+            if self.passed.left:
+                self.passed.optimizer_ends(optimizer)
+            return
+        self._current.step.optimizer_ends(optimizer)
+        if not self._explicit and self._scan.finished(self._current.step.stepped):
+            self._current.step.marks = self._current.step.ends()
+            self.settle()
+
+    def _bound(self) -> None:
+        """Ends a window that has outgrown what one step may take: its step goes on without."""
+        step = self._current.step
+        most = max(_FORWARD_PASSES, _TIMES_AS_MANY * self._most_micro_batches)
+        if step is not None and self.window.is_open and self.window.outgrown(most):
+            step.recorded = False
+            self.window.abandon()
+            self._schedule.missed()
+            self._published.limit(endless_step(step.micro_batches))
+
+    def settle(self) -> None:
+        """Ends the step in flight if it is over.
+
+        Where optimizers step inside the backward pass that comes later, with the next forward pass or with `detach()`:
+        torch keeps a recording on until the backward pass has ended.
+        """
+        if self._current.step is not None and self._current.step.marks is not None and not backward_is_running():
+            self.end()
+
+    def end(self) -> None:
+        """Ends the step in flight and publishes its record."""
+        step, self._current.step = self._current.step, None
+        if step is None:
+            if self.passed.number is not None:
+                self.passed.step_ends()
+            return
+        marks = step.marks or step.ends()
+        seconds, inside = (marks.end_ns - marks.begin_ns) / 1e9, (self.passed.spent_ns - step.spent_ns) / 1e9
+        moments, curve = self._seen(step, marks)
+        water = self._counted.water(step.reads)
+        if self._scan.learn_new_state(self._ledger) or moments is not None:
+            self._host.look()
+        spent_ns = self.passed.spent_ns
+        record = StepRecord(
+            step=step.number,
+            rank=self._published.snapshot.identity.rank,
+            device=str(self._device),
+            traced=moments is not None,
+            unix_seconds=marks.end_ns / 1e9,
+            self_seconds=(spent_ns - self._spent_before_ns) / 1e9,
+            slowed_seconds=0.0 if moments is None else self._schedule.slowed(seconds - inside),
+            step_seconds=seconds,
+            batch=step.batch(),
+            moments=moments or self._counted.moments(step.before_forward, step.readings, step.forward_added, water),
+            allocator=step.readings.get(Moment.STEP_END),
+            host=self._host.entries,
+            device_memory=self.sampler.reading() if self.sampler is not None else None,
+            peak_counter_reset=water.was_reset,
+            curve=curve,
+        )
+        self._spent_before_ns = spent_ns
+        self._most_micro_batches = max(self._most_micro_batches, step.micro_batches)
+        self._schedule.ended(record, passed_seconds=self.passed.seconds)
+        self._say_what_is_not_seen(step)
+        self._published.publish(record)
+        self.passed.plan(self._schedule, following=self._published.steps + 1)
+
+    def _seen(self, step: StepInFlight, marks: StepMarks) -> tuple[Mapping[Moment, Breakdown] | None, StepCurve | None]:
+        """Ends the window and returns what it says of the step; nothing without one, or where it lost events."""
+        if not step.recorded or not self.window.is_open:
+            return None, None
+        with uncollected():
+            timeline = self.window.close()
+            if timeline is None:
+                self._schedule.missed()
+                return None, None
+            moments = timeline.moments(marks)
+            self._counted.learn(moments, step.forward_added)
+            return moments, self._highest.curve(timeline, marks)
+
+    def _say_what_is_not_seen(self, step: StepInFlight) -> None:
+        self._without_forward = 0 if step.micro_batches else self._without_forward + 1
+        if self._without_forward == _STEPS_WITHOUT_FORWARD:
+            self._published.limit(no_forward(self.model))
