@@ -224,6 +224,7 @@ class Tracer:
 
     def _attach(self) -> None:
         identity = identify(self._device, self.config.run_name)
+        self._schedule.ranks = identity.world_size
         device_type, uuid = self._device.type, identity.gpu_uuid
         self._sampler = DeviceSampler(
             lambda: open_device(device_type, uuid), period_seconds=self.config.device_poll_seconds
@@ -279,7 +280,7 @@ class Tracer:
         tokens = 0 if batch is None else count_tokens(batch)
         wanted = self._schedule.wants(step.number, has_state=self._scan.has_state, tokens=tokens)
         if wanted and not self._window.is_open and not self._window.open():
-            self._schedule.missed()
+            self._schedule.refused(step.number)
         step.recorded = wanted and self._window.is_open
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -350,6 +351,7 @@ class Tracer:
         marks = step.marks or step.ends()
         seconds, inside = (marks.end_ns - marks.begin_ns) / 1e9, (self._passed.spent_ns - step.spent_ns) / 1e9
         moments, curve = self._seen(step, marks)
+        lost = bool(step.recorded) and moments is None
         water = self._counted.water(step.reads)
         if self._scan.learn_new_state(self._ledger) or moments is not None:
             self._host.look()
@@ -361,7 +363,7 @@ class Tracer:
             traced=moments is not None,
             unix_seconds=marks.end_ns / 1e9,
             self_seconds=(spent_ns - self._spent_before_ns) / 1e9,
-            slowed_seconds=0.0 if moments is None else self._schedule.slowed(seconds - inside),
+            slowed_seconds=self._schedule.slowed(seconds - inside) if step.recorded else 0.0,
             step_seconds=seconds,
             batch=step.batch(),
             moments=moments or self._counted.moments(step.before_forward, step.readings, step.forward_added, water),
@@ -372,7 +374,7 @@ class Tracer:
             curve=curve,
         )
         self._spent_before_ns = spent_ns
-        self._schedule.ended(record, passed_seconds=self._passed.seconds)
+        self._schedule.ended(record, passed_seconds=self._passed.seconds, lost=lost)
         self._published.publish(record)
         self._passed.plan(self._schedule, following=self._published.steps + 1)
 
@@ -383,7 +385,6 @@ class Tracer:
         with uncollected():
             timeline = self._window.close()
             if timeline is None:
-                self._schedule.missed()
                 return None, None
             moments = timeline.moments(marks)
             self._counted.learn(moments, step.forward_added)
