@@ -77,7 +77,7 @@ class Run:
 
 
 def budgeted(budget: float = 0.005, longest: int = 10**6) -> TraceSchedule:
-    return TraceSchedule(trace_every=None, overhead_budget=budget, max_trace_interval=longest)
+    return TraceSchedule(trace_every=None, overhead_budget=budget, max_trace_interval=longest, ranks=1)
 
 
 def fixed(every: int) -> TraceSchedule:
@@ -106,13 +106,76 @@ def test_on_demand_traces_the_next_step_once() -> None:
     assert run.go(5) == [6]
 
 
-def test_step_that_could_not_be_traced_is_made_up_for() -> None:
-    """Another profiler was active: the next step is due instead."""
-    schedule = fixed(0)
+def tries(schedule: TraceSchedule, steps: int, *, cost: float = 0.0, opened: bool = True) -> list[int]:
+    """Returns the numbers of the steps whose window is tried, of which none comes to anything."""
+    tried = []
+    for step in range(2, steps + 2):
+        wanted = schedule.wants(step, has_state=True, tokens=100)
+        if wanted:
+            tried.append(step)
+            if not opened:
+                schedule.refused(step)
+        lost = wanted and opened
+        schedule.ended(record(step, traced=False, now=float(step), cost=cost if wanted else 0.0), lost=lost)
+    return tried
+
+
+@pytest.mark.parametrize("schedule", [fixed(0), fixed(1), fixed(5), budgeted()])
+def test_window_that_could_not_be_opened_is_tried_again_at_doubling_distances(schedule: TraceSchedule) -> None:
+    """Another profiler was active, which costs nothing."""
+    assert tries(schedule, 40, opened=False)[:4] == [2, 3, 5, 9]
+
+
+def test_window_that_can_be_opened_again_is() -> None:
+    """The first trace is made up for, and those after it come as always."""
+    schedule = fixed(10)
     assert schedule.wants(2, has_state=True, tokens=1)
-    schedule.missed()
+    schedule.refused(2)
     schedule.ended(record(2, traced=False))
-    assert schedule.wants(3, has_state=True, tokens=1)
+    schedule.ended(record(3, traced=schedule.wants(3, has_state=True, tokens=1)))
+    assert [step for step in range(4, 14) if schedule.wants(step, has_state=True, tokens=1)] == [13]
+
+
+@pytest.mark.parametrize(
+    ("every", "tried"), [(0, [2, 3, 5, 9, 17, 33, 65, 129]), (3, [2, 5, 11, 23, 47, 95, 191, 383])]
+)
+def test_window_that_is_lost_is_tried_again_at_doubling_distances_and_given_up(every: int, tried: list[int]) -> None:
+    """Eight in a row; whoever asks for a trace begins anew."""
+    schedule = fixed(every)
+    assert tries(schedule, 1000) == tried
+    assert schedule.given_up
+    schedule.ask()
+    assert not schedule.given_up
+    assert schedule.wants(1002, has_state=True, tokens=1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_window_that_is_lost_is_paid_for(ranks: int) -> None:
+    """Like any trace, so that the budget is kept, by one rank and by several."""
+    schedule = TraceSchedule(trace_every=None, overhead_budget=0.005, max_trace_interval=10**6, ranks=ranks)
+    tried = tries(schedule, 40_000, cost=0.5)
+    assert 0.5 * len(tried) <= 0.005 * 40_000
+    assert len(tried) == 8
+    gaps = [later - earlier for earlier, later in pairwise(tried[2:])]
+    assert all(1.4 <= later / earlier <= 2.6 for earlier, later in pairwise(gaps)), "each about twice the one before"
+
+
+def test_trace_after_a_loss_makes_the_picture() -> None:
+    """The losses before it are forgotten, and it counts as any other."""
+    schedule = fixed(4)
+    schedule.ended(record(2, traced=False), lost=True)
+    assert [step for step in range(3, 8) if schedule.wants(step, has_state=True, tokens=1)] == [6, 7]
+    schedule.ended(record(6, traced=True))
+    assert [step for step in range(7, 13) if schedule.wants(step, has_state=True, tokens=1)] == [10, 11, 12]
+
+
+def test_what_a_window_took_that_no_record_tells_is_paid_too() -> None:
+    """A step that ended in an exception: the next trace has to wait for the account."""
+    schedule = budgeted()
+    schedule.lost(2, 0.3)
+    assert not schedule.wants(3, has_state=True, tokens=1)
+    schedule.ended(record(3, traced=False, now=200.0, seconds=200.0))
+    assert schedule.wants(4, has_state=True, tokens=1)
 
 
 @pytest.mark.parametrize("budget", [0.001, 0.005, 0.05])

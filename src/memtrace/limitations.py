@@ -45,9 +45,10 @@ def endless_step(forward_passes: int) -> Limitation:
     )
 
 
-def traces_given_up(losses: int, why: str) -> Limitation:
-    """Returns what is said where traced steps are given up."""
+def traces_given_up() -> Limitation:
+    """Returns what is said where the windows of many traced steps in a row were lost."""
     return Limitation(
         unseen=Unseen.TRACE,
-        text=f"the last {losses} traces were in vain: {why}. Steps are counted from now on; trace_next() tries again.",
+        text="steps are counted and not traced from now on: the recordings of the last ones were incomplete, because "
+        "they were too small for a step, or because somebody else has stopped or replaced them. trace_next() tries again.",
     )

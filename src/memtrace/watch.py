@@ -21,7 +21,7 @@ from memtrace.categories import Moment
 from memtrace.config import TracerConfig
 from memtrace.garbage import uncollected
 from memtrace.guard import Guard
-from memtrace.limitations import endless_step, no_forward
+from memtrace.limitations import endless_step, no_forward, traces_given_up
 from memtrace.oom.watch import OomWatch, Publish
 from memtrace.passing import CurrentStep, PassedSteps
 from memtrace.publication import Publication
@@ -141,6 +141,7 @@ class Watch:
             lambda: open_device(device_type, uuid), period_seconds=self._config.device_poll_seconds
         )
         self.sampler.start()
+        self._schedule.ranks = identity.world_size
         self._published.begin(identity, self._config.device_limit_bytes)
         if not self.window.adopt():
             self._scan.claim_persistent(self._ledger)
@@ -200,7 +201,7 @@ class Watch:
         tokens = 0 if batch is None else count_tokens(batch)
         wanted = self._schedule.wants(step.number, has_state=self._scan.has_state, tokens=tokens)
         if wanted and not self.window.is_open and not self.window.open():
-            self._schedule.missed()
+            self._schedule.refused(step.number)
         step.recorded = wanted and self.window.is_open
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -261,7 +262,7 @@ class Watch:
         if step is not None and self.window.is_open and self.window.outgrown(most):
             step.recorded = False
             self.window.abandon()
-            self._schedule.missed()
+            self._schedule.lost(step.number)
             self._published.limit(endless_step(step.micro_batches))
 
     def settle(self) -> None:
@@ -294,7 +295,7 @@ class Watch:
             traced=moments is not None,
             unix_seconds=marks.end_ns / 1e9,
             self_seconds=(spent_ns - self._spent_before_ns) / 1e9,
-            slowed_seconds=0.0 if moments is None else self._schedule.slowed(seconds - inside),
+            slowed_seconds=0.0 if not step.recorded else self._schedule.slowed(seconds - inside),
             step_seconds=seconds,
             batch=step.batch(),
             moments=moments or self._counted.moments(step.before_forward, step.readings, step.forward_added, water),
@@ -306,7 +307,7 @@ class Watch:
         )
         self._spent_before_ns = spent_ns
         self._most_micro_batches = max(self._most_micro_batches, step.micro_batches)
-        self._schedule.ended(record, passed_seconds=self.passed.seconds)
+        self._schedule.ended(record, passed_seconds=self.passed.seconds, lost=bool(step.recorded) and moments is None)
         self._say_what_is_not_seen(step)
         self._published.publish(record)
         self.passed.plan(self._schedule, following=self._published.steps + 1)
@@ -318,7 +319,6 @@ class Watch:
         with uncollected():
             timeline = self.window.close()
             if timeline is None:
-                self._schedule.missed()
                 return None, None
             moments = timeline.moments(marks)
             self._counted.learn(moments, step.forward_added)
@@ -328,3 +328,5 @@ class Watch:
         self._without_forward = 0 if step.micro_batches else self._without_forward + 1
         if self._without_forward == _STEPS_WITHOUT_FORWARD:
             self._published.limit(no_forward(self.model))
+        if self._schedule.given_up:
+            self._published.limit(traces_given_up())
