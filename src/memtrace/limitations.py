@@ -49,6 +49,6 @@ def traces_given_up() -> Limitation:
     """Returns what is said where the windows of many traced steps in a row were lost."""
     return Limitation(
         unseen=Unseen.TRACE,
-        text="steps are counted and not traced from now on: the recordings of the last ones were incomplete, because "
-        "they were too small for a step, or because somebody else has stopped or replaced them. trace_next() tries again.",
+        text="steps are counted and not traced from now on: the recordings of the last ones were incomplete: "
+        "too small for a step, or stopped or replaced by somebody else. trace_next() tries again.",
     )

@@ -144,7 +144,7 @@ class _Classifier:
     """
 
     def __init__(self, timeline: Timeline, marks: StepMarks) -> None:
-        self._begin_ns = marks.begin_ns
+        self._begin_ns, self._change_ns = marks.begin_ns, timeline.change_ns
         self._first, self._last = timeline.position(marks.begin_ns), timeline.position(marks.end_ns)
         self.turn = self._last if marks.backward_end_ns is None else timeline.position(marks.backward_end_ns)
         """The end of the backward pass: what the step has saved for it and still lives is held by somebody else."""
@@ -168,12 +168,27 @@ class _Classifier:
         outlives = before_step or life.end is None or life.end >= self._last
         if tag is not None and not before_step and not (outlives and position >= self.turn):
             return _entry_of(tag)
-        category = Category.UNATTRIBUTED if outlives else Category.TEMPORARIES
-        return EntryKey(category, self._phase(life, before_step), "")
+        phase = self._phase(life, before_step)
+        if outlives:
+            return EntryKey(Category.UNATTRIBUTED, phase, "")
+        if phase is Phase.FORWARD and self._ends_in_its_backward_pass(life):
+            return EntryKey(Category.ACTIVATIONS, "", "")
+        return EntryKey(Category.TEMPORARIES, phase, "")
 
     def _phase(self, life: Lifetime, before_step: bool) -> Phase:
         index = bisect_right(self._phase_ns, life.begin_ns)
         return Phase.OUTSIDE if before_step or index == 0 else self._phases[index - 1]
+
+    def _ends_in_its_backward_pass(self, life: Lifetime) -> bool:
+        """Returns whether a block of a forward pass was freed in the backward pass that came next.
+
+        Then autograd held it, whether a hook saw it or not: on another thread, on the `ctx` of a function, or where
+        hooks are forbidden.
+        """
+        following = bisect_right(self._phase_ns, life.begin_ns)
+        if life.end is None or following == len(self._phases) or self._phases[following] is not Phase.BACKWARD:
+            return False
+        return bisect_right(self._phase_ns, self._change_ns[life.end]) == following + 1
 
 
 def replay(window: Window, base: Sequence[TagEvent], journal: Sequence[TagEvent]) -> Timeline:

@@ -26,8 +26,8 @@ class CpuEvents:
         return self._begin_ns is not None
 
     def open(self) -> bool:
-        """Begins a window; False where another profiler is in use, or torch has no such profiler."""
-        if self.is_open or torch_private.profiler_is_recording() or torch_private.user_profiler_exists():
+        """Begins a window; False where another profiler records or warms up, or torch has no such profiler."""
+        if self.is_open or torch_private.profiler_is_recording() or torch_private.user_profiler_is_prepared():
             return False
         try:
             torch_private.start_memory_profiler()

@@ -6,6 +6,7 @@ memory. A missing private name costs a feature, never the run: each function say
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -97,15 +98,18 @@ def profiler_is_recording() -> bool:
     return bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
 
 
-def user_profiler_exists() -> bool:
-    """Returns whether a `torch.profiler.profile` of the user's is in use, also one that waits or warms up.
+def user_profiler_is_prepared() -> bool:
+    """Returns whether a `torch.profiler.profile` of the user's is warming up or records.
 
     Nothing public tells of one that is prepared and does not record yet; whoever starts a recording then takes what it
-    has prepared from it, and it crashes. It counts steps from its making to the end of its `with` block. False where
-    torch has changed.
+    has prepared from it, and it crashes. Looks at all objects of the process, for some 50 ms, where one was ever made
+    that did not end with its `with` block. False where torch has changed.
     """
     counts = getattr(getattr(autograd_profiler, "KinetoStepTracker", None), "_step_dict", ())
-    return getattr(torch.profiler.profiler, "PROFILER_STEP_NAME", "ProfilerStep") in counts
+    if getattr(torch.profiler.profiler, "PROFILER_STEP_NAME", "ProfilerStep") not in counts:
+        return False
+    sessions = [getattr(found, "profiler", None) for found in gc.get_objects() if type(found) is torch.profiler.profile]
+    return any(session is not None and getattr(session, "kineto_results", 0) is None for session in sessions)
 
 
 def user_profiler_is_recording() -> bool:
