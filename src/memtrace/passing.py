@@ -110,7 +110,7 @@ class PassedSteps:
         return hook
 
     def after_forward(self, otherwise: Hook) -> Hook:
-        """Returns the hook after each forward pass; `otherwise` gets what a failed one has raised, or None.
+        """Returns the hook after each forward pass; `otherwise` gets its output, and what a failed one has raised.
 
         A model may return None, and within the handling of some other exception: its own is the one that whoever calls
         the hook has caught.
@@ -125,7 +125,7 @@ class PassedSteps:
                 return
             error = sys.exception() if output is None else None
             caught = None if error is None or error.__traceback__ is None else error.__traceback__.tb_frame
-            otherwise(error if caught is sys._getframe(1) else None)
+            otherwise(output, error if caught is sys._getframe(1) else None)
 
         leave_out_of_graphs(hook)
         return hook

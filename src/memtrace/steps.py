@@ -54,6 +54,7 @@ class StepInFlight:
     _last_pack_ns: int | None = None
     _optimizer_ns: int | None = None
     _last_gradient_ns: int | None = None
+    _backward_ends_ns: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.begin_ns = self.now_ns()
@@ -109,14 +110,24 @@ class StepInFlight:
             self._last_pack_ns = self.now_ns()
 
     def backward_runs(self) -> None:
-        """Notes that the backward pass is at work: a saved tensor was asked for, or gradients were accumulated."""
+        """Notes that the backward pass is at work: a saved tensor was asked for."""
         if self.phases and self.phases[-1][1] is not Phase.BACKWARD:
             self.enter(Phase.BACKWARD)
 
     def gradients_accumulated(self) -> None:
-        """Notes that a gradient was added to `.grad`, or that the backward pass has added the last one."""
+        """Notes that a gradient was added to `.grad`.
+
+        Where nothing told before that the backward pass is at work, it has been so since the end of the forward pass.
+        """
+        if self.phases and self.phases[-1][1] is Phase.FORWARD and self._forward_end_ns is not None:
+            self.phases.append((max(self._forward_end_ns, self._last_pack_ns or 0), Phase.BACKWARD))
         self.backward_runs()
         self._last_gradient_ns = self.now_ns()
+
+    def backward_ends(self) -> None:
+        """Notes that a backward pass has ended and has added its last gradient."""
+        self.gradients_accumulated()
+        self._backward_ends_ns.append(self.now_ns())
 
     def optimizer_begins(self) -> None:
         """Notes that an optimizer begins its step."""
@@ -149,6 +160,7 @@ class StepInFlight:
             forward_end_ns=forward_end,
             backward_end_ns=backward_end,
             phases=tuple(self.phases),
+            backward_ends_ns=tuple(self._backward_ends_ns),
             counters=counters,
         )
 

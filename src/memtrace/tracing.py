@@ -19,7 +19,7 @@ from memtrace.categories import Category
 from memtrace.guard import Guard
 from memtrace.sources.events import EventSource, TagEvent
 from memtrace.sources.hooks import HookSet
-from memtrace.sources.saved_tensors import SavedTensorHooks
+from memtrace.sources.saved_tensors import SavedTensors, saved_tensors
 from memtrace.sources.torch_private import after_backward, backward_is_running
 from memtrace.steps import StepInFlight
 
@@ -58,7 +58,7 @@ class TraceWindow:
         """A hook that takes off what a window abandoned inside a backward pass had to leave."""
         self._base: Sequence[TagEvent] = ()
         self._tags: ActivationTags | None = None
-        self._saved = SavedTensorHooks(guard.wrap(self._packed), guard.wrap(self._unpacked), guard.wrap(self._kept))
+        self._saved = self._listener()
         self._forward_passes = 0
         self._awaits_end = False
         """Whether torch will tell of the end of the backward pass at work."""
@@ -121,8 +121,10 @@ class TraceWindow:
             self._saved.pop()
             error.add_note("memtrace: its hooks on saved tensors are the reason; set trace_activations=False")
 
-    def forward_ends(self) -> None:
+    def forward_ends(self, output: object) -> None:
         """Takes the saved-tensor hooks off again where the user's own lie below; else a loss may still follow."""
+        if self.is_open:
+            self._saved.forward_ended(output)
         if self._saved.covers_user_hooks:
             self._saved.pop()
 
@@ -165,6 +167,11 @@ class TraceWindow:
         else:
             self._let_go()
 
+    def _listener(self) -> SavedTensors:
+        """Returns what learns of saved tensors. Engines that shard weights put others in their place."""
+        wrap, replaces = self._guard.wrap, bool(self._scan.engines)
+        return saved_tensors(wrap(self._packed), wrap(self._unpacked), wrap(self._kept), replaces=replaces)
+
     def release(self) -> None:
         """Takes everything off for good; what autograd still holds of this window refers to nothing of it."""
         self.abandon()
@@ -173,6 +180,8 @@ class TraceWindow:
     def _install(self) -> None:
         self._tags = ActivationTags(self._model, self._ledger.device, self._ledger.coordinates)
         self._forward_passes = 0
+        if not self._saved.is_on:
+            self._saved = self._listener()
         # Most gradients are there when the backward pass has ended: torch calls a parameter's hooks in each step from
         # then on, also when there are none any more.
         passing = self._scan.passing_gradients() if self._trace_activations else self._scan.gradient_leaves()
@@ -215,13 +224,13 @@ class TraceWindow:
             for tensor in batch_tensors(kept):
                 self._tags.pack(tensor)
 
-    def _unpacked(self, tensor: torch.Tensor) -> bool:
+    def _unpacked(self, tensor: torch.Tensor | None) -> bool:
         """Notes that the backward pass is at work; returns whether that is all there is to know of it."""
         step = self._current_step()
         if self._tags is None or step is None:
             return False
         step.backward_runs()
-        if self._scan.engines:
+        if self._scan.engines and tensor is not None:
             self._claim_role(tensor)
             self._scan.claim_passing(self._ledger)
             return False
@@ -246,7 +255,7 @@ class TraceWindow:
         step = self._current_step()
         if self._tags is not None and step is not None:
             self._scan.backward_ended(self._ledger)
-            step.gradients_accumulated()
+            step.backward_ends()
 
     def _gradient(self, parameter: torch.Tensor) -> None:
         step = self._current_step()

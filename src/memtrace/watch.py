@@ -226,13 +226,13 @@ class Watch:
             claim_batch(args, kwargs, self._ledger)
         self.window.forward_begins()
 
-    def _on_forward_end(self, error: BaseException | None) -> None:
+    def _on_forward_end(self, output: object, error: BaseException | None) -> None:
         if error is not None:
             self.oom.raised(error)
             self.window.explain(error)
         if self._current.step is not None and torch.is_grad_enabled() and not backward_is_running():
             self._current.step.forward_ends()
-            self.window.forward_ends()
+            self.window.forward_ends(output)
 
     def _on_optimizer(self, *_: object) -> None:
         self.settle()

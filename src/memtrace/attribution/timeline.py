@@ -55,6 +55,8 @@ class StepMarks:
     backward_end_ns: int | None = None
     phases: Sequence[tuple[int, Phase]] = ()
     """When each phase was entered, in order."""
+    backward_ends_ns: Sequence[int] = ()
+    """When each backward pass ended, in order, as far as that was told."""
     counters: Mapping[Moment, int] = field(default_factory=dict)
     """What the allocator's own counter said at these moments, in bytes as requested."""
 
@@ -145,6 +147,7 @@ class _Classifier:
 
     def __init__(self, timeline: Timeline, marks: StepMarks) -> None:
         self._begin_ns, self._change_ns = marks.begin_ns, timeline.change_ns
+        self._backward_ends_ns = marks.backward_ends_ns
         self._first, self._last = timeline.position(marks.begin_ns), timeline.position(marks.end_ns)
         self.turn = self._last if marks.backward_end_ns is None else timeline.position(marks.backward_end_ns)
         """The end of the backward pass: what the step has saved for it and still lives is held by somebody else."""
@@ -188,7 +191,12 @@ class _Classifier:
         following = bisect_right(self._phase_ns, life.begin_ns)
         if life.end is None or following == len(self._phases) or self._phases[following] is not Phase.BACKWARD:
             return False
-        return bisect_right(self._phase_ns, self._change_ns[life.end]) == following + 1
+        freed_ns = self._change_ns[life.end]
+        if bisect_right(self._phase_ns, freed_ns) != following + 1:
+            return False
+        ends = self._backward_ends_ns
+        told = bisect_right(ends, self._phase_ns[following])  # the first end after the beginning of that backward pass
+        return told == len(ends) or freed_ns <= ends[told]
 
 
 def replay(window: Window, base: Sequence[TagEvent], journal: Sequence[TagEvent]) -> Timeline:

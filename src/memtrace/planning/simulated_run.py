@@ -190,7 +190,7 @@ class _Recorder:
     def _forward_ends(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         if self._step is not None and torch.is_grad_enabled():
             self._step.forward_ends()
-            self._window.forward_ends()
+            self._window.forward_ends(output)
 
     def _optimizer_begins(self, *_: object) -> None:
         if self._step is not None:

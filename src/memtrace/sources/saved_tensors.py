@@ -9,16 +9,63 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from memtrace.sources import torch_private
+from memtrace.sources.created_nodes import CreatedNodes
 
 OnSaved = Callable[[torch.Tensor], torch.Tensor | None]
 """Called with each tensor that is saved; what it returns is kept in its place, unless it is None."""
-OnAsked = Callable[[torch.Tensor], bool | None]
+OnAsked = Callable[[torch.Tensor | None], bool | None]
 """Called with each tensor that the backward pass asks for, until it returns True."""
+OnKept = Callable[[object], None]
+"""Called with what hooks of the user that lie below keep in place of a tensor."""
+
+
+class SavedTensors(Protocol):
+    """How a window learns what autograd saves: by `SavedTensorHooks` or by `CreatedNodes`."""
+
+    listening: bool
+    """Whether the backward pass is told of; set it to hear of the next one."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it hears what this thread does."""
+
+    @property
+    def covers_user_hooks(self) -> bool:
+        """Whether it must come off in the call that put it on."""
+
+    def push(self) -> None:
+        """Hears what this thread does, where that is allowed."""
+
+    def pop(self) -> bool:
+        """Ends that where it is possible now; returns whether it has ended."""
+
+    def forward_ended(self, output: object) -> None:
+        """Takes in what the forward pass returned."""
+
+    def forget(self) -> None:
+        """Calls nobody from now on, and holds nobody."""
+
+
+def saved_tensors(on_saved: OnSaved, on_asked: OnAsked, on_kept: OnKept, *, replaces: bool) -> SavedTensors:
+    """Returns the way that this version of torch has.
+
+    Nodes are asked where torch tells of them (2.14): that changes nothing of how long a tensor lives, forbids nothing,
+    and leaves torch's check of changes in place alone.
+
+    Args:
+        on_saved: see `OnSaved`.
+        on_asked: see `OnAsked`.
+        on_kept: see `OnKept`.
+        replaces: whether `on_saved` may return a tensor, and `on_asked` must hear of every tensor: then hooks it is.
+    """
+    if torch_private.tells_of_nodes() and not replaces:
+        return CreatedNodes(on_saved, on_asked)
+    return SavedTensorHooks(on_saved, on_asked, on_kept)
 
 
 class SavedTensorHooks:
@@ -34,10 +81,10 @@ class SavedTensorHooks:
     Args:
         on_saved: see `OnSaved`.
         on_asked: see `OnAsked`.
-        on_kept: called with what hooks of the user that lie below keep in place of a tensor.
+        on_kept: see `OnKept`.
     """
 
-    def __init__(self, on_saved: OnSaved, on_asked: OnAsked, on_kept: Callable[[object], None]) -> None:
+    def __init__(self, on_saved: OnSaved, on_asked: OnAsked, on_kept: OnKept) -> None:
         self.on_saved, self.on_asked, self.on_kept = on_saved, on_asked, on_kept
         self.listening = True
         """Whether `on_asked` is called; set it to hear again what the backward pass asks for."""
@@ -53,6 +100,9 @@ class SavedTensorHooks:
         """Whether a pair of the user lies below: then ours must come off in the call that put it on."""
         pair = self._pair
         return pair is not None and pair.below is not None
+
+    def forward_ended(self, output: object) -> None:
+        """Does nothing: the hooks hear the backward pass themselves."""
 
     def forget(self) -> None:
         """Calls nobody from now on, and holds nobody."""

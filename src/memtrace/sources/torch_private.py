@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain, compress
 from typing import Any
@@ -139,6 +140,48 @@ def push_saved_tensor_hooks(pack: Callable[[torch.Tensor], Any], unpack: Callabl
 def pop_saved_tensor_hooks() -> None:
     """Removes the innermost hooks of this thread."""
     torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
+def tells_of_nodes() -> bool:
+    """Returns whether torch tells of each node of autograd that is created: from 2.14 on."""
+    return hasattr(torch._C._autograd, "_push_node_creation_hook")
+
+
+def push_node_creation_hook(hook: Callable[[Any], None]) -> None:
+    """Calls `hook(node)` for each node that this thread creates; the public context manager cannot end elsewhere.
+
+    The registration goes along into the backward passes that this thread begins.
+    """
+    torch._C._autograd._push_node_creation_hook(hook)  # type: ignore[attr-defined]
+
+
+def pop_node_creation_hook() -> None:
+    """Takes off the innermost hook on the creation of nodes of this thread."""
+    torch._C._autograd._pop_node_creation_hook()  # type: ignore[attr-defined]
+
+
+def saved_by(node: Any) -> Iterator[torch.Tensor]:
+    """Yields the tensors that a node of autograd has saved, by its `_saved_*` attributes or a Function's own list.
+
+    Not where hooks on saved tensors are in force: to ask for a tensor would call them.
+    """
+    kind = type(node)
+    names = _saved_names.get(kind)
+    if names is None:
+        names = [name for name in dir(kind) if name.startswith("_saved_")]
+        names = [name for name in names if not isinstance(getattr(node, name), (int, float, bool, str))]
+        names += ["saved_tensors"] if hasattr(kind, "saved_tensors") else []
+        _saved_names[kind] = names
+    for name in names:
+        value = getattr(node, name)
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from (part for part in value if isinstance(part, torch.Tensor))
+
+
+_saved_names: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
+"""The attributes of each type of node that hold tensors."""
 
 
 current_autograd_node: Callable[[], object] = getattr(torch._C, "_current_autograd_node", lambda: None)

@@ -1,0 +1,116 @@
+"""What autograd saves, asked of the nodes that it creates: for torch 2.14 and later."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from memtrace.sources import torch_private
+
+_MOST_OUTPUTS = 16
+"""Tensors in the output of a forward pass that are asked for their nodes."""
+
+
+class CreatedNodes:
+    """Hears of each node of autograd from one call to a later one, and asks it what it has saved.
+
+    Nodes that are created beside hooks of the user on saved tensors are not asked: that would call their hooks, and a
+    checkpoint would run its layer again. The beginning of the backward pass is told by the nodes of what the model's
+    forward pass returns.
+
+    How it ends: by `pop`, or with its thread.
+
+    Args:
+        on_saved: called with each tensor that is saved; what it returns is not looked at.
+        on_asked: called when a backward pass begins, until it returns True.
+    """
+
+    covers_user_hooks = False
+
+    def __init__(
+        self, on_saved: Callable[[torch.Tensor], object], on_asked: Callable[[torch.Tensor | None], bool | None]
+    ) -> None:
+        self._on_saved, self._on_asked = on_saved, on_asked
+        self.listening = True
+        """Whether `on_asked` is called; set it to hear the next backward pass."""
+        self._of_thread = threading.local()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether this thread's nodes are heard of."""
+        return getattr(self._of_thread, "owner", None) is not None
+
+    def push(self) -> None:
+        """Hears of this thread's nodes from now on; not from inside a backward pass, where it would not last."""
+        if not self.is_on and not torch_private.backward_is_running():
+            torch_private.push_node_creation_hook(self._created)
+            self._of_thread.owner = _Owner()
+
+    def pop(self) -> bool:
+        """Hears of this thread's nodes no more, where that is possible now; returns whether it is so."""
+        owner = getattr(self._of_thread, "owner", None)
+        if owner is None:
+            return True
+        if not owner.pop():
+            return False
+        del self._of_thread.owner
+        return True
+
+    def forward_ended(self, output: object) -> None:
+        """Learns from the nodes of an output when its backward pass begins."""
+        nodes = {id(node): node for node, _ in zip(_nodes(output), range(_MOST_OUTPUTS), strict=False)}
+        for node in nodes.values():
+            node.register_prehook(self._begins)
+
+    def forget(self) -> None:
+        """Calls nobody from now on, and holds nobody."""
+        self._on_saved = self._on_asked = _nothing
+
+    def _created(self, node: Any) -> None:
+        if torch_private.saved_tensor_hooks() is None:
+            for tensor in torch_private.saved_by(node):
+                self._on_saved(tensor)
+
+    def _begins(self, _: object) -> None:
+        if self.listening:
+            self.listening = not self._on_asked(None)
+
+
+class _Owner:
+    """Who answers for the hook of one thread: let go when the hook is off, or by the thread's end."""
+
+    __slots__ = ("_is_on", "_thread")
+
+    def __init__(self) -> None:
+        self._is_on = True
+        self._thread = threading.get_ident()
+
+    def __del__(self) -> None:
+        self.pop()
+
+    def pop(self) -> bool:
+        """Takes the hook off; returns whether it is off."""
+        if self._is_on and not torch_private.backward_is_running() and threading.get_ident() == self._thread:
+            torch_private.pop_node_creation_hook()
+            self._is_on = False
+        return not self._is_on
+
+
+def _nodes(output: object) -> Iterator[Any]:
+    """Yields the nodes of the tensors in nested sequences and mappings."""
+    if isinstance(output, torch.Tensor):
+        if output.grad_fn is not None:
+            yield output.grad_fn
+    elif isinstance(output, (list, tuple)):
+        for part in output:
+            yield from _nodes(part)
+    elif isinstance(output, Mapping):
+        for part in output.values():
+            yield from _nodes(part)
+
+
+def _nothing(_: object) -> None:
+    """Stands for what is called once nobody listens any more."""
