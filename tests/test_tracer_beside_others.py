@@ -8,7 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from small_training import EVERY_STEP, Net, assert_law_1, batch, loss_of, make, parameter_bytes, step, traced
+from small_training import (
+    EVERY_STEP,
+    FLOAT,
+    ROWS,
+    WIDTH,
+    Net,
+    assert_law_1,
+    batch,
+    loss_of,
+    make,
+    parameter_bytes,
+    step,
+    traced,
+)
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -120,12 +133,12 @@ class TestHooksOfTheUser:
         assert run(True) == run(False)
 
     def test_forbidden_hooks_are_not_put_on(self) -> None:
-        """Where the user forbids saved-tensor hooks the step is traced without activations, and does not fail."""
+        """Where the user forbids saved-tensor hooks activations are known by their life alone, and nothing fails."""
         model, optimizer = make()
         with traced(model, optimizer) as tracer, torch.autograd.graph.disable_saved_tensors_hooks("not here"):
             step(model, optimizer)
         forward_end = tracer.history[-1].moments[Moment.FORWARD_END]
-        assert forward_end[Category.ACTIVATIONS] == 0
+        assert forward_end[Category.ACTIVATIONS] > ROWS * WIDTH * FLOAT
         assert forward_end[Category.WEIGHTS] == parameter_bytes(model)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from memtrace.categories import Category, Moment
 from memtrace.config import TracerConfig
+from memtrace.sources.torch_private import tells_of_nodes
 from memtrace.tracer import Tracer
 
 ROWS, WIDTH = 64, 32
@@ -81,7 +82,11 @@ def test_without_the_hooks_activations_are_known_by_their_life() -> None:
 
 
 def test_the_exception_says_what_to_set() -> None:
-    """torch names the hooks, memtrace the setting; nothing of memtrace is left on the thread."""
+    """torch names the hooks, memtrace the setting, nothing is left on the thread; from 2.14 on torch forbids none."""
+    if tells_of_nodes():
+        losses, _ = train("grad", trace_activations=True)
+        assert losses == train("grad")[0]
+        return
     with pytest.raises(RuntimeError, match="saved tensor hooks") as raised:
         train("grad", trace_activations=True)
     assert any("trace_activations=False" in note for note in raised.value.__notes__)
@@ -103,5 +108,5 @@ def test_a_loop_that_goes_on_after_the_exception_is_not_stopped_again() -> None:
             optimizer.step()
             optimizer.zero_grad()
         traced = [record.traced for record in tracer.history]
-    assert failures == 1
+    assert failures == (0 if tells_of_nodes() else 1)
     assert any(traced)

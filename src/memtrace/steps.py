@@ -115,12 +115,8 @@ class StepInFlight:
             self.enter(Phase.BACKWARD)
 
     def gradients_accumulated(self) -> None:
-        """Notes that a gradient was added to `.grad`.
-
-        Where nothing told before that the backward pass is at work, it has been so since the end of the forward pass.
-        """
-        if self.phases and self.phases[-1][1] is Phase.FORWARD and self._forward_end_ns is not None:
-            self.phases.append((max(self._forward_end_ns, self._last_pack_ns or 0), Phase.BACKWARD))
+        """Notes that a gradient was added to `.grad`."""
+        self._backward_has_run()
         self.backward_runs()
         self._last_gradient_ns = self.now_ns()
 
@@ -129,17 +125,23 @@ class StepInFlight:
         self.gradients_accumulated()
         self._backward_ends_ns.append(self.now_ns())
 
+    def _backward_has_run(self) -> None:
+        """Notes what nothing has told: the backward pass has been at work since the end of the forward pass."""
+        if self.phases and self.phases[-1][1] is Phase.FORWARD and self._forward_end_ns is not None:
+            self.phases.append((max(self._forward_end_ns, self._last_pack_ns or 0), Phase.BACKWARD))
+
     def optimizer_begins(self) -> None:
         """Notes that an optimizer begins its step."""
+        self._backward_has_run()
         if self._optimizer_ns is None:
             self._optimizer_ns = self.now_ns()
             self._note(Moment.BACKWARD_END)
         self.enter(Phase.OPTIMIZER)
 
-    def optimizer_ends(self, optimizer: object) -> None:
-        """Notes that an optimizer has stepped."""
+    def optimizer_ends(self, optimizer: object, *, inside_backward: bool = False) -> None:
+        """Notes that an optimizer has stepped, maybe inside of a backward pass that goes on now."""
         self.stepped[id(optimizer)] = self.stepped.get(id(optimizer), 0) + 1
-        self.enter(Phase.OUTSIDE)
+        self.enter(Phase.BACKWARD if inside_backward else Phase.OUTSIDE)
 
     def ends(self) -> StepMarks:
         """Returns the marks of the finished step."""

@@ -250,7 +250,7 @@ class Watch:
             if self.passed.left:
                 self.passed.optimizer_ends(optimizer)
             return
-        self._current.step.optimizer_ends(optimizer)
+        self._current.step.optimizer_ends(optimizer, inside_backward=backward_is_running())
         if not self._explicit and self._scan.finished(self._current.step.stepped):
             self._current.step.marks = self._current.step.ends()
             self.settle()

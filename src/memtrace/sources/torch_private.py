@@ -309,6 +309,18 @@ def is_zero_tensor(tensor: torch.Tensor) -> bool:
     return probe is not None and bool(probe())
 
 
+def under_transforms(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor that lies below what the transforms of `torch.func` have put around it, which has no storage.
+
+    The tensor itself where there are none, and where torch has changed.
+    """
+    functorch = getattr(torch._C, "_functorch", None)
+    is_wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
+    while is_wrapped is not None and is_wrapped(tensor):
+        tensor = functorch.get_unwrapped(tensor)  # type: ignore[union-attr]
+    return tensor
+
+
 def is_wrapper_subclass(tensor: torch.Tensor) -> bool:
     """Returns whether the tensor only wraps other tensors (DTensor, quantised tensors) that hold the storage."""
     return hasattr(type(tensor), "__tensor_flatten__")
