@@ -24,6 +24,9 @@ _TIMED_EVERY = 8
 """Of so many steps that are passed over, one is timed and stands for all: two looks at the clock are among the dearest
 things that are done in one. Fewer than this at a time are not timed."""
 
+_CALLER = 2
+"""Frames from a hook to torch's, which has called it through the function that `HookSet` puts around it."""
+
 
 class PassedSteps:
     """The steps until the next record.
@@ -125,7 +128,7 @@ class PassedSteps:
                 return
             error = sys.exception() if output is None else None
             caught = None if error is None or error.__traceback__ is None else error.__traceback__.tb_frame
-            otherwise(output, error if caught is sys._getframe(1) else None)
+            otherwise(output, error if caught is sys._getframe(_CALLER) else None)
 
         leave_out_of_graphs(hook)
         return hook

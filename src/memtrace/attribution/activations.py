@@ -47,7 +47,6 @@ class ActivationTags:
 
     def pack(self, tensor: torch.Tensor) -> None:
         """Notes one tensor that autograd saves; costs about 1 us."""
-        tensor = torch_private.under_transforms(tensor)
         is_cast = tensor.dtype in _CAST_TO and self._is_cast_weight(tensor)
         tags = _CASTS if is_cast else _ACTIVATIONS
         for storage, nbytes, dtype in storages_of(tensor, self._device):

@@ -31,7 +31,11 @@ def storages_of(tensor: torch.Tensor, device: torch.device) -> Sequence[StorageV
     elif tensor.layout is _STRIDED:
         if tensor.device != device:
             return ()
-        storage = tensor.untyped_storage()
+        try:
+            storage = tensor.untyped_storage()
+        except NotImplementedError:  # a transform of torch.func has put something around it
+            below = torch_private.under_transforms(tensor)
+            return () if below is tensor else storages_of(below, device)
         nbytes = storage.nbytes()
         return ((storage, nbytes, tensor.dtype),) if nbytes else ()
     else:

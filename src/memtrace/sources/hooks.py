@@ -38,12 +38,12 @@ class HookSet:
 
     def before_forward(self, module: nn.Module, hook: Callable[..., None], *, prepend: bool = True) -> None:
         """Calls `hook(module, args, kwargs)` before each forward of the module, before or after all other hooks."""
-        handle = module.register_forward_pre_hook(_ModuleHook(outside_graphs(hook)), with_kwargs=True, prepend=prepend)
+        handle = module.register_forward_pre_hook(_module_hook(hook), with_kwargs=True, prepend=prepend)
         self._stack.callback(handle.remove)
 
     def after_forward(self, module: nn.Module, hook: Callable[..., None]) -> None:
         """Calls `hook(module, args, output)` after each forward of the module, also of one that raised."""
-        handle = module.register_forward_hook(_ModuleHook(outside_graphs(hook)), always_call=True)
+        handle = module.register_forward_hook(_module_hook(hook), always_call=True)
         self._stack.callback(handle.remove)
 
     def around_step(
@@ -83,12 +83,36 @@ def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
     return outside
 
 
+def _module_hook(hook: Callable[..., None]) -> Callable[..., None]:
+    """Returns the hook as it goes on a module: heard outside of graphs, and nowhere in one that must be whole.
+
+    Where a graph may be in parts, the compiler breaks it at the hook and calls it in between. A caller compiled with
+    `fullgraph=True` allows none, and `torch.export` runs the module on tensors without memory: there it does nothing.
+    """
+    outside, must_be_whole = outside_graphs(hook), torch_private.one_graph
+    is_compiling, breaks_graphs = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
+
+    def heard(*args: Any) -> None:
+        if not is_compiling() or (breaks_graphs() and not must_be_whole()):
+            outside(*args)
+
+    return _ModuleHook(heard)
+
+
 class _ModuleHook(partial[None]):
     """A hook on a module, which no copy and no pickle of the module takes along.
 
     A copy is another module, that nobody has asked to be watched, and whoever loads a pickle need not have memtrace:
     both have something in this place that does nothing.
     """
+
+    @property
+    def __name__(self) -> str:
+        """Raises: only `torch.jit.script` asks for the name of a hook, to compile it."""
+        raise AttributeError(
+            "torch.jit.script compiles the hooks of a module, and those of memtrace cannot be compiled: detach "
+            "memtrace from the module before (tracer.detach() or optimizer.close())"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")

@@ -240,6 +240,23 @@ frame_compiler: Callable[[], object] = getattr(
 """Returns None where torch's compiler is not at work on this thread; else something, also where torch cannot tell."""
 
 
+def one_graph() -> bool:
+    """Returns, while torch's compiler is at work, whether the graph must be whole: no call can be left out of it then.
+
+    The compiler calls it and takes the answer for a constant. False where torch has changed: the graph is then broken in
+    two, or where it must be whole the compiler raises.
+    """
+    translator = getattr(sys.modules.get("torch._dynamo.symbolic_convert"), "InstructionTranslator", None)
+    try:
+        return bool(translator.current_tx().one_graph)  # type: ignore[union-attr]
+    except AttributeError:
+        return False
+
+
+# What torch.compiler.assume_constant_result does, without loading the compiler.
+one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def leave_out_of_graphs(function: Callable[..., Any]) -> None:
     """Makes torch's compiler, where it is loaded, neither trace into calls of this function nor compile it by itself.
 
