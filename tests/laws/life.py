@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -14,7 +14,6 @@ from laws.families import FAMILIES, POSITIONS, SAMPLES, VOCABULARY, Batch, Famil
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 Watch = Callable[[nn.Module, torch.optim.Optimizer], AbstractContextManager[Any]]
 """Makes what stands around a training: a tracer, or nothing."""
@@ -42,9 +41,9 @@ class Storages(TorchDispatchMode):
         self._weak: list[StorageWeakRef] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors([*args, *(kwargs or {}).values()])}
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
+        for tensor in _tensors([result]):
             storage = tensor.untyped_storage()
             if storage._cdata not in given:
                 given.add(storage._cdata)
@@ -61,8 +60,13 @@ class Storages(TorchDispatchMode):
         )
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among arguments or results of an operator: it has no other containers."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 @dataclass(slots=True)
@@ -78,8 +82,8 @@ class Story:
     """Weights and optimizer state at the end."""
 
 
-class Optimizer(torch.optim.AdamW):
-    """AdamW that can be made to fail in the middle of its step, when state is there and nothing is updated yet."""
+class Optimizer(torch.optim.SGD):
+    """SGD that can be made to fail in the middle of its step, when state is there and nothing is updated yet."""
 
     fails: Callable[[str], None] = staticmethod(lambda place: None)
 
@@ -132,7 +136,7 @@ class Run:
 
     def optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
         """Returns an optimizer of the model, which can be made to fail."""
-        optimizer = Optimizer(model.parameters(), lr=1e-2)
+        optimizer = Optimizer(model.parameters(), lr=1e-2, momentum=0.9)
         optimizer.fails = self._fails
         return optimizer
 
@@ -237,7 +241,7 @@ def _encoder() -> nn.Module:
     configuration = transformers.BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=40,
         max_position_embeddings=POSITIONS,
@@ -247,9 +251,17 @@ def _encoder() -> nn.Module:
 
 
 def _llama() -> nn.Module:
-    model = FAMILIES[0].build()
-    model.set_attn_implementation("eager")
-    return model
+    configuration = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=40,
+        max_position_embeddings=POSITIONS,
+        attn_implementation="eager",
+        use_cache=False,
+    )
+    return transformers.LlamaForCausalLM(configuration)
 
 
 def _features() -> Batch:

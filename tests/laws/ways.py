@@ -11,7 +11,6 @@ from threading import Thread
 import torch
 from laws.families import POSITIONS, VOCABULARY, Family
 from laws.life import LIVES, Run
-from torch import nn
 
 
 def out_of_memory() -> torch.OutOfMemoryError:
@@ -194,9 +193,13 @@ def another_model_after_an_interrupt(run: Run) -> None:
     run.look("the other model is gone")
 
 
-def optimizer_replaced(run: Run) -> None:
-    """A second stage with an optimizer that memtrace has not been given: no step ends any more."""
-    run.optimizer = run.optimizer_of(run.model)
+def optimizer_replaced(run: Run, dropped: bool) -> None:
+    """A second stage with an optimizer that memtrace has not been given: no step ends any more. The first one is kept,
+    or goes with its state."""
+    first, run.optimizer = run.optimizer, run.optimizer_of(run.model)
+    if dropped:
+        del first
+    run.look("replaced")
     for _ in range(4):
         run.step()
 
@@ -266,7 +269,7 @@ def gradients_of_gradients(run: Run) -> None:
 def part_of_the_graph(run: Run) -> None:
     """A backward pass that ends at one parameter; the others get no gradient."""
     loss = run.loss()
-    last = [p for p in run.model.parameters() if p.requires_grad][0]
+    last = next(p for p in run.model.parameters() if p.requires_grad)
     torch.autograd.grad(loss, [last], retain_graph=True)
     run.look("retained")
     torch.autograd.grad(loss, [last])
@@ -403,7 +406,9 @@ def _ways() -> Iterator[Way]:
         a_hook_that_replaces,
     ):
         yield Way(play.__name__.replace("_", "-"), play)
-    yield Way("optimizer-replaced", optimizer_replaced, ends=False)
+    for dropped in (False, True):
+        name = "optimizer-replaced" + ("-and-dropped" if dropped else "")
+        yield Way(name, partial(optimizer_replaced, dropped=dropped), ends=False)
 
 
 WAYS = tuple(_ways())
