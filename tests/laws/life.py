@@ -162,8 +162,10 @@ class Run:
     def failing(self, place: str, error: Callable[[], BaseException]) -> Iterator[None]:
         """Makes the forward pass, the backward pass or the optimizer raise inside the block."""
         self._failure = place, error
-        yield
-        self._failure = None
+        try:
+            yield
+        finally:
+            self._failure = None
 
     def catching(self, *kinds: type[BaseException]) -> _Catching:
         """Catches such exceptions and keeps nothing of them but what they say."""
@@ -221,9 +223,11 @@ def uncollected() -> Iterator[None]:
     gc.collect()
     collects = gc.isenabled()
     gc.disable()
-    yield
-    if collects:
-        gc.enable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Perceptron(nn.Module):
