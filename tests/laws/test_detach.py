@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +10,7 @@ import pytest
 import torch
 from laws.families import FAMILIES, Combination, Recipe, Way
 from laws.loop import Loop
-from nothing_left import global_hooks_of_torch, memtrace_threads, recorders_of_torch
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from laws.surroundings import hooks_of, unchanged
 
 from memtrace.config import TracerConfig
 from memtrace.sources.cpu import CpuEvents
@@ -27,54 +24,6 @@ ROWS = [Combination(family, Recipe.FP32, Way.PLAIN) for family in FAMILIES]
 
 class Broken(Exception):
     """What the training loop raises."""
-
-
-def hooks_of(loop: Loop) -> dict[str, dict[Any, Any]]:
-    """Every hook on the model, its modules, its parameters and the optimizer, by where it is; empty places left out."""
-    owners: list[tuple[str, object]] = [("optimizer", loop.optimizer), *loop.model.named_modules()]
-    found = {
-        f"{name}.{attribute}": dict(value)
-        for name, owner in owners
-        for attribute, value in vars(owner).items()
-        if "hook" in attribute and isinstance(value, dict)
-    }
-    for name, parameter in [*loop.model.named_parameters(), *((f"master {i}", m) for i, m in enumerate(loop.masters))]:
-        for attribute in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-            found[f"{name}.{attribute}"] = dict(getattr(parameter, attribute) or {})
-    return {place: hooks for place, hooks in found.items() if hooks}
-
-
-def methods_of(loop: Loop) -> dict[str, object]:
-    """What could have been replaced: attributes that the objects have of their own and that can be called."""
-    owners: list[tuple[str, object]] = [("optimizer", loop.optimizer), *loop.model.named_modules()]
-    return {
-        f"{name}.{attribute}": value
-        for name, owner in owners
-        for attribute, value in vars(owner).items()
-        if callable(value) and not isinstance(value, nn.Module)
-    }
-
-
-def operators_are_recorded() -> bool:
-    """Whether a profile made now sees operators: memtrace switches them off while it records."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        torch.ones(3).add(1)
-    return "aten::add" in {event.key for event in profiler.key_averages()}
-
-
-@contextmanager
-def unchanged(loop: Loop) -> Iterator[None]:
-    """Asserts that model, optimizer, torch and the process are afterwards as they were before."""
-    hooks, methods, registries = hooks_of(loop), methods_of(loop), global_hooks_of_torch()
-    threads = set(threading.enumerate())
-    yield
-    assert hooks_of(loop) == hooks
-    assert methods_of(loop) == methods
-    assert global_hooks_of_torch() == registries
-    assert recorders_of_torch() == {}
-    assert memtrace_threads() == []
-    assert set(threading.enumerate()) <= threads
-    assert operators_are_recorded()
 
 
 def fail(*_: object) -> None:

@@ -1,0 +1,323 @@
+"""Law 9: whatever the loop does, a window ends; what it notes is bounded, and one that was in vain is paid for."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from laws.families import Family
+from laws.life import LIVES, Run
+from laws.surroundings import unchanged
+from laws.ways import WAYS, Way, every_step
+from nothing_left import recorders_of_torch
+
+from memtrace.config import TracerConfig
+from memtrace.sources.cpu import CpuEvents
+from memtrace.sources.events import Window
+from memtrace.tracer import Tracer
+
+QUIET: dict[str, Any] = {"strict": True, "port": None, "step_log": False, "device_poll_seconds": 0}
+TRACED = TracerConfig(**QUIET, trace_every=1)
+ENDLESS = 3000
+"""Forward passes after which a window must have ended, whatever they belong to."""
+
+
+@pytest.mark.parametrize("family", [LIVES[0], LIVES[1]], ids=lambda family: family.name)
+@pytest.mark.parametrize("way", [way for way in WAYS if way.ends and LIVES[0] in way.families], ids=str)
+def test_the_next_step_is_over_and_traced(way: Way, family: Family) -> None:
+    """However a step was left, without a detach: the next one ends the window, and has a record of its own."""
+    run = Run(family, lambda model, optimizer: Tracer(model, optimizer, TRACED))
+    with unchanged(run), Tracer(run.model, run.optimizer, TRACED) as tracer:
+        every_step(run)
+        with run.catching(KeyboardInterrupt, RuntimeError, LookupError):
+            way.play(run)
+        run.optimizer.zero_grad()
+        run.step()
+        assert recorders_of_torch() == {}
+        before = tracer.history
+        run.step()
+        assert recorders_of_torch() == {}
+        assert len(tracer.history) == len(before) + 1
+        assert tracer.history[-1].traced
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if LIVES[0] in way.families], ids=str)
+def test_detach_ends_it(way: Way) -> None:
+    """However a step was left: nothing records after `detach()`, and the tracer can be attached again."""
+    run = Run(LIVES[0], lambda model, optimizer: Tracer(model, optimizer, TRACED))
+    tracer = Tracer(run.model, first := run.optimizer, TRACED)
+    with unchanged(run):
+        tracer.attach()
+        with run.catching(KeyboardInterrupt, RuntimeError, LookupError):
+            way.play(run)
+        tracer.detach()
+        assert recorders_of_torch() == {}
+        tracer.attach()
+        run.optimizer = first
+        run.step()
+        assert recorders_of_torch() == {}
+        assert tracer.history[-1].traced
+        tracer.detach()
+
+
+def micro_batches(run: Run) -> None:
+    run.loss().backward()
+
+
+def discarded(run: Run) -> None:
+    run.loss()
+
+
+def another_optimizer(run: Run) -> None:
+    run.loss().backward()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("iteration", [micro_batches, discarded, another_optimizer])
+def test_a_step_that_never_ends_is_bounded_and_says_so(
+    iteration: Callable[[Run], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The window ends by itself, nothing grows any more, one line says it, and once; training goes on."""
+    run = Run(LIVES[0])
+    with Tracer(run.model, first := run.optimizer, TRACED) as tracer:
+        run.step()
+        if iteration is another_optimizer:
+            run.optimizer = run.optimizer_of(run.model)
+        lasted = 0
+        while lasted < ENDLESS:
+            iteration(run)
+            lasted += 1
+            if not recorders_of_torch():
+                break
+        assert recorders_of_torch() == {}
+        for _ in range(50):  # what is made once is made
+            iteration(run)
+        grown = -python_blocks()
+        for _ in range(500):
+            iteration(run)
+        grown += python_blocks()
+        assert grown < 500, "not one object an iteration"
+        assert recorders_of_torch() == {}
+        first.step()
+        first.zero_grad()
+        run.optimizer = first
+        run.step()
+        assert tracer.history[-1].traced
+    assert len(warnings_of(caplog)) == 1
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What memtrace has said."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("memtrace") and record.levelno >= logging.WARNING
+    ]
+
+
+def python_blocks() -> int:
+    """Blocks of memory that Python's objects have."""
+    gc.collect()
+    return sys.getallocatedblocks()
+
+
+class TestThreads:
+    """Saved-tensor hooks are a thread's own."""
+
+    @pytest.mark.parametrize("fails", [False, True], ids=["", "raises"])
+    def test_a_worker_takes_its_hooks_with_it(self, fails: bool) -> None:
+        """Forward pass and loss are made in a thread that is gone when the backward pass begins."""
+        run = Run(LIVES[0])
+
+        def work() -> None:
+            with run.catching(LookupError), run.failing("forward" if fails else "", lambda: LookupError("in a worker")):
+                losses.append(run.loss())
+
+        with unchanged(run), Tracer(run.model, run.optimizer, TRACED) as tracer:
+            for _ in range(3):
+                losses: list[torch.Tensor] = []
+                in_threads(work)
+                assert recorders_of_torch() == {}
+                for loss in losses:
+                    loss.backward()
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+                losses.clear()
+            run.step()
+            assert recorders_of_torch() == {}
+            assert tracer.history[-1].traced
+
+    def test_several_workers_at_once(self) -> None:
+        """As nn.DataParallel does it: the model is inside its forward pass in two threads, and the loss is made in the
+        loop's."""
+        run = Run(LIVES[0])
+        both, workers = threading.Barrier(2), list[threading.Thread]()
+
+        def meet(*_: object) -> None:
+            if threading.current_thread() in workers:
+                both.wait()
+
+        run.model.body[0].register_forward_pre_hook(meet)
+
+        def work() -> None:
+            outputs.append(run.model(torch.ones(2, 16)).square())
+            left.append(recorders_of_torch().get("saved-tensor hooks"))
+
+        with unchanged(run), Tracer(run.model, run.optimizer, TRACED) as tracer:
+            for _ in range(3):
+                outputs: list[torch.Tensor] = []
+                left: list[object] = []
+                workers[:] = [threading.Thread(target=work) for _ in range(2)]
+                for worker in workers:
+                    worker.start()
+                for worker in workers:
+                    worker.join()
+                assert left == [None, None]
+                torch.stack(outputs).mean().backward()
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+            run.step()
+            assert tracer.history[-1].traced
+        assert tracer.snapshot().up
+
+    def test_a_thread_that_ends_inside_a_step(self) -> None:
+        """The loop's own thread is gone before its step ended; another one goes on."""
+        run = Run(LIVES[0])
+
+        def begin() -> None:
+            run.loss()
+
+        with unchanged(run), Tracer(run.model, run.optimizer, TRACED) as tracer:
+            in_threads(every_step_of(run))
+            in_threads(begin)
+            run.step()
+            run.step()
+            assert recorders_of_torch() == {}
+            assert tracer.history[-1].traced
+
+
+def every_step_of(run: Run) -> Callable[[], None]:
+    return lambda: every_step(run)
+
+
+def in_threads(*work: Callable[[], None]) -> None:
+    threads = [threading.Thread(target=one) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_another_tracer_is_not_kept_out() -> None:
+    """A cell of a notebook was interrupted inside a traced step; the next one trains a new model with a new tracer."""
+    interrupted, run = Run(LIVES[0]), Run(LIVES[0])
+    first = Tracer(interrupted.model, interrupted.optimizer, TRACED)
+    with unchanged(interrupted), unchanged(run), first:
+        every_step(interrupted)
+        interrupted.loss()
+        with Tracer(run.model, run.optimizer, TRACED) as tracer:
+            every_step(run)
+        assert tracer.history[-1].traced
+        assert recorders_of_torch() == {}
+
+
+class Incomplete(CpuEvents):
+    """A source whose windows always come back without some events, as a ring that is too small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened = 0
+
+    def open(self) -> bool:
+        opened = super().open()
+        self.opened += opened
+        return opened
+
+    def close(self) -> Window:
+        return replace(super().close(), complete=False)
+
+
+def test_a_window_in_vain_is_tried_again_ever_less(caplog: pytest.LogCaptureFixture) -> None:
+    """With the default budget: at doubling distances, then given up with one line that says why."""
+    run, source = Run(LIVES[0]), Incomplete()
+    with Tracer(run.model, run.optimizer, TracerConfig(**QUIET), source=source) as tracer:
+        for _ in range(300):
+            another_optimizer(run)
+        assert 1 <= source.opened <= 8
+        opened = source.opened
+        for _ in range(300):
+            another_optimizer(run)
+        assert source.opened <= opened + 1
+    assert not any(record.traced for record in tracer.history)
+    assert len(warnings_of(caplog)) == 1
+
+
+EXITS = {
+    "": 0,
+    "raise ValueError('of the user')": 1,
+    "raise SystemExit(3)": 3,
+    "os._exit(4)": 4,
+    "model.register_forward_pre_hook(lambda *_: sys.exit(5)); model(x)": 5,
+    "y.register_hook(lambda _: sys.exit(6)); y.backward()": 6,
+    "threading.Thread(target=train, args=(3,)).start()": 0,
+    "worker = threading.Thread(target=model, args=(x,)); worker.start(); worker.join()": 0,
+    "threading.Thread(target=in_a_step_for_ever, daemon=True).start(); begun.wait()": 0,
+}
+"""What a script does last, inside a step that is traced with default settings, and the status that it ends with."""
+
+SCRIPT = """
+import json, os, signal, sys, threading
+import torch
+from torch import nn
+from memtrace import MemTraceOptimizer
+
+torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # loads what the first optimizer loads
+x, statuses = torch.ones(2, 8), {}
+for last in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        break
+    statuses[last] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+else:
+    print(json.dumps(statuses))
+    os._exit(0)
+
+signal.alarm(100)  # a child that hangs ends by this
+sys.stderr = open(os.devnull, "w")
+model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+optimizer = torch.optim.AdamW(model.parameters())
+optimizer = MemTraceOptimizer(optimizer, model, port=None, step_log=False, oom_reports=0)
+begun = threading.Event()
+
+def train(steps):
+    for _ in range(steps):
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+def in_a_step_for_ever():
+    model(x)
+    begun.set()
+    threading.Event().wait()
+
+train(1)
+y = model(x).sum()  # the second step is traced: the first one with optimizer state
+exec(last)
+"""
+
+
+def test_a_script_that_ends_inside_a_traced_step_ends_as_without_memtrace() -> None:
+    """Each way out of a process: its exit status, and no signal. One process has loaded torch, each way is a child."""
+    ways = json.dumps([*EXITS])
+    done = subprocess.run([sys.executable, "-c", SCRIPT, ways], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == EXITS
