@@ -87,13 +87,17 @@ def _module_hook(hook: Callable[..., None]) -> Callable[..., None]:
     """Returns the hook as it goes on a module: heard outside of graphs, and nowhere in one that must be whole.
 
     Where a graph may be in parts, the compiler breaks it at the hook and calls it in between. A caller compiled with
-    `fullgraph=True` allows none, and `torch.export` runs the module on tensors without memory: there it does nothing.
+    `fullgraph=True` allows none, `torch.export` runs the module on tensors without memory, and `torch.jit.trace` on
+    shapes that are tensors: there it does nothing.
     """
-    outside, must_be_whole = outside_graphs(hook), torch_private.one_graph
+    outside, must_be_whole, is_traced = outside_graphs(hook), torch_private.one_graph, torch_private.is_jit_tracing
     is_compiling, breaks_graphs = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
 
     def heard(*args: Any) -> None:
-        if not is_compiling() or (breaks_graphs() and not must_be_whole()):
+        if is_compiling():
+            if breaks_graphs() and not must_be_whole():
+                outside(*args)
+        elif not is_traced():
             outside(*args)
 
     return _ModuleHook(heard)
