@@ -185,7 +185,7 @@ class Tracer:
     def _watch(self, device: torch.device, source: EventSource | None = None) -> None:
         """Sets up what belongs to one device."""
         self._device = device
-        self._anchor = next((p for p in self._model.parameters() if canonical_device(p.device) == device), None)
+        self._anchor = next((p for p in self._scan.held.parameters() if canonical_device(p.device) == device), None)
         """A parameter that tells when the model is moved; None where an engine keeps all of them elsewhere."""
         self._source = source or event_source(device)
         self._ledger = Ledger(device)
@@ -232,7 +232,7 @@ class Tracer:
         self._sampler.start()
         self._published.begin(identity, self.config.device_limit_bytes)
         if not self._window.adopt():
-            self._scan.claim_persistent(self._ledger)
+            self._scan.claim_persistent(self._ledger, anew=False)
         self._host.look()
         wrap, passed = self._guard.wrap, self._passed
         self._hooks.before_forward(self._model, passed.before_forward(outside_graphs(wrap(self._on_forward))))

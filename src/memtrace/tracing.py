@@ -73,7 +73,7 @@ class TraceWindow:
         if not self._source.is_open:
             return False
         self._ledger.begin_journal()
-        self._scan.claim_persistent(self._ledger)
+        self._scan.claim_persistent(self._ledger, anew=False)
         self._install()
         return True
 
@@ -124,7 +124,7 @@ class TraceWindow:
     def close(self) -> Timeline | None:
         """Ends the window and replays it; None where the source lost events."""
         assert self._tags is not None, "close() without open()"
-        self._scan.claim_persistent(self._ledger)
+        self._scan.claim_persistent(self._ledger, anew=False)
         notes = self._tags.notes
         self._uninstall()
         window = self._source.close()
@@ -152,7 +152,7 @@ class TraceWindow:
             self._let_go()
 
     def _install(self) -> None:
-        self._tags = ActivationTags(self._model, self._ledger.device, self._ledger.coordinates)
+        self._tags = ActivationTags(self._scan.held, self._ledger.device, self._ledger.coordinates)
         # Most gradients are there when the backward pass has ended: torch calls a parameter's hooks in each step from
         # then on, also when there are none any more.
         passing = self._scan.passing_gradients() if self._trace_activations else self._scan.gradient_leaves()
