@@ -274,4 +274,5 @@ def picture_changed(record: StepRecord, traced: StepRecord) -> bool:
     left, right = record.moments.get(Moment.STEP_END), traced.moments.get(Moment.STEP_END)
     if left is None or right is None:
         return False
-    return any(abs(left[category] - right[category]) > allowance for category in PERSISTENT)
+    now_held, then_held = left.by_category(), right.by_category()
+    return any(abs(now_held.get(category, 0) - then_held.get(category, 0)) > allowance for category in PERSISTENT)
