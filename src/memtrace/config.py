@@ -67,11 +67,13 @@ class TracerConfig:
     of the forward phase, and all else is as exact as ever."""
     overhead_budget: float = 0.005
     """Share of wall time that memtrace may take: traced steps are spaced so that it is kept, counting what memtrace
-    does itself and what a traced step takes longer than its neighbours. 0.005 is half a percent. Where a record of
-    each step takes more than that, as with very short ones, not every step has a record: `sampling.TraceSchedule` says
-    which."""
+    does itself and what a traced step takes longer than its neighbours. 0.005 is half a percent. Of several ranks it is
+    what the whole job may lose: a traced step of any is a longer step of all, so they trace in the same steps. Where a
+    record of each step takes more than that, as with very short ones, not every step has a record:
+    `sampling.TraceSchedule` says which."""
     max_trace_interval: int = 10_000
-    """Steps after which a step is traced whatever it costs, where `overhead_budget` decides."""
+    """Steps after which a step is traced whatever it costs, where `overhead_budget` decides; with several ranks the
+    largest power of two within it."""
     device_limit_bytes: int | None = None
     """What the run may use of the device, in bytes. None means all that the device has."""
     max_tokens: int | None = None

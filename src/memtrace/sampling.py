@@ -119,16 +119,7 @@ class TraceSchedule:
         if self._trace_every is not None:
             due = self._trace_every if self._last is not None else 1
             return 0 < due <= step - self._tried
-        if self.ranks != 1:
-            return self._crosses(step, _power_within(self._max_interval)) or (
-                self._credit_seconds >= 0.0 and self._crosses(step, self._grid())
-            )
-        if step - self._tried >= self._max_interval:
-            return True
-        changed = self._changed or self._last is None or tokens > self._largest_traced_tokens
-        return self._credit_seconds >= self._trace_seconds() * (
-            2 ** (self._lost - 1) if self._lost > 1 else not changed
-        )
+        return self._affords(step, tokens) if self.ranks == 1 else self._meets(step)
 
     def refused(self, step: int) -> None:
         """Notes that the window of this step, which was to be traced, could not be opened."""
@@ -200,6 +191,20 @@ class TraceSchedule:
             self._changed = self._changed or (self._last is not None and picture_changed(record, self._last))
             self._credit_seconds -= cost
 
+    def _affords(self, step: int, tokens: int) -> bool:
+        """Returns whether one rank alone traces this step."""
+        if step - self._tried >= self._max_interval:
+            return True
+        changed = self._changed or self._last is None or tokens > self._largest_traced_tokens
+        traces = 2 ** (self._lost - 1) if self._lost > 1 else not changed
+        return self._credit_seconds >= traces * self._trace_seconds()
+
+    def _meets(self, step: int) -> bool:
+        """Returns whether this is a step in which several ranks trace, this one among them."""
+        if self._crosses(step, _power_within(self._max_interval)):
+            return True
+        return self._credit_seconds >= 0.0 and self._crosses(step, self._grid())
+
     def _pay(self, seconds: float) -> None:
         """Pays for a window."""
         if seconds:
@@ -223,7 +228,10 @@ class TraceSchedule:
         return 0 if interval > _MAX_GRID else 1 << max(0, ceil(interval) - 1).bit_length()
 
     def _crosses(self, step: int, grid: int) -> bool:
-        """Whether this step is a multiple of the grid, or the first one with a record after one: loops may number so."""
+        """Returns whether this is a multiple of the grid, or the first step with a record after one.
+
+        Loops number their steps as they like.
+        """
         return grid > 0 and step // grid > self._previous_step // grid
 
     def _next_line(self) -> int:
@@ -266,4 +274,5 @@ def picture_changed(record: StepRecord, traced: StepRecord) -> bool:
     left, right = record.moments.get(Moment.STEP_END), traced.moments.get(Moment.STEP_END)
     if left is None or right is None:
         return False
-    return any(abs(left[category] - right[category]) > allowance for category in PERSISTENT)
+    now_held, then_held = left.by_category(), right.by_category()
+    return any(abs(now_held.get(category, 0) - then_held.get(category, 0)) > allowance for category in PERSISTENT)

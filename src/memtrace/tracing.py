@@ -78,7 +78,7 @@ class TraceWindow:
         if not self._source.is_open:
             return False
         self._ledger.begin_journal()
-        self._scan.claim_persistent(self._ledger)
+        self._scan.claim_persistent(self._ledger, anew=False)
         self._install()
         return True
 
@@ -140,7 +140,7 @@ class TraceWindow:
     def close(self) -> Timeline | None:
         """Ends the window and replays it; None where the source lost events."""
         assert self._tags is not None, "close() without open()"
-        self._scan.claim_persistent(self._ledger)
+        self._scan.claim_persistent(self._ledger, anew=False)
         notes = self._tags.notes
         self._uninstall()
         window = self._source.close()
@@ -178,7 +178,7 @@ class TraceWindow:
         self._saved.forget()
 
     def _install(self) -> None:
-        self._tags = ActivationTags(self._model, self._ledger.device, self._ledger.coordinates)
+        self._tags = ActivationTags(self._scan.held, self._ledger.device, self._ledger.coordinates)
         self._forward_passes = 0
         if not self._saved.is_on:
             self._saved = self._listener()

@@ -106,7 +106,7 @@ class Watch:
     def _set_up(self, device: torch.device, source: EventSource | None = None) -> None:
         """Sets up what belongs to one device."""
         self._device = device
-        self._anchor = next((p for p in self.model.parameters() if canonical_device(p.device) == device), None)
+        self._anchor = next((p for p in self._scan.held.parameters() if canonical_device(p.device) == device), None)
         """A parameter that tells when the model is moved; None where an engine keeps all of them elsewhere."""
         self._source = source or event_source(device)
         self._ledger = Ledger(device)
@@ -144,7 +144,7 @@ class Watch:
         self._schedule.ranks = identity.world_size
         self._published.begin(identity, self._config.device_limit_bytes)
         if not self.window.adopt():
-            self._scan.claim_persistent(self._ledger)
+            self._scan.claim_persistent(self._ledger, anew=False)
         self._host.look()
         wrap, passed = self._guard.wrap, self.passed
         self._hooks.before_forward(self.model, passed.before_forward(outside_graphs(wrap(self._on_forward))))

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from memtrace.attribution.model import HasParameters
 from memtrace.attribution.storages import storages_of
 from memtrace.categories import Category
 from memtrace.sources import torch_private
@@ -40,7 +41,7 @@ class ActivationTags:
     has none and is told by its shape: the transposed view of a matrix, or a convolution's kernel.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, coordinates: Coordinates = MEMORY) -> None:
+    def __init__(self, model: HasParameters, device: torch.device, coordinates: Coordinates = MEMORY) -> None:
         self.notes: list[TagEvent] = []
         self._model, self._device = model, device
         self._now_ns, self._address_of = coordinates.now_ns, coordinates.address_of

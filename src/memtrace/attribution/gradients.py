@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from math import ceil
 
 import torch
 
@@ -12,13 +13,17 @@ from memtrace.breakdown import EntryKey
 from memtrace.categories import Category
 from memtrace.sources.events import dtype_name
 
+_ASKED = 64
+
 
 class GradientCount:
     """Counts the bytes of the gradients that some parameters have, by element type.
 
-    A gradient has the shape of its parameter in every step. So they are looked at one by one only where another set of
-    parameters has one than the time before, and where one is sparse and has another size each time: else a count takes
-    about 0.1 us a parameter. Parameters are held weakly.
+    A gradient has the shape of its parameter in every step. So they are measured one by one only where another set of
+    parameters has one than the time before, and where one is sparse and has another size each time. To ask a parameter
+    whether it has one takes about 0.2 us: of more than 64, each count asks 64 others, evenly spread. Where all
+    gradients come or go that is seen at once; where a few do, after as many counts as it takes to ask all. Parameters
+    are held weakly.
 
     Args:
         parameters: those of the model and those that its optimizers hold instead, each once.
@@ -29,16 +34,26 @@ class GradientCount:
         self._parameters = [weakref.ref(parameter) for parameter in parameters]
         self.device = device
         self._present: list[bool] | None = None
+        self._apart = max(1, ceil(len(self._parameters) / _ASKED))
+        self._turn = 0
         self._counted: dict[EntryKey, int] = {}
 
     def count(self) -> dict[EntryKey, int]:
         """Returns the bytes of the gradients that exist now."""
-        present = [(p := alive()) is not None and p.grad is not None for alive in self._parameters]
-        if present != self._present:
-            gradients = [p.grad for alive in self._parameters if (p := alive()) is not None and p.grad is not None]
-            self._present = present if all(gradient.layout is torch.strided for gradient in gradients) else None
+        self._turn = (self._turn + 1) % self._apart
+        asked = slice(self._turn, None, self._apart)
+        if self._present is None or self._present[asked] != [*map(_has_gradient, self._parameters[asked])]:
+            found = [None if (parameter := alive()) is None else parameter.grad for alive in self._parameters]
+            gradients = [gradient for gradient in found if gradient is not None]
+            strided = all(gradient.layout is torch.strided for gradient in gradients)
+            self._present = [gradient is not None for gradient in found] if strided else None
             self._counted = gradient_bytes(gradients, self.device)
         return self._counted
+
+
+def _has_gradient(alive: weakref.ref[torch.Tensor]) -> bool:
+    parameter = alive()
+    return parameter is not None and parameter.grad is not None
 
 
 def gradient_bytes(gradients: Iterable[torch.Tensor], device: torch.device) -> dict[EntryKey, int]:

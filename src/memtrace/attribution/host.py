@@ -33,5 +33,5 @@ class HostMemory:
         if not self._apart:
             return
         ledger = Ledger(torch.device("cpu"))
-        self._scan.claim_persistent(ledger)
+        self._scan.claim_persistent(ledger, anew=False)
         self.entries = ordered_entries({EntryKey(*tag): size for tag, size in ledger.totals().items()})

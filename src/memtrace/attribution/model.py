@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -14,6 +14,16 @@ from memtrace.categories import Category
 from memtrace.errors import ConfigError
 
 
+class HasParameters(Protocol):
+    """A module, or what a walk over one has found: `held.Held`."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Returns each parameter once."""
+
+    def buffers(self) -> Iterable[torch.Tensor]:
+        """Returns each buffer once."""
+
+
 class Role(NamedTuple):
     """What a storage is for, without its element type."""
 
@@ -22,12 +32,12 @@ class Role(NamedTuple):
 
 
 def claim_model(
-    model: nn.Module, ledger: Ledger, role_of: Callable[[torch.Tensor], Role | None] = lambda _: None
+    model: HasParameters, ledger: Ledger, role_of: Callable[[torch.Tensor], Role | None] = lambda _: None
 ) -> Sequence[nn.Parameter]:
     """Claims every parameter and buffer of the module; tied and shared ones count once.
 
     Args:
-        model: the module.
+        model: the module, or what it holds.
         ledger: where to claim.
         role_of: returns the role of a parameter that an engine has given another storage; None for plain weights.
 
@@ -65,7 +75,7 @@ def check_model(model: nn.Module) -> None:
         raise ConfigError(f"the model must have parameters, got a {type(model).__name__} without any")
 
 
-def device_of(model: nn.Module) -> torch.device:
+def device_of(model: HasParameters) -> torch.device:
     """Returns the device that holds most of the bytes of a model's parameters; it has at least one.
 
     Raises:

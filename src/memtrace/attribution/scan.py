@@ -11,6 +11,7 @@ from torch import nn
 
 from memtrace.attribution.engines import Engine, find_engines
 from memtrace.attribution.gradients import GradientCount, gradient_bytes
+from memtrace.attribution.held import Held
 from memtrace.attribution.hidden import HiddenBuffers
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import Role, check_model, claim_gradients, claim_model, device_of
@@ -42,7 +43,9 @@ class Scan:
         self._model = model
         self._given = given
         self.optimizers = [unwrap_optimizer(optimizer) for optimizer in given]
-        self.engines = [*engines, *find_engines(model, given)]
+        modules = list(model.modules())
+        self._held = Held(modules)
+        self.engines = [*engines, *find_engines(model, given, modules)]
         self._looked_in_forward = False
         self._state_sizes: list[int] = []
         self._gradients: GradientCount | None = None
@@ -58,7 +61,14 @@ class Scan:
         for engine in self.engines:
             if engine.device is not None:
                 return canonical_device(engine.device)
-        return canonical_device(device_of(self._model))
+        return canonical_device(device_of(self.held))
+
+    @property
+    def held(self) -> Held:
+        """What the last walk over the model has found; another walk is made where some of that has gone."""
+        if not self._held.is_whole:
+            self._look()
+        return self._held
 
     @property
     def prepares_gradients(self) -> bool:
@@ -69,24 +79,32 @@ class Scan:
         """Looks for engines once more, in the first forward pass: a model does not know a wrapper around it."""
         if not self._looked_in_forward:
             self._looked_in_forward = True
-            self.engines = find_engines(self._model, self._given)
+            self.engines = self.engines or find_engines(self._model, self._given)
 
-    def claim_persistent(self, ledger: Ledger) -> None:
+    def claim_persistent(self, ledger: Ledger, *, anew: bool = True) -> None:
         """Claims weights, buffers, master weights, optimizer state, the engines' tensors and the gradients of now.
 
         Costs about 1 us for each storage: it is run when a tracer is attached, around each traced step, and after a
         step in which an optimizer has made new state.
+
+        Args:
+            ledger: where to claim.
+            anew: whether to walk over the model; False where that was done a moment ago, in the same step.
         """
+        if anew:
+            self._look()
         self._gradients = None
         for engine in self.engines:
             engine.claim(ledger)
-        parameters = claim_model(self._model, ledger, self.role_of)
+        parameters = claim_model(self.held, ledger, self.role_of)
         self._claim_optimizers(parameters, ledger)
-        self._claim_gradients(parameters, ledger)
+        claim_gradients(self._gradient_owners(parameters), ledger)
 
     def claim_gradients(self, ledger: Ledger) -> None:
         """Claims `.grad` of the model's parameters and of master copies that optimizers hold, and the engines' own."""
-        self._claim_gradients(self._model.parameters(), ledger)
+        for engine in self.engines:
+            engine.claim(ledger)
+        claim_gradients(self._gradient_owners(self.held.parameters()), ledger)
 
     def claim_passing(self, ledger: Ledger) -> None:
         """Claims the buckets that engines have for a part of a step only; nothing where there is no engine."""
@@ -106,23 +124,23 @@ class Scan:
 
         Of the parameters that the last look at everything has found.
         """
-        if self.engines:  # they have gradients of their own, views of buckets among them
-            owners = self._gradient_owners(self._model.parameters())
-            gradients = [owner.grad for owner in owners if owner.grad is not None]
-            gradients += [gradient for engine in self.engines for gradient in engine.gradients()]
-            return gradient_bytes(gradients, device)
+        of_engines = [gradient for engine in self.engines for gradient in engine.gradients()]
+        if of_engines:  # views of the same storages among them
+            owners = self._gradient_owners(self.held.parameters())
+            of_owners = [owner.grad for owner in owners if owner.grad is not None]
+            return gradient_bytes([*of_owners, *of_engines], device)
         if self._gradients is None or self._gradients.device != device:
-            self._gradients = GradientCount(self._gradient_owners(self._model.parameters()), device)
+            self._gradients = GradientCount(self._gradient_owners(self.held.parameters()), device)
         return self._gradients.count()
 
     def backward_ended(self, ledger: Ledger) -> None:
         """Claims the gradients that a backward pass has left, and notes which parameters have none."""
-        self._without_gradient = {id(parameter) for parameter in self._model.parameters() if parameter.grad is None}
+        self._without_gradient = {id(parameter) for parameter in self.held.parameters() if parameter.grad is None}
         self.claim_gradients(ledger)
 
     def gradient_leaves(self) -> Iterator[nn.Parameter]:
         """Yields every tensor that autograd accumulates a gradient into."""
-        yield from self._model.parameters()
+        yield from self.held.parameters()
         for engine in self.engines:
             yield from engine.gradient_leaves()
 
@@ -136,7 +154,7 @@ class Scan:
         if self.engines or not self._looked_in_forward:
             yield from self.gradient_leaves()
             return
-        for parameter in self._model.parameters():
+        for parameter in self.held.parameters():
             if id(parameter) in self._without_gradient or has_gradient_hooks(parameter):
                 yield parameter
 
@@ -178,17 +196,15 @@ class Scan:
             return False
         self._state_sizes = sizes
         self._gradients = None
-        self._claim_optimizers(list(self._model.parameters()), ledger)
+        self._claim_optimizers(self.held.parameters(), ledger)
         return True
+
+    def _look(self) -> None:
+        self._held = Held(self._model.modules())
 
     def _claim_optimizers(self, parameters: Sequence[torch.Tensor], ledger: Ledger) -> None:
         for optimizer in self.optimizers:
             claim_optimizer(optimizer, parameters, ledger)
-
-    def _claim_gradients(self, parameters: Iterable[torch.Tensor], ledger: Ledger) -> None:
-        for engine in self.engines:
-            engine.claim(ledger)
-        claim_gradients(self._gradient_owners(parameters), ledger)
 
     def _gradient_owners(self, parameters: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
         """Returns the model's parameters and what else the optimizers update: master copies have gradients too."""

@@ -62,15 +62,17 @@ class GrowthTrend:
 
     def growth(self) -> Growth | None:
         """Returns the growth of the window; None where it has none, has ceased, or goes up and down."""
+        if len(self._levels) < MIN_STEPS:
+            return None
+        first, last = self._levels[0], self._levels[-1]
+        grown_bytes = last.total - first.total
+        if grown_bytes <= 0 or grown_bytes < MIN_SHARE * first.total:  # nearly every step of every run ends here
+            return None
         levels = tuple(self._levels)
-        if len(levels) < MIN_STEPS or not _climbs([level.total for level in levels]):
-            return None
         half = len(levels) // 2
-        older, newer = _slope(levels[:half]), _slope(levels[half:])
-        first, last = levels[0], levels[-1]
-        if last.total - first.total < MIN_SHARE * first.total or newer < STILL_GROWING * older:
+        if not _climbs([level.total for level in levels]):
             return None
-        if not _borne_out(levels):
+        if _slope(levels[half:]) < STILL_GROWING * _slope(levels[:half]) or not _borne_out(levels):
             return None
         grown = {c: last.by_category.get(c, 0) - first.by_category.get(c, 0) for c in Category}
         steps = last.step - first.step

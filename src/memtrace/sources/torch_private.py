@@ -10,7 +10,7 @@ import gc
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, compress
 from typing import Any
 
@@ -358,32 +358,60 @@ def sparse_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     return []
 
 
-def fsdp_groups(module: torch.nn.Module) -> list[Any]:
+def held_by(module: torch.nn.Module) -> tuple[Iterable[torch.nn.Parameter | None], Iterable[torch.Tensor | None]]:
+    """Returns the parameters and the buffers of a module itself, None among them.
+
+    The public calls take ten times as long; they are asked where torch has changed.
+    """
+    try:
+        return module._parameters.values(), module._buffers.values()
+    except AttributeError:
+        return module.parameters(recurse=False), module.buffers(recurse=False)
+
+
+def fsdp_groups(module: torch.nn.Module) -> list[Any] | None:
     """Returns the parameter groups of a module that `fully_shard` has sharded: no public call shows their tensors.
 
-    Empty where torch has changed: FSDP2 is then attributed by the model and the optimizer alone.
+    Up to torch 2.11 a module has one at most. None where torch has changed: FSDP2 is then attributed by the model and
+    the optimizer alone.
     """
-    state = getattr(module, "_get_fsdp_state", None)
-    return list(getattr(state(), "_fsdp_param_groups", ())) if state is not None else []
+    state_of = getattr(module, "_get_fsdp_state", None)
+    state = None if state_of is None else state_of()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is not None:
+        return list(groups)
+    unknown = object()
+    group = getattr(state, "_fsdp_param_group", unknown)
+    return None if group is unknown else [group] if group is not None else []
 
 
-def fsdp_gather_buffers(group: Any) -> Iterator[torch.Tensor]:
-    """Yields the outputs of all-gathers that a parameter group of FSDP2 keeps for overlap now."""
-    pending = getattr(group, "_all_gather_result", None)
-    kept = getattr(getattr(group, "comm_ctx", None), "all_gather_state", None)
-    for result in (pending, getattr(kept, "all_gather_result", None)):
-        output = getattr(result, "all_gather_output", None)
-        if isinstance(output, torch.Tensor):
-            yield output
+def fsdp_contexts(groups: Iterable[Any]) -> list[Any]:
+    """Returns what the groups of FSDP2 share for their collectives: one for all from the first forward pass on."""
+    contexts = (getattr(group, "comm_ctx", None) for group in groups)
+    return list({id(context): context for context in contexts if context is not None}.values())
 
 
-def fsdp_reduce_buffers(group: Any) -> Iterator[torch.Tensor]:
-    """Yields the inputs of reduce-scatters and all-reduces that a parameter group of FSDP2 keeps for overlap now."""
-    for state in getattr(getattr(group, "comm_ctx", None), "reduce_scatter_states", ()):
-        yield state.reduce_scatter_input
+def fsdp_group_buffers(group: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (collective, buffer) for what one parameter group of FSDP2 keeps for overlap now."""
+    yield from _gathered(getattr(group, "_all_gather_result", None))
     reduced = getattr(group, "_all_reduce_state", None)
     if reduced is not None:
-        yield reduced.all_reduce_input
+        yield "reduce_scatter", reduced.all_reduce_input
+
+
+def fsdp_context_buffers(context: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (collective, buffer) for what the groups of one context of FSDP2 keep for overlap now."""
+    yield from _gathered(getattr(getattr(context, "all_gather_state", None), "all_gather_result", None))
+    states = getattr(context, "reduce_scatter_states", None)  # up to torch 2.11 there is one at most
+    for state in (getattr(context, "reduce_scatter_state", None),) if states is None else states:
+        if state is not None:
+            yield "reduce_scatter", state.reduce_scatter_input
+
+
+def _gathered(result: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    output = getattr(result, "all_gather_output", None)
+    if isinstance(output, torch.Tensor):
+        yield "all_gather", output
 
 
 def fsdp_gathered_parameter(parameter: Any) -> torch.nn.Parameter | None:

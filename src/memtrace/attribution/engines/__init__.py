@@ -9,8 +9,9 @@ from torch import nn
 from memtrace.attribution.engines import ddp, deepspeed, fsdp
 from memtrace.attribution.engines.engine import Engine
 
-Finder = Callable[[nn.Module, Sequence[object]], Engine | None]
-"""Returns the engine that trains this model with these optimizers, as the user handed them over; None for another.
+Finder = Callable[[nn.Module, Sequence[object], Sequence[nn.Module]], Engine | None]
+"""Returns the engine that trains this model, whose modules are these, with these optimizers, as the user handed them
+over; None for another.
 
 A finder imports nothing: an engine whose library is not loaded does not train anything.
 """
@@ -22,9 +23,18 @@ ENGINES: tuple[Finder, ...] = (
 )
 
 
-def find_engines(model: nn.Module, optimizers: Sequence[object]) -> list[Engine]:
-    """Returns every engine at work between this model and these optimizers, wrapped or not; mostly none."""
-    found = (find(model, optimizers) for find in ENGINES)
+def find_engines(
+    model: nn.Module, optimizers: Sequence[object], modules: Sequence[nn.Module] | None = None
+) -> list[Engine]:
+    """Returns every engine at work between this model and these optimizers, wrapped or not; mostly none.
+
+    Args:
+        model: the module that is trained.
+        optimizers: as the user has them.
+        modules: the model's modules, where the caller has listed them already.
+    """
+    modules = tuple(model.modules()) if modules is None else modules
+    found = (find(model, optimizers, modules) for find in ENGINES)
     return [engine for engine in found if engine is not None]
 
 

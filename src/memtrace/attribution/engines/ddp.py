@@ -20,7 +20,7 @@ from memtrace.sources import torch_private
 from memtrace.sources.events import Tag, dtype_name
 
 
-def find(model: nn.Module, optimizers: Sequence[object]) -> Engine | None:
+def find(model: nn.Module, optimizers: Sequence[object], modules: Sequence[nn.Module]) -> Engine | None:
     """Returns the engine where the model is wrapped in DistributedDataParallel.
 
     The wrapper is the model itself, or it is running the model's forward pass now: a model does not know its wrapper.

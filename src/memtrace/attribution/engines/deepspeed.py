@@ -49,7 +49,7 @@ _GRADIENTS = (
 )
 
 
-def find(model: nn.Module, optimizers: Sequence[object]) -> Engine | None:
+def find(model: nn.Module, optimizers: Sequence[object], modules: Sequence[nn.Module]) -> Engine | None:
     """Returns the engine behind DeepSpeed's own optimizer; None where there is none."""
     library = sys.modules.get("deepspeed.runtime.base_optimizer")
     base = getattr(library, "DeepSpeedOptimizer", None)
@@ -59,7 +59,7 @@ def find(model: nn.Module, optimizers: Sequence[object]) -> Engine | None:
     for candidate in candidates:
         for optimizer in wrapping_chain(candidate):
             if isinstance(optimizer, base):
-                return DeepSpeedEngine(optimizer, model)
+                return DeepSpeedEngine(optimizer, model, modules)
     return None
 
 
@@ -69,18 +69,19 @@ class DeepSpeedEngine(Engine):
     Args:
         optimizer: DeepSpeed's optimizer, which wraps the one that steps.
         model: the module that is trained, as the user or DeepSpeed wrapped it.
+        modules: it and all modules in it.
     """
 
     prepares_gradients = True
 
-    def __init__(self, optimizer: Any, model: nn.Module) -> None:
+    def __init__(self, optimizer: Any, model: nn.Module, modules: Sequence[nn.Module]) -> None:
         self._optimizer = optimizer
         self._model = model
         self._shards_weights = hasattr(optimizer, "fp16_partitioned_groups_flat")
         self.shards = self._shards_weights or hasattr(optimizer, "single_partition_of_fp32_groups")
         self._gathered: dict[int, nn.Parameter] = {}
         """Parameters by the address at which they were gathered last."""
-        registries = (getattr(module, "ds_inflight_param_registry", None) for module in model.modules())
+        registries = (getattr(module, "ds_inflight_param_registry", None) for module in modules)
         self._in_flight = [registry for registry in registries if registry is not None]
         """All-gathers that were begun for modules to come, with their flat outputs."""
         self.name = "DeepSpeed ZeRO-3" if self._shards_weights else "DeepSpeed"

@@ -1,12 +1,13 @@
 """FSDP2 (`fully_shard`): sharded parameters, gathered copies and the buffers of its collectives.
 
-Run with torch 2.13. `fully_shard` changes the class of each module that it shards to an `FSDPModule`, and keeps the
-tensors in parameter groups: a sharded DTensor for each parameter, which the optimizer updates, and storages for the
-gathered copies, which are resized to nothing when they are not needed.
+Run with torch 2.13; up to 2.11 a module has one group at most. `fully_shard` changes the class of each module that it
+shards to an `FSDPModule`, and keeps the tensors in parameter groups: a sharded DTensor for each parameter, which the
+optimizer updates, and storages for the gathered copies, which are resized to nothing when they are not needed.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -20,32 +21,49 @@ from memtrace.attribution.model import Role
 from memtrace.categories import Category
 from memtrace.sources import torch_private
 
+logger = logging.getLogger("memtrace")
+
 _GATHERED = Role(Category.TRANSIENT_WEIGHTS, "all_gather")
 
 
-def find(model: nn.Module, optimizers: Sequence[object]) -> Engine | None:
+def find(model: nn.Module, optimizers: Sequence[object], modules: Sequence[nn.Module]) -> Engine | None:
     """Returns the engine where at least one module of the model is sharded with `fully_shard`; else None."""
     library = sys.modules.get("torch.distributed.fsdp")
     sharded = getattr(library, "FSDPModule", None)
-    if sharded is None or not any(isinstance(module, sharded) for module in model.modules()):
+    if sharded is None:
         return None
-    return FsdpEngine(model, sharded)
+    found = [module for module in modules if isinstance(module, sharded)]
+    return FsdpEngine(found) if found else None
 
 
 class FsdpEngine(Engine):
     """FSDP2 with any policy for mixed precision, resharding and offload.
 
     Args:
-        model: the root module.
-        sharded: the class that `fully_shard` gives to modules.
+        modules: those that were given to `fully_shard`, the outermost first.
     """
 
     name = "FSDP2"
     shards = True
 
-    def __init__(self, model: nn.Module, sharded: type) -> None:
-        self._modules = [module for module in model.modules() if isinstance(module, sharded)]
-        self._groups = [group for module in self._modules for group in torch_private.fsdp_groups(module)]
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        groups = [torch_private.fsdp_groups(module) for module in modules]
+        self._groups = [group for found in groups for group in found or ()]
+        if None in groups:
+            logger.warning(
+                "memtrace: this version of torch (%s) does not show what FSDP2 keeps: gathered weights and the buffers "
+                "of its collectives are not attributed",
+                torch.__version__,
+            )
+        self._known: dict[int, tuple[Any, Any]] = {}
+        """The group and FSDP2's own record of each parameter, by the identity of its sharded and its gathered form."""
+        self._contexts: Sequence[Any] = ()
+        self._at_work: Any = None
+        """The group that was heard of last."""
+        self._until_look = 0
+        """Calls of `claim_passing` until it looks at every group."""
+        self._look_at_parameters()
 
     @property
     def device(self) -> torch.device | None:
@@ -54,29 +72,41 @@ class FsdpEngine(Engine):
 
     def claim(self, ledger: Ledger) -> None:
         """Claims the shard of each parameter, its gradient, and what is gathered now."""
+        self._look_at_parameters()
         for parameter in self._parameters():
             role = _role_of_shard(parameter)
             ledger.claim(parameter.sharded_param, role.category, role.component)
+            ledger.claim_all(parameter.all_gather_outputs, _GATHERED.category, _GATHERED.component)
         for gradient in self.gradients():
             ledger.claim(gradient, Category.GRADIENTS)
+        self._until_look = 0
         self.claim_passing(ledger)
-        for module in self._modules:
-            self.claim_gathered(module, ledger)
 
     def claim_passing(self, ledger: Ledger) -> None:
-        """Claims the buffers of collectives."""
-        for group in self._groups:
-            for tensor in torch_private.fsdp_gather_buffers(group):
-                ledger.claim(tensor, Category.COMM_BUFFERS, "all_gather")
-            for tensor in torch_private.fsdp_reduce_buffers(group):
-                ledger.claim(tensor, Category.COMM_BUFFERS, "reduce_scatter")
+        """Claims the buffers of collectives.
+
+        What all groups share is looked at in each call. A group has some of its own while it is gathered ahead of its
+        turn: then another group is at work than before. All are looked at when that changes, and else as seldom as to
+        add nothing to what a call takes.
+        """
+        if self._until_look <= 0:
+            self._until_look = len(self._groups)
+            self._contexts = torch_private.fsdp_contexts(self._groups)
+            for group in self._groups:
+                for collective, tensor in torch_private.fsdp_group_buffers(group):
+                    ledger.claim(tensor, Category.COMM_BUFFERS, collective)
+        self._until_look -= 1
+        for context in self._contexts:
+            for collective, tensor in torch_private.fsdp_context_buffers(context):
+                ledger.claim(tensor, Category.COMM_BUFFERS, collective)
 
     def claim_gathered(self, module: nn.Module, ledger: Ledger) -> None:
         """Claims the full weights of a sharded module, in the precision that it computes in."""
-        for group in torch_private.fsdp_groups(module):
+        for group in torch_private.fsdp_groups(module) or ():
+            self._works(group)
             for parameter in group.fsdp_params:
-                for tensor in parameter.all_gather_outputs:
-                    ledger.claim(tensor, _GATHERED.category, _GATHERED.component)
+                self._look_at(group, parameter)
+                ledger.claim_all(parameter.all_gather_outputs, _GATHERED.category, _GATHERED.component)
 
     def gradients(self) -> Iterable[torch.Tensor]:
         """Returns gradients that wait for a reduction because the last backward pass issued none."""
@@ -86,12 +116,15 @@ class FsdpEngine(Engine):
 
     def role_of(self, parameter: torch.Tensor) -> Role | None:
         """Returns master weights for a shard that a lower-precision copy is made of; transient for that copy."""
-        for known in self._parameters():
-            if parameter is known.sharded_param:
-                return _role_of_shard(known)
-            if parameter is torch_private.fsdp_gathered_parameter(known):
-                return _GATHERED
-        return None
+        group, known = self._known.get(id(parameter), (None, None))
+        if known is None:
+            return None
+        if parameter is known.sharded_param:
+            return _role_of_shard(known)
+        if parameter is not torch_private.fsdp_gathered_parameter(known):
+            return None  # another one at the address of one that is gone
+        self._works(group)
+        return _GATHERED
 
     def gathering_modules(self) -> Iterator[nn.Module]:
         """Yields the modules that were given to `fully_shard`."""
@@ -103,6 +136,24 @@ class FsdpEngine(Engine):
             gathered = torch_private.fsdp_gathered_parameter(parameter)
             if gathered is not None:
                 yield gathered
+
+    def _works(self, group: Any) -> None:
+        """Notes that a group is at work: another one may have been gathered ahead."""
+        if group is not self._at_work:
+            self._at_work, self._until_look = group, 0
+
+    def _look_at_parameters(self) -> None:
+        """Learns the parameters anew: FSDP2 makes another sharded form when the model is moved."""
+        self._known.clear()
+        for group in self._groups:
+            for parameter in group.fsdp_params:
+                self._look_at(group, parameter)
+
+    def _look_at(self, group: Any, parameter: Any) -> None:
+        self._known[id(parameter.sharded_param)] = group, parameter
+        gathered = torch_private.fsdp_gathered_parameter(parameter)
+        if gathered is not None:
+            self._known[id(gathered)] = group, parameter
 
     def _parameters(self) -> Iterator[Any]:
         for group in self._groups:

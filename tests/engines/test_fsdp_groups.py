@@ -1,0 +1,132 @@
+"""FSDP2's parameter groups: what asking them costs, and the forms that versions of torch have them in."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from memtrace.attribution.engines import find_engines
+from memtrace.config import TracerConfig
+from memtrace.sources import torch_private
+from memtrace.tracer import Tracer
+
+BLOCK = 10
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    """One rank, in this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def sharded(mesh: DeviceMesh, blocks: int) -> nn.Module:
+    model = nn.Sequential(*[nn.Sequential(*[nn.Linear(4, 4) for _ in range(BLOCK)]) for _ in range(blocks)])
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def calls_of_a_traced_step(model: nn.Module) -> int:
+    """Returns how often memtrace's own functions are entered in a traced step, generators each time they go on."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    calls = 0
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal calls
+        calls += event == "call" and "memtrace" in frame.f_code.co_filename
+
+    def step() -> None:
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    config = TracerConfig(strict=True, port=None, step_log=False, trace_every=1, device_poll_seconds=0)
+    with Tracer(model, optimizer, config) as tracer:
+        step()
+        step()
+        sys.setprofile(count)
+        step()
+        sys.setprofile(None)
+        assert tracer.latest is not None
+        assert tracer.latest.traced
+    return calls
+
+
+def test_a_traced_step_grows_with_the_parameters(mesh: DeviceMesh) -> None:
+    """Not with their square: four times as many take four times as many calls."""
+    few, many = calls_of_a_traced_step(sharded(mesh, 5)), calls_of_a_traced_step(sharded(mesh, 20))
+    assert many <= 4.2 * few
+
+
+def test_roles_follow_the_parameters(mesh: DeviceMesh) -> None:
+    """Sharded and gathered forms are known, other parameters are plain weights."""
+    model = sharded(mesh, 2)
+    (engine,) = find_engines(model, [])
+    model(torch.ones(1, 4))
+    engine.claim_gathered(model[0], SimpleNamespace(claim_all=lambda *_: None))  # type: ignore[arg-type]
+    (group,) = torch_private.fsdp_groups(model[0]) or ()
+    known = group.fsdp_params[0]
+    assert str(engine.role_of(known.sharded_param)).count("weights")
+    assert engine.role_of(torch_private.fsdp_gathered_parameter(known)).component == "all_gather"
+    assert engine.role_of(nn.Parameter(torch.ones(1))) is None
+
+
+class State:
+    """What `fully_shard` keeps of a module."""
+
+    def __init__(self, **groups: Any) -> None:
+        vars(self).update(groups)
+
+
+def module_with(state: object) -> Any:
+    return SimpleNamespace(_get_fsdp_state=lambda: state)
+
+
+@pytest.mark.parametrize(
+    ("state", "groups"),
+    [
+        (State(_fsdp_param_groups=[1, 2]), [1, 2]),
+        (State(_fsdp_param_group=1), [1]),
+        (State(_fsdp_param_group=None), []),
+        (State(), None),
+    ],
+    ids=["2.13", "2.11", "2.11 without parameters", "changed"],
+)
+def test_groups_of_all_versions_are_read(state: State, groups: list[int] | None) -> None:
+    """One group at most up to torch 2.11, several from then on; None where torch has changed."""
+    assert torch_private.fsdp_groups(module_with(state)) == groups
+
+
+@pytest.mark.parametrize("name", ["reduce_scatter_states", "reduce_scatter_state"])
+def test_buffers_of_all_versions_are_read(name: str) -> None:
+    """A list of states that wait, or one at most."""
+    buffer = torch.ones(1)
+    state = SimpleNamespace(reduce_scatter_input=buffer)
+    context = SimpleNamespace(**{name: [state] if name.endswith("s") else state})
+    assert [*torch_private.fsdp_context_buffers(context)] == [("reduce_scatter", buffer)]
+    nothing = SimpleNamespace(**{name: [] if name.endswith("s") else None})
+    assert [*torch_private.fsdp_context_buffers(nothing)] == []
+
+
+def test_groups_that_cannot_be_read_are_said(
+    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In one line of the log; the model trains and is traced all the same."""
+    monkeypatch.setattr(FSDPModule, "_get_fsdp_state", lambda _: State())
+    model = nn.Linear(4, 4)
+    model.__class__ = type("Sharded", (FSDPModule, nn.Linear), {})
+    with caplog.at_level(logging.WARNING, logger="memtrace"):
+        assert calls_of_a_traced_step(model)
+    assert [record.message.count("does not show what FSDP2 keeps") for record in caplog.records] == [1]
