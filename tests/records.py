@@ -69,6 +69,8 @@ def traced_step(**fields: Any) -> StepRecord:
             free_bytes=56 * GIB,
             process_bytes=21 * GIB,
             other_processes_bytes=3 * GIB,
+            non_torch_bytes=GIB,
+            free_and_reserved_bytes=76 * GIB,
             utilization_ratio=0.75,
             power_watts=350.5,
             temperature_celsius=61.0,

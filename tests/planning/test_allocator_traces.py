@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.record_gpu_traces import SCHEMA, document
 from memtrace.planning.caching_allocator import CachingAllocator, replay
-from memtrace.sources.cuda import parse_window
+from memtrace.sources.cuda_history import parse_window
 
 TRACES = sorted((Path(__file__).parents[1] / "fixtures" / "allocator_traces").glob("*.json"))
 FOREVER_NS = 2**62
