@@ -1,6 +1,6 @@
-"""What memtrace takes besides the time of steps: attaching, replaying a traced step, and resident memory.
+"""What memtrace takes besides the time of steps: attaching, replaying a traced step, reading CUDA's history, memory.
 
-usage: python -m benchmarks.costs [attach] [replay] [memory]
+usage: python -m benchmarks.costs [attach] [replay] [history] [memory]
 
 Prints each figure beside its bound and writes it to benchmarks/results/. Every measurement runs in a process of its
 own, one after the other.
@@ -34,6 +34,9 @@ EVENTS = 100_000
 REPLAY_SECONDS = 0.5
 REPLAY_GROWTH = 12.0
 """How many times longer ten times the events may take."""
+HISTORY = Path(__file__).parents[1] / "tests" / "fixtures" / "gpu" / "traces" / "llama.json"
+HISTORY_EVENTS = 4_000
+HISTORY_SECONDS = 0.01
 MEMORY_BYTES = 60_000_000
 REPETITIONS = 7
 STEPS = 10
@@ -123,6 +126,38 @@ def replay() -> list[Row]:
         {
             "what": "ten times the events take so many times as long",
             "value": growth,
+            "unit": "x",
+            "bound": REPLAY_GROWTH,
+        },
+    ]
+
+
+def history() -> list[Row]:
+    """Seconds from a recorded history of CUDA's allocator to the events of a window and their replay, and growth."""
+    from memtrace.attribution.timeline import replay
+    from memtrace.sources.cuda_history import parse_window
+
+    recorded = json.loads(HISTORY.read_text(encoding="utf-8"))["snapshot"]
+    once_through = recorded["device_traces"][0]
+    found = {}
+    for events in (HISTORY_EVENTS, 10 * HISTORY_EVENTS):
+        trace = once_through * (2 * events // len(once_through) + 1)
+        changes = [entry for entry in trace if entry["action"] in {"alloc", "free_completed"}][:events]
+        snapshot = recorded | {"device_traces": [changes]}
+
+        def once() -> Times:
+            begin = Times.now()
+            replay(parse_window(snapshot, 0, 0, 1 << 62, ()), (), ())  # noqa: B023
+            return Times.since(begin)
+
+        found[events] = measured(once)
+    few, many = found.values()
+    return [
+        {"what": f"CUDA's history of {HISTORY_EVENTS:,} events read and replayed", **few, "unit": "s"}
+        | {"bound": HISTORY_SECONDS},
+        {
+            "what": "ten times the history takes so many times as long",
+            "value": many["value"] / few["value"],
             "unit": "x",
             "bound": REPLAY_GROWTH,
         },
@@ -246,7 +281,12 @@ def measured(once: Callable[[], Times], *, repetitions: int = REPETITIONS) -> di
     }
 
 
-MEASUREMENTS: dict[str, Callable[[], list[Row]]] = {"attach": attach, "replay": replay, "memory": memory}
+MEASUREMENTS: dict[str, Callable[[], list[Row]]] = {
+    "attach": attach,
+    "replay": replay,
+    "history": history,
+    "memory": memory,
+}
 
 if __name__ == "__main__":
     raise SystemExit(main())

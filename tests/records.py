@@ -119,7 +119,7 @@ def full_snapshot() -> Snapshot:
     )
     step = traced_step()
     assert step.allocator is not None
-    latest = replace(step, allocator=replace(step.allocator, peak_allocated_bytes=18 * GIB))
+    latest = replace(step, allocator=replace(step.allocator, peak_allocated_bytes=18 * GIB, private_pool_bytes=0))
     risk = RiskReading(step=12, capacity_bytes=76 * GIB, peak=forecast, growth=growth, oom_risk_ratio=0.25)
     return gpu_snapshot(latest, limit_bytes=60 * GIB, plan=plan, risk=risk)
 
