@@ -10,6 +10,7 @@ import torch
 from fake_cuda import FakeAllocator
 
 from memtrace.breakdown import AllocatorReading
+from memtrace.sources import torch_private
 from memtrace.sources.cuda import DEFAULT_EVENTS, MAX_EVENTS, MAX_FOREIGN_EVENTS, CudaEvents
 from memtrace.sources.events import Block, Window
 
@@ -392,3 +393,13 @@ class TestWhatMayBeUsed:
 def test_no_window_of_its_own_interrupts_another() -> None:
     """A history has many readers."""
     assert not CudaEvents(0).interrupted()
+
+
+def test_the_observer_of_failures_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exception is then all that tells of a failure; nothing is raised."""
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("cudaMallocAsync does not yet support attachOutOfMemoryObserver")
+
+    monkeypatch.setattr(torch._C, "_cuda_attach_out_of_memory_observer", refuse, raising=False)
+    assert not torch_private.attach_oom_observer(lambda *_: None)
