@@ -265,24 +265,15 @@ PRIVATE_POOL = Metric(
     name="memtrace_allocator_private_pool_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
-    help=(
-        "What private pools (CUDA graphs, MemPool) hold beyond the blocks in use in them, at the end of the last step: "
-        "neither slack nor headroom."
-    ),
+    help="What private pools (CUDA graphs, MemPool) hold beyond the blocks in use in them: neither slack nor headroom.",
     absent="on a CPU, and where torch does not tell",
 )
 NON_TORCH = Metric(
     name="memtrace_non_torch_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
-    help=(
-        "What this process holds on the device beyond what the allocator reserved: context, NCCL, libraries. As of the "
-        "newest reading of the device that is known to belong to one of the allocator's."
-    ),
-    absent=(
-        "on a CPU, where the driver does not tell what this process holds, as in most containers, and while no two "
-        "readings belong together"
-    ),
+    help="What this process holds on the device beyond what the allocator reserved: context, NCCL, libraries.",
+    absent="on a CPU, in most containers, and until a reading of the device belongs to one of the allocator's",
 )
 DEVICE_TOTAL = Metric(
     name="memtrace_device_total_bytes",
