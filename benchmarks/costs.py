@@ -1,6 +1,7 @@
-"""What memtrace takes besides the time of steps: attaching, counting a step, replaying a traced one, resident memory.
+"""What memtrace takes besides the time of steps: attaching, counting a step, replaying a traced one, reading CUDA's
+history, resident memory.
 
-usage: python -m benchmarks.costs [attach] [counted] [replay] [memory]
+usage: python -m benchmarks.costs [attach] [counted] [replay] [history] [memory]
 
 Prints each figure beside its bound and writes it to benchmarks/results/. Every measurement runs in a process of its
 own, one after the other.
@@ -38,6 +39,9 @@ EVENTS = 100_000
 REPLAY_SECONDS = 0.5
 REPLAY_GROWTH = 12.0
 """How many times longer ten times the events may take."""
+HISTORY = Path(__file__).parents[1] / "tests" / "fixtures" / "gpu" / "traces" / "llama.json"
+HISTORY_EVENTS = 4_000
+HISTORY_SECONDS = 0.01
 MEMORY_BYTES = 60_000_000
 REPETITIONS = 7
 STEPS = 10
@@ -177,6 +181,40 @@ def replay() -> list[Row]:
     ]
 
 
+def history() -> list[Row]:
+    """Seconds from a recorded history of CUDA's allocator to the events of a window and their replay, and growth."""
+    from memtrace.attribution.timeline import replay
+    from memtrace.garbage import uncollected
+    from memtrace.sources.cuda_history import parse_window
+
+    recorded = json.loads(HISTORY.read_text(encoding="utf-8"))["snapshot"]
+    once_through = recorded["device_traces"][0]
+    found = {}
+    for events in (HISTORY_EVENTS, 10 * HISTORY_EVENTS):
+        trace = once_through * (2 * events // len(once_through) + 1)
+        changes = [entry for entry in trace if entry["action"] in {"alloc", "free_completed"}][:events]
+        snapshot = recorded | {"device_traces": [changes]}
+
+        def once() -> Times:
+            begin = Times.now()
+            with uncollected():  # as the tracer does
+                replay(parse_window(snapshot, 0, 0, 1 << 62, ()), (), ())  # noqa: B023
+            return Times.since(begin)
+
+        found[events] = measured(once)
+    few, many = found.values()
+    return [
+        {"what": f"CUDA's history of {HISTORY_EVENTS:,} events read and replayed", **few, "unit": "s"}
+        | {"bound": HISTORY_SECONDS},
+        {
+            "what": "ten times the history takes so many times as long",
+            "value": many["value"] / few["value"],
+            "unit": "x",
+            "bound": REPLAY_GROWTH,
+        },
+    ]
+
+
 def traced_step(events: int) -> Any:
     """Returns a window of so many events with the base, journal and marks of a step that makes its breakdowns.
 
@@ -298,6 +336,7 @@ MEASUREMENTS: dict[str, Callable[[], list[Row]]] = {
     "attach": attach,
     "counted": counted,
     "replay": replay,
+    "history": history,
     "memory": memory,
 }
 

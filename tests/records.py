@@ -69,6 +69,8 @@ def traced_step(**fields: Any) -> StepRecord:
             free_bytes=56 * GIB,
             process_bytes=21 * GIB,
             other_processes_bytes=3 * GIB,
+            non_torch_bytes=GIB,
+            free_and_reserved_bytes=76 * GIB,
             utilization_ratio=0.75,
             power_watts=350.5,
             temperature_celsius=61.0,
@@ -117,7 +119,7 @@ def full_snapshot() -> Snapshot:
     )
     step = traced_step()
     assert step.allocator is not None
-    latest = replace(step, allocator=replace(step.allocator, peak_allocated_bytes=18 * GIB))
+    latest = replace(step, allocator=replace(step.allocator, peak_allocated_bytes=18 * GIB, private_pool_bytes=0))
     risk = RiskReading(step=12, capacity_bytes=76 * GIB, peak=forecast, growth=growth, oom_risk_ratio=0.25)
     return gpu_snapshot(latest, limit_bytes=60 * GIB, plan=plan, risk=risk)
 

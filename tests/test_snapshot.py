@@ -40,7 +40,7 @@ def test_a_run_over_its_limit_has_less_than_no_headroom() -> None:
 
 def test_without_its_own_share_the_reserve_stands_for_it() -> None:
     """In a container the driver does not tell what this process holds: then at least what torch reserved counts."""
-    record = with_device(process_bytes=None)
+    record = with_device(process_bytes=None, non_torch_bytes=None)
     assert gpu_snapshot(record, limit_bytes=30 * GIB).headroom_bytes == 16 * GIB
 
 
@@ -55,7 +55,7 @@ def test_a_cpu_has_no_slack() -> None:
     [
         gpu_snapshot(latest=None, latest_traced=None),
         gpu_snapshot(traced_step(allocator=None)),
-        gpu_snapshot(with_device(free_bytes=None)),
+        gpu_snapshot(with_device(free_and_reserved_bytes=None)),
         gpu_snapshot(traced_step(device_memory=None)),
     ],
 )
@@ -72,14 +72,12 @@ def test_what_is_not_torch() -> None:
 @pytest.mark.parametrize(
     "record",
     [
-        traced_step(allocator=None),
         traced_step(device_memory=None),
-        with_device(process_bytes=None),
-        with_device(process_bytes=19 * GIB),
+        with_device(non_torch_bytes=None),
     ],
 )
 def test_what_is_not_torch_is_not_guessed(record: StepRecord) -> None:
-    """Without one of the two readings, or with two that contradict each other, it is not known."""
+    """Readings of different moments are not subtracted: without two that belong together it is not known."""
     assert record.non_torch_bytes is None
 
 
@@ -145,5 +143,31 @@ def test_nothing_is_known_before_the_first_step() -> None:
 
 
 def test_slack_is_what_torch_can_use_again() -> None:
-    """Reserved minus allocated."""
+    """Reserved minus allocated and private pools."""
     assert AllocatorReading(allocated_bytes=3, reserved_bytes=5).slack_bytes == 2
+    assert AllocatorReading(allocated_bytes=3, reserved_bytes=9, private_pool_bytes=4).slack_bytes == 2
+
+
+def with_allocator(**fields: Any) -> StepRecord:
+    """Returns a traced step whose allocator's reading differs in these fields."""
+    record = traced_step()
+    assert record.allocator is not None
+    return replace(record, allocator=replace(record.allocator, **fields))
+
+
+def test_what_private_pools_hold_is_no_headroom() -> None:
+    """Nobody but the graph can use it: of 62 GiB 4 are not to be had."""
+    assert gpu_snapshot(with_allocator(private_pool_bytes=4 * GIB)).headroom_bytes == 58 * GIB
+
+
+def test_a_share_of_the_device_bounds_the_headroom() -> None:
+    """`set_per_process_memory_fraction`: of 25 GiB that may be reserved 14 are in use."""
+    assert gpu_snapshot(with_allocator(allowed_bytes=25 * GIB)).headroom_bytes == 11 * GIB
+
+
+def test_readings_of_different_moments_are_not_subtracted() -> None:
+    """A newer reading of the driver, and an allocator that has reserved more since: headroom is what it was."""
+    newer = with_device(free_bytes=40 * GIB, process_bytes=37 * GIB).device_memory
+    record = with_allocator(reserved_bytes=15 * GIB)
+    assert gpu_snapshot(record, device_memory=newer, limit_bytes=30 * GIB).headroom_bytes == 15 * GIB
+    assert gpu_snapshot(record, device_memory=newer).headroom_bytes == 62 * GIB

@@ -49,6 +49,7 @@ COLOUR_OF = {category.value: colour for category, colour in COLOURS.items()}
 PART_COLOURS = {
     "tensors": PEAK_COLOUR,
     "allocator slack": "#a9c9f7",
+    "private pools": "#7a8fb8",
     "outside torch": "#c15c9a",
     "other processes": "#b0936b",
     "free": "#dfe5ec",
@@ -242,6 +243,7 @@ def below_the_tensors() -> Panels:
     parts = {
         "tensors": metrics.ALLOCATED,
         "allocator slack": metrics.SLACK,
+        "private pools": metrics.PRIVATE_POOL,
         "outside torch": metrics.NON_TORCH,
         "other processes": metrics.DEVICE_OTHERS,
         "free": metrics.DEVICE_FREE,
@@ -250,7 +252,8 @@ def below_the_tensors() -> Panels:
         board.Row("Allocator and device"),
         graph(
             "The device",
-            "What the fullest chosen rank's device holds, at the ends of steps. Slack is what torch can use again. "
+            "What the fullest chosen rank's device holds, at the ends of steps. Slack is what torch can use again; what "
+            "CUDA graphs hold in private pools, nobody else can. "
             "The series of DCGM exporter for the same device are a click on a legend away.",
             [(f"max by (gpu_uuid) ({of_fullest(metric)})", name) for name, metric in parts.items()],
             unit="bytes",

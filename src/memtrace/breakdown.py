@@ -90,11 +90,19 @@ class AllocatorReading:
     """How often the cache had to be flushed and the allocation tried again, since the process began."""
     ooms: int | None = None
     """How often an allocation failed, since the process began."""
+    private_pool_bytes: int | None = None
+    """What private pools (CUDA graphs, `MemPool`) hold beyond the blocks in use in them: nobody else can have it."""
+    allowed_bytes: int | None = None
+    """What it may reserve in all, as `set_per_process_memory_fraction` says; None where it is not bounded."""
+    allocations: int | None = None
+    """Allocations since the process began."""
+    device_allocations: int | None = None
+    """How often memory was got from the device, since the process began: tells that `reserved_bytes` has moved."""
 
     @property
     def slack_bytes(self) -> int:
-        """Reserved minus allocated: what torch can reuse without asking the device."""
-        return self.reserved_bytes - self.allocated_bytes
+        """What torch can reuse without asking the device: neither in use nor in a private pool."""
+        return max(0, self.reserved_bytes - self.allocated_bytes - (self.private_pool_bytes or 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +123,14 @@ class DeviceReading:
     """What this process holds on the device; on a CPU its resident set size."""
     other_processes_bytes: int | None = None
     """What all other processes hold. None as soon as one of them is not known."""
+    non_torch_bytes: int | None = None
+    """What this process holds beyond what torch's allocator had reserved at that moment: context, NCCL, libraries.
+
+    With `free_and_reserved_bytes` of the newest reading for which that is known, which may be older than the rest: see
+    `DeviceSampler`. None on a CPU.
+    """
+    free_and_reserved_bytes: int | None = None
+    """Free memory plus what torch's allocator had reserved then: what torch can hold in all. None on a CPU."""
     utilization_ratio: float | None = None
     """Share of time in which a kernel ran, 0..1, over the driver's own window."""
     power_watts: float | None = None
@@ -186,12 +202,5 @@ class StepRecord:
 
     @property
     def non_torch_bytes(self) -> int | None:
-        """What this process holds on the device beyond what the allocator reserved: context, NCCL, libraries.
-
-        None where that is not known. It counts as not known, too, where the driver's figure is below the allocator's:
-        then the two were read too far apart to be subtracted.
-        """
-        if self.allocator is None or self.device_memory is None:
-            return None
-        process, reserved = self.device_memory.process_bytes, self.allocator.reserved_bytes
-        return None if process is None or process < reserved else process - reserved
+        """What this process holds on the device beyond what the allocator reserved; None where that is not known."""
+        return None if self.device_memory is None else self.device_memory.non_torch_bytes

@@ -266,15 +266,22 @@ SLACK = Metric(
     name="memtrace_allocator_slack_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
-    help="Reserved minus allocated: what torch can use again without asking the device.",
+    help="Reserved minus allocated and private pools: what torch can use again without asking the device.",
     absent=_NO_ALLOCATOR,
+)
+PRIVATE_POOL = Metric(
+    name="memtrace_allocator_private_pool_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="What private pools (CUDA graphs, MemPool) hold beyond the blocks in use in them: neither slack nor headroom.",
+    absent="on a CPU, and where torch does not tell",
 )
 NON_TORCH = Metric(
     name="memtrace_non_torch_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
     help="What this process holds on the device beyond what the allocator reserved: context, NCCL, libraries.",
-    absent="on a CPU, and where the driver does not tell what this process holds, as in most containers",
+    absent="on a CPU, in most containers, and until a reading of the device belongs to one of the allocator's",
 )
 DEVICE_TOTAL = Metric(
     name="memtrace_device_total_bytes",
@@ -324,9 +331,9 @@ HEADROOM = Metric(
     unit=Unit.BYTES,
     help=(
         "What the run can still allocate: free memory of the device plus allocator slack, within "
-        "memtrace_device_limit_bytes; below 0 when the run is over that limit."
+        "memtrace_device_limit_bytes and what set_per_process_memory_fraction allows; below 0 when the run is over one."
     ),
-    absent="where free memory is not known; on a GPU before the first step",
+    absent="where free memory is not known; on a GPU until a reading of the device belongs to one of the allocator's",
 )
 DEVICE_UTILIZATION = Metric(
     name="memtrace_device_utilization_ratio",
@@ -383,6 +390,7 @@ CATALOGUE: tuple[Metric, ...] = (
     ALLOCATOR_PEAK,
     RESERVED,
     SLACK,
+    PRIVATE_POOL,
     NON_TORCH,
     DEVICE_TOTAL,
     DEVICE_USED,

@@ -109,22 +109,24 @@ class Snapshot:
 
     @property
     def headroom_bytes(self) -> int | None:
-        """What the run can still allocate: free memory plus allocator slack, within the limit; None where not known.
+        """What the run can still allocate: free memory plus allocator slack, within the limits; None where not known.
 
-        Below 0 when the run is over a limit that was set. Memory cannot be given to a tensor in one piece when it is
-        fragmented: this is an upper bound.
+        The limits are `limit_bytes` and what the allocator may reserve. Below 0 when the run is over one. Memory cannot
+        be given to a tensor in one piece when it is fragmented: this is an upper bound.
         """
         device, allocator = self.device, None if self.latest is None else self.latest.allocator
-        if device is None or device.free_bytes is None or (allocator is None and self.identity.device != "cpu"):
+        if device is None:
             return None
-        slack = 0 if allocator is None else allocator.slack_bytes
-        bounds = [device.free_bytes]
-        held = device.process_bytes
-        if held is None and allocator is not None:
-            held = allocator.reserved_bytes
-        if self.limit_bytes is not None and held is not None:
-            bounds.append(self.limit_bytes - held)
-        return min(bounds) + slack
+        if self.identity.device == "cpu":
+            held = device.process_bytes
+            limit = None if self.limit_bytes is None or held is None else self.limit_bytes - held
+            return None if device.free_bytes is None else _least(device.free_bytes, limit)
+        if allocator is None or device.free_and_reserved_bytes is None:
+            return None
+        # What torch can hold in all, by figures that were read together, less what it cannot give to a tensor.
+        limit = None if self.limit_bytes is None else self.limit_bytes - (device.non_torch_bytes or 0)
+        reach = _least(device.free_and_reserved_bytes, limit, allocator.allowed_bytes)
+        return reach - (allocator.private_pool_bytes or 0) - allocator.allocated_bytes
 
     def newest_breakdown(self, moment: Moment) -> Breakdown | None:
         """Returns what is known of a moment now; None before any step had it.
@@ -139,3 +141,7 @@ class Snapshot:
         known = PERSISTENT | {key.category for key in latest.entries}
         carried = {key: size for key, size in traced.entries.items() if key.category not in known}
         return replace(latest, entries=ordered_entries({**latest.entries, **carried}))
+
+
+def _least(first: int, *others: int | None) -> int:
+    return min([first, *(bound for bound in others if bound is not None)])

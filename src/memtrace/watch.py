@@ -16,7 +16,7 @@ from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.storages import canonical_device
 from memtrace.attribution.timeline import StepMarks
-from memtrace.breakdown import Breakdown, StepCurve, StepRecord
+from memtrace.breakdown import AllocatorReading, Breakdown, StepCurve, StepRecord
 from memtrace.categories import Moment
 from memtrace.config import TracerConfig
 from memtrace.garbage import uncollected
@@ -193,8 +193,15 @@ class Watch:
         number = number or self._published.steps + 1
         prepares = self._scan.prepares_gradients
         self._current.step = StepInFlight(
-            number=number, read=self._source.reading, prepares_gradients=prepares, spent_ns=self.passed.spent_ns
+            number=number, read=self._read, prepares_gradients=prepares, spent_ns=self.passed.spent_ns
         )
+
+    def _read(self) -> AllocatorReading | None:
+        """Returns the allocator's counters now, for the sampler to tell which of its readings belong to them."""
+        reading = self._source.reading()
+        if reading is not None and self.sampler is not None:
+            self.sampler.note(reading)
+        return reading
 
     def _decide(self, step: StepInFlight, batch: torch.Tensor | None) -> None:
         """Makes the step a traced one or a counted one, once its first batch is known."""

@@ -293,7 +293,8 @@ def test_users_memory_history_is_active(tmp_path: Path) -> None:
                 assert_recorded(tracer)
         return state_of(model)
 
-    torch.cuda.memory._record_memory_history(max_entries=100_000)
+    torch.cuda.reset_accumulated_memory_stats()  # so that the history is known to be short
+    torch.cuda.memory._record_memory_history(context=None, max_entries=100_000)
     try:
         marker = torch.empty(12345 * 512, dtype=torch.uint8, device="cuda")
         del marker

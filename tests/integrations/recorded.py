@@ -117,6 +117,8 @@ def _on_gpu(record: StepRecord, number: int, identity: RunIdentity, reserved: in
         free_bytes=TOTAL - process - GIB // 2,
         process_bytes=process,
         other_processes_bytes=GIB // 2,
+        non_torch_bytes=process - reserved,
+        free_and_reserved_bytes=TOTAL - process - GIB // 2 + reserved,
         utilization_ratio=0.93 - 0.02 * (number % 5),
         power_watts=620.0,
         temperature_celsius=61.0,

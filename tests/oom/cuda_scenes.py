@@ -15,7 +15,7 @@ from memtrace.oom.fragmentation import parse_fragmentation
 from memtrace.oom.scene import Scene, describe
 from memtrace.oom_report import FailedRequest, OomReport, RemedyKind, Witness
 from memtrace.snapshot import RunIdentity, Snapshot
-from memtrace.sources.cuda import live_blocks
+from memtrace.sources.cuda_allocator import live_blocks
 from memtrace.sources.events import Tag, TagEvent
 
 MIB, GIB = 2**20, 2**30

@@ -12,7 +12,8 @@ from test_cuda import BEGIN, END, block, entry, segment, snapshot
 
 from memtrace.breakdown import AllocatorReading
 from memtrace.errors import LogFormatError
-from memtrace.sources.cuda import live_blocks, parse_counters, parse_window
+from memtrace.sources.cuda_allocator import live_blocks, parse_counters
+from memtrace.sources.cuda_history import parse_window
 from memtrace.sources.events import Block, Window
 
 STATS = {

@@ -1,13 +1,15 @@
 """The sampling thread: with readers that a test holds in its hand, and with a driver that hangs."""
 
+import gc
 import logging
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
 from stub_nvml import StubProcess
 
-from memtrace.breakdown import DeviceReading
+from memtrace.breakdown import AllocatorReading, DeviceReading
 from memtrace.errors import DeviceUnavailable
 from memtrace.sources.device_sampler import THREAD_NAME, DeviceSampler
 from memtrace.sources.process import CpuDevice
@@ -101,6 +103,85 @@ class TestSampling:
             sampler.start()
             assert sampler.reading() == DeviceReading(used_bytes=1)
             sampler.stop()
+
+
+class TestDropped:
+    def test_a_sampler_that_nobody_stops(self) -> None:
+        """Its thread does not keep it, ends by itself and closes the device; dropping it waits for nothing."""
+        reader = CountingReader(stuck_at=2)
+        sampler = DeviceSampler(lambda: reader, period_seconds=0.001, patience_seconds=HOUR)
+        sampler.start()
+        reader.is_stuck.wait()
+        (thread,) = sampling_threads()
+        gone = weakref.ref(sampler)
+        del sampler
+        gc.collect()
+        assert gone() is None
+        assert not reader.closed_by
+        reader.release.set()
+        thread.join()
+        assert reader.closed_by == [THREAD_NAME]
+
+    def test_dropped_after_stop(self) -> None:
+        """Nothing is left to end."""
+        sampler = DeviceSampler(CountingReader, period_seconds=HOUR, patience_seconds=HOUR)
+        sampler.start()
+        sampler.stop()
+        del sampler
+        gc.collect()
+
+
+def allocator(reserved: int, moved: int = 1) -> AllocatorReading:
+    return AllocatorReading(allocated_bytes=0, reserved_bytes=reserved, device_allocations=moved)
+
+
+class TestPairs:
+    """A reading of the device belongs to the allocator's where that was the same before and after."""
+
+    class Reader(CountingReader):
+        def read(self) -> DeviceReading:
+            super().read()
+            return DeviceReading(free_bytes=50, process_bytes=30)
+
+    def sampler(self) -> DeviceSampler:
+        """One that asks the device when it is asked itself."""
+        self.now = 0.0
+        sampler = DeviceSampler(self.Reader, period_seconds=0, clock=lambda: self.now)
+        sampler.start()
+        return sampler
+
+    def figures(self, sampler: DeviceSampler) -> tuple[int | None, int | None]:
+        reading = sampler.reading()
+        assert reading is not None
+        return reading.non_torch_bytes, reading.free_and_reserved_bytes
+
+    def test_the_allocator_was_the_same(self) -> None:
+        """They are subtracted, and stand for the readings after them until they are too old."""
+        sampler = self.sampler()
+        sampler.note(allocator(20))
+        assert self.figures(sampler) == (None, None)
+        sampler.note(allocator(20))
+        assert self.figures(sampler) == (10, 70)
+        sampler.note(allocator(25, moved=2))
+        assert self.figures(sampler) == (10, 70)
+        self.now += 301
+        assert self.figures(sampler) == (None, None)
+
+    @pytest.mark.parametrize("after", [allocator(25, moved=2), allocator(20, moved=2)])
+    def test_it_has_moved_in_between(self, after: AllocatorReading) -> None:
+        """Also where it got memory and gave as much back."""
+        sampler = self.sampler()
+        sampler.note(allocator(20))
+        self.figures(sampler)
+        sampler.note(after)
+        assert self.figures(sampler) == (None, None)
+
+    def test_before_the_allocator_has_said_anything(self) -> None:
+        """Nobody knows what it held."""
+        sampler = self.sampler()
+        self.figures(sampler)
+        sampler.note(allocator(20))
+        assert self.figures(sampler) == (None, None)
 
 
 class TestStaleness:

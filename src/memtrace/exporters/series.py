@@ -17,7 +17,7 @@ from memtrace.snapshot import Snapshot
 OTHER = "other"
 """Component under which the smallest entries of a category are added up when there are too many."""
 
-MAX_ENTRY_SERIES = 39
+MAX_ENTRY_SERIES = 38
 """Series of `memtrace_memory_bytes`, all moments together, and of `memtrace_plan_bytes`: what `MAX_SERIES` leaves."""
 
 MAX_PLAN_SERIES = len(Category)
@@ -182,9 +182,8 @@ READERS: Mapping[Metric, Reader] = MappingProxyType(
         metrics.ALLOCATOR_PEAK: _allocator(lambda reading: reading.peak_allocated_bytes),
         metrics.RESERVED: _allocator(lambda reading: reading.reserved_bytes),
         metrics.SLACK: _allocator(lambda reading: reading.slack_bytes),
-        metrics.NON_TORCH: _current(
-            lambda snapshot: None if snapshot.latest is None else snapshot.latest.non_torch_bytes
-        ),
+        metrics.PRIVATE_POOL: _allocator(lambda reading: reading.private_pool_bytes),
+        metrics.NON_TORCH: _device(lambda reading: reading.non_torch_bytes),
         metrics.DEVICE_TOTAL: _device(lambda reading: reading.total_bytes),
         metrics.DEVICE_USED: _device(lambda reading: reading.used_bytes),
         metrics.DEVICE_FREE: _device(lambda reading: reading.free_bytes),

@@ -198,6 +198,8 @@ def _readings(record: StepRecord) -> Table:
     grid = Table.grid(padding=(0, 2))
     if record.allocator is not None:
         grid.add_row(Text("allocator", "bold"), _listed(_allocator_sizes(record.allocator)))
+        if _replays_graphs(record):
+            grid.add_row(Text("CUDA graphs", "bold"), Text("replayed: gradients and activations lie in private pools"))
     if record.device_memory is not None:
         grid.add_row(Text("device", "bold"), _listed(_device_sizes(record.device_memory, record.non_torch_bytes)))
     if sum(record.host.values()) >= MIB:  # below that it is the step counters that torch's optimizers keep there
@@ -205,10 +207,18 @@ def _readings(record: StepRecord) -> Table:
     return grid
 
 
+def _replays_graphs(record: StepRecord) -> bool:
+    """Whether private pools hold more than a traced step has seen of activations: a replayed graph allocates none."""
+    peak = record.moments.get(Moment.PEAK)
+    held = 0 if record.allocator is None else record.allocator.private_pool_bytes or 0
+    return record.traced and peak is not None and held > peak[Category.ACTIVATIONS] + peak[Category.TEMPORARIES]
+
+
 def _allocator_sizes(reading: AllocatorReading) -> Iterator[tuple[str, int | None]]:
     yield "allocated", reading.allocated_bytes
     yield "reserved", reading.reserved_bytes
     yield "slack", reading.slack_bytes
+    yield "private pools", reading.private_pool_bytes or None
     yield "high-water mark", reading.peak_allocated_bytes
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from memtrace.oom_report import Fragmentation
+from memtrace.sources.cuda_allocator import is_private
 
 
 def parse_fragmentation(segments: object, device_index: int) -> Fragmentation:
-    """Returns the free pieces in the segments of one device.
+    """Returns the free pieces in the segments of one device, without private pools: no request is served from those.
 
     Args:
         segments: what `torch.cuda.memory_snapshot()` returns. Fields come and go between versions of torch: what has
@@ -19,7 +20,7 @@ def parse_fragmentation(segments: object, device_index: int) -> Fragmentation:
     free: list[int] = []
     count, expandable = 0, False
     for segment in _mappings(segments):
-        if segment.get("device", device_index) != device_index:
+        if segment.get("device", device_index) != device_index or is_private(segment):
             continue
         count += 1
         expandable = expandable or segment.get("is_expandable") is True

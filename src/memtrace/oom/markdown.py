@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 
-from memtrace.breakdown import EntryKey
+from memtrace.breakdown import AllocatorReading, EntryKey
 from memtrace.categories import Phase
 from memtrace.oom_report import OomReport, Witness
 from memtrace.units import format_bytes
@@ -158,6 +158,7 @@ def _device(report: OomReport) -> Iterator[str]:
             ("allocated, as the allocator rounds it", _size(allocator.allocated_bytes)),
             ("reserved by the allocator", _size(allocator.reserved_bytes)),
             ("slack (reserved, not allocated)", _size(allocator.slack_bytes)),
+            *_private_pools(allocator),
         ]
     if cut_up is not None:
         rows += [
@@ -171,6 +172,7 @@ def _device(report: OomReport) -> Iterator[str]:
             ("device, used", _size(device.used_bytes)),
             ("device, free", _size(device.free_bytes)),
             ("this process", _size(device.process_bytes)),
+            ("of it not torch's", _size(device.non_torch_bytes)),
             ("other processes", _size(device.other_processes_bytes)),
         ]
     if report.limit_bytes is not None:
@@ -179,6 +181,11 @@ def _device(report: OomReport) -> Iterator[str]:
         yield "## Allocator and device"
         yield ""
         yield from _table(("", ""), rows)
+
+
+def _private_pools(allocator: AllocatorReading) -> Iterator[tuple[str, str]]:
+    if allocator.private_pool_bytes:
+        yield "private pools (CUDA graphs), which nobody else can use", _size(allocator.private_pool_bytes)
 
 
 def _last_peak(report: OomReport) -> Iterator[str]:

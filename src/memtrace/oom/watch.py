@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from memtrace.oom.markdown import headline
 from memtrace.oom.scene import Scene, describe
 from memtrace.oom_report import FailedRequest, Fragmentation, OomReport, Witness
 from memtrace.snapshot import Snapshot
-from memtrace.sources.cuda import live_blocks, segments
+from memtrace.sources.cuda_allocator import live_blocks, segments
 from memtrace.sources.events import EventSource
 from memtrace.sources.failures import FAILURES
 from memtrace.steps import StepInFlight
@@ -135,10 +135,11 @@ class OomWatch:
         reading = self._source.reading()
         names = module_names(self._model, self._scan.optimizers, self._ledger.device)
         self._scan.claim_persistent(self._ledger)
-        if self._ledger.device.type == "cuda":
-            holdings, estimated, fragmentation = self._on_cuda(step)
+        listed = segments() if self._ledger.device.type == "cuda" else None
+        if listed is not None:
+            holdings, estimated, fragmentation = self._on_cuda(step, listed)
             complete = True
-        else:
+        else:  # a CPU, or an allocator of CUDA that does not list its blocks
             holdings, complete = self._on_cpu(step)
             estimated, fragmentation = False, None
         report = describe(
@@ -159,9 +160,8 @@ class OomWatch:
         )
         return report, self._publish(report, again=False)
 
-    def _on_cuda(self, step: StepInFlight | None) -> tuple[list[Holding], bool, Fragmentation]:
+    def _on_cuda(self, step: StepInFlight | None, listed: Sequence[Any]) -> tuple[list[Holding], bool, Fragmentation]:
         index = self._ledger.device.index
-        listed = segments()
         known = [*self._ledger.live(), *self._window.saved]
         before = None if step is None else step.before_forward
         facts = StepFacts(

@@ -25,7 +25,7 @@ class CpuEvents:
         """Whether a window is open."""
         return self._begin_ns is not None
 
-    def open(self) -> bool:
+    def open(self, expected_allocations: int | None = None) -> bool:
         """Begins a window; False where another profiler records or warms up, or torch has no such profiler."""
         if self.is_open or torch_private.profiler_is_recording() or torch_private.user_profiler_is_prepared():
             return False
@@ -34,6 +34,10 @@ class CpuEvents:
         except torch_private.ProfilerUnavailable:
             return False
         self._begin_ns = time.time_ns()
+        return True
+
+    def fits(self, allocations: int) -> bool:
+        """Returns True: the profiler keeps all events."""
         return True
 
     def interrupted(self) -> bool:

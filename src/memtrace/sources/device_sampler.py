@@ -7,11 +7,13 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
-from memtrace.breakdown import DeviceReading
+from memtrace.breakdown import AllocatorReading, DeviceReading
 from memtrace.errors import DeviceUnavailable
 from memtrace.sources.device import DeviceReader
 
@@ -22,13 +24,23 @@ THREAD_NAME = "memtrace-device-sampler"
 MIN_STALE_SECONDS = 10.0
 STALE_PERIODS = 5
 
+MAX_PAIR_SECONDS = 300.0
+"""How long the newest reading that is known to belong to one of the allocator's stands for those after it."""
+
 
 class DeviceSampler:
     """The newest reading of one device, taken by a daemon thread of its own.
 
     The thread opens the device, reads it every period and closes it again, so that each call that may block is made
-    there. `start` and `stop` belong to one thread; any thread may call `reading`. In a forked child the sampler is
-    not started: there it has no reading, and `start` begins afresh.
+    there. `start`, `stop` and `note` belong to one thread; any thread may call `reading`. In a forked child the sampler
+    is not started: there it has no reading, and `start` begins afresh. The thread of a sampler that is dropped without
+    `stop` ends by itself, and nobody waits for it.
+
+    Two readings are subtracted only if they belong to the same moment. The driver is asked on this thread, the
+    allocator on the training thread: a reading of the device belongs to the allocator's figures where `note` was given
+    the same ones before the driver was asked and after it had answered, without memory got from the device or given
+    back in between. Only then are `DeviceReading.non_torch_bytes` and `free_and_reserved_bytes` calculated; they stand
+    until the next such reading, for 5 minutes at most.
 
     Args:
         open_reader: opens the device; called once for each start.
@@ -52,6 +64,7 @@ class DeviceSampler:
         self._clock = clock
         self._pid = os.getpid()
         self._run: _Run | None = None
+        self._let_go: Callable[[], object] | None = None
 
     def start(self) -> None:
         """Opens the device; does nothing when started already.
@@ -61,10 +74,13 @@ class DeviceSampler:
         if self._current_run() is not None:
             return
         self._pid = os.getpid()
-        if self._period:
-            self._run = _ThreadRun(self._open_reader, self._period, self._patience, self._clock)
-        else:
-            self._run = _DirectRun(self._open_reader)
+        if not self._period:
+            self._run = _DirectRun(self._open_reader, self._clock)
+            return
+        self._run = run = _ThreadRun(self._open_reader, self._period, self._patience, self._clock)
+        finalizer = weakref.finalize(self, run.let_go)
+        finalizer.atexit = False
+        self._let_go = finalizer.detach
 
     def stop(self) -> None:
         """Ends the thread and closes the device; does nothing when not started.
@@ -73,8 +89,16 @@ class DeviceSampler:
         read is dropped.
         """
         run, self._run = self._current_run(), None
+        if self._let_go is not None:
+            self._let_go()
         if run is not None:
             run.stop()
+
+    def note(self, allocator: AllocatorReading) -> None:
+        """Takes in what the allocator says now; costs about a microsecond."""
+        run = self._current_run()
+        if run is not None:
+            run.pairs.note(allocator)
 
     def reading(self) -> DeviceReading | None:
         """Returns the newest reading; None where there is none that is newer than 5 periods or 10 s.
@@ -83,15 +107,69 @@ class DeviceSampler:
             RuntimeError: the thread has ended on an error that is not the device's, which is the cause.
         """
         run = self._current_run()
-        return None if run is None else run.reading()
+        newest = None if run is None else run.reading()
+        return newest if newest is None or run is None else run.pairs.complete(newest)
 
     def _current_run(self) -> _Run | None:
         """Returns the run that this process has started; a forked child has none."""
         return self._run if self._pid == os.getpid() else None
 
 
+class _Mark(NamedTuple):
+    """What of the allocator changes with each piece of memory that it gets from the device or gives back."""
+
+    reserved_bytes: int
+    device_allocations: int | None
+
+
+class _Sample(NamedTuple):
+    reading: DeviceReading
+    begun: float
+    """When the device was asked, by the clock of the sampler."""
+    before: _Mark | None
+    """What the allocator had last said by then."""
+
+
+class _Pairs:
+    """Which readings of the device belong to which of the allocator. No lock: what it knows is replaced as a whole."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._noted: _Mark | None = None
+        self._newest: _Sample | None = None
+        self._pair: _Sample | None = None
+        """The newest reading whose mark was the same afterwards."""
+
+    def read(self, reader: DeviceReader) -> _Sample:
+        """Asks the device."""
+        before, begun = self._noted, self._clock()
+        self._newest = sample = _Sample(reader.read(), begun, before)
+        return sample
+
+    def note(self, allocator: AllocatorReading) -> None:
+        newest, mark = self._newest, _Mark(allocator.reserved_bytes, allocator.device_allocations)
+        if newest is not None and newest.before == mark:
+            self._pair = newest
+        self._noted = mark
+
+    def complete(self, reading: DeviceReading) -> DeviceReading:
+        """Returns a reading with what follows from the newest one that belongs to a reading of the allocator."""
+        pair = self._pair
+        if pair is None or pair.before is None or self._clock() - pair.begun > MAX_PAIR_SECONDS:
+            return reading
+        reserved, free, process = pair.before.reserved_bytes, pair.reading.free_bytes, pair.reading.process_bytes
+        return replace(
+            reading,
+            non_torch_bytes=None if process is None or process < reserved else process - reserved,
+            free_and_reserved_bytes=None if free is None else free + reserved,
+        )
+
+
 class _Run(Protocol):
     """What lies between a start and a stop."""
+
+    @property
+    def pairs(self) -> _Pairs: ...
 
     def reading(self) -> DeviceReading | None: ...
 
@@ -101,25 +179,23 @@ class _Run(Protocol):
 class _DirectRun:
     """Reads the device when asked, on the asking thread."""
 
-    def __init__(self, open_reader: Callable[[], DeviceReader]) -> None:
+    def __init__(self, open_reader: Callable[[], DeviceReader], clock: Callable[[], float]) -> None:
         self._reader = _open_or_log(open_reader)
+        self.pairs = _Pairs(clock)
 
     def reading(self) -> DeviceReading | None:
-        return None if self._reader is None else self._reader.read()
+        return None if self._reader is None else self.pairs.read(self._reader).reading
 
     def stop(self) -> None:
         if self._reader is not None:
             self._reader.close()
 
 
-class _TimedReading(NamedTuple):
-    reading: DeviceReading
-    begun: float
-    """When the device was asked, by the clock of the sampler."""
-
-
 class _ThreadRun:
-    """One life of the sampling thread. What it knows is replaced as a whole, so that readers need no lock."""
+    """One life of the sampling thread, which holds this and nothing of the sampler.
+
+    What it knows is replaced as a whole, so that readers need no lock.
+    """
 
     def __init__(
         self,
@@ -132,10 +208,14 @@ class _ThreadRun:
         self._period = period_seconds
         self._patience = patience_seconds
         self._clock = clock
-        self._newest: _TimedReading | None = None
+        self.pairs = _Pairs(clock)
+        self._newest: _Sample | None = None
         self._fault: BaseException | None = None
         self._has_begun = threading.Event()
-        self._stopping = threading.Event()
+        self._at_work = threading.Lock()
+        """Held until the thread is to end. A lock, since `let_go` runs inside the collector, on any thread: an Event
+        would wait there for a lock of its own, which that very thread may hold."""
+        self._at_work.acquire()
         self._thread = threading.Thread(target=self._main, name=THREAD_NAME, daemon=True)
         self._thread.start()
         self._has_begun.wait(self._patience)
@@ -148,8 +228,13 @@ class _ThreadRun:
             return None
         return newest.reading
 
+    def let_go(self) -> None:
+        """Tells the thread to end, without waiting for it or for anything else."""
+        with suppress(RuntimeError):  # it was told already
+            self._at_work.release()
+
     def stop(self) -> None:
-        self._stopping.set()
+        self.let_go()
         self._thread.join(self._patience)
 
     def _main(self) -> None:
@@ -165,11 +250,11 @@ class _ThreadRun:
         if reader is None:
             return
         with closing(reader):
-            while not self._stopping.is_set():
-                begun = self._clock()
-                self._newest = _TimedReading(reader.read(), begun)
+            pause = 0.0
+            while not self._at_work.acquire(timeout=pause):
+                self._newest = self.pairs.read(reader)
                 self._has_begun.set()
-                self._stopping.wait(self._period)
+                pause = self._period
 
 
 def _open_or_log(open_reader: Callable[[], DeviceReader]) -> DeviceReader | None:

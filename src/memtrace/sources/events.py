@@ -143,8 +143,16 @@ class Window:
 class EventSource(Protocol):
     """Records what the allocator of one device does, for as long as a window is open."""
 
-    def open(self) -> bool:
-        """Begins a window. Returns False, and does nothing, where recording is not possible now."""
+    def open(self, expected_allocations: int | None = None) -> bool:
+        """Begins a window. Returns False, and does nothing, where recording is not possible now.
+
+        Args:
+            expected_allocations: what the step is expected to allocate, for a source that must have room for it. None:
+                nobody knows.
+        """
+
+    def fits(self, allocations: int) -> bool:
+        """Returns whether the source has room for a step of so many allocations."""
 
     def close(self) -> Window:
         """Ends the window and returns what happened in it."""

@@ -39,13 +39,17 @@ class SimulatedEvents:
         """Whether a window is open."""
         return self._begin_ns is not None
 
-    def open(self) -> bool:
+    def open(self, expected_allocations: int | None = None) -> bool:
         """Begins a window; False where one is open."""
         if self.is_open:
             return False
         self._events = []
         self._live_at_begin = [Block(address, nbytes) for address, nbytes in self._live.items()]
         self._begin_ns = self.coordinates.now_ns()
+        return True
+
+    def fits(self, allocations: int) -> bool:
+        """Returns True: all events are kept."""
         return True
 
     def interrupted(self) -> bool:

@@ -7,6 +7,7 @@ memory. A missing private name costs a feature, never the run: each function say
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 import threading
 import weakref
@@ -279,15 +280,33 @@ def is_left_out_of_graphs(function: Callable[..., Any]) -> bool:
     return bool(getattr(function, "_torchdynamo_disable", False))
 
 
-def record_memory_history(max_entries: int) -> None:
+def record_memory_history(max_entries: int) -> frozenset[str] | None:
     """Starts CUDA's allocator history without stacks, in an empty ring of `max_entries` events.
 
     Call only where nobody else records: what a ring of ours held from the window before is cleared, so that a snapshot
     does not carry it along.
+
+    Returns:
+        The actions that are left out: those that nobody reads, where torch (2.13) can leave some out. None where the
+        allocator keeps no history (cudaMallocAsync, a pluggable one).
     """
-    torch.cuda.memory._record_memory_history(
-        enabled="all", context=None, stacks="python", max_entries=max_entries, clear_history=True
-    )
+    record = torch.cuda.memory._record_memory_history
+    left_out = _UNREAD if "skip_actions" in inspect.signature(record).parameters else frozenset()
+    more = {"skip_actions": sorted(left_out)} if left_out else {}
+    try:
+        record(enabled="all", context=None, stacks="python", max_entries=max_entries, clear_history=True, **more)
+    except RuntimeError:
+        return None
+    return left_out
+
+
+_UNREAD = frozenset({"free_requested"})
+"""Actions of the history that say nothing about which blocks are live."""
+
+
+def skips_requested_frees() -> bool:
+    """Returns whether torch can leave requested frees out of the history: two entries an allocation, not three."""
+    return "skip_actions" in inspect.signature(torch.cuda.memory._record_memory_history).parameters
 
 
 def stop_memory_history() -> None:
@@ -296,9 +315,12 @@ def stop_memory_history() -> None:
 
 
 def memory_history_is_recording() -> bool | None:
-    """Returns whether somebody records CUDA's allocator history; None where torch cannot tell."""
+    """Returns whether somebody records CUDA's allocator history; None where torch or the allocator cannot tell."""
     probe = getattr(torch._C, "_cuda_isHistoryEnabled", None)
-    return None if probe is None else bool(probe())
+    try:
+        return None if probe is None else bool(probe())
+    except RuntimeError:  # an allocator without a history
+        return None
 
 
 def memory_snapshot_with_history() -> dict[str, Any]:
@@ -315,12 +337,16 @@ def attach_oom_observer(observer: Callable[[int, int, int, int], None]) -> bool:
     synchronise or raise. CUDA must be initialised.
 
     Returns:
-        False where torch has no such call (a CPU build): the exception is then all that tells.
+        False where torch has no such call (a CPU build) or the allocator none (cudaMallocAsync, a pluggable one): the
+        exception is then all that tells.
     """
     attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
     if attach is None:
         return False
-    attach(observer)
+    try:
+        attach(observer)
+    except RuntimeError:
+        return False
     return True
 
 
