@@ -102,6 +102,14 @@ def _efficient_backward(inputs: Sequence[torch.Tensor]) -> int:
     return batch * heads * rows * 4
 
 
+def _safe_softmax(inputs: Sequence[torch.Tensor]) -> int:
+    """The softmax before rows without a finite score are replaced, and the comparison that finds those.
+
+    Source: `_safe_softmax` in aten/src/ATen/native/transformers/attention.cpp.
+    """
+    return inputs[0].numel() * (inputs[0].element_size() + 1)
+
+
 def _copy_of_output(inputs: Sequence[torch.Tensor]) -> int:
     """Gloo gathers into a flat tensor of its own.
 
@@ -126,6 +134,7 @@ _SCRATCH: Mapping[Target, Mapping[Operator, Callable[[Sequence[torch.Tensor]], i
     Target.CUDA: {
         aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
         aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+        aten._safe_softmax.default: _safe_softmax,
     },
 }
 
