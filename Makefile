@@ -19,7 +19,7 @@ TEST_ENV := KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-gpu record-gpu-traces bench-plan test grafana-render test-long lint format venv debian-test constraints clean
+.PHONY: help demo bench bench-gpu bench-gpu-long record-gpu-traces bench-plan test grafana-render test-long lint format venv debian-test constraints clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,7 +38,10 @@ bench: venv ## what a training step costs with memtrace and with its neighbours;
 bench-plan: venv ## how long simulated plans take, beside torch's MemTracker; a quiet machine, two minutes
 	$(TEST_ENV) $(BIN)/python -m benchmarks.plan
 
-bench-gpu: venv ## the same for Llama with a billion parameters in bfloat16, on a CUDA device with 80 GB
+bench-gpu: venv ## memtrace alone for Llama with a billion parameters, on a CUDA device with 80 GB; two minutes
+	$(TEST_ENV) $(BIN)/python -m benchmarks.overhead llama1b --short
+
+bench-gpu-long: venv ## the same as `make bench` for that Llama; ten minutes
 	$(TEST_ENV) $(BIN)/python -m benchmarks.overhead llama1b
 
 record-gpu-traces: venv ## small traces of a CUDA device's allocator, as fixtures for the tests
