@@ -194,7 +194,7 @@ def _fused_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
     )
 
 
-def _plain_products(  # noqa: PLR0917 - as above
+def _plain_products(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -28,6 +28,13 @@ class Target(StrEnum):
     CUDA = "cuda"
 
 
+FUSED_ATTENTION: frozenset[Operator] = frozenset(
+    {aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default}
+)
+CONVOLUTIONS: frozenset[Operator] = frozenset({aten.convolution.default})
+EMBEDDING_GRADIENTS: frozenset[Operator] = frozenset({aten.embedding_dense_backward.default})
+"""Operators whose scratch, or whose choice of a kernel, a plan has to make assumptions about."""
+
 _NORMALISATIONS = frozenset(
     {aten.native_layer_norm.default, aten.native_group_norm.default, aten.native_batch_norm.default}
 )
@@ -137,11 +144,6 @@ _SCRATCH: Mapping[Target, Mapping[Operator, Callable[[Sequence[torch.Tensor]], i
         aten._safe_softmax.default: _safe_softmax,
     },
 }
-
-CUBLAS_WORKSPACES = (4096 * 1024 * 2 + 16 * 1024 * 8,) * 2
-"""Bytes that cuBLAS keeps from its first product on, of torch's allocator: once for the thread of the training loop and
-once for autograd's. On Hopper each is 32 MiB. Source: `parseChosenWorkspaceSize` in
-aten/src/ATen/cuda/CublasHandlePool.cpp."""
 
 
 def _round_up(value: int, multiple: int) -> int:
