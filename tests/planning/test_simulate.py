@@ -236,7 +236,7 @@ def test_attention_on_cuda_saves_no_matrix_of_scores() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"device": "tpu"}, "device must be one of cpu, cuda, got 'tpu'"),
+        ({"device": "tpu"}, "device must be cpu, cuda or the name of a GPU; unknown device 'tpu'"),
         ({"accumulation_steps": 0}, "accumulation_steps must be at least 1, got 0"),
         ({"recipe": "bf16-masters"}, "did you mean 'bf16-master'"),
         ({"optimizer": "adamv"}, "did you mean 'adam"),

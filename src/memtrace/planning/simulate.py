@@ -66,7 +66,7 @@ def plan(
         PlanError: there is no such device; the model cannot be made, refuses the batch, or does what cannot be
             simulated.
     """
-    named = None if device in tuple(Target) else find_device(device)
+    named = _named(device)
     if accumulation_steps < 1:
         raise PlanError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
     target, found = Target.CUDA if named else Target(device), find_recipe(recipe)
@@ -90,6 +90,16 @@ def plan(
     )
     made = plan_of(run, found, name, target, sharding, device=named)
     return made if named is None else held_against(made, named.name, named.usable_bytes, sharding.world_size)
+
+
+def _named(device: str) -> Device | None:
+    """Returns the GPU with this name; None for a kind of device."""
+    if device in tuple(Target):
+        return None
+    try:
+        return find_device(device)
+    except PlanError as error:
+        raise PlanError(f"device must be {', '.join(Target)} or the name of a GPU; {error}") from error
 
 
 def workspaces_of(device: Device | None) -> Sequence[int]:
