@@ -59,7 +59,10 @@ def test_a_leak_of_the_same_size_still_shows() -> None:
 def test_what_is_claimed_or_freed_or_of_another_size_is_none() -> None:
     """A weight of that size is a weight, what the step frees is its own, and a size that cuBLAS has not is nobody's."""
     found = at_the_end(
-        (110, 3, SIZE), (120, 3, -SIZE), live=[Block(1, SIZE), Block(2, SIZE + 512)], tags=[TagEvent(50, 1, SIZE, WEIGHTS)]
+        (110, 3, SIZE),
+        (120, 3, -SIZE),
+        live=[Block(1, SIZE), Block(2, SIZE + 512)],
+        tags=[TagEvent(50, 1, SIZE, WEIGHTS)],
     )
     assert found == {"weights/trainable": SIZE, "unattributed/outside": SIZE + 512}
 
