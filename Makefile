@@ -19,7 +19,7 @@ TEST_ENV := KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-gpu bench-gpu-long record-gpu-traces bench-plan test grafana-render test-long lint format venv debian-test constraints clean
+.PHONY: help demo bench bench-gpu bench-gpu-long record-gpu-traces record-gpu-run bench-plan test grafana-render test-long lint format venv debian-test constraints clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ bench-gpu-long: venv ## the same as `make bench` for that Llama; ten minutes
 
 record-gpu-traces: venv ## small traces of a CUDA device's allocator, as fixtures for the tests
 	$(TEST_ENV) $(BIN)/python -m benchmarks.record_gpu_traces
+
+record-gpu-run: venv ## Llama-3-8B on a CUDA device with 141 GB, as the README shows it, and its picture
+	$(TEST_ENV) $(BIN)/python -m benchmarks.record_gpu_run tests/fixtures/gpu/llama-3-8b
+	$(BIN)/python docs/build_picture.py tests/fixtures/gpu/llama-3-8b/steps-rank0.jsonl
 
 test: venv debian-test grafana-render lint ## linters, types, layers and all tests but the long ones and those for a GPU
 	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist loadfile
