@@ -135,7 +135,7 @@ class TraceWindow:
         timeline = replay(window, base, [*notes, *journal])
         for hidden in self._scan.hidden():
             tag_hidden(timeline.lifetimes, hidden)
-        tag_workspaces(timeline.lifetimes, self._scan.workspaces())
+        tag_workspaces(timeline.lifetimes, self._scan.workspace_sizes())
         return timeline
 
     def abandon(self) -> None:

@@ -29,16 +29,13 @@ class Scan:
         model: the module that is trained, wrapped by an engine or not.
         optimizers: one optimizer or several, as the user has them.
         engines: engines that cannot be found from these, such as simulated ones.
-        workspaces: sizes of the blocks that cuBLAS keeps, in bytes, where the device cannot be asked.
 
     Raises:
         ConfigError: there is no optimizer, the model has no parameters, or an optimizer updates neither the model nor
             copies of its parameters.
     """
 
-    def __init__(
-        self, model: nn.Module, optimizers: Any, engines: Sequence[Engine] = (), workspaces: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizers: Any, engines: Sequence[Engine] = ()) -> None:
         given = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
         if not given:
             raise ConfigError("a tracer needs at least one optimizer, got none")
@@ -47,9 +44,10 @@ class Scan:
         self._given = given
         self.optimizers = [unwrap_optimizer(optimizer) for optimizer in given]
         self.engines = [*engines, *find_engines(model, given)]
-        self._workspaces = workspaces
         self._looked_in_forward = False
         self._state_sizes: list[int] = []
+        self.workspaces: Sequence[int] | None = None
+        """Sizes of the blocks that cuBLAS may hold, in bytes; None where the device is to be asked."""
         self._gradients: GradientCount | None = None
         self._without_gradient: set[int] = set()
         """Identities of the parameters that had no gradient when the last backward pass had ended."""
@@ -155,11 +153,11 @@ class Scan:
         """Returns what engines say about blocks that no Python object refers to."""
         return [hidden for engine in self.engines if (hidden := engine.hidden_buffers()) is not None]
 
-    def workspaces(self) -> Sequence[int]:
+    def workspace_sizes(self) -> Sequence[int]:
         """Returns the sizes of the blocks that cuBLAS may hold on the device."""
-        if self._workspaces is None:
-            self._workspaces = workspace_sizes(self.device)
-        return self._workspaces
+        if self.workspaces is None:
+            self.workspaces = workspace_sizes(self.device)
+        return self.workspaces
 
     def finished(self, steps: Mapping[int, int]) -> bool:
         """Returns whether every optimizer has stepped as often as it does in one step of the training.

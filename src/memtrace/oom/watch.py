@@ -171,7 +171,7 @@ class OomWatch:
             traced=self._window.is_open,
         )
         blocks, hidden = live_blocks(listed, index), self._scan.hidden()
-        holdings, estimated = from_blocks(blocks, known, hidden, facts, self._scan.workspaces())
+        holdings, estimated = from_blocks(blocks, known, hidden, facts, self._scan.workspace_sizes())
         return holdings, estimated, parse_fragmentation(listed, index)
 
     def _on_cpu(self, step: StepInFlight | None) -> tuple[list[Holding], bool]:

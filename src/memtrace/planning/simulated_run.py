@@ -162,7 +162,8 @@ class _Recorder:
         self._step: StepInFlight | None = None
         self._hooks = HookSet()
         engines = [updates] if isinstance(updates, Engine) else []
-        self._scan = Scan(model, updates.optimizer, engines, workspaces)
+        self._scan = Scan(model, updates.optimizer, engines)
+        self._scan.workspaces = workspaces
         self._window = TraceWindow(
             model=model,
             scan=self._scan,
