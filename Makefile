@@ -19,7 +19,7 @@ TEST_ENV := KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-gpu bench-gpu-long record-gpu-traces record-gpu-run bench-plan test grafana-render test-long lint format venv debian-test constraints clean
+.PHONY: help demo bench bench-gpu record-gpu-traces bench-plan test grafana-render test-long lint format venv debian-test constraints clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,7 @@ bench-plan: venv ## how long simulated plans take, beside torch's MemTracker; a 
 bench-gpu: venv ## memtrace alone for Llama with a billion parameters, on a CUDA device with 80 GB; two minutes
 	$(TEST_ENV) $(BIN)/python -m benchmarks.overhead llama1b --short
 
+.PHONY: bench-gpu-long record-gpu-run
 bench-gpu-long: venv ## the same as `make bench` for that Llama; ten minutes
 	$(TEST_ENV) $(BIN)/python -m benchmarks.overhead llama1b
 

@@ -42,7 +42,7 @@ SECONDS = 300
 """How long a workload is measured, after the warm-ups."""
 
 SHORT_VARIANTS = ("control", "default", "every_step")
-SHORT_SECONDS = 40
+SHORT_SECONDS = 36
 """The short form: memtrace alone. On a GPU each of the three processes needs some 20 seconds besides."""
 
 Row = Mapping[str, Any]
