@@ -15,7 +15,8 @@ from benchmarks.record_gpu_traces import SCHEMA, document
 from memtrace.planning.caching_allocator import CachingAllocator, replay
 from memtrace.sources.cuda import parse_window
 
-TRACES = sorted((Path(__file__).parents[1] / "fixtures" / "allocator_traces").glob("*.json"))
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+TRACES = sorted([*(FIXTURES / "allocator_traces").glob("*.json"), *(FIXTURES / "gpu" / "traces").glob("*.json")])
 FOREVER_NS = 2**62
 RESERVED_SHARE = 0.05
 """What the model may miss of the reserved peak of a device: it does not know where new segments are put."""
