@@ -38,11 +38,19 @@ bench: venv ## what a training step costs with memtrace and with its neighbours;
 bench-plan: venv ## how long simulated plans take, beside torch's MemTracker; a quiet machine, two minutes
 	$(TEST_ENV) $(BIN)/python -m benchmarks.plan
 
-bench-gpu: venv ## the same for Llama with a billion parameters in bfloat16, on a CUDA device with 80 GB
+bench-gpu: venv ## memtrace alone for Llama with a billion parameters, on a CUDA device with 80 GB; two minutes
+	$(TEST_ENV) $(BIN)/python -m benchmarks.overhead llama1b --short
+
+.PHONY: bench-gpu-long record-gpu-run
+bench-gpu-long: venv ## the same as `make bench` for that Llama; ten minutes
 	$(TEST_ENV) $(BIN)/python -m benchmarks.overhead llama1b
 
 record-gpu-traces: venv ## small traces of a CUDA device's allocator, as fixtures for the tests
 	$(TEST_ENV) $(BIN)/python -m benchmarks.record_gpu_traces
+
+record-gpu-run: venv ## Llama-3-8B on a CUDA device with 141 GB, as the README shows it, and its picture
+	$(TEST_ENV) $(BIN)/python -m benchmarks.record_gpu_run tests/fixtures/gpu/llama-3-8b
+	$(BIN)/python docs/build_picture.py tests/fixtures/gpu/llama-3-8b/steps-rank0.jsonl
 
 test: venv debian-test grafana-render lint ## linters, types, layers and all tests but the long ones and those for a GPU
 	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist loadfile

@@ -2,7 +2,7 @@
 
 usage: python -m benchmarks.record_gpu_traces
 
-Writes one file a workload to tests/fixtures/allocator_traces/. Each workload runs in a process of its own, so that its
+Writes one file a workload to tests/fixtures/gpu/traces/. Each workload runs in a process of its own, so that its
 trace begins with an empty allocator.
 """
 
@@ -23,7 +23,7 @@ from memtrace.sources import torch_private
 from memtrace.sources.cuda import MAX_EVENTS
 
 SCHEMA = "memtrace.allocator-trace/1"
-FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures" / "allocator_traces"
+FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures" / "gpu" / "traces"
 STEPS = 2
 _ENTRY = ("action", "addr", "size", "time_us")
 _SEGMENT = ("device", "address", "total_size", "segment_type")

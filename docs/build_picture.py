@@ -1,7 +1,6 @@
 """Draws docs/table.png: the table of a traced step, as a terminal shows it.
 
-    python examples/finetune_loop.py --max-steps 12
-    python docs/build_picture.py memtrace-runs/finetune_loop/steps-rank0.jsonl
+    python docs/build_picture.py tests/fixtures/gpu/llama-3-8b/steps-rank0.jsonl
 
 Needs Debian's chromium.
 """

@@ -13,10 +13,16 @@ from memtrace.planning.plan import ByteRange
 from memtrace.planning.recipe import RECIPES, Recipe, find_recipe
 from memtrace.planning.request import PlanRequest
 from memtrace.planning.sharding import ZERO3_MAX_LIVE, ZERO_REDUCE_BUCKET, Sharding, Strategy
+from memtrace.planning.simulate import CONVOLUTION_PEAK, CONVOLUTION_RESERVED
+from memtrace.sources import cublas
 from memtrace.sources.simulation import MAX_OPERATORS
 from memtrace.units import MIB
 
 PAGE = Path(__file__).with_name("plan.md")
+
+WORKSPACES_EARLIER, WORKSPACES_LATER = (
+    sum(cublas.of_both_threads(size)) for size in (cublas.BEFORE_HOPPER, cublas.FROM_HOPPER)
+)
 
 _STATES = (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
 
@@ -44,7 +50,7 @@ in. By formula it needs a parameter count and answers at once, without loading t
   `--accumulation-steps 2` and more they are whole together.
 * Activations come from you: `--activation-ratio` of the weights in the type of the arithmetic, or
   `--activation-bytes`. Without either they are not counted, and a plan never says that it fits.
-* Every plan ends with what it assumes.
+* Every plan ends with what it assumes, as far as that matters for it.
 
 ## From the model itself
 
@@ -58,6 +64,13 @@ allocations are replayed as those of a live step are, and once more through a mo
   `--gradient-checkpointing`, `--lora-rank`. `--fused-optimizer` takes torch's fused step, which has no temporaries.
 * `reserved by the allocator` is what the model of the allocator holds at the end. `--kernels cpu` plans for a CPU, as
   [the comparison with the live tracer](accuracy.md) does.
+* `--device` also says what cuBLAS keeps: {WORKSPACES_LATER:,} bytes on Hopper and later, {WORKSPACES_EARLIER:,} before,
+  which is what a plan without a device counts.
+* Attention takes the kernel that torch would choose on CUDA. Plain products, which keep the scores of all pairs, are the
+  choice for a mask whose rows are not dense (a learned bias that is a permuted view), for heads of unaligned size and for
+  grouped heads that flash attention does not take.
+* Scratch of convolutions is not counted: cuDNN chooses their algorithms on the device. A plan with convolutions says that
+  its peak may be {CONVOLUTION_PEAK:.0%} and its reserved memory {CONVOLUTION_RESERVED:.0%} higher, and its verdict counts that.
 * `--find-max batch-size` or `seq-len` searches the largest that surely fits the device: some twenty simulations.
 * `--by-module` lists which modules made the activations that are held at the end of the forward pass.
 * `--zero`, `--fsdp`, `--ddp` with `--world-size` plan one rank; `--deepspeed FILE` reads the settings of a DeepSpeed
@@ -83,6 +96,11 @@ The least: the largest moment that surely occurs, and the smallest context. The 
 optimizer step where that is more; {SLACK_RATIO:.0%} for the allocator's slack; and the largest context. Context and
 libraries take {_range(CONTEXT)} of a GPU, NCCL another {_range(COMMUNICATOR)} where there are several ranks.
 Exit status 2 stands for mistakes in the arguments, too; those print nothing but a message on stderr.
+
+How far plans were off on an H200, with the device named: the allocated peaks of GPT-2, BERT, T5, Llama with 1.2 and 3.2
+billion parameters (the latter under ZeRO 2), ViT and ResNet-50 within 0.1 %, but ViT's, whose convolution has scratch,
+within 1.3 %; reserved memory within 3 %, but ViT's 3.3 % and ResNet-50's 8.7 % too low. Tests hold plans against those
+recordings.
 
 ## Recipes
 

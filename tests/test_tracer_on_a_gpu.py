@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memtrace.categories import Category, Moment
 from memtrace.config import TracerConfig
+from memtrace.sources.cublas import workspace_sizes
 from memtrace.sources.cuda import CudaEvents
 from memtrace.tracer import Tracer
 
@@ -333,6 +334,18 @@ def test_a_leak_is_unattributed() -> None:
     found = [record.moments[Moment.STEP_END][Category.UNATTRIBUTED] for record in tracer.history]
     grown = [after - before for before, after in pairwise(found[1:])]
     assert grown == [ROWS * CLASSES * FLOAT] * 2
+
+
+def test_what_cublas_keeps_has_a_name() -> None:
+    """The workspaces of the loop's thread and of autograd's are there after every step, by the sizes of this device."""
+    run = Run()
+    with Tracer(run.model, run.optimizer, EVERY_STEP) as tracer:
+        for _ in range(3):
+            run.step()
+    one, other, *_ = workspace_sizes(torch.device("cuda", torch.cuda.current_device()))
+    end = tracer.history[-1].moments[Moment.STEP_END]
+    assert end[Category.WORKSPACES] >= one + other
+    assert end[Category.UNATTRIBUTED] < one
 
 
 def test_a_ring_that_is_too_small_costs_the_trace_alone() -> None:

@@ -22,6 +22,7 @@ class Category(StrEnum):
     BUFFERS = "buffers"
     INPUTS = "inputs"
     COMM_BUFFERS = "comm_buffers"
+    WORKSPACES = "workspaces"
     TEMPORARIES = "temporaries"
     UNATTRIBUTED = "unattributed"
 
@@ -67,6 +68,7 @@ DESCRIPTIONS: Mapping[Category, str] = MappingProxyType(
         Category.BUFFERS: "Module buffers, such as the running statistics of BatchNorm.",
         Category.INPUTS: "The batch.",
         Category.COMM_BUFFERS: "Buckets for reductions and gathers between ranks.",
+        Category.WORKSPACES: "What libraries keep of the allocator's memory from their first call on.",
         Category.TEMPORARIES: "Allocated and freed within the step, saved for nothing; by phase.",
         Category.UNATTRIBUTED: "Blocks that outlive the step and that nobody claims; a leak shows here first.",
     }
@@ -83,6 +85,7 @@ COLOURS: Mapping[Category, str] = MappingProxyType(
         Category.BUFFERS: "#6b8a9e",
         Category.INPUTS: "#b5cf6b",
         Category.COMM_BUFFERS: "#c15c9a",
+        Category.WORKSPACES: "#4f9fa8",
         Category.TEMPORARIES: "#c9b18f",
         Category.UNATTRIBUTED: "#808791",
     }

@@ -10,7 +10,7 @@ from torch import nn
 
 from memtrace.attribution.activations import ActivationTags
 from memtrace.attribution.engines import Engine
-from memtrace.attribution.hidden import known_hidden, tag_hidden
+from memtrace.attribution.hidden import known_hidden, tag_hidden, tag_workspaces
 from memtrace.attribution.inputs import batch_tensors
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
@@ -151,6 +151,7 @@ class TraceWindow:
         timeline = replay(window, base, [*notes, *journal])
         for hidden in self._scan.hidden():
             tag_hidden(timeline.lifetimes, hidden)
+        tag_workspaces(timeline.lifetimes, self._scan.workspace_sizes())
         return timeline
 
     def abandon(self) -> None:

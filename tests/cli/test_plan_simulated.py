@@ -108,6 +108,18 @@ def test_a_text_is_as_long_as_the_model_reads(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
+    ("options", "kept"),
+    [(["--device", "H200"], 64 * 2**20), (["--device", "A100-80GB"], 17_039_360), (["--capacity", "80GB"], 17_039_360)],
+)
+def test_the_device_says_what_cublas_keeps(
+    config: str, capsys: pytest.CaptureFixture[str], options: list[str], kept: int
+) -> None:
+    """From Hopper on four times as much as before; a capacity says nothing of the kind of device."""
+    found = document(capsys, "--config", config, "--seq-len", "16", *options)["moments"]["peak"]["entries"]
+    assert [entry["bytes"] for entry in found if entry["category"] == "workspaces"] == [kept]
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         ([], "lists of parameters (foreach)"),

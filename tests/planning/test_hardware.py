@@ -8,7 +8,15 @@ import pytest
 
 from memtrace.errors import PlanError
 from memtrace.planning.formula import plan_by_formula
-from memtrace.planning.hardware import COMMUNICATOR, CONTEXT, DEVICES, SLACK_RATIO, find_device, held_against
+from memtrace.planning.hardware import (
+    COMMUNICATOR,
+    CONTEXT,
+    DEVICES,
+    SLACK_RATIO,
+    find_device,
+    held_against,
+    known_as,
+)
 from memtrace.planning.optimizers import find_optimizer
 from memtrace.planning.plan import Fit, Plan, Verdict
 from memtrace.planning.recipe import find_recipe
@@ -74,6 +82,38 @@ def test_simulated_blocks_need_no_slack() -> None:
     needed = fit_of(replace(plan(), reserved_bytes=5 * GB), 8 * GIB).needed
     assert CONTEXT.high is not None
     assert needed.high == 5 * GB + CONTEXT.high
+
+
+def test_what_cannot_be_known_of_the_reserve_is_in_the_most() -> None:
+    """A margin of a tenth raises the most that a plan needs by a tenth of what is reserved."""
+    needed = fit_of(replace(plan(), reserved_bytes=5 * GB, reserved_margin=0.1), 8 * GIB).needed
+    assert CONTEXT.high is not None
+    assert needed.high == int(5 * GB * 1.1) + CONTEXT.high
+
+
+@pytest.mark.parametrize(
+    ("said", "device"),
+    [
+        ("H200-141GB", "H200-141GB"),
+        ("NVIDIA H200", "H200-141GB"),
+        ("NVIDIA H100 80GB HBM3", "H100-80GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GH200 480GB", None),
+        ("24GiB", None),
+    ],
+)
+def test_a_device_is_known_by_what_its_driver_calls_it(said: str, device: str | None) -> None:
+    """Whole words only; a capacity is no device."""
+    assert known_as(said) is (None if device is None else DEVICES[device])
+
+
+def test_cublas_keeps_four_times_as_much_from_hopper_on() -> None:
+    """32 MiB for each thread that multiplies, 8,519,680 bytes before."""
+    large = {name for name, device in DEVICES.items() if device.workspace_bytes == 32 * MIB}
+    assert large == {"H100-80GB", "H200-141GB", "B200-180GB", "RTX-5090"}
+    assert {DEVICES[name].workspace_bytes for name in DEVICES.keys() - large - {"MI300X-192GB"}} == {8_519_680}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import memtrace
 from memtrace.breakdown import EntryKey
 from memtrace.categories import Category, Moment
 from memtrace.errors import PlanError
-from memtrace.planning.plan import Plan, parse_plan, plan_document
+from memtrace.planning.plan import Plan, Verdict, parse_plan, plan_document
 from memtrace.planning.torch_optimizers import StepKernels, make_optimizer
 
 WIDTH, DEPTH, SAMPLES = 64, 4, 16
@@ -233,10 +233,46 @@ def test_attention_on_cuda_saves_no_matrix_of_scores() -> None:
     assert saved.entries[EntryKey(Category.ACTIVATIONS, "", "float32")] == 4 * rows
 
 
+def test_a_named_device_has_its_own_workspaces_and_a_verdict() -> None:
+    """64 MiB on an H200, whose memory is more than enough; 17,039,360 bytes where nobody says which GPU it is."""
+    anywhere, on_hopper = planned(), planned(device="H200")
+    assert entry(anywhere, Category.WORKSPACES, "cublas", "") == 17_039_360
+    assert entry(on_hopper, Category.WORKSPACES, "cublas", "") == 64 * 2**20
+    assert anywhere.verdict is None
+    assert on_hopper.verdict is Verdict.FITS
+    assert "--device says on which" in anywhere.assumptions[-1]
+    assert "H200-141GB" in on_hopper.assumptions[-1]
+    assert Category.WORKSPACES not in planned(device="cpu").moments[Moment.PEAK].by_category()
+
+
+def test_a_plan_says_only_what_matters_for_it() -> None:
+    """Attention, convolutions and embeddings are spoken of where they run."""
+    words = ("Attention", "convolutions", "embeddings")
+
+    def said(plan: Plan) -> list[bool]:
+        return [any(word in sentence for sentence in plan.assumptions) for word in words]
+
+    def convolve() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 1))
+
+    def images() -> torch.Tensor:
+        return torch.zeros(2, 3, 8, 8)
+
+    def mean(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).mean()
+
+    assert said(planned()) == [False, False, False]
+    convolving = planned(convolve, images, loss=mean)
+    assert said(convolving) == [False, True, False]
+    assert convolving.reserved_margin > 0
+    assert planned().reserved_margin == 0
+    assert said(planned(lambda: nn.Embedding(10, 4), lambda: torch.tensor([1, 2]), loss=mean)) == [False, False, True]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"device": "tpu"}, "device must be one of cpu, cuda, got 'tpu'"),
+        ({"device": "tpu"}, "device must be cpu, cuda or the name of a GPU; unknown device 'tpu'"),
         ({"accumulation_steps": 0}, "accumulation_steps must be at least 1, got 0"),
         ({"recipe": "bf16-masters"}, "did you mean 'bf16-master'"),
         ({"optimizer": "adamv"}, "did you mean 'adam"),

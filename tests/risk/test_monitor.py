@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from risk_steps import counted, on_cpu, traced
 
-from memtrace.categories import Category
+from memtrace.breakdown import EntryKey
+from memtrace.categories import Category, Moment
 from memtrace.risk import RiskMonitor
 from memtrace.risk_reading import LargestBatch, RiskReading, ShapeSource
 
@@ -161,3 +162,17 @@ def test_a_step_without_moments_or_batch_is_survived() -> None:
     after = monitor.observe(replace(traced(2), batch=None, moments={}, traced=False), headroom_bytes=None)
     assert after.worst_peak_bytes == before.worst_peak_bytes
     assert after.oom_risk_ratio is None
+
+
+def test_workspaces_are_no_leak() -> None:
+    """What cuBLAS keeps is known from the last trace: the counters of counted steps have it once, beside the leak."""
+    monitor = RiskMonitor()
+    first = traced(1, leaked=8)
+    end = first.moments[Moment.STEP_END]
+    kept = replace(end, entries={**end.entries, EntryKey(Category.WORKSPACES, "cublas", ""): 64}, allocated_bytes=172)
+    reading = monitor.observe(replace(first, moments={**first.moments, Moment.STEP_END: kept}), headroom_bytes=800)
+    for step in range(2, 12):
+        reading = monitor.observe(counted(step, positions=10, mark=244, allocated=164 + 8 * step), headroom_bytes=700)
+    assert reading.growth is not None
+    assert reading.growth.category is Category.UNATTRIBUTED
+    assert reading.growth.bytes_per_step == 8

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memtrace.attribution.timeline import Lifetime
+from memtrace.categories import Category
 from memtrace.sources.events import Tag, TagEvent
+
+WORKSPACE = Tag(Category.WORKSPACES, "cublas", "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +37,19 @@ def tag_hidden(lifetimes: Sequence[Lifetime], hidden: HiddenBuffers) -> None:
         _tag_run(lifetimes, sum(hidden.first), hidden.tag)
 
 
+def tag_workspaces(lifetimes: Sequence[Lifetime], sizes: Sequence[int]) -> None:
+    """Tags the blocks that cuBLAS keeps.
+
+    A block is one of them where nobody claims it, it outlives the window and it has the size of one: at most one block
+    for each size listed, so that a leak of that size still shows. The oldest are taken.
+
+    Args:
+        lifetimes: the blocks of a window, after all else was tagged.
+        sizes: of the workspaces that there can be, in bytes; see `memtrace.sources.cublas`.
+    """
+    _tag_sizes([life for life in lifetimes if life.end is None], sizes, WORKSPACE)
+
+
 def known_hidden(owners: Sequence[HiddenBuffers]) -> list[TagEvent]:
     """Returns the buffers of now as blocks at made-up addresses, for a source that cannot list what exists."""
     known = [(size, hidden.tag) for hidden in owners for size in hidden.current or ()]
@@ -45,7 +61,7 @@ def _tag_sizes(lifetimes: Sequence[Lifetime], sizes: Sequence[int], tag: Tag) ->
     for size in sizes:
         candidates = [life for life in lifetimes if life.tag is None and life.nbytes == size]
         if candidates:
-            longest = max(candidates, key=_length)
+            longest = max(candidates, key=_age)
             longest.tag = tag
             tagged.append(longest)
     return tagged
@@ -65,5 +81,6 @@ def _tag_run(lifetimes: Sequence[Lifetime], total: int, tag: Tag) -> None:
                 break
 
 
-def _length(life: Lifetime) -> float:
-    return float("inf") if life.end is None else life.end - life.begin
+def _age(life: Lifetime) -> tuple[float, int]:
+    """Orders by how long a block lived; of those that outlive the window the oldest comes last."""
+    return (float("inf") if life.end is None else life.end - life.begin), -life.begin

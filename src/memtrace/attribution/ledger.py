@@ -25,6 +25,7 @@ PRECEDENCE = {
             Category.INPUTS,
             Category.TRANSIENT_WEIGHTS,
             Category.ACTIVATIONS,
+            Category.WORKSPACES,
             Category.TEMPORARIES,
             Category.UNATTRIBUTED,
         )

@@ -19,6 +19,7 @@ from memtrace.attribution.optimizers import check_optimizer, claim_optimizer, op
 from memtrace.attribution.storages import canonical_device
 from memtrace.breakdown import EntryKey
 from memtrace.errors import ConfigError
+from memtrace.sources.cublas import workspace_sizes
 from memtrace.sources.torch_private import has_gradient_hooks
 
 
@@ -48,6 +49,8 @@ class Scan:
         self.engines = [*engines, *find_engines(model, given, modules)]
         self._looked_in_forward = False
         self._state_sizes: list[int] = []
+        self.workspaces: Sequence[int] | None = None
+        """Sizes of the blocks that cuBLAS may hold, in bytes; None where the device is to be asked."""
         self._gradients: GradientCount | None = None
         self._without_gradient: set[int] = set()
         """Identities of the parameters that had no gradient when the last backward pass had ended."""
@@ -167,6 +170,12 @@ class Scan:
     def hidden(self) -> Sequence[HiddenBuffers]:
         """Returns what engines say about blocks that no Python object refers to."""
         return [hidden for engine in self.engines if (hidden := engine.hidden_buffers()) is not None]
+
+    def workspace_sizes(self) -> Sequence[int]:
+        """Returns the sizes of the blocks that cuBLAS may hold on the device."""
+        if self.workspaces is None:
+            self.workspaces = workspace_sizes(self.device)
+        return self.workspaces
 
     def finished(self, steps: Mapping[int, int]) -> bool:
         """Returns whether every optimizer has stepped as often as it does in one step of the training.

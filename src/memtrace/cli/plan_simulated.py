@@ -15,7 +15,7 @@ from memtrace.cli.simulation_options import simulation_of
 from memtrace.errors import PlanError
 from memtrace.planning.by_module import Holding, activation_holders
 from memtrace.planning.find_max import LIMIT, find_max
-from memtrace.planning.hardware import held_against
+from memtrace.planning.hardware import held_against, known_as
 from memtrace.planning.models import longest_text
 from memtrace.planning.plan import Plan, Verdict
 from memtrace.planning.remedies import Remedy
@@ -49,6 +49,8 @@ def answer(arguments: argparse.Namespace, device: Device | None) -> Answer:
     """
     with _without_remarks(), Console(stderr=True).status("simulating a training step") as status:
         request = simulation_of(arguments)
+        if device is not None:
+            request = replace(request, device=known_as(device[0]))
         if arguments.find_max is not None:
             request, found = _search(request, arguments.find_max, device, status.update)
         run = simulate(request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from memtrace.attribution.hidden import HiddenBuffers
+from memtrace.attribution.hidden import WORKSPACE, HiddenBuffers
 from memtrace.attribution.ledger import PRECEDENCE
 from memtrace.attribution.timeline import Lifetime, Timeline
 from memtrace.breakdown import EntryKey, ordered_entries
@@ -42,7 +42,11 @@ class StepFacts:
 
 
 def from_blocks(
-    blocks: Iterable[Block], known: Iterable[TagEvent], hidden: Iterable[HiddenBuffers], step: StepFacts
+    blocks: Iterable[Block],
+    known: Iterable[TagEvent],
+    hidden: Iterable[HiddenBuffers],
+    step: StepFacts,
+    workspaces: Sequence[int] = (),
 ) -> tuple[list[Holding], bool]:
     """Joins the allocator's list of live blocks with the tags of their addresses.
 
@@ -56,6 +60,7 @@ def from_blocks(
             has their size, since the tensor may be gone and its address in use again.
         hidden: sizes of buffers that an engine shows nobody: an untagged block of that size is one of them.
         step: what is known of the step in flight.
+        workspaces: sizes of the blocks that cuBLAS may hold: at most one untagged block of each.
 
     Returns:
         One holding a block, and whether the split of untagged blocks is an estimate.
@@ -70,7 +75,8 @@ def from_blocks(
             untagged.append(block)
         else:
             holdings.append(Holding(address=block.address, nbytes=block.nbytes, key=EntryKey(*tag)))
-    holdings += _take_hidden(untagged, hidden)
+    kept = HiddenBuffers(tag=WORKSPACE, first=workspaces, current=workspaces)
+    holdings += _take_hidden(untagged, [*hidden, kept])
     lingering = _lingering_bytes(holdings, sum(block.nbytes for block in untagged), step)
     for block in sorted(untagged, key=lambda block: -block.nbytes):
         if block.nbytes <= lingering:

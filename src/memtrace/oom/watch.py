@@ -170,7 +170,8 @@ class OomWatch:
             micro_batches=0 if step is None else step.micro_batches,
             traced=self._window.is_open,
         )
-        holdings, estimated = from_blocks(live_blocks(listed, index), known, self._scan.hidden(), facts)
+        blocks, hidden = live_blocks(listed, index), self._scan.hidden()
+        holdings, estimated = from_blocks(blocks, known, hidden, facts, self._scan.workspace_sizes())
         return holdings, estimated, parse_fragmentation(listed, index)
 
     def _on_cpu(self, step: StepInFlight | None) -> tuple[list[Holding], bool]:

@@ -7,6 +7,7 @@ the total and an out-of-memory message the capacity; a plan is held against it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from types import MappingProxyType
 from memtrace.errors import PlanError
 from memtrace.planning.lookup import by_name
 from memtrace.planning.plan import ByteRange, Fit, Plan
+from memtrace.sources import cublas
 from memtrace.units import GIB, MIB
 
 CONTEXT = ByteRange(low=256 * MIB, high=GIB)
@@ -27,6 +29,8 @@ loads all kernels; NAIRR's resource guide names 300 MB to 1 GB for context and l
 COMMUNICATOR = ByteRange(low=544 * MIB, high=1639 * MIB)
 """What NCCL adds for one group of ranks: 544 to 688 MB on four A100 (NVIDIA/nccl issue 964), about 1.6 GB in
 NVIDIA/nccl issue 864. Outside torch's allocator, too."""
+
+_MEMORY_SIZE = re.compile(r"-[0-9]+GB$")
 
 SLACK_RATIO = 0.05
 """Share of what is allocated that the allocator may hold besides, at the upper end, where it was not simulated.
@@ -46,6 +50,8 @@ class Device:
     """Its total as the driver (nvidia-smi, amd-smi) reports it, in MiB."""
     usable_gib: float
     """What a process can allocate, in GiB: the lowest capacity seen in out-of-memory messages of torch."""
+    workspace_bytes: int
+    """One of the workspaces that cuBLAS keeps; hipBLAS where the device is AMD's."""
 
     @property
     def usable_bytes(self) -> int:
@@ -53,25 +59,46 @@ class Device:
         return int(self.usable_gib * GIB)
 
 
+_MI300X_WORKSPACE = 128 * MIB
+"""hipBLAS's on gfx942. Source: as `memtrace.sources.cublas`."""
+
+
+def _device(*, name: str, marketing: str, driver_mib: int, usable_gib: float, capability: int) -> Device:
+    """Returns a device of NVIDIA, by the major figure of its compute capability."""
+    return Device(
+        name=name,
+        marketing=marketing,
+        driver_mib=driver_mib,
+        usable_gib=usable_gib,
+        workspace_bytes=cublas.default_bytes(capability),
+    )
+
+
 DEVICES: Mapping[str, Device] = MappingProxyType(
     {
         device.name: device
         for device in (
-            Device(name="T4", marketing="16 GB", driver_mib=15360, usable_gib=14.56),
-            Device(name="V100-16GB", marketing="16 GB", driver_mib=16384, usable_gib=15.77),
-            Device(name="V100-32GB", marketing="32 GB", driver_mib=32768, usable_gib=31.73),
-            Device(name="A10", marketing="24 GB", driver_mib=23028, usable_gib=21.98),
-            Device(name="L4", marketing="24 GB", driver_mib=23034, usable_gib=21.96),
-            Device(name="L40S", marketing="48 GB", driver_mib=46068, usable_gib=44.34),
-            Device(name="RTX-3090", marketing="24 GB", driver_mib=24576, usable_gib=23.68),
-            Device(name="RTX-4090", marketing="24 GB", driver_mib=24564, usable_gib=23.61),
-            Device(name="RTX-5090", marketing="32 GB", driver_mib=32607, usable_gib=31.36),
-            Device(name="A100-40GB", marketing="40 GB", driver_mib=40960, usable_gib=39.38),
-            Device(name="A100-80GB", marketing="80 GB", driver_mib=81920, usable_gib=79.14),
-            Device(name="H100-80GB", marketing="80 GB", driver_mib=81559, usable_gib=79.10),
-            Device(name="H200-141GB", marketing="141 GB", driver_mib=143771, usable_gib=139.72),
-            Device(name="B200-180GB", marketing="180 GB", driver_mib=183359, usable_gib=178.35),
-            Device(name="MI300X-192GB", marketing="192 GB", driver_mib=196592, usable_gib=191.69),
+            _device(name="T4", marketing="16 GB", driver_mib=15360, usable_gib=14.56, capability=7),
+            _device(name="V100-16GB", marketing="16 GB", driver_mib=16384, usable_gib=15.77, capability=7),
+            _device(name="V100-32GB", marketing="32 GB", driver_mib=32768, usable_gib=31.73, capability=7),
+            _device(name="A10", marketing="24 GB", driver_mib=23028, usable_gib=21.98, capability=8),
+            _device(name="L4", marketing="24 GB", driver_mib=23034, usable_gib=21.96, capability=8),
+            _device(name="L40S", marketing="48 GB", driver_mib=46068, usable_gib=44.34, capability=8),
+            _device(name="RTX-3090", marketing="24 GB", driver_mib=24576, usable_gib=23.68, capability=8),
+            _device(name="RTX-4090", marketing="24 GB", driver_mib=24564, usable_gib=23.61, capability=8),
+            _device(name="RTX-5090", marketing="32 GB", driver_mib=32607, usable_gib=31.36, capability=12),
+            _device(name="A100-40GB", marketing="40 GB", driver_mib=40960, usable_gib=39.38, capability=8),
+            _device(name="A100-80GB", marketing="80 GB", driver_mib=81920, usable_gib=79.14, capability=8),
+            _device(name="H100-80GB", marketing="80 GB", driver_mib=81559, usable_gib=79.10, capability=9),
+            _device(name="H200-141GB", marketing="141 GB", driver_mib=143771, usable_gib=139.72, capability=9),
+            _device(name="B200-180GB", marketing="180 GB", driver_mib=183359, usable_gib=178.35, capability=10),
+            Device(
+                name="MI300X-192GB",
+                marketing="192 GB",
+                driver_mib=196592,
+                usable_gib=191.69,
+                workspace_bytes=_MI300X_WORKSPACE,
+            ),
         )
     }
 )
@@ -98,6 +125,18 @@ def find_device(name: str) -> Device:
     return by_name("device", starts[0] if len(starts) == 1 else name, DEVICES)
 
 
+def known_as(name: str) -> Device | None:
+    """Returns the device with this name, or the first that a driver calls so, such as `NVIDIA H200`; None for others.
+
+    Of those that differ in nothing but the size of their memory it may be the wrong one.
+    """
+    for device in DEVICES.values():
+        kind = _MEMORY_SIZE.sub("", device.name).replace("-", " ")
+        if name == device.name or re.search(rf"\b{kind}\b", name):
+            return device
+    return None
+
+
 def held_against(plan: Plan, device: str, capacity_bytes: int, world_size: int) -> Plan:
     """Returns the plan with its verdict on a device.
 
@@ -108,7 +147,7 @@ def held_against(plan: Plan, device: str, capacity_bytes: int, world_size: int) 
         world_size: ranks of the run; more than one need a communicator.
     """
     if plan.reserved_bytes is not None:
-        held = ByteRange(low=plan.allocated.low, high=plan.reserved_bytes)
+        held = ByteRange(low=plan.allocated.low, high=int(plan.reserved_bytes * (1 + plan.reserved_margin)))
     elif plan.allocated.high is not None:
         held = ByteRange(low=plan.allocated.low, high=int(plan.allocated.high * (1 + SLACK_RATIO)))
     else:

@@ -79,6 +79,8 @@ class Plan:
     """What torch will have allocated at the peak, from the least to the most."""
     reserved_bytes: int | None = None
     """What the caching allocator will hold at most; None where its blocks were not simulated."""
+    reserved_margin: float = 0.0
+    """Share by which that may be more, where a part of it cannot be known beforehand."""
     host_bytes: int = 0
     """Model states that are kept in the memory of the host, for this rank."""
     fit: Fit | None = None

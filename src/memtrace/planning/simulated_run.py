@@ -23,17 +23,22 @@ from memtrace.planning.by_module import ModuleSpans, Span
 from memtrace.planning.recipe import Recipe
 from memtrace.planning.sharding import Offload, Sharding, Strategy
 from memtrace.planning.updates import MakeOptimizer, Updates, updates_of
+from memtrace.sources import cublas
 from memtrace.sources.cuda_functions import CudaFunctions
 from memtrace.sources.events import Event
 from memtrace.sources.hooks import HookSet
-from memtrace.sources.kernels import CUBLAS_WORKSPACES, Target
+from memtrace.sources.kernels import Target
 from memtrace.sources.operator_results import map_tensors
+from memtrace.sources.results import Operator
 from memtrace.sources.simulated_tensor import DEVICE
 from memtrace.sources.simulation import Simulation
 from memtrace.steps import StepInFlight
 from memtrace.tracing import TraceWindow
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
+
+WORKSPACES = cublas.of_both_threads(cublas.BEFORE_HOPPER)
+"""What cuBLAS keeps of a device that is not named."""
 
 _REFUSALS = (
     ArithmeticError,
@@ -62,6 +67,8 @@ class Training:
     accumulation_steps: int
     target: Target
     sharding: Sharding = field(default_factory=Sharding)
+    workspaces: Sequence[int] = WORKSPACES
+    """Sizes of the blocks that cuBLAS keeps, in bytes; a CPU has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +88,8 @@ class SimulatedRun:
     batch: BatchShape | None
     operators: int
     """Operators that the two steps took."""
+    kinds: frozenset[Operator]
+    """Which they were."""
 
     def events(self) -> list[Event]:
         """Returns every allocation and free, in order."""
@@ -107,7 +116,7 @@ def run_two_steps(training: Training) -> SimulatedRun:
         stack.enter_context(simulation)
         if training.target is Target.CUDA:
             stack.enter_context(CudaFunctions())
-            for nbytes in CUBLAS_WORKSPACES:
+            for nbytes in training.workspaces:
                 simulation.events.allocate(nbytes)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -116,7 +125,8 @@ def run_two_steps(training: Training) -> SimulatedRun:
         with refusals("the optimizer cannot be made"):
             updates = _updates(model, training, stack)
         stack.callback(updates.close)
-        with _Recorder(model, updates, simulation) as recorder:
+        workspaces = training.workspaces if training.target is Target.CUDA else ()
+        with _Recorder(model, updates, simulation, workspaces) as recorder:
             _step(training, model, updates, simulation)
             recorder.ready = True
             _step(training, model, updates, simulation)
@@ -132,13 +142,14 @@ def run_two_steps(training: Training) -> SimulatedRun:
         trainable=trainable,
         batch=recorder.batch,
         operators=simulation.operators,
+        kinds=frozenset(simulation.kinds),
     )
 
 
 class _Recorder:
     """Marks the parts of a step and tags its blocks, through the hooks that the live tracer uses."""
 
-    def __init__(self, model: nn.Module, updates: Updates, simulation: Simulation) -> None:
+    def __init__(self, model: nn.Module, updates: Updates, simulation: Simulation, workspaces: Sequence[int]) -> None:
         self.ready = False
         """Whether the next step is the one to look at."""
         self.timeline: Timeline | None = None
@@ -152,6 +163,7 @@ class _Recorder:
         self._hooks = HookSet()
         engines = [updates] if isinstance(updates, Engine) else []
         self._scan = Scan(model, updates.optimizer, engines)
+        self._scan.workspaces = workspaces
         self._window = TraceWindow(
             model=model,
             scan=self._scan,

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from memtrace.errors import PlanError
+from memtrace.planning.hardware import Device
 from memtrace.planning.models import BatchSettings, ModelSettings, build_model, make_batch
 from memtrace.planning.plan import Plan
 from memtrace.planning.recipe import DTYPE_BYTES, Recipe
 from memtrace.planning.sharding import Sharding
-from memtrace.planning.simulate import model_loss, plan_of, step_kernels
+from memtrace.planning.simulate import model_loss, plan_of, step_kernels, workspaces_of
 from memtrace.planning.simulated_run import SimulatedRun, Training, run_two_steps
 from memtrace.planning.torch_optimizers import StepKernels, make_optimizer
 from memtrace.sources.kernels import Target
@@ -36,6 +37,8 @@ class SimulationRequest:
     """Whether torch's fused kernel updates the weights, where the optimizer has one: it needs no temporaries."""
     target: Target = Target.CUDA
     sharding: Sharding = field(default_factory=Sharding)
+    device: Device | None = None
+    """The device that the step is planned for, where it is a known one."""
 
     def __post_init__(self) -> None:
         if self.accumulation_steps < 1:
@@ -73,6 +76,7 @@ def simulate(request: SimulationRequest) -> SimulatedRun:
             accumulation_steps=request.accumulation_steps,
             target=request.target,
             sharding=request.sharding,
+            workspaces=workspaces_of(request.device),
         )
     )
 
@@ -89,7 +93,8 @@ def plan_simulated(request: SimulationRequest, run: SimulatedRun | None = None) 
         request.optimizer,
         request.target,
         request.sharding,
-        kernels=request.step_kernels,
+        step=request.step_kernels,
+        device=request.device,
     )
     setup = {
         "model": request.configuration.model_type,

@@ -38,6 +38,7 @@ class RiskMonitor:
         self._capacities: deque[int] = deque(maxlen=READINGS)
         self._worst_peak: int | None = None
         self._leftover = 0
+        self._workspaces = 0
         """Bytes that outlived the last step and that no persistent category holds."""
         self._left_behind = 0
         """On a CPU, what all steps together have left behind, if none of it has gone since."""
@@ -82,10 +83,10 @@ class RiskMonitor:
             return {}
         found = {category: size for category, size in end.by_category().items() if category in BASE}
         if record.traced:
-            self._leftover = end[Category.UNATTRIBUTED]
+            self._workspaces, self._leftover = end[Category.WORKSPACES], end[Category.UNATTRIBUTED]
         elif end.allocated_bytes is not None:
-            self._leftover = max(0, end.allocated_bytes - end.total_bytes)
-        return {**found, Category.UNATTRIBUTED: self._leftover}
+            self._leftover = max(0, end.allocated_bytes - end.total_bytes - self._workspaces)
+        return {**found, Category.WORKSPACES: self._workspaces, Category.UNATTRIBUTED: self._leftover}
 
     def _level(self, record: StepRecord, by_category: Mapping[Category, int]) -> Level | None:
         """Returns what outlived the step, in a form in which steps can be compared; None where they cannot.

@@ -17,7 +17,7 @@ MAX_POINTS = 96
 MIN_BAND_RATIO = 0.01
 """The band is at least this share of the forecast: allocators round, libraries choose other algorithms."""
 
-BASE = frozenset({*PERSISTENT, Category.UNATTRIBUTED} - {Category.GRADIENTS})
+BASE = frozenset({*PERSISTENT, Category.WORKSPACES, Category.UNATTRIBUTED} - {Category.GRADIENTS})
 """What is there before a step begins and stays after it. Gradients come and go within a step."""
 
 

@@ -6,6 +6,7 @@ decide by device before anything is dispatched, so they are answered here as CUD
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ aten = torch.ops.aten
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _FLASH_HEAD_MULTIPLE = 8
 _FLASH_MAX_HEAD = 256
+_EFFICIENT_HEAD_MULTIPLE = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
 _EFFICIENT_BIAS_MULTIPLE = 16
+_FUSED_DIMENSIONS = 4
 
 _BACKWARD = frozenset({torch.Tensor.backward, torch.autograd.backward})
 _INPUTS_POSITION = 4
@@ -132,7 +135,7 @@ def _attention(  # noqa: PLR0917 - the signature of F.scaled_dot_product_attenti
     """
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
     output: torch.Tensor
-    if attn_mask is None and _flash_takes(query, value):
+    if attn_mask is None and _flash_takes(query, key, value, is_causal=is_causal, enable_gqa=enable_gqa):
         size = query.shape[-1]
         padding = -size % _FLASH_HEAD_MULTIPLE
         if padding:
@@ -141,20 +144,92 @@ def _attention(  # noqa: PLR0917 - the signature of F.scaled_dot_product_attenti
         flash = aten._scaled_dot_product_flash_attention
         output, *_ = flash(query, key, value, dropout_p, is_causal, False, scale=scale)
         return output[..., :size] if padding else output
-    if query.dim() == 4 and not (enable_gqa and query.shape[1] != key.shape[1]):
+    if _efficient_takes(query, key, value, attn_mask):
         bias = None if attn_mask is None else _bias(attn_mask, query, key)
         saves = any(tensor.requires_grad for tensor in (query, key, value))
         efficient = aten._scaled_dot_product_efficient_attention
         output, *_ = efficient(query, key, value, bias, saves, dropout_p, is_causal, scale=scale)
         return output
-    plain = aten._scaled_dot_product_attention_math
-    output, *_ = plain(query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa)
-    return output
+    return _plain_products(query, key, value, attn_mask, dropout_p, is_causal=is_causal, scale=scale)
 
 
-def _flash_takes(query: torch.Tensor, value: torch.Tensor) -> bool:
-    low, size = query.dtype in _LOW_PRECISION, query.shape[-1]
-    return low and query.dim() == 4 and size <= _FLASH_MAX_HEAD and size == value.shape[-1]
+def _flash_takes(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool, enable_gqa: bool
+) -> bool:
+    """Whether flash attention takes these, without a mask: 16 bits, heads of up to 256, square where it is causal."""
+    size = query.shape[-1]
+    return (
+        query.dtype in _LOW_PRECISION
+        and _fused_takes(query, key, value)
+        and (enable_gqa or query.shape[1] == key.shape[1])
+        and size <= _FLASH_MAX_HEAD
+        and size == value.shape[-1]
+        and not (is_causal and query.shape[-2] != key.shape[-2])
+    )
+
+
+def _efficient_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether memory-efficient attention takes these: no grouped heads, aligned heads, a mask whose rows are dense.
+
+    A learned bias that is a permuted view, as the relative positions of T5, is none of those.
+    """
+    multiple = _EFFICIENT_HEAD_MULTIPLE.get(query.dtype)
+    return (
+        multiple is not None
+        and _fused_takes(query, key, value)
+        and query.shape[1] == key.shape[1]
+        and query.shape[-1] % multiple == 0
+        and value.shape[-1] % multiple == 0
+        and (mask is None or mask.stride(-1) == 1)
+    )
+
+
+def _fused_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """What both fused kernels ask for: four dimensions, one batch, dense vectors."""
+    tensors = (query, key, value)
+    return (
+        all(tensor.dim() == _FUSED_DIMENSIONS and tensor.stride(-1) == 1 for tensor in tensors)
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and query.shape[-1] == key.shape[-1]
+    )
+
+
+def _plain_products(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout_p: float,
+    *,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    """The products written out: scores, softmax and dropout's mask are kept for the backward pass.
+
+    Source: `_scaled_dot_product_attention_math` in aten/src/ATen/native/transformers/attention.cpp. It is repeated here
+    for its dropout, which asks for the device before anything is dispatched.
+    """
+    dtype = query.dtype
+    factor = math.sqrt(query.shape[-1] ** -0.5 if scale is None else abs(scale))
+    with torch.autocast(DEVICE.type, enabled=False):
+        if is_causal:
+            mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+        if mask is not None and mask.dtype is torch.bool:
+            mask = torch.where(mask, 0.0, torch.full((), float("-inf"), dtype=dtype))
+        if dtype in _LOW_PRECISION:
+            query, key, value = query.float(), key.float(), value.float()
+        query = query * factor
+        if query.shape[-3] != key.shape[-3]:
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+            value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+        weights = torch.matmul(query, key.transpose(-2, -1) * factor)
+        if mask is not None:
+            weights = weights.add_(mask)
+        weights = aten._safe_softmax(weights, -1)
+        if dropout_p > 0:
+            weights = torch.native_dropout(weights, dropout_p, True)[0]
+        output, _ = torch.matmul(weights, value).to(dtype), weights.to(dtype)
+        return output
 
 
 def _autocast(tensor: torch.Tensor) -> torch.Tensor:

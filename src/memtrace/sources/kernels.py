@@ -28,6 +28,13 @@ class Target(StrEnum):
     CUDA = "cuda"
 
 
+FUSED_ATTENTION: frozenset[Operator] = frozenset(
+    {aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default}
+)
+CONVOLUTIONS: frozenset[Operator] = frozenset({aten.convolution.default})
+EMBEDDING_GRADIENTS: frozenset[Operator] = frozenset({aten.embedding_dense_backward.default})
+"""Operators whose scratch, or whose choice of a kernel, a plan has to make assumptions about."""
+
 _NORMALISATIONS = frozenset(
     {aten.native_layer_norm.default, aten.native_group_norm.default, aten.native_batch_norm.default}
 )
@@ -102,6 +109,14 @@ def _efficient_backward(inputs: Sequence[torch.Tensor]) -> int:
     return batch * heads * rows * 4
 
 
+def _safe_softmax(inputs: Sequence[torch.Tensor]) -> int:
+    """The softmax before rows without a finite score are replaced, and the comparison that finds those.
+
+    Source: `_safe_softmax` in aten/src/ATen/native/transformers/attention.cpp.
+    """
+    return inputs[0].numel() * (inputs[0].element_size() + 1)
+
+
 def _copy_of_output(inputs: Sequence[torch.Tensor]) -> int:
     """Gloo gathers into a flat tensor of its own.
 
@@ -126,13 +141,9 @@ _SCRATCH: Mapping[Target, Mapping[Operator, Callable[[Sequence[torch.Tensor]], i
     Target.CUDA: {
         aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
         aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+        aten._safe_softmax.default: _safe_softmax,
     },
 }
-
-CUBLAS_WORKSPACES = (4096 * 1024 * 2 + 16 * 1024 * 8,) * 2
-"""Bytes that cuBLAS keeps from its first product on, of torch's allocator: once for the thread of the training loop and
-once for autograd's. On Hopper each is 32 MiB. Source: `parseChosenWorkspaceSize` in
-aten/src/ATen/cuda/CublasHandlePool.cpp."""
 
 
 def _round_up(value: int, multiple: int) -> int:

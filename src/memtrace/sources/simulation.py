@@ -59,6 +59,8 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         self._guesses = False
         self.operators = 0
         """How many have run."""
+        self.kinds: set[Operator] = set()
+        """Which have run."""
         self._resized: dict[int, None] = {}
         """Identities of storages that may be resized without an operator, which nobody tells."""
         self.events = SimulatedEvents(self._address_of)
@@ -140,6 +142,7 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         if any(kind is not SimulatedTensor for kind in types):
             return NotImplemented  # a wrapper such as DTensor calls again with the tensors that it wraps
         self.operators += 1
+        self.kinds.add(func)
         if self.operators > MAX_OPERATORS:
             raise PlanError(
                 f"the step takes more than {MAX_OPERATORS:,} operators, as code does that goes through positions one "
