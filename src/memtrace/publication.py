@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from memtrace.breakdown import Breakdown, StepRecord
 from memtrace.categories import Moment
-from memtrace.oom_report import OomReport
 from memtrace.risk import WARN_AT, RiskMonitor, advise
 from memtrace.risk_reading import LargestBatch
 from memtrace.snapshot import RunIdentity, Snapshot
@@ -122,6 +121,6 @@ class Publication:
         for listener in self._listeners:
             listener(record)
 
-    def count_oom(self, report: OomReport) -> None:
+    def count_oom(self) -> None:
         """Counts a failed allocation."""
-        self._snapshot = replace(self._snapshot, totals=self._snapshot.totals.after_oom(report.allocator))
+        self._snapshot = replace(self._snapshot, totals=self._snapshot.totals.after_oom())
