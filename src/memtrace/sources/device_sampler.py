@@ -7,8 +7,10 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import closing
+from queue import Empty, SimpleQueue
 from typing import NamedTuple, Protocol
 
 from memtrace.breakdown import DeviceReading
@@ -28,7 +30,8 @@ class DeviceSampler:
 
     The thread opens the device, reads it every period and closes it again, so that each call that may block is made
     there. `start` and `stop` belong to one thread; any thread may call `reading`. In a forked child the sampler is
-    not started: there it has no reading, and `start` begins afresh.
+    not started: there it has no reading, and `start` begins afresh. The thread does not keep its sampler alive, and
+    ends when that is collected.
 
     Args:
         open_reader: opens the device; called once for each start.
@@ -62,7 +65,9 @@ class DeviceSampler:
             return
         self._pid = os.getpid()
         if self._period:
-            self._run = _ThreadRun(self._open_reader, self._period, self._patience, self._clock)
+            run = _ThreadRun(self._open_reader, self._period, self._patience, self._clock)
+            weakref.finalize(self, run.end).atexit = False
+            self._run = run
         else:
             self._run = _DirectRun(self._open_reader)
 
@@ -135,7 +140,9 @@ class _ThreadRun:
         self._newest: _TimedReading | None = None
         self._fault: BaseException | None = None
         self._has_begun = threading.Event()
-        self._stopping = threading.Event()
+        # No Event: the collector may end the run between any two instructions, also of the thread that waits, and an
+        # Event's lock would then be taken twice. SimpleQueue.put is made for finalizers.
+        self._end: SimpleQueue[None] = SimpleQueue()
         self._thread = threading.Thread(target=self._main, name=THREAD_NAME, daemon=True)
         self._thread.start()
         self._has_begun.wait(self._patience)
@@ -148,8 +155,12 @@ class _ThreadRun:
             return None
         return newest.reading
 
+    def end(self) -> None:
+        """Tells the thread to end and waits for nothing."""
+        self._end.put(None)
+
     def stop(self) -> None:
-        self._stopping.set()
+        self.end()
         self._thread.join(self._patience)
 
     def _main(self) -> None:
@@ -165,11 +176,19 @@ class _ThreadRun:
         if reader is None:
             return
         with closing(reader):
-            while not self._stopping.is_set():
+            ended = self._ends_within(0)
+            while not ended:
                 begun = self._clock()
                 self._newest = _TimedReading(reader.read(), begun)
                 self._has_begun.set()
-                self._stopping.wait(self._period)
+                ended = self._ends_within(self._period)
+
+    def _ends_within(self, seconds: float) -> bool:
+        try:
+            self._end.get(timeout=seconds)
+        except Empty:
+            return False
+        return True
 
 
 def _open_or_log(open_reader: Callable[[], DeviceReader]) -> DeviceReader | None:
