@@ -42,8 +42,8 @@ class FailedRequest:
     witness: Witness
     phase: Phase
     requested_bytes: int | None = None
-    """What was asked for, as the exception says it: messages of CUDA's allocator round to two decimals. None where
-    nobody tells."""
+    """What was asked for, as the exception says it. CUDA's allocator words the segment of a request above 10 MiB, which
+    is up to 2 MiB larger, to two decimals. None where nobody tells: for a smaller request of it."""
     segment_bytes: int | None = None
     """What the caching allocator wanted of the device to serve the request: the size of a segment, an upper bound of
     the request (20 MiB for one of 3). None where the allocator did not tell."""

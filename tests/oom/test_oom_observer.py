@@ -145,7 +145,7 @@ def test_exception_completes_the_report(scene: Scene) -> None:
 
 
 def test_report_says_what_was_asked_for_beside_the_segment(scene: Scene) -> None:
-    """For a request of 3 MiB the allocator wants a segment of 20: the exception has it, and remedies use it."""
+    """Where an exception says less than the segment that the allocator wanted, remedies use what it says."""
     scene.allocator_says(segment=20 * MIB, free=10 * MIB)
     scene.raises("CUDA out of memory. Tried to allocate 3.00 MiB. GPU 0 has a total capacity of 80 GiB.")
     first, second = scene.published
@@ -155,6 +155,23 @@ def test_report_says_what_was_asked_for_beside_the_segment(scene: Scene) -> None
     after = {remedy.kind: remedy.saved_bytes for remedy in second.remedies}
     halved = RemedyKind.SMALLER_MICRO_BATCH
     assert before[halved] - after[halved] == 17 * MIB // 2
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["allocator told", "exception alone"])
+def test_segment_in_the_message_is_not_taken_for_the_request(scene: Scene, told: bool) -> None:
+    """CUDA's allocator words 20 MiB for every request between 1 and 10: what was asked for is not known."""
+    if told:
+        scene.allocator_says(segment=20 * MIB)
+    scene.raises("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    request = scene.published[-1].request
+    assert (request.requested_bytes, request.segment_bytes) == (None, 20 * MIB)
+
+
+def test_large_request_is_its_segment(scene: Scene) -> None:
+    """Above 10 MiB the two differ by less than 2 MiB."""
+    scene.allocator_says(segment=2 * GIB)
+    scene.raises("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert scene.published[-1].request.requested_bytes == 2 * GIB
 
 
 def test_failure_of_another_device_is_not_this_tracers(scene: Scene) -> None:

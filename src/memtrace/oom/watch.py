@@ -18,7 +18,7 @@ from memtrace.categories import Phase
 from memtrace.guard import Guard
 from memtrace.oom.advice import ModelFacts
 from memtrace.oom.composition import Holding, StepFacts, from_blocks, from_ledger, from_timeline
-from memtrace.oom.failure import failing_module, first_line, out_of_memory, requested_bytes
+from memtrace.oom.failure import failing_module, first_line, is_pool_segment, out_of_memory, requested_bytes
 from memtrace.oom.fragmentation import parse_fragmentation
 from memtrace.oom.holders import module_names, repeated_blocks
 from memtrace.oom.markdown import headline
@@ -102,10 +102,14 @@ class OomWatch:
         if cause is None:
             return
         told = FailedRequest(witness=Witness.EXCEPTION, phase=_phase(step)) if notice is None else notice.request
+        asked_for, segment = requested_bytes(cause), told.segment_bytes
+        if self._ledger.device.type == "cuda" and is_pool_segment(asked_for) and segment in (None, asked_for):
+            asked_for, segment = None, asked_for
         request = replace(
             told,
             witness=Witness.EXCEPTION,
-            requested_bytes=requested_bytes(cause),
+            requested_bytes=asked_for,
+            segment_bytes=segment,
             module=failing_module(cause, self._model),
             message=first_line(cause),
             pending=False,
