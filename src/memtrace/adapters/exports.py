@@ -153,13 +153,14 @@ class Exports:
         if not self._is_ours:
             return
         self._ended = True
-        if self._target is not None:
-            self._target.close()
-        if self._server is not None:
-            stop_serving(self._server)
-        if self._log is not None:
-            self._log.close()
-        self._leave_textfile(ended=True)
+        with ExitStack() as closing:  # from the last one to the first, whatever one of them raises
+            closing.callback(self._leave_textfile, ended=True)
+            if self._log is not None:
+                closing.callback(self._log.close)
+            if self._server is not None:
+                closing.callback(stop_serving, self._server)
+            if self._target is not None:
+                closing.callback(self._target.close)
 
     def _current(self) -> Snapshot:
         """Returns the newest state; the last one that was seen once the tracer is gone."""
