@@ -42,8 +42,9 @@ class TracerConfig:
     basic_auth_password_file: str | os.PathLike[str] | None = None
     """File whose first line is the password, instead of `basic_auth_password`."""
     textfile_dir: str | os.PathLike[str] | None = None
-    """Directory in which the metrics are left as `memtrace-rank<R>.prom` when the run ends, for the textfile collector
-    of node_exporter. None leaves no file."""
+    """Directory in which the metrics are left as `memtrace-<run_name>-rank<R>.prom` when the run begins, runs out of
+    memory and ends, for the textfile collector of node_exporter. Runs with names of their own may share it: every
+    series has the label `run`. None leaves no file."""
     log_dir: str | os.PathLike[str] | None = None
     """Directory of the step log. None means `<output_dir>/memtrace` under Trainer and `memtrace-runs/<run_name>` in a
     plain loop."""

@@ -126,7 +126,7 @@ RETRIES = Metric(
 OOMS = Metric(
     name="memtrace_ooms_total",
     type=MetricType.COUNTER,
-    help="Allocations that failed because memory had run out.",
+    help="Failed allocations that the run met as an exception; those that torch catches and gets around do not count.",
 )
 PEAK_RESETS = Metric(
     name="memtrace_allocator_peak_resets_total",

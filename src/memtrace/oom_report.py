@@ -42,13 +42,25 @@ class FailedRequest:
     witness: Witness
     phase: Phase
     requested_bytes: int | None = None
-    """What was asked for; None where nobody tells."""
+    """What was asked for, as the exception says it. CUDA's allocator words the segment of a request above 10 MiB, which
+    is up to 2 MiB larger, to two decimals. None where nobody tells: for a smaller request of it."""
+    segment_bytes: int | None = None
+    """What the caching allocator wanted of the device to serve the request: the size of a segment, an upper bound of
+    the request (20 MiB for one of 3). None where the allocator did not tell."""
     free_bytes: int | None = None
     """What the device had free when it failed; None where that was not read at that moment."""
     module: str | None = None
     """Name of the innermost module of the model whose forward pass asked; None outside of one."""
     message: str = ""
     """First line of the exception, cut to some hundred characters; empty where there is none."""
+    pending: bool = False
+    """Whether no exception had followed when the report was made: torch catches such a failure where it can go on
+    with less, as in a search for a convolution's workspace."""
+
+    @property
+    def bound_bytes(self) -> int | None:
+        """What was asked for, or else the upper bound of it; None where neither is known."""
+        return self.segment_bytes if self.requested_bytes is None else self.requested_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

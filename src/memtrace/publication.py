@@ -11,7 +11,6 @@ from dataclasses import replace
 from memtrace.breakdown import Breakdown, StepRecord
 from memtrace.categories import Moment
 from memtrace.limitations import Limitation
-from memtrace.oom_report import OomReport
 from memtrace.risk import WARN_AT, RiskMonitor, advise
 from memtrace.risk_reading import LargestBatch
 from memtrace.snapshot import RunIdentity, Snapshot
@@ -130,6 +129,6 @@ class Publication:
         self._snapshot = replace(self._snapshot, not_seen=(*self._snapshot.not_seen, limitation.unseen))
         logger.warning("memtrace: rank %d: %s", self._snapshot.identity.rank, limitation.text)
 
-    def count_oom(self, report: OomReport) -> None:
+    def count_oom(self) -> None:
         """Counts a failed allocation."""
-        self._snapshot = replace(self._snapshot, totals=self._snapshot.totals.after_oom(report.allocator))
+        self._snapshot = replace(self._snapshot, totals=self._snapshot.totals.after_oom())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from memtrace.breakdown import AllocatorReading, Breakdown, DeviceReading, StepRecord, ordered_entries
+from memtrace.breakdown import Breakdown, DeviceReading, StepRecord, ordered_entries
 from memtrace.categories import PERSISTENT, Moment
 from memtrace.limitations import Unseen
 from memtrace.risk_reading import RiskReading
@@ -35,6 +35,7 @@ class Totals:
     self_seconds: float = 0.0
     slowed_seconds: float = 0.0
     ooms: int = 0
+    """Failed allocations that ended what the loop was doing; the allocator's own count has those that torch catches."""
     retries: int = 0
     peak_counter_resets: int = 0
 
@@ -51,15 +52,14 @@ class Totals:
             traced_steps=self.traced_steps + record.traced,
             self_seconds=self.self_seconds + record.self_seconds,
             slowed_seconds=self.slowed_seconds + record.slowed_seconds,
-            ooms=self.ooms if told is None or told.ooms is None else max(self.ooms, told.ooms),
+            ooms=self.ooms,
             retries=self.retries if told is None or told.retries is None else told.retries,
             peak_counter_resets=self.peak_counter_resets + record.peak_counter_reset,
         )
 
-    def after_oom(self, allocator: AllocatorReading | None) -> Totals:
-        """Returns the counters after one more failed allocation, which the allocator may have counted too."""
-        told = 0 if allocator is None else allocator.ooms or 0
-        return replace(self, ooms=max(self.ooms + 1, told))
+    def after_oom(self) -> Totals:
+        """Returns the counters after one more failed allocation."""
+        return replace(self, ooms=self.ooms + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +69,8 @@ class Snapshot:
     identity: RunIdentity
     up: bool = True
     """False once a fault inside memtrace switched it off."""
+    ended: bool = False
+    """Whether the run is over: everything is as of its end."""
     begun_unix_seconds: float | None = None
     """When the tracer was attached, seconds since 1970; None before."""
     totals: Totals = field(default_factory=Totals)

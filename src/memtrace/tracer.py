@@ -221,10 +221,10 @@ class Tracer:
         self._published.switch_off()
         self._release()
 
-    def _publish_oom(self, report: OomReport, *, again: bool) -> Path | None:
-        """Counts a failed allocation, unless it was counted before; returns where its report is: nowhere here."""
-        if not again:
-            self._published.count_oom(report)
+    def _publish_oom(self, report: OomReport) -> Path | None:
+        """Counts a failed allocation, unless torch may have caught it; returns where its report is: nowhere here."""
+        if not report.request.pending:
+            self._published.count_oom()
         return None
 
 

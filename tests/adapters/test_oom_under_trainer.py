@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,9 +116,11 @@ def test_crash_of_the_script_is_reported_before_the_traceback(tmp_path: Path) ->
     (report,) = reports_in(tmp_path)
     assert report.request.witness is Witness.EXCEPTION
     assert report.request.phase is Phase.BACKWARD
-    text = (tmp_path / "textfile" / "memtrace-rank0.prom").read_text()
-    assert 'memtrace_ooms_total{rank="0"} 1.0' in text
-    assert 'memtrace_steps_total{rank="0"} 2.0' in text
+    (file,) = (tmp_path / "textfile").glob("memtrace-*-rank0.prom")
+    text = file.read_text()
+    assert re.search(r'^memtrace_ooms_total{rank="0",run="[^"]+"} 1.0$', text, re.MULTILINE)
+    assert re.search(r'^memtrace_steps_total{rank="0",run="[^"]+"} 2.0$', text, re.MULTILINE)
+    assert re.search(r'^memtrace_up{rank="0",run="[^"]+"} 0.0$', text, re.MULTILINE)
 
 
 def test_second_training_after_a_run_that_ended_well_reports_nothing(tmp_path: Path) -> None:

@@ -47,13 +47,18 @@ snapshots = st.builds(
 
 
 def samples(snapshot: Snapshot) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Returns the value of each series of a snapshot."""
+    return series(render_text(snapshot))
+
+
+def series(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """Returns the value of each series, read back from the text as Prometheus reads it."""
     found: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-    for family in text_string_to_metric_families(render_text(snapshot)):
+    for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            series = (sample.name, tuple(sorted(sample.labels.items())))
-            assert series not in found, "a series comes once"
-            found[series] = sample.value
+            at = (sample.name, tuple(sorted(sample.labels.items())))
+            assert at not in found, "a series comes once"
+            found[at] = sample.value
     return found
 
 
@@ -177,18 +182,55 @@ def test_a_metric_can_be_asked_for_by_name() -> None:
 
 
 def test_the_textfile_is_the_exposition(tmp_path: Path) -> None:
-    """The file for node_exporter holds the text, in a directory that is made, and nothing else is left there."""
-    path = textfile_path(tmp_path / "new", 3)
+    """The file for node_exporter holds all series but one, each with the run, and nothing else is left beside it."""
+    path = textfile_path(tmp_path / "new", RunIdentity(run_name="llama", rank=3))
     write_textfile(path, gpu_snapshot())
     write_textfile(path, gpu_snapshot(up=False))
-    assert path.name == "memtrace-rank3.prom"
-    assert path.read_text(encoding="utf-8") == render_text(gpu_snapshot(up=False))
+    assert path.name == "memtrace-llama-rank3.prom"
     assert list(path.parent.iterdir()) == [path]
+    found = series(path.read_text(encoding="utf-8"))
+    whole = {
+        (name, (*labels, ("run", "llama"))): value
+        for (name, labels), value in samples(gpu_snapshot(up=False)).items()
+        if name != "memtrace_run_info"
+    }
+    assert {(name, tuple(sorted(labels))): value for (name, labels), value in whole.items()} == found
+
+
+def test_runs_on_one_host_are_told_apart(tmp_path: Path) -> None:
+    """Two runs of rank 0 leave two files, and no series of one is a series of the other."""
+    found = []
+    for name in ("job-a", "job-b"):
+        snapshot = cpu_snapshot(identity=RunIdentity(run_name=name))
+        path = textfile_path(tmp_path, snapshot.identity)
+        write_textfile(path, snapshot)
+        found.append(set(series(path.read_text(encoding="utf-8"))))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert not found[0] & found[1]
+
+
+@pytest.mark.parametrize("name", ["a/b", "a_b", "../a", "a b", "caf\udce9", "\ud800", "", "x" * 300, "x" * 301])
+def test_every_name_has_a_file_of_its_own(tmp_path: Path, name: str) -> None:
+    """Whatever a run is called: a file in the directory that was given, which another name does not take."""
+    path = textfile_path(tmp_path, RunIdentity(run_name=name))
+    write_textfile(path, cpu_snapshot(identity=RunIdentity(run_name=name)))
+    assert path.parent == tmp_path
+    assert path != textfile_path(tmp_path, RunIdentity(run_name=f"{name}_"))
+    assert path != textfile_path(tmp_path, RunIdentity(run_name=name.replace("/", "_") + "/"))
+
+
+def test_a_finished_run_is_not_up() -> None:
+    """Its figures are as of its end, and it does not say that memtrace is at work."""
+    ended = samples(gpu_snapshot(ended=True))
+    changed = {name for (name, labels), value in samples(gpu_snapshot()).items() if ended[name, labels] != value}
+    assert changed == {"memtrace_up"}
+    assert values(gpu_snapshot(ended=True), "memtrace_up") == [0]
 
 
 def test_a_textfile_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     """A directory in the file's place is an OutputError, and no half file is left."""
-    (tmp_path / "memtrace-rank0.prom" / "x").mkdir(parents=True)
-    with pytest.raises(OutputError, match=r"memtrace-rank0\.prom cannot be written: Is a directory"):
-        write_textfile(textfile_path(tmp_path, 0), gpu_snapshot())
-    assert [entry.name for entry in tmp_path.iterdir()] == ["memtrace-rank0.prom"]
+    path = textfile_path(tmp_path, gpu_snapshot().identity)
+    (path / "x").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"\.prom cannot be written: Is a directory"):
+        write_textfile(path, gpu_snapshot())
+    assert list(tmp_path.iterdir()) == [path]

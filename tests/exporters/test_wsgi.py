@@ -148,6 +148,42 @@ def test_an_idle_tls_client_blocks_nobody(clients: ExitStack, tmp_path: Any) -> 
         server.close()
 
 
+@pytest.mark.parametrize("finish", [BoundedServer.end, BoundedServer.close], ids=["end", "close"])
+@pytest.mark.parametrize("where", ["accepting thread", "serving thread"])
+def test_the_end_may_come_on_its_own_threads(where: str, finish: Callable[[BoundedServer], None]) -> None:
+    """The garbage collector may drop the server on any thread: none waits for itself, and the port is free."""
+
+    class Ending(BoundedServer):
+        def service_actions(self) -> None:
+            if where == "accepting thread":
+                finish(self)
+
+    def ending(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        finish(server)
+        return hello(environ, start_response)
+
+    server = Ending("127.0.0.1", 0, ending)
+    port = server.server_port
+    server.start()
+    if where == "serving thread":
+        scrape(server)
+    for thread in threading.enumerate():
+        if thread.name.startswith("memtrace"):
+            thread.join()
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+
+
+def test_the_end_waits_for_nobody(server: BoundedServer, clients: ExitStack) -> None:
+    """Threads and clients of a server that is dropped are told to end, and the port is free at once."""
+    client = connect(server, clients)
+    port = server.server_port
+    server.end()
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+    assert rest(client) == b""
+
+
 def test_a_port_is_not_shared(server: BoundedServer) -> None:
     """A second server on the same port is an error and not a second listener."""
     with pytest.raises(OSError, match="Address already in use") as caught:

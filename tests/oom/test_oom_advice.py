@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from cuda_scenes import GIB
 
@@ -35,6 +37,16 @@ def test_checkpointing_keeps_inputs_and_one_layer() -> None:
     """Of n layers, 1/n is recomputed at a time and 2/34 of each is kept."""
     saved = advise(ACTIVATIONS, facts=ModelFacts(repeated_blocks=10))[RemedyKind.CHECKPOINTING].saved_bytes
     assert saved == pytest.approx(16 * GIB * (1 - 1 / 10 - 2 / 34), rel=1e-9)
+
+
+def test_what_was_asked_for_stands_before_the_segment() -> None:
+    """What was missing follows from the request where it is known, and else from the segment, its upper bound."""
+    known = FailedRequest(
+        witness=Witness.ALLOCATOR, phase=Phase.FORWARD, requested_bytes=3, segment_bytes=20, free_bytes=1
+    )
+    assert Situation(entries={}, request=known, facts=ModelFacts()).shortfall_bytes == 2
+    bound = replace(known, requested_bytes=None)
+    assert Situation(entries={}, request=bound, facts=ModelFacts()).shortfall_bytes == 19
 
 
 def test_checkpointing_needs_layers() -> None:

@@ -25,7 +25,13 @@ FULL = replace(
     device_memory=traced_step().device_memory,
     limit_bytes=10**9,
     request=FailedRequest(
-        witness=Witness.EXCEPTION, phase=Phase.FORWARD, requested_bytes=7, free_bytes=3, module="a.b", message="x: y"
+        witness=Witness.EXCEPTION,
+        phase=Phase.FORWARD,
+        requested_bytes=7,
+        segment_bytes=20,
+        free_bytes=3,
+        module="a.b",
+        message="x: y",
     ),
 )
 
@@ -40,6 +46,15 @@ def test_report_is_read_back_as_it_was(case: Case) -> None:
 def test_report_with_everything_is_read_back_as_it_was() -> None:
     """Also where every optional field is known."""
     assert parse_report(parse_json(encode(FULL), "here"), "here") == FULL
+
+
+def test_pending_report_is_read_back_as_it_was() -> None:
+    """A report that no exception has followed stays one; one of a version that had none of them is not."""
+    pending = replace(FULL, request=replace(FULL.request, pending=True))
+    assert parse_report(parse_json(encode(pending), "here"), "here") == pending
+    older = json.loads(encode(FULL))
+    del older["request"]["pending"], older["request"]["segment_bytes"]
+    assert parse_report(older, "here").request == replace(FULL.request, segment_bytes=None)
 
 
 def test_wrong_fields_are_named() -> None:

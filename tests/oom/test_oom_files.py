@@ -52,6 +52,27 @@ def test_report_of_the_same_time_is_replaced(tmp_path: Path) -> None:
     assert "told later" in path.read_text()
 
 
+def test_pending_reports_take_no_room(tmp_path: Path) -> None:
+    """Of reports that no exception has followed there is one, however many failures torch catches; others stay."""
+    write_report(tmp_path, replace(FULL, unix_seconds=1.0), keep=2)
+    pending = replace(FULL, request=replace(FULL.request, pending=True))
+    for second in range(10, 15):
+        write_report(tmp_path, replace(pending, unix_seconds=float(second)), keep=2)
+    assert names(tmp_path) == [
+        "oom-rank0-19700101T000001.000Z.json",
+        "oom-rank0-19700101T000001.000Z.md",
+        "oom-rank0-19700101T000014.000Z-pending.json",
+        "oom-rank0-19700101T000014.000Z-pending.md",
+    ]
+
+
+def test_completed_report_replaces_the_pending_one_of_its_time(tmp_path: Path) -> None:
+    """The exception that follows takes the mark away."""
+    write_report(tmp_path, replace(FULL, request=replace(FULL.request, pending=True)), keep=5)
+    path = write_report(tmp_path, FULL, keep=5)
+    assert names(tmp_path) == [path.with_suffix(".json").name, path.name]
+
+
 def test_place_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
     """The message names the file and the reason, and no draft is left."""
     (tmp_path / "file").touch()

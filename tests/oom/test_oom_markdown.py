@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from cuda_scenes import CASES, GIB, Case, report_of
+from cuda_scenes import CASES, GIB, MIB, Case, report_of
 from test_oom_document import FULL
 
 from memtrace.categories import Phase
@@ -70,6 +70,26 @@ def test_sizes_are_exact_beside_the_rounded_ones() -> None:
     """What was asked for is there to the byte."""
     request = replace(FULL.request, requested_bytes=2 * GIB + 1)
     assert f"2.00 GiB ({2 * GIB + 1} B)" in render_markdown(replace(FULL, request=request))
+
+
+def test_segment_is_no_request() -> None:
+    """What the allocator wanted of the device is told as that, beside the request or in its place."""
+    both = replace(FULL.request, requested_bytes=3 * MIB, segment_bytes=20 * MIB)
+    segment = replace(FULL.request, requested_bytes=None, segment_bytes=20 * MIB)
+    assert (
+        f"| asked for | 3.00 MiB ({3 * MIB} B), for which the allocator wanted a segment of 20.00 MiB ({20 * MIB} B) |"
+        in render_markdown(replace(FULL, request=both))
+    )
+    assert f"| asked for | at most a segment of 20.00 MiB ({20 * MIB} B) |" in render_markdown(
+        replace(FULL, request=segment)
+    )
+
+
+def test_failure_without_an_exception_is_not_called_the_end() -> None:
+    """A report that no exception has followed says so."""
+    text = render_markdown(replace(FULL, request=replace(FULL.request, pending=True)))
+    assert text.splitlines()[2].startswith("A failed allocation at step 7")
+    assert "No exception had followed" in text
 
 
 def test_headline_of_nothing_known() -> None:

@@ -141,7 +141,8 @@ def test_failure_is_counted_and_left_in_the_text_file(tmp_path: Path) -> None:
     with tracer:
         run_out(training, "forward")
         assert tracer.snapshot().totals.ooms == 1
-        assert 'memtrace_ooms_total{rank="0"} 1.0' in (tmp_path / "textfile" / "memtrace-rank0.prom").read_text()
+        text = (tmp_path / "textfile" / "memtrace-greedy-rank0.prom").read_text()
+        assert 'memtrace_ooms_total{rank="0",run="greedy"} 1.0' in text
         training.step()
         assert tracer.snapshot().totals.ooms == 1
 

@@ -104,6 +104,35 @@ class TestSampling:
             assert sampler.reading() == DeviceReading(used_bytes=1)
             sampler.stop()
 
+    def test_the_thread_ends_with_its_sampler(self) -> None:
+        """A sampler that is dropped without a stop, as with a tracer that nobody detached, leaves no thread behind."""
+        reader = CountingReader()
+        sampler = DeviceSampler(lambda: reader, period_seconds=HOUR, patience_seconds=HOUR)
+        sampler.start()
+        (thread,) = sampling_threads()
+        del sampler
+        gc.collect()
+        thread.join()
+        assert reader.closed_by == [THREAD_NAME]
+
+    def test_a_sampler_may_be_dropped_on_its_own_thread(self) -> None:
+        """The collector runs on any thread, that of the sampler included, and waits for none."""
+        dropped: list[DeviceSampler] = []
+
+        class DroppingReader(CountingReader):
+            def read(self) -> DeviceReading:
+                ready.wait()
+                dropped.clear()
+                gc.collect()
+                return super().read()
+
+        ready = threading.Event()
+        dropped.append(DeviceSampler(DroppingReader, period_seconds=HOUR, patience_seconds=0.0))
+        dropped[0].start()
+        (thread,) = sampling_threads()
+        ready.set()
+        thread.join()
+
 
 class TestDropped:
     def test_a_sampler_that_nobody_stops(self) -> None:

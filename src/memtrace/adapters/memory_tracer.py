@@ -76,8 +76,8 @@ class MemoryTracer(Tracer):
     def _open_exports(self) -> None:
         run_dir = self._default_log_dir or Path("memtrace-runs") / self.identity.run_name
         exports = Exports.open(_weak_snapshot(self), self.identity, self.config, self.config.log_path(run_dir))
-        # Also where the script ends, or drops the tracer, without a detach: the port and the log are given back.
-        self._close_exports = weakref.finalize(self, exports.close)
+        # Where the script ends, or drops the tracer, without a detach, the port and the log are given back too.
+        self._end_exports = weakref.finalize(self, exports.end)
         self._exports = exports
         self.add_listener(exports.write)
 
@@ -89,20 +89,21 @@ class MemoryTracer(Tracer):
     def _drop_exports(self) -> None:
         exports, self._exports = self._exports, None
         if exports is not None:
-            self._close_exports()
+            self._end_exports.detach()
+            exports.close()
             self.remove_listener(exports.write)
 
-    def _publish_oom(self, report: OomReport, *, again: bool) -> Path | None:
-        super()._publish_oom(report, again=again)
+    def _publish_oom(self, report: OomReport) -> Path | None:
+        super()._publish_oom(report)
         return None if self._exports is None else self._exports.write_oom(report)
 
 
-def _weak_snapshot(tracer: Tracer) -> Callable[[], Snapshot]:
-    """Returns `tracer.snapshot` without keeping the tracer, and through it the model, alive."""
-    alive, identity = weakref.ref(tracer), tracer.identity
+def _weak_snapshot(tracer: Tracer) -> Callable[[], Snapshot | None]:
+    """Returns `tracer.snapshot` without keeping the tracer, and through it the model, alive; it returns None then."""
+    alive = weakref.ref(tracer)
 
-    def snapshot() -> Snapshot:
+    def snapshot() -> Snapshot | None:
         found = alive()
-        return Snapshot(identity=identity, up=False) if found is None else found.snapshot()
+        return None if found is None else found.snapshot()
 
     return snapshot

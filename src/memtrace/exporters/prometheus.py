@@ -6,9 +6,12 @@ same instant. A collector cannot fail on a valid Snapshot; what cannot be told h
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import prometheus_client
@@ -17,8 +20,11 @@ from prometheus_client.registry import Collector
 
 from memtrace.errors import OutputError
 from memtrace.exporters.series import READERS, Labels
-from memtrace.metrics import CATALOGUE, Metric, MetricType
-from memtrace.snapshot import Snapshot
+from memtrace.metrics import CATALOGUE, RUN_INFO, Metric, MetricType
+from memtrace.snapshot import RunIdentity, Snapshot
+
+_MAX_NAME = 100
+"""Characters of a run's name in the name of a file."""
 
 
 class SnapshotCollector(Collector):
@@ -26,10 +32,14 @@ class SnapshotCollector(Collector):
 
     Args:
         source: returns the newest snapshot. It is called once a scrape, from the server's threads, and must not raise.
+        name_run: whether every series has the label `run`, for a place where runs lie beside each other. Then there is
+            no `memtrace_run_info`, which gives that label to the series of an endpoint: two of them under one instance
+            and rank would make each query fail that joins with it.
     """
 
-    def __init__(self, source: Callable[[], Snapshot]) -> None:
+    def __init__(self, source: Callable[[], Snapshot], *, name_run: bool = False) -> None:
         self._source = source
+        self._name_run = name_run
 
     def describe(self) -> Iterator[Family]:
         """Yields the metrics without samples, so that registering the collector takes no snapshot."""
@@ -39,7 +49,11 @@ class SnapshotCollector(Collector):
         """Yields each metric that has samples now."""
         snapshot = self._source()
         identity = _identity_labels(snapshot)
+        if self._name_run:
+            identity["run"] = snapshot.identity.run_name
         for metric in CATALOGUE:
+            if self._name_run and metric is RUN_INFO:
+                continue
             family = _family(metric)
             for labels, value in READERS[metric](snapshot):
                 if value is not None and math.isfinite(value):
@@ -48,10 +62,10 @@ class SnapshotCollector(Collector):
                 yield family
 
 
-def registry_of(source: Callable[[], Snapshot]) -> prometheus_client.CollectorRegistry:
+def registry_of(source: Callable[[], Snapshot], *, name_run: bool = False) -> prometheus_client.CollectorRegistry:
     """Returns a registry of its own with one `SnapshotCollector`; the process-wide registry is left alone."""
     registry = prometheus_client.CollectorRegistry()
-    registry.register(SnapshotCollector(source))
+    registry.register(SnapshotCollector(source, name_run=name_run))
     return registry
 
 
@@ -60,25 +74,38 @@ def render_text(snapshot: Snapshot) -> str:
     return prometheus_client.generate_latest(registry_of(lambda: snapshot)).decode()
 
 
-def textfile_path(directory: str | os.PathLike[str], rank: int) -> Path:
-    """Returns where a rank leaves its metrics in the directory of a textfile collector."""
-    return Path(directory) / f"memtrace-rank{rank}.prom"
+def textfile_path(directory: str | os.PathLike[str], identity: RunIdentity) -> Path:
+    """Returns where a rank leaves its metrics in the directory of a textfile collector.
+
+    The name has those characters of the run's name that every file system takes, and tells names apart that differ in
+    others.
+    """
+    run = identity.run_name
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", run)[:_MAX_NAME]
+    if name != run:
+        name += f"-{hashlib.sha256(run.encode(errors='surrogatepass')).hexdigest()[:8]}"
+    return Path(directory) / f"memtrace-{name}-rank{identity.rank}.prom"
 
 
 def write_textfile(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
     """Writes a snapshot for the textfile collector of node_exporter, which reads files ending in `.prom`.
 
-    The file is written beside its place and renamed: a reader sees the old one or the new one. Its directory is made
-    where it is missing.
+    Every series has the label `run`, so that the files of several runs can lie in one directory; there is no
+    `memtrace_run_info`. The file is written beside its place and renamed: a reader sees the old one or the new one. Its
+    directory is made where it is missing.
 
     Raises:
         OutputError: the file cannot be written.
     """
     target = Path(path)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        prometheus_client.write_to_textfile(str(target), registry_of(lambda: snapshot))
+        draft.write_bytes(prometheus_client.generate_latest(registry_of(lambda: snapshot, name_run=True)))
+        draft.replace(target)
     except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
         raise OutputError(f"the metrics file {target} cannot be written: {error.strerror or error}") from error
 
 

@@ -150,7 +150,7 @@ def _plan(snapshot: Snapshot) -> Iterator[Sample]:
 
 READERS: Mapping[Metric, Reader] = MappingProxyType(
     {
-        metrics.UP: _one(lambda snapshot: snapshot.up),
+        metrics.UP: _one(lambda snapshot: snapshot.up and not snapshot.ended),
         metrics.NOT_SEEN: lambda snapshot: [({"what": unseen.value}, 1) for unseen in snapshot.not_seen],
         metrics.BUILD_INFO: lambda snapshot: [({"version": memtrace.__version__}, 1)],
         metrics.RUN_INFO: _run_info,

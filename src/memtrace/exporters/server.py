@@ -96,6 +96,10 @@ class MetricsServer:
         host = str(self._server.server_address[0])
         return f"{self._scheme}://{f'[{host}]' if ':' in host else host}:{self.port}{METRICS_PATH}"
 
+    def end(self) -> None:
+        """Gives the port back and tells the threads to end; waits for nothing, so that a finalizer may call it."""
+        self._server.end()
+
     def close(self) -> None:
         """Stops serving, gives the port back and joins all threads. Closing twice does nothing."""
         self._server.close()

@@ -63,6 +63,7 @@ class TargetFile:
 
     def close(self) -> None:
         """Removes the file if it is still this endpoint's; a second call does nothing."""
-        with suppress(OSError):  # the end of a run is no time to fail it; a target that stays is seen as down
+        # The end of a run is no time to fail it; a target that stays is seen as down.
+        with suppress(OSError, UnicodeDecodeError):
             if self._path.read_text(encoding="utf-8") == self._text:
                 self._path.unlink()

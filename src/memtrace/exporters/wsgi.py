@@ -92,7 +92,9 @@ class RequestHandler(WSGIRequestHandler):
 class BoundedServer(ThreadingMixIn, WSGIServer):
     """Serves each connection on a thread of its own, within bounds of time and number.
 
-    It listens once it is made and serves once it is started.
+    It listens once it is made and serves once it is started. Its life ends in one of three ways: `close()`, which waits
+    for its threads; `end()`, which waits for nothing and may run within the garbage collector, on any thread; and, in a
+    forked child, with the fork.
 
     Args:
         host: name or IP address to listen on.
@@ -104,6 +106,7 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
         OSError: the address cannot be used.
     """
 
+    timeout = POLL_SECONDS
     request_queue_size = 4 * MAX_CONNECTIONS  # with the usual 5, a client that comes sixth waits a second
 
     def __init__(self, host: str, port: int, app: WsgiApp, tls: ssl.SSLContext | None = None) -> None:
@@ -112,35 +115,55 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
         self._slots = threading.Semaphore(MAX_CONNECTIONS)
         self._serving: dict[threading.Thread, Connection] = {}
         self._thread: threading.Thread | None = None
+        self._ending = False
         self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         super().__init__((host, port), RequestHandler)
         _SERVERS.add(self)
 
     def start(self) -> None:
         """Serves from a thread of its own from now on."""
-        self._thread = threading.Thread(
-            target=self.serve_forever, args=(POLL_SECONDS,), name="memtrace-metrics", daemon=True
-        )
+        self._thread = threading.Thread(target=self._accept_until_the_end, name="memtrace-metrics", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Stops serving, gives the port back and joins all threads. Closing twice does nothing."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self.shutdown()
-            thread.join()
+    def end(self) -> None:
+        """Gives the port back and tells all threads to end, without waiting for them.
+
+        It takes no lock and blocks nowhere, so that a finalizer may call it: the garbage collector runs on any thread,
+        the server's own included, between any two instructions.
+        """
+        self._ending = True
+        with suppress(OSError):  # wakes the accepting thread; without it the port stays taken until that looks again
+            self.socket.shutdown(socket.SHUT_RDWR)
         self.server_close()
-        for worker, connection in self._serving.copy().items():
+        for connection in self._serving.copy().values():
             connection.cut_off()
-            worker.join(IDLE_SECONDS)
+
+    def close(self) -> None:
+        """Stops serving, gives the port back and joins all threads but the caller's. Closing twice does nothing."""
+        accepting, self._thread = self._thread, None
+        self.end()
+        for thread in (accepting, *self._serving.copy()):
+            if thread is not None and thread is not threading.current_thread():
+                thread.join(IDLE_SECONDS)
 
     def abandon(self) -> None:
         """Closes this process's copies of all sockets, in a forked child: the parent's connections go on."""
-        self._thread = None
+        self._thread, self._ending = None, True
         for inherited in (self.socket, *(connection.socket for connection in self._serving.copy().values())):
             with suppress(OSError):
                 os.close(inherited.detach())
         self._serving.clear()
+
+    def _accept_until_the_end(self) -> None:
+        while not self._ending:
+            try:
+                self.handle_request()
+            except ValueError:  # the end came just before the wait for a connection: the socket is closed
+                if not self._ending:
+                    raise
+            self.service_actions()
+        for connection in self._serving.copy().values():  # one that was accepted while the end came
+            connection.cut_off()
 
     def server_bind(self) -> None:
         """Binds without asking a name server for this machine's name, which can take seconds."""

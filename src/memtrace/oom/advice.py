@@ -60,14 +60,14 @@ class Situation:
 
     @property
     def requested_by_batch(self) -> int:
-        """Bytes of the failed request where its size follows from the batch; 0 otherwise."""
+        """Bytes of the failed request, or their upper bound, where its size follows from the batch; 0 otherwise."""
         in_passes = self.request.phase in (Phase.FORWARD, Phase.BACKWARD)
-        return (self.request.requested_bytes or 0) if in_passes else 0
+        return (self.request.bound_bytes or 0) if in_passes else 0
 
     @property
     def shortfall_bytes(self) -> int | None:
         """What was missing for the request; None where its size or what was free is not known."""
-        requested = self.request.requested_bytes
+        requested = self.request.bound_bytes
         free = self.device_free_bytes if self.request.free_bytes is None else self.request.free_bytes
         return None if requested is None or free is None else max(requested - free, 0)
 
@@ -181,14 +181,14 @@ def _no_foreach(situation: Situation) -> Iterator[_Proposal]:
     )
     yield (
         RemedyKind.NO_FOREACH,
-        temporaries + (situation.request.requested_bytes or 0),
+        temporaries + (situation.request.bound_bytes or 0),
         "Give the optimizer foreach=False, or fused=True where it has that: it then holds no temporary copies of all "
         "parameters at once.",
     )
 
 
 def _expandable_segments(situation: Situation) -> Iterator[_Proposal]:
-    cut_up, requested = situation.fragmentation, situation.request.requested_bytes
+    cut_up, requested = situation.fragmentation, situation.request.bound_bytes
     if cut_up is None or cut_up.expandable or requested is None or cut_up.free_bytes < requested:
         return
     yield (

@@ -55,9 +55,11 @@ def report_document(report: OomReport) -> dict[str, Any]:
             "witness": report.request.witness.value,
             "phase": report.request.phase.value,
             "requested_bytes": report.request.requested_bytes,
+            "segment_bytes": report.request.segment_bytes,
             "free_bytes": report.request.free_bytes,
             "module": report.request.module,
             "message": report.request.message,
+            "pending": report.request.pending,
         },
         "composition": {
             "allocated_bytes": report.composition.allocated_bytes,
@@ -144,9 +146,11 @@ def _parse_request(request: Fields) -> FailedRequest:
         witness=request.word("witness", Witness),
         phase=request.word("phase", Phase),
         requested_bytes=request.optional("requested_bytes", Fields.integer),
+        segment_bytes=request.optional("segment_bytes", Fields.integer),
         free_bytes=request.optional("free_bytes", Fields.integer),
         module=request.optional("module", Fields.text),
         message=request.text("message"),
+        pending=request.optional("pending", Fields.boolean) or False,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from memtrace.errors import ConfigError
-from memtrace.units import parse_bytes
+from memtrace.units import MIB, parse_bytes
 
 MAX_MESSAGE = 300
 """Characters of an exception's first line in a report."""
@@ -21,6 +21,8 @@ _SIGNS = {
 }
 """What the message of a RuntimeError says when the memory of a device has run out: torch's allocators raise
 OutOfMemoryError for CUDA, but the driver's calls and the CPU allocator raise a plain RuntimeError."""
+_POOL_SEGMENTS = (2 * MIB, 20 * MIB)
+"""Segments that CUDA's caching allocator asks the device for to serve a request of at most 1, and of at most 10 MiB."""
 _CPU_REQUEST = re.compile(r"tried to allocate (\d+) bytes")
 _CUDA_REQUEST = re.compile(r"Tried to allocate (\d+(?:\.\d+)? (?:[KMGT]iB|bytes))")
 
@@ -42,8 +44,17 @@ def out_of_memory(error: BaseException | None, device_type: str) -> BaseExceptio
     return None
 
 
+def is_pool_segment(size: int | None) -> bool:
+    """Returns whether a size that CUDA's allocator tells, as observers and messages have it, hides a smaller request.
+
+    Both tell the size of the segment that was wanted. A segment of 2 or 20 MiB is the same for many requests; a larger
+    one is its request, rounded up to 2 MiB.
+    """
+    return size in _POOL_SEGMENTS
+
+
 def requested_bytes(error: BaseException) -> int | None:
-    """Returns what the failed request asked for, where the message says so; rounded as the message rounds it."""
+    """Returns what the message says was asked for, where it does; rounded as the message rounds it."""
     message = str(error)
     exact = _CPU_REQUEST.search(message)
     if exact is not None:

@@ -1,4 +1,8 @@
-"""Where OOM reports go: a JSON and a Markdown file each, and no more of them than asked for."""
+"""Where OOM reports go: a JSON and a Markdown file each, and no more of them than asked for.
+
+A report that no exception has followed yet is marked in its name. There is one of that kind for each rank: it makes
+room for the next one, and for the report that completes it, and takes no room from others.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,17 @@ from memtrace.oom.document import encode
 from memtrace.oom.markdown import render_markdown
 from memtrace.oom_report import OomReport
 
+_PENDING = "-pending"
+
 
 def report_path(directory: str | os.PathLike[str], report: OomReport) -> Path:
-    """Returns the Markdown file of a report: its name has the rank and the time, UTC to the millisecond."""
+    """Returns the Markdown file of a report: its name has the rank and the time, UTC to the millisecond.
+
+    A pending report's name ends in `-pending`.
+    """
     moment = datetime.fromtimestamp(report.unix_seconds, UTC)
     stamp = f"{moment:%Y%m%dT%H%M%S}.{moment.microsecond // 1000:03d}Z"
-    return Path(directory) / f"oom-rank{report.rank}-{stamp}.md"
+    return Path(directory) / f"oom-rank{report.rank}-{stamp}{_PENDING if report.request.pending else ''}.md"
 
 
 def write_report(directory: str | os.PathLike[str], report: OomReport, *, keep: int) -> Path:
@@ -41,14 +50,20 @@ def write_report(directory: str | os.PathLike[str], report: OomReport, *, keep: 
                 draft.replace(file)
             finally:
                 draft.unlink(missing_ok=True)
-        _delete_oldest(path.parent, report.rank, keep)
+        _make_room(path, report, keep)
     except OSError as error:
         raise OutputError(f"the OOM report {path} cannot be written: {error.strerror or error}") from error
     return path
 
 
-def _delete_oldest(directory: Path, rank: int, keep: int) -> None:
-    stamps = sorted(file.stem for file in directory.glob(f"oom-rank{rank}-*.json"))
-    for stem in stamps[: max(len(stamps) - keep, 0)]:
+def _make_room(written: Path, report: OomReport, keep: int) -> None:
+    stems = sorted(file.stem for file in written.parent.glob(f"oom-rank{report.rank}-*.json"))
+    pending = [stem for stem in stems if stem.endswith(_PENDING)]
+    settled = [stem for stem in stems if not stem.endswith(_PENDING)]
+    if report.request.pending:
+        surplus = [stem for stem in pending if stem != written.stem]
+    else:
+        surplus = [f"{written.stem}{_PENDING}", *settled[: max(len(settled) - keep, 0)]]
+    for stem in surplus:
         for suffix in (".json", ".md"):
-            (directory / f"{stem}{suffix}").unlink(missing_ok=True)
+            written.with_name(f"{stem}{suffix}").unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from memtrace.breakdown import AllocatorReading, EntryKey
 from memtrace.categories import Phase
-from memtrace.oom_report import OomReport, Witness
+from memtrace.oom_report import FailedRequest, OomReport, Witness
 from memtrace.units import format_bytes
 
 _PLACES = {
@@ -37,12 +37,13 @@ def headline(report: OomReport) -> str:
     """Returns one sentence: where memory ran out, and what most of it was for."""
     step = "" if report.step is None else f" at step {report.step}"
     where = f"{step}, {_PLACES[report.request.phase]}"
+    what = "a failed allocation" if report.request.pending else "out of memory"
     top = next(iter(report.composition.by_category().items()), None)
     if top is None:
-        return f"out of memory{where}"
+        return f"{what}{where}"
     category, size = top
     share = size / report.composition.total_bytes
-    return f"out of memory{where}; most was {category}, {format_bytes(size)} ({share:.0%} of what is known)"
+    return f"{what}{where}; most was {category}, {format_bytes(size)} ({share:.0%} of what is known)"
 
 
 def _head(report: OomReport) -> Iterator[str]:
@@ -53,12 +54,18 @@ def _head(report: OomReport) -> Iterator[str]:
     sentence = headline(report)
     yield f"{sentence[0].upper()}{sentence[1:]}."
     yield ""
+    if request.pending:
+        yield (
+            "No exception had followed when this was written. torch catches such a failure where it can go on with "
+            "less, as in a search for a convolution's workspace; or the training loop has caught it. It is not counted."
+        )
+        yield ""
     batch = "" if report.batch is None else " x ".join(map(str, report.batch.shape))
     yield from _table(
         ("", ""),
         [
             ("time", moment),
-            ("asked for", _size(request.requested_bytes)),
+            ("asked for", _asked_for(request)),
             ("free on the device then", _size(request.free_bytes)),
             ("batch", f"{batch}, {report.batch.tokens} tokens in the step" if report.batch else _UNKNOWN),
             ("module", _UNKNOWN if request.module is None else _module(request.module)),
@@ -209,6 +216,15 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     for row in rows:
         yield f"| {' | '.join(row)} |"
     yield ""
+
+
+def _asked_for(request: FailedRequest) -> str:
+    if request.segment_bytes is None:
+        return _size(request.requested_bytes)
+    segment = f"a segment of {_size(request.segment_bytes)}"
+    if request.requested_bytes is None:
+        return f"at most {segment}"
+    return f"{_size(request.requested_bytes)}, for which the allocator wanted {segment}"
 
 
 def _size(count: int | None) -> str:

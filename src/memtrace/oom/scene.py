@@ -48,17 +48,7 @@ def describe(scene: Scene) -> OomReport:
         complete=scene.complete,
         estimated=scene.estimated,
     )
-    situation = Situation(
-        entries=composition.entries,
-        request=scene.request,
-        facts=scene.facts,
-        batch=scene.batch,
-        world_size=identity.world_size,
-        fragmentation=scene.fragmentation,
-        other_processes_bytes=None if device is None else device.other_processes_bytes,
-        device_free_bytes=None if device is None else device.free_bytes,
-    )
-    return OomReport(
+    report = OomReport(
         run_name=identity.run_name,
         rank=identity.rank,
         world_size=identity.world_size,
@@ -76,8 +66,25 @@ def describe(scene: Scene) -> OomReport:
         limit_bytes=snapshot.limit_bytes,
         last_traced_step=None if traced is None else traced.step,
         last_traced_peak=None if traced is None else _peak(traced),
-        remedies=remedies(situation),
+        remedies=(),
     )
+    return with_request(report, scene.request, scene.facts)
+
+
+def with_request(report: OomReport, request: FailedRequest, facts: ModelFacts) -> OomReport:
+    """Returns the report with more that is known of the request, and with the remedies that follow from it."""
+    device = report.device_memory
+    situation = Situation(
+        entries=report.composition.entries,
+        request=request,
+        facts=facts,
+        batch=report.batch,
+        world_size=report.world_size,
+        fragmentation=report.fragmentation,
+        other_processes_bytes=None if device is None else device.other_processes_bytes,
+        device_free_bytes=None if device is None else device.free_bytes,
+    )
+    return replace(report, request=request, remedies=remedies(situation))
 
 
 def _peak(traced: StepRecord) -> Breakdown | None:

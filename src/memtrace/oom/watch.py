@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +18,11 @@ from memtrace.categories import Phase
 from memtrace.guard import Guard
 from memtrace.oom.advice import ModelFacts
 from memtrace.oom.composition import Holding, StepFacts, from_blocks, from_ledger, from_timeline
-from memtrace.oom.failure import failing_module, first_line, out_of_memory, requested_bytes
+from memtrace.oom.failure import failing_module, first_line, is_pool_segment, out_of_memory, requested_bytes
 from memtrace.oom.fragmentation import parse_fragmentation
 from memtrace.oom.holders import module_names, repeated_blocks
 from memtrace.oom.markdown import headline
-from memtrace.oom.scene import Scene, describe
+from memtrace.oom.scene import Scene, describe, with_request
 from memtrace.oom_report import FailedRequest, Fragmentation, OomReport, Witness
 from memtrace.snapshot import Snapshot
 from memtrace.sources.cuda_allocator import live_blocks, segments
@@ -30,24 +31,36 @@ from memtrace.sources.failures import FAILURES
 from memtrace.steps import StepInFlight
 from memtrace.tracing import TraceWindow
 
-MAX_REPORTS_A_STEP = 3
-"""Failures told by the allocator that are looked into in one step: a convolution may fail often, each time with a
-smaller workspace, and then succeed."""
+LOOK_SECONDS = 10.0
+"""For so long after the allocator has told of a failure that no exception followed, further ones are not looked into: a
+convolution may fail in every step, each time with a smaller workspace, and then succeed."""
 
 
 class Publish(Protocol):
     """What is done with a report."""
 
-    def __call__(self, report: OomReport, *, again: bool) -> Path | None:
-        """Files a report and returns where; `again` says that it replaces the one of the same time."""
+    def __call__(self, report: OomReport) -> Path | None:
+        """Files a report and returns where. One that is no longer pending replaces the pending one of the same time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Notice:
+    """What the allocator told last, as long as no exception has followed."""
+
+    step: int | None
+    request: FailedRequest
+    report: OomReport | None
+    """What was live then; None where that was not looked into."""
 
 
 class OomWatch:
     """Looks at what is live when an allocation has failed.
 
     Allocates nothing on the device and does not synchronise it. One failure is told twice on a CUDA device: by the
-    allocator, when everything is still there, and by the exception, which says where it happened; the second
-    completes the first report.
+    allocator, when everything is still there, and by the exception, which says what was asked for and where; the second
+    completes the first report. The allocator's word alone is no failure of the run, since torch catches such exceptions
+    where it can go on with less: its report is pending. What was told last is dropped with the next word of the
+    allocator, and with an exception of any kind.
     """
 
     def __init__(
@@ -62,15 +75,17 @@ class OomWatch:
         current_step: Callable[[], StepInFlight | None],
         snapshot: Callable[[], Snapshot],
         publish: Publish,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model, self._scan = model, scan
         self._source, self._ledger, self._window, self._guard = source, ledger, window, guard
         self._current_step, self._snapshot, self._publish = current_step, snapshot, publish
-        self._unexplained: OomReport | None = None
-        """The last report that the allocator has led to and that no exception has completed yet."""
+        self._clock = clock
+        self._notice: _Notice | None = None
+        self._next_look = -math.inf
+        """When the allocator's word is looked into again, by the clock."""
         self._failed_step: int | None = None
-        self._failures = 0
-        """Failures reported in that step."""
+        """The last step with a report that is not pending."""
         self._note: str | None = None
         """What was added to the last exception."""
 
@@ -81,31 +96,37 @@ class OomWatch:
     def raised(self, error: BaseException) -> None:
         """Reports an exception, once, where it says that the device's memory has run out."""
         cause = out_of_memory(error, self._ledger.device.type)
-        if cause is None or (self._note is not None and self._note in getattr(error, "__notes__", ())):
+        if self._note is not None and self._note in getattr(error, "__notes__", ()):
             return
-        step = self._current_step()
-        message, module = first_line(cause), failing_module(cause, self._model)
-        known, self._unexplained = self._unexplained, None
-        if known is not None and known.step == _number(step):
-            report = replace(known, request=replace(known.request, message=message, module=module))
-            path = self._publish(report, again=True)
-        else:
-            request = FailedRequest(
-                witness=Witness.EXCEPTION,
-                phase=_phase(step),
-                requested_bytes=requested_bytes(cause),
-                module=module,
-                message=message,
-            )
-            report, path = self._report(request, step)
+        step, notice = self._current_step(), self._taken_notice()
+        if cause is None:
+            return
+        told = FailedRequest(witness=Witness.EXCEPTION, phase=_phase(step)) if notice is None else notice.request
+        asked_for, segment = requested_bytes(cause), told.segment_bytes
+        if self._ledger.device.type == "cuda" and is_pool_segment(asked_for) and segment in (None, asked_for):
+            asked_for, segment = None, asked_for
+        request = replace(
+            told,
+            witness=Witness.EXCEPTION,
+            requested_bytes=asked_for,
+            segment_bytes=segment,
+            module=failing_module(cause, self._model),
+            message=first_line(cause),
+            pending=False,
+        )
+        report, path = self._settle(request, step, None if notice is None else notice.report)
         self._note = f"memtrace: {headline(report)}{'' if path is None else f'. Report: {path}'}"
         error.add_note(self._note)
 
     def restarted(self) -> None:
         """Reports the step in flight, which was given up for lack of memory, unless that failure is known."""
-        step = self._current_step()
-        if step is not None and not self._is_known(step):
-            self._report(FailedRequest(witness=Witness.RESTART, phase=_phase(step)), step)
+        step, notice = self._current_step(), self._taken_notice()
+        if step is None or self._failed_step == step.number:
+            return
+        if notice is None:
+            self._settle(FailedRequest(witness=Witness.RESTART, phase=_phase(step)), step, None)
+        else:
+            self._settle(replace(notice.request, witness=Witness.RESTART, pending=False), step, notice.report)
 
     def _allocator_says(self, device_index: int, requested: int, free: int) -> None:
         if device_index == self._ledger.device.index:
@@ -113,25 +134,37 @@ class OomWatch:
 
     def _allocation_failed(self, requested: int, free: int) -> None:
         step = self._current_step()
-        if self._failures_in(step) >= MAX_REPORTS_A_STEP:
-            return
         request = FailedRequest(
-            witness=Witness.ALLOCATOR, phase=_phase(step), requested_bytes=requested, free_bytes=free
+            witness=Witness.ALLOCATOR, phase=_phase(step), segment_bytes=requested, free_bytes=free, pending=True
         )
-        self._unexplained, _ = self._report(request, step)
+        report = None
+        if self._clock() >= self._next_look:
+            self._next_look = self._clock() + LOOK_SECONDS
+            report = self._look(request, step)
+            self._publish(report)
+        self._notice = _Notice(step=_number(step), request=request, report=report)
 
     def _crashed(self, error: BaseException) -> None:
         self._guard.run(self.raised, error)
 
-    def _failures_in(self, step: StepInFlight | None) -> int:
-        return self._failures if self._failed_step == _number(step) else 0
+    def _taken_notice(self) -> _Notice | None:
+        """Forgets what the allocator told last, and returns it where it was told in the step in flight."""
+        notice, self._notice = self._notice, None
+        return notice if notice is not None and notice.step == _number(self._current_step()) else None
 
-    def _is_known(self, step: StepInFlight) -> bool:
-        return self._failures_in(step) > 0
+    def _settle(
+        self, request: FailedRequest, step: StepInFlight | None, known: OomReport | None
+    ) -> tuple[OomReport, Path | None]:
+        """Publishes the report of a failure that is one of the run: the known one, completed, or a new one."""
+        self._failed_step, self._next_look = _number(step), -math.inf
+        if known is None:
+            report = self._look(request, step)
+        else:
+            report = with_request(known, replace(request, witness=Witness.ALLOCATOR), self._facts())
+        return report, self._publish(report)
 
-    def _report(self, request: FailedRequest, step: StepInFlight | None) -> tuple[OomReport, Path | None]:
-        self._failures = self._failures_in(step) + 1
-        self._failed_step = _number(step)
+    def _look(self, request: FailedRequest, step: StepInFlight | None) -> OomReport:
+        """Returns the report of what is live now."""
         reading = self._source.reading()
         names = module_names(self._model, self._scan.optimizers, self._ledger.device)
         self._scan.claim_persistent(self._ledger)
@@ -142,7 +175,7 @@ class OomWatch:
         else:  # a CPU, or an allocator of CUDA that does not list its blocks
             holdings, complete = self._on_cpu(step)
             estimated, fragmentation = False, None
-        report = describe(
+        return describe(
             Scene(
                 unix_seconds=time.time(),
                 request=request,
@@ -158,7 +191,6 @@ class OomWatch:
                 fragmentation=fragmentation,
             )
         )
-        return report, self._publish(report, again=False)
 
     def _on_cuda(self, step: StepInFlight | None, listed: Sequence[Any]) -> tuple[list[Holding], bool, Fragmentation]:
         index = self._ledger.device.index

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,19 +13,70 @@ import torch
 from memtrace.snapshot import RunIdentity
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Which process of a run one is."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    """Rank among the processes on the same machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launcher:
+    """The variables in which a launcher tells each process which one it is."""
+
+    rank: str
+    world_size: str
+    local_rank: str
+    set_in_shells: bool = False
+    """Whether a shell that nothing was launched from yet has them too, as rank 0 of what may be launched."""
+
+
+LAUNCHERS = (
+    Launcher(rank="RANK", world_size="WORLD_SIZE", local_rank="LOCAL_RANK"),  # torchrun, accelerate, deepspeed
+    Launcher(  # mpirun of Open MPI
+        rank="OMPI_COMM_WORLD_RANK", world_size="OMPI_COMM_WORLD_SIZE", local_rank="OMPI_COMM_WORLD_LOCAL_RANK"
+    ),
+    Launcher(  # of MVAPICH
+        rank="MV2_COMM_WORLD_RANK", world_size="MV2_COMM_WORLD_SIZE", local_rank="MV2_COMM_WORLD_LOCAL_RANK"
+    ),
+    Launcher(rank="PMI_RANK", world_size="PMI_SIZE", local_rank="MPI_LOCALRANKID"),  # of MPICH and Intel MPI
+    Launcher(rank="SLURM_PROCID", world_size="SLURM_STEP_NUM_TASKS", local_rank="SLURM_LOCALID"),  # srun
+    Launcher(  # a batch job's or an interactive allocation's shell, with the number of tasks that was asked for
+        rank="SLURM_PROCID", world_size="SLURM_NTASKS", local_rank="SLURM_LOCALID", set_in_shells=True
+    ),
+)
+"""The first one that tells a place is believed: those further down may have started the launcher above them."""
+
+
 def identify(device: torch.device, run_name: str | None) -> RunIdentity:
     """Returns rank, local rank and world size, the device and its UUID. Issues no collective."""
-    rank, world_size = _env("RANK", 0), _env("WORLD_SIZE", 1)
+    place = launched_as(os.environ)
+    rank, world_size = place.rank, place.world_size
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return RunIdentity(
         run_name=run_name or script_name(),
         rank=rank,
-        local_rank=_env("LOCAL_RANK", 0),
+        local_rank=place.local_rank,
         world_size=world_size,
         device=str(device),
         gpu_uuid=gpu_uuid(device),
     )
+
+
+def launched_as(environment: Mapping[str, str]) -> Place:
+    """Returns the place that the launcher's variables tell; that of a process alone where none does."""
+    local_ranks = (_number(environment, launcher.local_rank) for launcher in LAUNCHERS)
+    local_rank = next((found for found in local_ranks if found is not None), 0)
+    for launcher in LAUNCHERS:
+        rank, world_size = _number(environment, launcher.rank), _number(environment, launcher.world_size)
+        if rank is None or world_size is None or rank >= world_size or (launcher.set_in_shells and rank == 0):
+            continue
+        return Place(rank=rank, world_size=world_size, local_rank=local_rank)
+    return Place(local_rank=local_rank)
 
 
 def gpu_uuid(device: torch.device) -> str | None:
@@ -42,8 +95,6 @@ def script_name() -> str:
     return Path(sys.argv[0]).stem or "run" if sys.argv and sys.argv[0] not in ("", "-c", "-m") else "run"
 
 
-def _env(name: str, default: int) -> int:
-    try:
-        return int(os.environ.get(name, default))
-    except ValueError:
-        return default
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() else None
