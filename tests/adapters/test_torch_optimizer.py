@@ -212,7 +212,7 @@ def test_pickle_and_copies_give_the_bare_optimizer() -> None:
 
 
 def test_hooks_of_the_user_run_once() -> None:
-    """Hooks registered on the wrapper run once a step and get the wrapped optimizer."""
+    """Hooks registered on the wrapper run once a step and get what they were registered on."""
     model = make_model()
     inner = torch.optim.AdamW(model.parameters())
     seen = []
@@ -220,7 +220,7 @@ def test_hooks_of_the_user_run_once() -> None:
         handle = wrapped.register_step_post_hook(lambda optimizer, args, kwargs: seen.append(optimizer))
         wrapped.register_state_dict_post_hook(lambda optimizer, state: {**state, "extra": 1})
         train(model, wrapped, steps=2)
-        assert seen == [inner, inner]
+        assert seen == [wrapped, wrapped]
         handle.remove()
         train(model, wrapped, steps=1)
         assert len(seen) == 2
