@@ -16,19 +16,22 @@ from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
 
-_Base = torch.optim.Optimizer if TYPE_CHECKING else object
-"""What a wrapper is besides: at run time the class of what it wraps, whatever that is."""
+if TYPE_CHECKING:
+    from torch.optim import Optimizer as _Base
+else:
+    _Base = object  # at run time a wrapper is, besides, of the class of what it wraps, whatever that is
+
 _OWN = frozenset({"_memtrace_optimizer", "_memtrace_step", "_memtrace_tracer"})
 
 
 class MemTraceOptimizer(_Base):
     """The given optimizer, with a MemoryTracer attached to it and to the model.
 
-    The wrapper has the attributes of the wrapped optimizer, the very same dictionary, and is of a subclass of its class:
-    every method, argument, default and hook is the optimizer's own, and `isinstance` says so. Hooks get the object
-    whose method was called. Only `tracer`, `close()` and the context manager are the wrapper's, `optimizer` where the
-    wrapped one has no such attribute, and what a learning-rate scheduler puts over `step`. Pickling and copying
-    give the bare optimizer, since a copy has no model to trace.
+    The wrapper shares the dictionary of the wrapped optimizer, and its class is derived from that one's: every method,
+    argument, default and hook is the optimizer's own, and `isinstance` says so. Hooks get the object whose method was
+    called. The wrapper's own are `tracer`, `close()` and the context manager, `optimizer` where the wrapped one has no
+    such attribute, and what a learning-rate scheduler puts over `step`. Pickling and copying give the bare optimizer,
+    since a copy has no model to trace.
 
     The tracer runs until `close()` or the end of the process.
 
@@ -49,7 +52,9 @@ class MemTraceOptimizer(_Base):
     _memtrace_tracer: MemoryTracer
 
     def __new__(cls, optimizer: torch.optim.Optimizer, model: nn.Module, **settings: Any) -> Self:
-        return object.__new__(_wrapping(cls, optimizer))
+        """Returns an object of a class made for the given optimizer."""
+        wrapper: Self = object.__new__(_wrapping(cls, optimizer))
+        return wrapper
 
     def __init_subclass__(cls, **_: Any) -> None:
         # What the wrapped class does with its subclasses is not for this one.
