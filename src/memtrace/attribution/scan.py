@@ -49,7 +49,7 @@ class Scan:
         odd = found.odd or ([] if found.stepping else ["there is none"])
         if odd and not isinstance(optimizers, HandedOver):
             raise ConfigError("a tracer needs at least one optimizer, got none" if not found.odd else odd[0])
-        if odd:
+        if odd and self.device:  # a model without a device is the greater trouble, and raises first
             logger.warning("memtrace: the optimizer cannot be followed, its state is not counted: %s", "; ".join(odd))
         self.optimizers = found.stepping
         self._holding = found.holding
