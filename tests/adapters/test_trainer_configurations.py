@@ -35,7 +35,13 @@ from transformers.trainer_utils import BestRun, HPSearchBackend
 from memtrace import MemTraceCallback
 
 STEPS, VOCABULARY, LENGTH = 4, 64, 12
-CHANGING = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime"}
+CHANGING = {
+    "train_tokens_per_second",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "eval_runtime",
+}
 CHANGING |= {"eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}
 CHANGING |= {"test_runtime", "test_samples_per_second", "test_steps_per_second", "test_model_preparation_time"}
 """What Trainer measures with a clock."""
@@ -355,10 +361,10 @@ TABLE: dict[str, Configuration] = {
         more=lambda _: {"model": None, "model_init": without_arguments}, body=_search
     ),
     "batch size found": Configuration(
-        arguments={"auto_find_batch_size": True, "per_device_train_batch_size": 16}, model=_of(_TooLarge)
+        arguments={"auto_find_batch_size": True, "per_device_train_batch_size": 5}, model=_of(_TooLarge)
     ),
     "batch size found by what is alive": Configuration(
-        arguments={"auto_find_batch_size": True, "per_device_train_batch_size": 16}, model=_of(_Limited)
+        arguments={"auto_find_batch_size": True, "per_device_train_batch_size": 6}, model=_of(_Limited)
     ),
     "grouped by length": _with(train_sampling_strategy="group_by_length"),
     "grouped by a column of lengths": Configuration(

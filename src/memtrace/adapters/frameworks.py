@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ logger = logging.getLogger("memtrace")
 
 
 def attached_tracer(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], config: TracerConfig, log_dir: Path
+    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer | None], config: TracerConfig, log_dir: Path
 ) -> MemoryTracer | None:
     """Returns an attached tracer; None where the model cannot be traced, which is logged.
 
@@ -34,8 +35,9 @@ def attached_tracer(
         ConfigError: a file that a setting names cannot be used.
         OutputError: the port, the address or the log directory cannot be used.
     """
+    given = HandedOver(optimizer for optimizer in optimizers if optimizer is not None)
     try:
-        tracer = MemoryTracer(model, HandedOver(optimizers), config, log_dir=log_dir, explicit_steps=True)
+        tracer = MemoryTracer(model, given, config, log_dir=log_dir, explicit_steps=True)
     except ConfigError as error:
         logger.warning("memtrace: this run is not traced, training goes on: %s", error)
         return None

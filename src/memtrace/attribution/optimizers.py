@@ -21,6 +21,7 @@ from torch import nn
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.storages import state_tensors
 from memtrace.categories import Category
+from memtrace.guard import ask
 
 _MASTER_NAME = re.compile(r"master|fp32|float32|full_precision")
 
@@ -114,7 +115,7 @@ def _steps(optimizer: object) -> TypeGuard[torch.optim.Optimizer]:
 
 def _held(optimizer: object) -> Iterator[object]:
     for name in _HELD_AS:
-        for part in _flat(getattr(optimizer, name, None)):
+        for part in _flat(ask(getattr, optimizer, name, None)):
             if hasattr(part, "step") and not isinstance(part, type):
                 yield part
 
