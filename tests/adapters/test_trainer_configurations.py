@@ -35,15 +35,8 @@ from transformers.trainer_utils import BestRun, HPSearchBackend
 from memtrace import MemTraceCallback
 
 STEPS, VOCABULARY, LENGTH = 4, 64, 12
-CHANGING = {
-    "train_tokens_per_second",
-    "train_runtime",
-    "train_samples_per_second",
-    "train_steps_per_second",
-    "eval_runtime",
-}
-CHANGING |= {"eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time"}
-CHANGING |= {"test_runtime", "test_samples_per_second", "test_steps_per_second", "test_model_preparation_time"}
+_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "tokens_per_second", "model_preparation_time")
+CHANGING = {f"{phase}_{name}" for phase in ("train", "eval", "test") for name in _MEASURED}
 """What Trainer measures with a clock."""
 
 Metrics = Mapping[str, float]
