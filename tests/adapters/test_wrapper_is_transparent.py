@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
@@ -373,6 +374,7 @@ def test_what_the_wrapped_class_does_with_subclasses_is_not_done() -> None:
 
 def test_a_wrapper_around_accelerates_wrapper() -> None:
     """Its attribute `optimizer` stays its own, and each step is one."""
+    Accelerator(cpu=True)  # the state that its wrapper asks for
     model = Model()
     bare = torch.optim.SGD(model.parameters(), lr=0.1)
     calls: list[object] = []
