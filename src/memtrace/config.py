@@ -47,7 +47,7 @@ class TracerConfig:
     series has the label `run`. None leaves no file."""
     log_dir: str | os.PathLike[str] | None = None
     """Directory of the step log. None means `<output_dir>/memtrace` under Trainer and `memtrace-runs/<run_name>` in a
-    plain loop."""
+    plain loop. The former is a link to `_memtrace` beside it, so that `push_to_hub` does not upload it."""
     step_log: bool = True
     """Whether to write the step log at all."""
     log_max_bytes: int = DEFAULT_LOG_MAX_BYTES

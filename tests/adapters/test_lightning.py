@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -118,3 +122,138 @@ def test_a_module_with_several_networks_is_watched_itself():
     model = pl.LightningModule()
     model.encoder, model.decoder = nn.Linear(2, 2), nn.Linear(2, 2)
     assert trained_module(model) is model
+
+
+class Odd(Regression):
+    """Regression with other optimizers."""
+
+    def __init__(self, optimizers: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._make = optimizers
+
+    def configure_optimizers(self) -> Any:
+        return self._make(self)
+
+
+class Manual(Regression):
+    """Steps two optimizers itself, one for each layer, as adversarial training does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            loss = self.network(batch[0]).square().mean()
+            self.manual_backward(loss)
+            optimizer.step()
+        self.losses.append(loss.item())
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW(self.network[0].parameters()), torch.optim.SGD(self.network[2].parameters(), lr=0.1)]
+
+
+def _with_scheduler(module: Any) -> Any:
+    optimizer = torch.optim.AdamW(module.parameters())
+    return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)}
+
+
+def _around_another(module: Any) -> Any:
+    """A torch optimizer that holds no parameter of the model, and steps another one that does."""
+
+    class Outer(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            super().__init__([torch.zeros(1)], {})
+            self.base_optimizer = torch.optim.AdamW(module.parameters())
+
+        def step(self, closure: Any = None) -> Any:
+            return self.base_optimizer.step(closure)
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.base_optimizer.zero_grad(set_to_none)
+
+    return Outer()
+
+
+HANDED_OVER: dict[str, tuple[Callable[[], pl.LightningModule], int | None, int]] = {
+    # what is trained, bytes of optimizer state for each parameter (None: of some), warnings
+    "with a scheduler": (lambda: Odd(_with_scheduler), 8, 0),
+    "around another one": (lambda: Odd(_around_another), 8, 0),
+    "two, stepped by hand": (Manual, None, 0),
+    "none": (lambda: Odd(lambda _: None), 0, 1),
+    "another model's": (lambda: Odd(lambda _: torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1)), 0, 1),
+}
+
+
+def train(directory: Any, module: pl.LightningModule, callbacks: list[Any]) -> list[list[float]]:
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.uniform_(parameter, -0.1, 0.1)
+    pl.Trainer(max_epochs=1, callbacks=callbacks, default_root_dir=directory, **QUIET).fit(module, loader())
+    return [parameter.tolist() for parameter in module.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+class TestHandedOver:
+    @pytest.mark.parametrize("name", HANDED_OVER)
+    def test_optimizers_of_every_kind(self, name, tmp_path, caplog):
+        """Training is the same and never ends for them; what cannot be followed costs one warning."""
+        make, state, warnings = HANDED_OVER[name]
+        watched = MemTraceLightningCallback(strict=True, port=None, device_poll_seconds=0, trace_every=1)
+        module, bare = make(), make()
+        assert train(tmp_path, module, [watched]) == train(tmp_path, bare, [])
+        assert module.losses == bare.losses
+        said = [r for r in caplog.records if r.name == "memtrace" and r.levelno >= logging.WARNING]
+        assert len(said) == warnings
+        assert watched.tracer is not None
+        assert not watched.tracer.attached
+        if name != "none":  # Lightning counts no step then
+            end = watched.tracer.latest.moments[Moment.STEP_END]
+            assert end[Category.WEIGHTS] >= 4 * PARAMETERS
+            found = end[Category.OPTIMIZER_STATE]
+            assert found > 0 if state is None else state * PARAMETERS <= found <= state * PARAMETERS + 16
+
+    def test_a_module_without_memory(self, tmp_path, caplog):
+        """Nothing can be traced: one warning, and training goes on."""
+
+        class Empty(pl.LightningModule):
+            def training_step(self, batch, batch_idx):
+                return None
+
+            def configure_optimizers(self):
+                return None
+
+        watched = callback()
+        pl.Trainer(max_epochs=1, callbacks=[watched], default_root_dir=tmp_path, **QUIET).fit(Empty(), loader())
+        assert watched.tracer is None
+        assert "this run is not traced, training goes on" in caplog.text
+
+    @pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), KeyboardInterrupt()])
+    def test_exceptions(self, error, tmp_path):
+        """Memory that ran out is reported; whatever it was, the callback lets go and can be used again."""
+
+        class Fails(Regression):
+            def training_step(self, batch, batch_idx):
+                if batch_idx == 3:
+                    raise error
+                return super().training_step(batch, batch_idx)
+
+        watched = callback()
+        with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
+            train(tmp_path, Fails(), [watched])
+        assert not watched.tracer.attached
+        assert watched.tracer.snapshot().totals.ooms == (1 if isinstance(error, RuntimeError) else 0)
+        train(tmp_path, Regression(), [watched])
+        assert watched.tracer.latest.step == 8
+
+    @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+    def test_copies_and_pickles(self, copied, tmp_path):
+        """They have the settings and no run."""
+        watched = callback()
+        train(tmp_path, Regression(), [watched])
+        other = copied(watched)
+        assert other.tracer is None
+        train(tmp_path / "other", Regression(), [other])
+        assert len(other.tracer.history) == len(watched.tracer.history) == 8

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from memtrace import Category, ConfigError, MemTraceOptimizer, Moment
+from memtrace import Category, ConfigError, MemoryTracer, MemTraceOptimizer, Moment, TracerConfig
 from memtrace.errors import OutputError
 
 QUIET = {"port": None, "step_log": False, "strict": True}
@@ -212,7 +212,7 @@ def test_pickle_and_copies_give_the_bare_optimizer() -> None:
 
 
 def test_hooks_of_the_user_run_once() -> None:
-    """Hooks registered on the wrapper run once a step and get the wrapped optimizer."""
+    """Hooks registered on the wrapper run once a step and get what they were registered on."""
     model = make_model()
     inner = torch.optim.AdamW(model.parameters())
     seen = []
@@ -220,7 +220,7 @@ def test_hooks_of_the_user_run_once() -> None:
         handle = wrapped.register_step_post_hook(lambda optimizer, args, kwargs: seen.append(optimizer))
         wrapped.register_state_dict_post_hook(lambda optimizer, state: {**state, "extra": 1})
         train(model, wrapped, steps=2)
-        assert seen == [inner, inner]
+        assert seen == [wrapped, wrapped]
         handle.remove()
         train(model, wrapped, steps=1)
         assert len(seen) == 2
@@ -253,6 +253,24 @@ def test_bad_settings_are_named(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MemTraceOptimizer(torch.optim.AdamW(model.parameters()), model, **settings)
     assert not model._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "container", [list, tuple, lambda several: dict(enumerate(several))], ids=["list", "tuple", "dict"]
+)
+def test_a_tracer_takes_several_optimizers(container) -> None:
+    """In a list, a tuple or a dictionary: a step ends when all have stepped, and the state of all is counted."""
+    model = make_model()
+    several = [torch.optim.AdamW(layer.parameters()) for layer in (model[0], model[2])]
+    with MemoryTracer(model, container(several), TracerConfig(trace_every=1, **QUIET)) as tracer:
+        for _ in range(2):
+            model(torch.randn(4, 8)).square().mean().backward()
+            for optimizer in several:
+                optimizer.step()
+                optimizer.zero_grad()
+        assert [record.step for record in tracer.history] == [1, 2]
+        state = tracer.latest.moments[Moment.STEP_END][Category.OPTIMIZER_STATE]
+        assert state == sum(2 * parameter.nbytes + 4 for parameter in model.parameters())
 
 
 def test_optimizer_of_another_model_is_refused() -> None:

@@ -12,7 +12,8 @@ from torch import nn
 
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import claim_model
-from memtrace.attribution.optimizers import check_optimizer, claim_optimizer, unwrap_optimizer
+from memtrace.attribution.optimizers import HandedOver, claim_optimizer, find_optimizers
+from memtrace.attribution.scan import Scan
 from memtrace.categories import Category
 from memtrace.errors import ConfigError
 
@@ -182,14 +183,14 @@ class TestMasterWeights:
         model = Matrices().to(torch.bfloat16)
         copies = [parameter.detach().float() for parameter in model.parameters()]
         optimizer = torch.optim.SGD(copies, lr=0.1)
-        check_optimizer(optimizer, model)
+        assert find_optimizers(optimizer, model).stepping == [optimizer]
         assert claimed(model, optimizer) == {"master_weights//float32": 50 * 4}
 
     def test_one_flat_copy_of_all_parameters(self) -> None:
         """With padding, as engines make it."""
         model = Matrices().to(torch.float16)
         optimizer = torch.optim.SGD([torch.zeros(50 + 14)], lr=0.1)
-        check_optimizer(optimizer, model)
+        assert find_optimizers(optimizer, model).stepping == [optimizer]
         assert claimed(model, optimizer) == {"master_weights//float32": 64 * 4}
 
     @pytest.mark.parametrize("name", ["master_param", "fp32_copy", "float32_param", "master"])
@@ -216,6 +217,110 @@ class TestMasterWeights:
         assert ledger.role_of(average) is Category.WEIGHTS
 
 
+class Wrapper:
+    """Holds what it wraps under a name, and is no torch optimizer."""
+
+    def __init__(self, name: str, held: Any) -> None:
+        setattr(self, name, held)
+
+    def step(self) -> None:
+        """What is held is stepped by whoever has it."""
+
+
+class LayerWise(torch.optim.Optimizer):
+    """A dummy with a tensor of its own beside the real optimizers, one for each parameter."""
+
+    def __init__(self, optimizer_dict: dict[Any, torch.optim.Optimizer]) -> None:
+        self.optimizer_dict = optimizer_dict
+        super().__init__([torch.zeros(1)], {})
+
+
+class Slow(torch.optim.Optimizer):
+    """A torch optimizer that steps another one, and keeps a state beside it."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__([parameter for group in inner.param_groups for parameter in group["params"]], {})
+        self.base_optimizer = inner
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.base_optimizer.step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("slow", torch.zeros_like(parameter))
+
+
+def own(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """One optimizer for each parameter."""
+    return [torch.optim.AdamW([parameter]) for parameter in model.parameters()]
+
+
+class TestWrappers:
+    """The real optimizers are found in whatever holds them."""
+
+    @pytest.mark.parametrize(
+        "name",
+        ["optimizer", "base", "optim", "base_optimizer", "inner_optimizer", "_optimizer"],
+    )
+    def test_one_held_under_a_name(self, name: str) -> None:
+        """Twice over."""
+        model = Matrices()
+        bare = torch.optim.SGD(model.parameters(), lr=0.1)
+        assert find_optimizers(Wrapper(name, Wrapper("optimizer", bare)), model).stepping == [bare]
+
+    @pytest.mark.parametrize("name", ["optimizers", "chained_optimizers"])
+    def test_several_held_in_a_list(self, name: str) -> None:
+        """In their order, each once."""
+        model = Matrices()
+        several = own(model)
+        assert find_optimizers(Wrapper(name, [*several, several[0]]), model).stepping == several
+
+    @pytest.mark.parametrize("container", [list, tuple, lambda several: dict(enumerate(several)), lambda s: [s[:1], s]])
+    def test_containers(self, container: Callable[[Any], Any]) -> None:
+        """Lists, tuples and dictionaries, nested too."""
+        model = Matrices()
+        several = own(model)
+        assert find_optimizers(container(several), model).stepping == several
+
+    def test_one_for_each_parameter_beside_a_dummy(self) -> None:
+        """As Trainer's layer-wise GaLore and APOLLO have it: the dummy never steps, and holds no parameter."""
+        model = Matrices()
+        several = own(model)
+        found = find_optimizers(LayerWise(dict(zip(model.parameters(), several, strict=True))), model)
+        assert list(found.stepping) == several
+        assert set(map(id, several)) <= set(map(id, found.holding))
+
+    def test_a_torch_optimizer_around_another_one(self) -> None:
+        """Its own step is the one that counts; both states are claimed."""
+        model = Matrices()
+        outer = Slow(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+        model(torch.ones(3, 6)).sum().backward()
+        outer.step()
+        found = find_optimizers(outer, model)
+        assert found.stepping == [outer]
+        ledger = Ledger(CPU)
+        Scan(model, outer).claim_persistent(ledger)
+        states = {
+            tag.component: size for tag, size in ledger.totals().items() if tag.category.value == "optimizer_state"
+        }
+        assert states == {"momentum_buffer": 200, "slow": 200}
+
+    def test_schedule_free(self) -> None:
+        """Its wrapper is no torch optimizer, and holds the base under a name of its own."""
+        from schedulefree import ScheduleFreeWrapper
+
+        model = Matrices()
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        assert find_optimizers(ScheduleFreeWrapper(base), model).stepping == [base]
+
+    def test_wrappers_in_a_circle(self) -> None:
+        """Each is looked into once."""
+        model = Matrices()
+        first = Wrapper("optimizer", None)
+        first.optimizer = Wrapper("base", first)
+        assert find_optimizers(first, model).stepping == []
+
+
 class TestWrongOptimizers:
     """What the user is told."""
 
@@ -230,12 +335,21 @@ class TestWrongOptimizers:
     def test_an_optimizer_of_another_model(self, parameters: Callable[[], list[torch.Tensor]]) -> None:
         """Shapes and precisions that cannot be copies of this model's."""
         with pytest.raises(ConfigError, match=r"none of its 1 parameters belongs to the given Matrices.*another model"):
-            check_optimizer(torch.optim.SGD(parameters(), lr=0.1), Matrices())
+            Scan(Matrices(), torch.optim.SGD(parameters(), lr=0.1))
 
-    def test_what_is_no_optimizer(self) -> None:
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (lambda: nn.Linear(2, 2), r"must be a torch\.optim\.Optimizer, got Linear"),
+            (lambda: Wrapper("optimizer", None), r"must be a torch\.optim\.Optimizer, got Wrapper"),
+            (list, "at least one optimizer, got none"),
+            (lambda: None, "at least one optimizer, got none"),
+        ],
+    )
+    def test_what_is_no_optimizer(self, given: Callable[[], Any], message: str) -> None:
         """Say what was given and what was expected."""
-        with pytest.raises(ConfigError, match=r"must be a torch\.optim\.Optimizer, got Linear"):
-            unwrap_optimizer(nn.Linear(2, 2))
+        with pytest.raises(ConfigError, match=message):
+            Scan(Matrices(), given())
 
     def test_a_wrapper_that_wraps_itself(self) -> None:
         """Ends with the same message instead of turning for ever."""
@@ -246,15 +360,22 @@ class TestWrongOptimizers:
                 return self
 
         with pytest.raises(ConfigError, match="got Loop"):
-            unwrap_optimizer(Loop())
+            Scan(Matrices(), Loop())
 
-    def test_wrappers_are_taken_off(self) -> None:
-        """As many as there are."""
+    def test_what_a_framework_hands_over_is_no_error(self, caplog: pytest.LogCaptureFixture) -> None:
+        """One line says what is odd, and what can be followed is."""
+        model = Matrices()
+        good, stranger = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD([torch.zeros(1)], lr=0.1)
+        scan = Scan(model, HandedOver([good, stranger, Wrapper("optimizer", None)]))
+        assert scan.optimizers == [good]
+        (record,) = caplog.records
+        assert "none of its 1 parameters" in record.message
+        assert "got Wrapper" in record.message
 
-        class Wrapper:
-            def __init__(self, optimizer: object) -> None:
-                self.optimizer = optimizer
-
-        bare = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-        assert unwrap_optimizer(Wrapper(Wrapper(bare))) is bare
-        assert unwrap_optimizer(bare) is bare
+    def test_nothing_that_can_be_followed(self) -> None:
+        """Weights are claimed all the same."""
+        model, ledger = Matrices(), Ledger(CPU)
+        scan = Scan(model, HandedOver([]))
+        scan.claim_persistent(ledger)
+        assert sum(ledger.totals().values()) == 200
+        assert not scan.has_state

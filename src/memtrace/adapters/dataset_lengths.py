@@ -27,9 +27,12 @@ def largest_batch(dataset: object, batch_size: int) -> LargestBatch | None:
 
     Returns:
         The batch; None where the dataset does not tell lengths cheaply.
+
+    Raises:
+        Exception: whatever the dataset's own code raises.
     """
     longest = _longest_of_table(dataset) if hasattr(dataset, "column_names") else _longest_of_list(dataset)
-    if not longest:
+    if longest is None or longest <= 0:
         return None
     return LargestBatch(tokens=longest * batch_size, positions=longest, source=ShapeSource.DATASET)
 
@@ -41,7 +44,9 @@ def _longest_of_table(dataset: Any) -> int | None:
     if table is None or not isinstance(names, list):  # a stream, or several splits
         return None
     if LENGTH in names:
-        return _highest(chunk.to_numpy(zero_copy_only=False) for chunk in table.column(LENGTH).chunks)
+        lengths = [chunk.drop_null().to_numpy(zero_copy_only=False) for chunk in table.column(LENGTH).chunks]
+        if all(array.dtype.kind in "iu" for array in lengths):  # a user's own column may be anything
+            return _highest(lengths)
     if TOKENS not in names or not all(hasattr(chunk, "offsets") for chunk in table.column(TOKENS).chunks):
         return None
     offsets = (chunk.offsets.to_numpy() for chunk in table.column(TOKENS).chunks)

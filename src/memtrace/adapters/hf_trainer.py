@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,21 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from memtrace.adapters.dataset_lengths import largest_batch
+from memtrace.adapters.frameworks import attached_tracer
 from memtrace.adapters.memory_tracer import MemoryTracer
+from memtrace.adapters.output_directory import log_directory
 from memtrace.breakdown import StepRecord
 from memtrace.config import TracerConfig
 from memtrace.exporters.table import render_text
-from memtrace.guard import Guard
-
-logger = logging.getLogger("memtrace")
+from memtrace.guard import Guard, ask
 
 
 class MemTraceCallback(TrainerCallback):
     """Traces what Trainer trains, from `on_train_begin` to `on_train_end`.
 
-    Metrics are served from then on, the step log goes to `<output_dir>/memtrace`, and the table of the last traced
-    step is printed once at the end of training. A run that crashed leaves the callback usable: the next
-    `on_train_begin` starts anew.
+    Metrics are served from then on, the step log goes to `<output_dir>/memtrace`, which `push_to_hub` does not upload,
+    and the table of the last traced step is printed once at the end of training. A run that crashed leaves the callback
+    usable: the next `on_train_begin` starts anew. Copies and pickles have the settings, and no run.
 
     Args:
         **settings: fields of `TracerConfig`.
@@ -45,6 +44,9 @@ class MemTraceCallback(TrainerCallback):
         """The tracer of the current or the last run; None before the first one."""
         return self._tracer
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_tracer": None}
+
     def on_train_begin(  # type: ignore[override]  # Trainer passes model and optimizer by name
         self,
         args: TrainingArguments,
@@ -55,10 +57,10 @@ class MemTraceCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer,
         **kwargs: Any,
     ) -> None:
-        """Attaches a tracer.
+        """Attaches a tracer. What cannot be traced of the model and the optimizer is logged.
 
         Raises:
-            ConfigError: the model or the optimizer cannot be traced.
+            ConfigError: a file that a setting names cannot be used.
             OutputError: the port, the address or the log directory cannot be used.
         """
         guard = Guard(lambda: None, strict=self._config.strict)
@@ -74,13 +76,12 @@ class MemTraceCallback(TrainerCallback):
             before.detach()
         config = self._config if self._config.run_name else self._config.with_run_name(_run_name(args))
         output_dir = Path(args.output_dir or ".")
-        self._tracer = MemoryTracer(model, optimizer, config, log_dir=output_dir / "memtrace", explicit_steps=True)
-        self._tracer.attach()
-        logger.info("memtrace: metrics at %s, step log %s", self._tracer.url, self._tracer.log_path)
+        log_dir = log_directory(output_dir) if config.log_dir is None else output_dir
+        self._tracer = attached_tracer(model, [optimizer], config, log_dir)
 
     def _expect(self, loader: object, batch_size: int) -> None:
         """Tells the tracer the largest micro batch that the dataset has, where that costs nothing to know."""
-        batch = largest_batch(getattr(loader, "dataset", None), batch_size)
+        batch = ask(largest_batch, getattr(loader, "dataset", None), batch_size)
         if batch is not None and self._tracer is not None:
             self._tracer.expect_batch(batch)
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from memtrace.adapters.frameworks import attached_tracer
 from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.config import TracerConfig
 from memtrace.guard import Guard
-
-logger = logging.getLogger("memtrace")
 
 
 class MemTraceLightningCallback(Callback):
@@ -21,7 +19,8 @@ class MemTraceLightningCallback(Callback):
 
     A step is an optimizer step: all batches that are accumulated for it. Metrics are served while training runs, the
     step log goes to `<default_root_dir>/memtrace`. Lightning runs forward and backward pass in the closure of the
-    optimizer's step, so that gradients of one step live until the backward pass of the next one.
+    optimizer's step, so that gradients of one step live until the backward pass of the next one. Copies and pickles
+    have the settings, and no run.
 
     Args:
         **settings: fields of `TracerConfig`.
@@ -40,11 +39,14 @@ class MemTraceLightningCallback(Callback):
         """The tracer of the current or the last run; None before the first one."""
         return self._tracer
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_tracer": None, "_step": None}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attaches a tracer.
+        """Attaches a tracer. What cannot be traced of the model and the optimizers is logged.
 
         Raises:
-            ConfigError: the model or an optimizer cannot be traced.
+            ConfigError: a file that a setting names cannot be used.
             OutputError: the port, the address or the log directory cannot be used.
         """
         guard = Guard(lambda: None, strict=self._config.strict)
@@ -69,15 +71,16 @@ class MemTraceLightningCallback(Callback):
         self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Detaches, since training ends here."""
+        """Reports the exception if memory has run out, and detaches, since training ends here."""
+        if self._tracer is not None:
+            self._tracer.report_failure(exception)
         self._end()
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()
+        self._tracer = None
         model, log_dir = trained_module(pl_module), Path(trainer.default_root_dir) / "memtrace"
-        self._tracer = MemoryTracer(model, trainer.optimizers, self._config, log_dir=log_dir, explicit_steps=True)
-        self._tracer.attach()
-        logger.info("memtrace: metrics at %s, step log %s", self._tracer.url, self._tracer.log_path)
+        self._tracer = attached_tracer(model, trainer.optimizers, self._config, log_dir)
 
     def _end(self) -> None:
         self._step = None

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
-from typing import Any
+from operator import itemgetter
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 
 from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.config import TracerConfig
+from memtrace.errors import ConfigError
 
-_OWN = frozenset({"_inner", "_tracer", "step"})
-"""Attributes of the wrapper itself; `step` because learning-rate schedulers put theirs over it."""
+if TYPE_CHECKING:
+    from torch.optim import Optimizer as _Base
+else:
+    _Base = object  # at run time a wrapper is, besides, of the class of what it wraps, whatever that is
+
+_OWN = frozenset({"_memtrace_optimizer", "_memtrace_step", "_memtrace_tracer"})
 
 
-class MemTraceOptimizer(torch.optim.Optimizer):
+class MemTraceOptimizer(_Base):
     """The given optimizer, with a MemoryTracer attached to it and to the model.
 
-    State, parameter groups, hooks and all other attributes are those of the wrapped optimizer, read and written
-    through: state dicts, learning-rate schedulers, GradScaler and `accelerator.prepare` see no difference. Pickling and
-    copying give the bare optimizer, since a copy has no model to trace.
+    The wrapper shares the dictionary of the wrapped optimizer, and its class is derived from that one's: every method,
+    argument, default and hook is the optimizer's own, and `isinstance` says so. Hooks get the object whose method was
+    called. The wrapper's own are `tracer`, `close()` and the context manager, `optimizer` where the wrapped one has no
+    such attribute, and what a learning-rate scheduler puts over `step`. Pickling and copying give the bare optimizer,
+    since a copy has no model to trace.
 
-    The tracer runs until `close()` or the end of the process; the wrapper is a context manager too.
+    The tracer runs until `close()` or the end of the process.
 
     Args:
         optimizer: any optimizer that updates the model.
@@ -30,93 +41,118 @@ class MemTraceOptimizer(torch.optim.Optimizer):
         **settings: fields of `TracerConfig`.
 
     Raises:
-        ConfigError: a setting is unknown or out of range, or the optimizer was made for another model.
+        ConfigError: a setting is unknown or out of range, the optimizer was made for another model, or it is no object
+            that can be wrapped.
         OutputError: the port, the address or the log directory cannot be used.
     """
 
-    _inner: torch.optim.Optimizer
-    _tracer: MemoryTracer
+    __slots__ = tuple(_OWN)
+    _memtrace_optimizer: torch.optim.Optimizer
+    _memtrace_step: Callable[..., Any] | None
+    _memtrace_tracer: MemoryTracer
+
+    def __new__(cls, optimizer: torch.optim.Optimizer, model: nn.Module, **settings: Any) -> Self:
+        """Returns an object of a class made for the given optimizer."""
+        wrapper: Self = object.__new__(_wrapping(cls, optimizer))
+        return wrapper
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        # What the wrapped class does with its subclasses is not for this one.
+        pass
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, **settings: Any) -> None:
-        # torch.optim.Optimizer.__init__ is not called: all state is the wrapped optimizer's.
-        object.__setattr__(self, "_inner", optimizer)
         tracer = MemoryTracer(model, optimizer, TracerConfig.from_settings(settings))
+        object.__setattr__(self, "_memtrace_optimizer", optimizer)
+        object.__setattr__(self, "_memtrace_step", None)
+        object.__setattr__(self, "_memtrace_tracer", tracer)
+        object.__setattr__(self, "__dict__", vars(optimizer))
         tracer.attach()
-        object.__setattr__(self, "_tracer", tracer)
 
     @property
     def tracer(self) -> MemoryTracer:
         """The tracer: `tracer.latest`, `tracer.history`, `tracer.trace_next()`."""
-        return self._tracer
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The wrapped optimizer."""
-        return self._inner
+        return self._memtrace_tracer
 
     def close(self) -> None:
         """Detaches the tracer: no hook, port or thread is left, and the wrapper goes on as the bare optimizer."""
-        self._tracer.detach()
+        self._memtrace_tracer.detach()
 
-    def __enter__(self) -> MemTraceOptimizer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            self._tracer.report_failure(error)
+            self._memtrace_tracer.report_failure(error)
         self.close()
 
-    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        """Performs one step of the wrapped optimizer, with its arguments and its result."""
-        try:
-            return self._inner.step(**kwargs) if closure is None else self._inner.step(closure, **kwargs)
-        except (RuntimeError, MemoryError) as error:
-            self._tracer.report_failure(error)
-            raise
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Does what the wrapped optimizer does."""
-        self._inner.zero_grad(set_to_none=set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state of the wrapped optimizer."""
-        return self._inner.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the state into the wrapped optimizer."""
-        self._inner.load_state_dict(state_dict)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the wrapped optimizer."""
-        self._inner.add_param_group(param_group)
-
     def __getattr__(self, name: str) -> Any:
+        """Returns what neither the shared dictionary nor the class has: what the wrapped optimizer itself finds."""
         if name in _OWN:
             raise AttributeError(name)
-        return getattr(self._inner, name)
+        return self._memtrace_optimizer if name == "optimizer" else getattr(self._memtrace_optimizer, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._inner, name, value)
+    def __copy__(self) -> torch.optim.Optimizer:
+        return copy.copy(self._memtrace_optimizer)
 
-    def __delattr__(self, name: str) -> None:
-        if name in _OWN:
-            object.__delattr__(self, name)
-        else:
-            delattr(self._inner, name)
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.optim.Optimizer:
+        return copy.deepcopy(self._memtrace_optimizer, memo)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _bare, (self._inner,)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self._inner.__getstate__()
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The one element of a tuple: whoever loads it need not have memtrace.
+        return itemgetter(0), ((self._memtrace_optimizer,),)
 
     def __repr__(self) -> str:
-        return f"MemTraceOptimizer({self._inner!r})"
+        return f"MemTraceOptimizer({self._memtrace_optimizer!r})"
+
+    def __del__(self) -> None:
+        # In place of the one that the wrapped class may have: what it ends belongs to the wrapped optimizer.
+        pass
 
 
-def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Gives back the wrapped optimizer when a pickled or copied wrapper is restored."""
-    return optimizer
+class _Step:
+    """The attribute `step` of a wrapper: the wrapped class's own method, which reports what it raises.
+
+    What is assigned to it, as learning-rate schedulers do, is kept by the wrapper and goes with it.
+    """
+
+    def __init__(self, kind: type) -> None:
+        @functools.wraps(kind.step)  # type: ignore[attr-defined]
+        def step(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+            before = vars(wrapper).get("step")  # assigned to the optimizer that is wrapped
+            try:
+                return before(*args, **kwargs) if before else kind.step(wrapper, *args, **kwargs)  # type: ignore[attr-defined]
+            except (RuntimeError, MemoryError) as error:
+                wrapper.tracer.report_failure(error)
+                raise
+
+        self._function = step
+
+    def __get__(self, wrapper: Any, kind: type | None = None) -> Any:
+        if wrapper is None:
+            return self._function
+        assigned = wrapper._memtrace_step
+        return MethodType(self._function, wrapper) if assigned is None else assigned
+
+    def __set__(self, wrapper: Any, step: Any) -> None:
+        object.__setattr__(wrapper, "_memtrace_step", step)
+
+    def __delete__(self, wrapper: Any) -> None:
+        if wrapper._memtrace_step is None:
+            raise AttributeError("step")
+        object.__setattr__(wrapper, "_memtrace_step", None)
+
+
+def _wrapping(cls: type[Any], optimizer: object) -> type[Any]:
+    """Returns a class that is both the wrapper and the class of the optimizer.
+
+    Raises:
+        ConfigError: there can be none, or the object has no dictionary to share.
+    """
+    kind = type(optimizer)
+    advice = "hand it to MemoryTracer(model, optimizer) instead, and step it as it is"
+    if not hasattr(optimizer, "__dict__"):
+        raise ConfigError(f"MemTraceOptimizer wraps one optimizer, got a {kind.__name__}: {advice}")
+    try:
+        return type(kind.__name__, (cls, kind), {"step": _Step(kind)} if hasattr(kind, "step") else {})
+    except TypeError as error:
+        raise ConfigError(f"MemTraceOptimizer cannot wrap a {kind.__name__} ({error}): {advice}") from error

@@ -69,23 +69,27 @@ def check_model(model: nn.Module) -> None:
     """Checks that there is something to train.
 
     Raises:
-        ConfigError: the model has no parameters.
+        ConfigError: it is no module, or has no parameters.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the model must be a torch.nn.Module, got {type(model).__name__}: were model and optimizer swapped?"
+        )
     if next(model.parameters(), None) is None:
         raise ConfigError(f"the model must have parameters, got a {type(model).__name__} without any")
 
 
 def device_of(model: HasParameters) -> torch.device:
-    """Returns the device that holds most of the bytes of a model's parameters; it has at least one.
+    """Returns the device that holds most of the bytes of a model's parameters; those on the meta device hold none.
 
     Raises:
-        ConfigError: the parameters are on the meta device.
+        ConfigError: all parameters are on the meta device.
     """
     held: dict[torch.device, int] = {}
     for parameter in model.parameters():
         device = parameter.device
-        held[device] = held.get(device, 0) + parameter.nbytes
-    device = max(held, key=held.__getitem__)
-    if device.type == "meta":
-        raise ConfigError("the model must hold memory, got parameters on the meta device: materialise it first")
-    return device
+        if device.type != "meta":
+            held[device] = held.get(device, 0) + parameter.nbytes
+    if not held:
+        raise ConfigError("the model must hold memory, got all parameters on the meta device: materialise it first")
+    return max(held, key=held.__getitem__)

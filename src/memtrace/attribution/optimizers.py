@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import nn
@@ -20,28 +21,123 @@ from torch import nn
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.storages import state_tensors
 from memtrace.categories import Category
-from memtrace.errors import ConfigError
+from memtrace.guard import ask
 
 _MASTER_NAME = re.compile(r"master|fp32|float32|full_precision")
 
 
-def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Returns the optimizer that does the step, inside wrappers such as Accelerate's that hold it as `.optimizer`."""
-    while "_optimizer_step_pre_hooks" not in vars(optimizer):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None or inner is optimizer:
-            raise ConfigError(f"an optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        optimizer = inner
-    return optimizer
+_HELD_AS = (
+    "optimizer",  # Accelerate, DeepSpeed, apex
+    "base",  # ScheduleFreeWrapper
+    "optim",  # ZeroRedundancyOptimizer
+    "base_optimizer",  # SAM, Lookahead
+    "inner_optimizer",
+    "_optimizer",
+    "optimizers",
+    "chained_optimizers",  # Megatron
+    "optimizer_dict",  # layer-wise GaLore and APOLLO under Trainer: one for each parameter
+)
+"""Attributes under which wrappers hold what really steps: one optimizer, or several in a list or a dictionary."""
 
 
-def wrapping_chain(optimizer: object) -> Iterator[object]:
-    """Yields the optimizer and everything that it wraps as `.optimizer`, the outermost first."""
-    seen: set[int] = set()
-    while optimizer is not None and id(optimizer) not in seen:
-        seen.add(id(optimizer))
+class HandedOver(tuple[Any, ...]):
+    """Optimizers as a framework hands them over: what is odd about them is no error of the user's, and never raised."""
+
+
+class Optimizers(NamedTuple):
+    """What is to be known of the optimizers of one model."""
+
+    stepping: Sequence[torch.optim.Optimizer]
+    """Those whose steps are counted: torch optimizers that update the model, the outermost of each chain."""
+    holding: Sequence[Any]
+    """Those with parameter groups and state, wrappers and what they wrap included; each state once."""
+    odd: Sequence[str]
+    """What is wrong with each one given that does not update the model."""
+
+
+def find_optimizers(
+    given: object, model: nn.Module, owned: Callable[[torch.optim.Optimizer], bool] = lambda _: False
+) -> Optimizers:
+    """Returns the optimizers that really step, inside wrappers and containers of any depth.
+
+    Args:
+        given: an optimizer or a wrapper of one, or a list or dictionary of them.
+        model: the module that is trained.
+        owned: returns whether an engine has put tensors of its own into an optimizer, which are not the model's then.
+    """
+    trained = _Trained(model)
+    stepping: list[torch.optim.Optimizer] = []
+    holding: dict[int, Any] = {}
+    odd: list[str] = []
+    for one in _flat(given):
+        found = list(_stepping(one, lambda optimizer: owned(optimizer) or trained.by(optimizer), set()))
+        if not found:
+            odd.append(_what_is_odd(one, model))
+            continue
+        stepping.extend(found)
+        for holder in wrapping_chain(one):
+            if hasattr(holder, "param_groups") and isinstance(getattr(holder, "state", None), Mapping):
+                holding.setdefault(id(holder.state), holder)
+    return Optimizers(list({id(optimizer): optimizer for optimizer in stepping}.values()), list(holding.values()), odd)
+
+
+def wrapping_chain(optimizer: object) -> Iterator[Any]:
+    """Yields the optimizer and everything that it wraps, however it is held, the outermost first."""
+    yield from _chain(optimizer, set())
+
+
+def _chain(optimizer: object, seen: set[int]) -> Iterator[Any]:
+    for one in _flat(optimizer):
+        if id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            for part in _held(one):
+                yield from _chain(part, seen)
+
+
+def _stepping(
+    optimizer: object, updates: Callable[[torch.optim.Optimizer], bool], seen: set[int]
+) -> Iterator[torch.optim.Optimizer]:
+    """Yields the outermost torch optimizers, with hooks of their own, that update the model."""
+    if id(optimizer) in seen:
+        return
+    seen.add(id(optimizer))
+    if _steps(optimizer) and updates(optimizer):
         yield optimizer
-        optimizer = getattr(optimizer, "optimizer", None)
+        return
+    for part in _held(optimizer):
+        yield from _stepping(part, updates, seen)
+
+
+def _steps(optimizer: object) -> TypeGuard[torch.optim.Optimizer]:
+    return "_optimizer_step_pre_hooks" in getattr(optimizer, "__dict__", ())
+
+
+def _held(optimizer: object) -> Iterator[object]:
+    for name in _HELD_AS:
+        for part in _flat(ask(getattr, optimizer, name, None)):
+            if hasattr(part, "step") and not isinstance(part, type):
+                yield part
+
+
+def _flat(given: object) -> Iterator[object]:
+    """Yields what lists, tuples and dictionaries hold, in order, and anything else as it is."""
+    if isinstance(given, (list, tuple, Mapping)):
+        for part in given.values() if isinstance(given, Mapping) else given:
+            yield from _flat(part)
+    elif given is not None:
+        yield given
+
+
+def _what_is_odd(given: object, model: nn.Module) -> str:
+    stepping = [optimizer for optimizer in wrapping_chain(given) if _steps(optimizer)]
+    if not stepping:
+        return f"an optimizer must be a torch.optim.Optimizer, got {type(given).__name__}"
+    count = sum(1 for optimizer in stepping for _ in optimizer_parameters(optimizer))
+    return (
+        f"{type(given).__name__} must hold parameters of the model or higher-precision copies of them; "
+        f"none of its {count} parameters belongs to the given {type(model).__name__}: was it made for another model?"
+    )
 
 
 def optimizer_parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
@@ -50,24 +146,21 @@ def optimizer_parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Ten
         yield from group["params"]
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Checks that the optimizer updates this model, directly or through master copies.
+class _Trained:
+    """The parameters of a model, walked once for all optimizers that are asked about."""
 
-    Raises:
-        ConfigError: none of its parameters belongs to the model.
-    """
-    ours = list(optimizer_parameters(optimizer))
-    known = {id(parameter) for parameter in ours}
-    if any(id(parameter) in known for parameter in model.parameters()):
-        return
-    copies = _Copies(model.parameters())
-    if ours and all(copies.may_have(parameter) for parameter in ours):
-        return
-    raise ConfigError(
-        f"{type(optimizer).__name__} must hold parameters of the model or higher-precision copies of them; "
-        f"none of its {len(ours)} parameters belongs to the given {type(model).__name__}: "
-        "was it made for another model?"
-    )
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = list(model.parameters())
+        self._known = {id(parameter) for parameter in self._parameters}
+        self._copies: _Copies | None = None
+
+    def by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer updates one of them, or higher-precision copies only."""
+        ours = list(optimizer_parameters(optimizer))
+        if any(id(parameter) in self._known for parameter in ours):
+            return True
+        self._copies = self._copies or _Copies(self._parameters)
+        return bool(ours) and all(map(self._copies.may_have, ours))
 
 
 def claim_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], ledger: Ledger) -> None:

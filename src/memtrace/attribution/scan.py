@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -15,12 +16,14 @@ from memtrace.attribution.held import Held
 from memtrace.attribution.hidden import HiddenBuffers
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import Role, check_model, claim_gradients, claim_model, device_of
-from memtrace.attribution.optimizers import check_optimizer, claim_optimizer, optimizer_parameters, unwrap_optimizer
+from memtrace.attribution.optimizers import HandedOver, claim_optimizer, find_optimizers, optimizer_parameters
 from memtrace.attribution.storages import canonical_device
 from memtrace.breakdown import EntryKey
 from memtrace.errors import ConfigError
 from memtrace.sources.cublas import workspace_sizes
 from memtrace.sources.torch_private import has_gradient_hooks
+
+logger = logging.getLogger("memtrace")
 
 
 class Scan:
@@ -28,7 +31,8 @@ class Scan:
 
     Args:
         model: the module that is trained, wrapped by an engine or not.
-        optimizers: one optimizer or several, as the user has them.
+        optimizers: one optimizer or several, as the user has them: in lists or dictionaries, wrapped or not. Of those
+            that a framework has handed over (`HandedOver`), one that cannot be used is logged and left out.
         engines: engines that cannot be found from these, such as simulated ones.
 
     Raises:
@@ -37,16 +41,22 @@ class Scan:
     """
 
     def __init__(self, model: nn.Module, optimizers: Any, engines: Sequence[Engine] = ()) -> None:
-        given = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
-        if not given:
-            raise ConfigError("a tracer needs at least one optimizer, got none")
         check_model(model)
         self._model = model
-        self._given = given
-        self.optimizers = [unwrap_optimizer(optimizer) for optimizer in given]
+        self._given = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
         modules = list(model.modules())
         self._held = Held(modules)
-        self.engines = [*engines, *find_engines(model, given, modules)]
+        self.engines = [*engines, *find_engines(model, self._given, modules)]
+        found = find_optimizers(
+            self._given, model, lambda optimizer: any(engine.owns(optimizer) for engine in self.engines)
+        )
+        odd = found.odd or ([] if found.stepping else ["there is none"])
+        if odd and not isinstance(optimizers, HandedOver):
+            raise ConfigError("a tracer needs at least one optimizer, got none" if not found.odd else odd[0])
+        if odd and self.device:  # a model without a device is the greater trouble, and raises first
+            logger.warning("memtrace: the optimizer cannot be followed, its state is not counted: %s", "; ".join(odd))
+        self.optimizers = found.stepping
+        self._holding = found.holding
         self._looked_in_forward = False
         self._state_sizes: list[int] = []
         self.workspaces: Sequence[int] | None = None
@@ -54,9 +64,6 @@ class Scan:
         self._gradients: GradientCount | None = None
         self._without_gradient: set[int] = set()
         """Identities of the parameters that had no gradient when the last backward pass had ended."""
-        for optimizer in self.optimizers:
-            if not any(engine.owns(optimizer) for engine in self.engines):
-                check_optimizer(optimizer, model)
 
     @property
     def device(self) -> torch.device:
@@ -193,14 +200,14 @@ class Scan:
     @property
     def has_state(self) -> bool:
         """Whether an optimizer has state for any parameter."""
-        return any(optimizer.state for optimizer in self.optimizers)
+        return any(optimizer.state for optimizer in self._holding)
 
     def learn_new_state(self, ledger: Ledger) -> bool:
         """Claims what the optimizers hold where a step has made new state; a length is all that is compared.
 
         Returns whether there is new state.
         """
-        sizes = [len(optimizer.state) for optimizer in self.optimizers]
+        sizes = [len(optimizer.state) for optimizer in self._holding]
         if sizes == self._state_sizes:
             return False
         self._state_sizes = sizes
@@ -212,7 +219,7 @@ class Scan:
         self._held = Held(self._model.modules())
 
     def _claim_optimizers(self, parameters: Sequence[torch.Tensor], ledger: Ledger) -> None:
-        for optimizer in self.optimizers:
+        for optimizer in self._holding:
             claim_optimizer(optimizer, parameters, ledger)
 
     def _gradient_owners(self, parameters: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:

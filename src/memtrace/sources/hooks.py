@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -49,9 +50,18 @@ class HookSet:
     def around_step(
         self, optimizer: torch.optim.Optimizer, before: Callable[..., None], after: Callable[..., None]
     ) -> None:
-        """Calls `before` and `after`, each with (optimizer, args, kwargs), around each step of the optimizer."""
-        self._stack.callback(optimizer.register_step_pre_hook(before).remove)
-        self._stack.callback(optimizer.register_step_post_hook(after).remove)
+        """Calls `before` and `after`, each with (optimizer, args, kwargs), around each step of the optimizer.
+
+        Always with the given object: torch names the one that was stepped, which may be a wrapper with the same hooks.
+        """
+
+        alive = weakref.ref(optimizer)
+
+        def given(hook: Callable[..., None]) -> Callable[..., None]:
+            return lambda _, args, kwargs: hook(alive(), args, kwargs)
+
+        self._stack.callback(optimizer.register_step_pre_hook(given(before)).remove)
+        self._stack.callback(optimizer.register_step_post_hook(given(after)).remove)
 
     def after_gradient(self, parameters: Iterable[nn.Parameter], hook: Callable[[torch.Tensor], None]) -> None:
         """Calls `hook(parameter)` each time a gradient was accumulated into `.grad`."""
