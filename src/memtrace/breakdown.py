@@ -186,6 +186,9 @@ class StepRecord:
     step_seconds: float | None = None
     """Wall time from the beginning of the step to its end."""
     batch: BatchShape | None = None
+    traced_from_micro_batch: int | None = None
+    """Number of the micro batch that the trace begins with, from 1, where the allocator's history had no room for the
+    whole step; then the peak is that of the part from there on. None where the whole step was traced, or none of it."""
     moments: Mapping[Moment, Breakdown] = field(default_factory=dict)
     host: Mapping[EntryKey, int] = field(default_factory=dict)
     """What the model, its optimizers and engines keep in the host's memory, where the device is another one.

@@ -45,6 +45,15 @@ def endless_step(forward_passes: int) -> Limitation:
     )
 
 
+def too_large(allocations: int) -> Limitation:
+    """Returns what is said where the allocator's history has no room for one micro batch."""
+    return Limitation(
+        unseen=Unseen.TRACE,
+        text=f"steps are counted and not traced: one micro batch allocates {allocations:,} times, more than the "
+        "allocator's history is kept for.",
+    )
+
+
 def traces_given_up() -> Limitation:
     """Returns what is said where the windows of many traced steps in a row were lost."""
     return Limitation(

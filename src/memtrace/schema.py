@@ -92,6 +92,7 @@ def parse_step(document: Any, source: str) -> StepRecord:
         slowed_seconds=step.optional("slowed_seconds", Fields.number) or 0.0,
         step_seconds=step.optional("step_seconds", Fields.number),
         batch=parse_batch(step.optional("batch", Fields.object)),
+        traced_from_micro_batch=step.optional("traced_from_micro_batch", Fields.integer),
         moments=parse_moments(step.object("moments")),
         host=parse_entries(step.optional("host", Fields.objects) or ()),
         allocator=parse_reading(AllocatorReading, step.optional("allocator", Fields.object)),
@@ -125,6 +126,8 @@ def _step_head(record: StepRecord) -> dict[str, Any]:
         "allocator": reading_document(record.allocator),
         "device_memory": reading_document(record.device_memory),
     }
+    if record.traced_from_micro_batch is not None:
+        head["traced_from_micro_batch"] = record.traced_from_micro_batch
     return head | {"peak_counter_reset": True} if record.peak_counter_reset else head
 
 

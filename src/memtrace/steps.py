@@ -13,6 +13,9 @@ from memtrace.attribution.timeline import StepMarks
 from memtrace.breakdown import AllocatorReading, BatchShape
 from memtrace.categories import Moment, Phase
 
+_MOST_READS = 4096
+"""Readings and phases that are kept of one step: a step that never ends has no end of them."""
+
 
 @dataclass(slots=True, kw_only=True)
 class StepInFlight:
@@ -46,6 +49,8 @@ class StepInFlight:
     """Set when the step is over."""
     micro_batches: int = 0
     """Forward passes so far, the one at work included."""
+    traced_from: int | None = None
+    """Number of the micro batch that a trace begins with, from 1; None where it has the whole step."""
     _in_forward: bool = False
     _shape: tuple[int, ...] | None = None
     _tokens: int = 0
@@ -70,6 +75,8 @@ class StepInFlight:
     def enter(self, phase: Phase) -> None:
         """Notes that a phase begins now."""
         if not self.phases or self.phases[-1][1] is not phase:
+            if len(self.phases) >= _MOST_READS:
+                del self.phases[:-1]
             self.phases.append((self.now_ns(), phase))
 
     def resumes(self, phase: Phase, shape: tuple[int, ...] | None, dtype: torch.dtype | None) -> None:
@@ -172,6 +179,12 @@ class StepInFlight:
             return None
         return BatchShape(shape=self._shape, tokens=self._tokens, largest_micro_batch_tokens=self._largest)
 
+    def allocations(self) -> int | None:
+        """Returns how often the step has allocated, by the counters; None where there are none."""
+        counts = [reading.allocations for reading in (*self.reads[:1], *self.reads[-1:])]
+        first, last = counts or (None, None)
+        return None if first is None or last is None else last - first
+
     def _steps_inside_backward(self) -> bool:
         """Whether gradients still came after the first optimizer had begun."""
         last, optimizer = self._last_gradient_ns, self._optimizer_ns
@@ -185,5 +198,7 @@ class StepInFlight:
     def _reading(self) -> AllocatorReading | None:
         reading = self.read()
         if reading is not None:
+            if len(self.reads) >= _MOST_READS:
+                del self.reads[1:-1]
             self.reads.append(reading)
         return reading

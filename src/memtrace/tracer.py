@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from memtrace.attribution.curve import HighestSteps
+from memtrace.attribution.optimizers import HandedOver
 from memtrace.breakdown import StepRecord
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
@@ -233,18 +234,27 @@ class _Subject:
 
     def __init__(self, model: nn.Module, optimizers: Any) -> None:
         self._model = weakref.ref(model)
-        self._several = isinstance(optimizers, (list, tuple))
-        self._optimizers = [*map(weakref.ref, optimizers if self._several else [optimizers])]
+        self._optimizers = [*map(weakref.ref, _leaves(optimizers))]
+        self._as_given = HandedOver if isinstance(optimizers, HandedOver) else list
 
     def alive(self) -> tuple[nn.Module, Any]:
-        """Returns both as they were given.
+        """Returns the model and a list of its optimizers.
 
         Raises:
             ConfigError: one of them is gone.
         """
         model, optimizers = self._model(), [optimizer() for optimizer in self._optimizers]
         if model is None or None in optimizers:
-            raise ConfigError(
-                "the model or an optimizer of this tracer is gone since it was detached: make a new tracer"
-            )
-        return model, optimizers if self._several else optimizers[0]
+            raise ConfigError("the model or an optimizer of this tracer is gone since its detach: make a new tracer")
+        return model, self._as_given(optimizers)
+
+
+def _leaves(optimizers: Any) -> Iterator[Any]:
+    """Yields what is in nested sequences and mappings."""
+    if isinstance(optimizers, Mapping):
+        optimizers = list(optimizers.values())
+    if isinstance(optimizers, (list, tuple)):
+        for optimizer in optimizers:
+            yield from _leaves(optimizer)
+    else:
+        yield optimizers

@@ -82,10 +82,14 @@ class TraceWindow:
         self._install()
         return True
 
-    def open(self) -> bool:
-        """Looks at all persistent storages anew and begins a window; False where the source cannot record now."""
+    def open(self, expected_allocations: int | None = None) -> bool:
+        """Looks at all persistent storages anew and begins a window; False where the source cannot record now.
+
+        Args:
+            expected_allocations: see `EventSource.open`.
+        """
         self._let_go()
-        if not self._source.open():
+        if not self._source.open(expected_allocations):
             return False
         self._ledger.clear(keep=Category.INPUTS)
         self._scan.claim_persistent(self._ledger)

@@ -21,7 +21,7 @@ from memtrace.categories import Moment
 from memtrace.config import TracerConfig
 from memtrace.garbage import uncollected
 from memtrace.guard import Guard
-from memtrace.limitations import endless_step, no_forward, traces_given_up
+from memtrace.limitations import endless_step, no_forward, too_large, traces_given_up
 from memtrace.oom.watch import OomWatch, Publish
 from memtrace.passing import CurrentStep, PassedSteps
 from memtrace.publication import Publication
@@ -92,6 +92,10 @@ class Watch:
         self.passed = PassedSteps(self._scan, guard, explicit=explicit, main_input_name=self._main_input_name)
         self._current = CurrentStep(self.passed)
         self._spent_before_ns = self.passed.spent_ns
+        self._allocations: int | None = None
+        """Allocations of the last step with a record, by the counters; None where there are none."""
+        self._micro_batches = 0
+        """Its micro batches."""
         self._most_micro_batches = 0
         """Micro batches of the finished step that had most."""
         self._without_forward = 0
@@ -204,12 +208,30 @@ class Watch:
         return reading
 
     def _decide(self, step: StepInFlight, batch: torch.Tensor | None) -> None:
-        """Makes the step a traced one or a counted one, once its first batch is known."""
+        """Makes the step a traced one or a counted one, once its first batch is known.
+
+        One that allocates more often than the source has room for is traced from its last micro batch on, as far as the
+        step before tells which that is.
+        """
         tokens = 0 if batch is None else count_tokens(batch)
         wanted = self._schedule.wants(step.number, has_state=self._scan.has_state, tokens=tokens)
-        if wanted and not self.window.is_open and not self.window.open():
+        if not wanted or self.window.is_open:
+            step.recorded = wanted
+            return
+        allocations, micro_batches = self._allocations, max(1, self._micro_batches)
+        if allocations is not None and not self._source.fits(allocations):
+            allocations = -(-allocations // micro_batches)
+            if not self._source.fits(allocations):
+                self._published.limit(too_large(allocations))
+                self._schedule.refused(step.number)
+                step.recorded = False
+                return
+            if step.micro_batches + 1 < micro_batches:
+                return  # not yet
+            step.traced_from = micro_batches
+        step.recorded = self.window.open(allocations)
+        if not step.recorded:
             self._schedule.refused(step.number)
-        step.recorded = wanted and self.window.is_open
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.settle()
@@ -304,6 +326,7 @@ class Watch:
             self_seconds=(spent_ns - self._spent_before_ns) / 1e9,
             slowed_seconds=0.0 if not step.recorded else self._schedule.slowed(seconds - inside),
             step_seconds=seconds,
+            traced_from_micro_batch=None if moments is None else step.traced_from,
             batch=step.batch(),
             moments=moments or self._counted.moments(step.before_forward, step.readings, step.forward_added, water),
             allocator=step.readings.get(Moment.STEP_END),
@@ -313,6 +336,8 @@ class Watch:
             curve=curve,
         )
         self._spent_before_ns = spent_ns
+        self._allocations = step.allocations() or self._allocations
+        self._micro_batches = step.micro_batches
         self._most_micro_batches = max(self._most_micro_batches, step.micro_batches)
         self._schedule.ended(record, passed_seconds=self.passed.seconds, lost=bool(step.recorded) and moments is None)
         self._say_what_is_not_seen(step)

@@ -111,7 +111,10 @@ def _headline(record: StepRecord) -> Iterator[str]:
     yield f"step {record.step}"
     yield f"rank {record.rank}"
     yield printable(record.device)
-    yield "traced" if record.traced else "counted"
+    if record.traced_from_micro_batch is not None:
+        yield f"traced from micro batch {record.traced_from_micro_batch} on"
+    else:
+        yield "traced" if record.traced else "counted"
     if record.batch is not None:
         yield f"batch {' x '.join(map(str, record.batch.shape))}, {record.batch.tokens:,} tokens"
     if record.step_seconds is not None:

@@ -248,8 +248,8 @@ is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: Fa
 def one_graph() -> bool:
     """Returns, while torch's compiler is at work, whether the graph must be whole: no call can be left out of it then.
 
-    The compiler calls it and takes the answer for a constant. False where torch has changed: the graph is then broken in
-    two, or where it must be whole the compiler raises.
+    The compiler calls it and takes the answer for a constant. False where torch has changed: the graph is then broken
+    in two, or where it must be whole the compiler raises.
     """
     translator = getattr(sys.modules.get("torch._dynamo.symbolic_convert"), "InstructionTranslator", None)
     try:
