@@ -61,7 +61,7 @@ test-long: venv debian-test ## soak, scale and large fuzz runs, properties with 
 	$(TEST_ENV) $(PYTEST) -m '(long or hypothesis) and not gpu' --hypothesis-profile=fresh -n $(WORKERS) $(BY_GROUP)
 
 # An environment of its own, made again when one of its three files has changed. What asks torch itself is tested in it.
-NEWEST_TESTS := tests/sources tests/attribution tests/laws $(wildcard tests/test_*.py)
+NEWEST_TESTS := tests/sources tests/attribution tests/laws tests/test_garbage.py $(wildcard tests/test_*_steps.py tests/test_tracer_*.py)
 
 test-newest: $(NEWEST)/.installed ## what depends on torch, with the newest torch that memtrace knows
 	$(TEST_ENV) $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(BY_GROUP) $(NEWEST_TESTS)

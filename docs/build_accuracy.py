@@ -45,7 +45,7 @@ master copies and buffers are equal byte for byte in every row.
 | peak | {statistics.median(peaks):.3%} | {max(peaks):.2%} ({worst.combination}) |
 | activations | {statistics.median(activations):.3%} | {max(activations):.2%} |
 
-The training runs without oneDNN (`torch.backends.mkldnn`), so that the figures are the same on every processor: what
+Plan and training run without oneDNN (`torch.backends.mkldnn`), so that the figures are those of every processor: what
 oneDNN takes inside its kernels, to pack the operands of bfloat16 products for example, depends on the processor and
 not on the model. It does not grow with the model either, but adds up to 10 % to the peak of models as small as these.
 What is left is checkpointing, which keeps 5 kB of random state for each block, and a little scratch of other kernels.
@@ -54,10 +54,10 @@ What is left is checkpointing, which keeps 5 kB of random state for each block, 
 
 ## Convolutions
 
-In {len(convolutions)} set-ups of a convolutional network what outlives the step is equal byte for byte, and the
-activations differ by {max(abs(row.activations_error) for row in convolutions):.2%} at most. Their peak on a CPU is not
-planned: without oneDNN a convolution unfolds its images inside the kernel, and the plan is {min(unfolded):.0%} to
-{max(unfolded):.0%} low for this small network; oneDNN copies them to a layout of its own, which depends on the processor.
+In {len(convolutions)} set-ups of a convolutional network what outlives the step is equal byte for byte, and activations
+differ by {max(abs(row.activations_error) for row in convolutions):.2%} at most. The peak on a CPU is not planned: a
+convolution unfolds its images inside the kernel, and the plan is {min(unfolded):.0%} to {max(unfolded):.0%} low for
+this small network. oneDNN copies them to a layout of its own instead, which depends on the processor.
 
 ## Not measured here
 

@@ -34,7 +34,7 @@ PLAIN_QUERY = f"max(memtrace_step_peak_bytes{TRAINING} and on (job, instance, ra
 """One line of a graph over all ranks: the yardstick for the others. Work is counted in samples that a query reads, as
 Prometheus counts them, and not in seconds: those are the machine's, and are printed."""
 QUERY_IN_PLAIN_QUERIES = 8
-RULES_IN_PLAIN_QUERIES = 40
+RULES_IN_PLAIN_QUERIES = 120
 CONFIG = """
 global: {{scrape_interval: {interval}s, evaluation_interval: {interval}s}}
 rule_files: [{rules}]

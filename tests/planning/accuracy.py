@@ -68,17 +68,16 @@ def rows(families: Sequence[Family] = FAMILIES) -> Iterator[Combination]:
 def measure(combination: Combination) -> Row:
     """Plans and trains one combination.
 
-    It is trained without oneDNN: what that takes inside its kernels depends on the processor.
+    Both without oneDNN: what that takes inside its kernels depends on the processor.
     """
     torch.manual_seed(0)
-    planned = plan(
-        combination.build,
-        combination.batch,
-        recipe=RECIPES[combination.recipe],
-        loss=combination.family.loss,
-        accumulation_steps=combination.way.micro_batches,
-        device="cpu",
-    )
     with torch.backends.mkldnn.flags(enabled=False):
-        run = run_from_birth(combination)
-    return Row(combination, planned, dict(run.record.moments))
+        planned = plan(
+            combination.build,
+            combination.batch,
+            recipe=RECIPES[combination.recipe],
+            loss=combination.family.loss,
+            accumulation_steps=combination.way.micro_batches,
+            device="cpu",
+        )
+        return Row(combination, planned, dict(run_from_birth(combination).record.moments))
