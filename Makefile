@@ -9,6 +9,7 @@ export PYTHON
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
+NEWEST := .venv-newest
 PYTEST := $(BIN)/python -m pytest
 DEMO_DIR := memtrace-runs/demo
 
@@ -16,10 +17,14 @@ DEMO_DIR := memtrace-runs/demo
 # fork, and one thread a worker is what a machine with as many cores as workers has.
 TEST_ENV := KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
+# Tests of a file, or of files that share a fixture (`xdist_group`), go to one worker, in the order of the files: the
+# short ones come last.
+BY_GROUP := --dist loadgroup --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-gpu record-gpu-traces bench-plan test grafana-render test-long lint format venv debian-test constraints clean
+.PHONY: help demo bench bench-gpu record-gpu-traces bench-plan test grafana-render test-long test-newest lint format venv debian-test constraints clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,19 +58,29 @@ record-gpu-run: venv ## Llama-3-8B on a CUDA device with 141 GB, as the README s
 	$(BIN)/python docs/build_picture.py tests/fixtures/gpu/llama-3-8b/steps-rank0.jsonl
 
 test: venv debian-test grafana-render lint ## linters, types, layers and all tests but the long ones and those for a GPU
-	$(TEST_ENV) $(PYTEST) -n $(WORKERS) --dist loadfile
+	$(TEST_ENV) $(PYTEST) -n $(WORKERS) $(BY_GROUP)
 
 grafana-render: ## the page that draws dashboards with Grafana's UI library, for the tests
 	@scripts/debian-packages.sh node
 	integrations/grafana/render/build.sh .cache/grafana-render
 
-# Tests that share a long fixture are one `xdist_group`; every other long test goes to whichever worker is free.
-test-long: venv debian-test ## soak, scale and large fuzz runs
-	@if grep -rq --include='*.py' 'mark\.long' tests; then \
-		$(TEST_ENV) $(PYTEST) -m 'long and not gpu' -n $(WORKERS) --dist loadgroup; \
-	else \
-		echo 'test-long: no test is marked `long` yet'; \
-	fi
+# Properties are tried with fresh examples here: one that fails becomes an `@example` of its test.
+test-long: venv debian-test ## soak, scale and large fuzz runs, properties with fresh examples
+	$(TEST_ENV) $(PYTEST) -m '(long or hypothesis) and not gpu' --hypothesis-profile=fresh -n $(WORKERS) $(BY_GROUP)
+
+# An environment of its own, made again when one of its three files has changed. What asks torch itself is tested in it.
+NEWEST_TESTS := tests/sources tests/attribution tests/laws tests/test_garbage.py $(wildcard tests/test_*_steps.py tests/test_tracer_*.py)
+
+test-newest: $(NEWEST)/.installed ## what depends on torch, with the newest torch that memtrace knows
+	$(TEST_ENV) $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(BY_GROUP) $(NEWEST_TESTS)
+
+$(NEWEST)/.installed: pyproject.toml constraints.txt requirements-newest.txt
+	@scripts/debian-packages.sh venv compiler
+	@echo "setting up $(NEWEST); the first time this takes a few minutes"
+	test -x $(NEWEST)/bin/pip || $(PYTHON) -m venv $(NEWEST)
+	@grep -v '^torch==' constraints.txt >$(NEWEST)/constraints.txt
+	$(NEWEST)/bin/pip install --quiet --constraint $(NEWEST)/constraints.txt --requirement requirements-newest.txt
+	@touch $@
 
 lint: venv ## ruff, mypy and the contract of the layers
 	$(BIN)/ruff check
@@ -102,6 +117,6 @@ constraints: venv ## write the versions in use to constraints.txt
 	@mv $(VENV)/constraints.txt constraints.txt
 	@touch $(INSTALLED)
 
-clean: ## remove the virtual environment, build results and caches; runs and their logs stay
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+clean: ## remove the virtual environments, build results and caches; runs and their logs stay
+	rm -rf $(VENV) $(NEWEST) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

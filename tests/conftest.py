@@ -1,3 +1,38 @@
 """What all tests share."""
 
+from __future__ import annotations
+
+import random
+import sys
+
+import pytest
+from hypothesis import HealthCheck, settings
+
 pytest_plugins = ("nothing_left", "prometheus_server", "stub_nvml")
+
+# The same examples every time, on every machine, and no limit that the clock decides. `make test-long` tries fresh ones
+# (`--hypothesis-profile=fresh`); what those find becomes an `@example` of its test.
+_SETTINGS = {"database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("same", derandomize=True, **_SETTINGS)
+settings.register_profile("fresh", derandomize=False, max_examples=1000, print_blob=True, **_SETTINGS)
+settings.load_profile("same")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file run on one worker, as those of files with one `xdist_group` do: what they share is made once.
+
+    Long tests without a group go to whichever worker is free.
+    """
+    for item in items:
+        if not any(item.iter_markers("xdist_group")) and not any(item.iter_markers("long")):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Every test draws the same random numbers, whichever ran before it in its process."""
+    random.seed(0)
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "manual_seed"):
+        torch.manual_seed(0)

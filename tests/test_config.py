@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from memtrace.config import TracerConfig
@@ -55,27 +55,15 @@ def test_a_wrong_setting_is_told(wrong: dict[str, Any], message: str) -> None:
     assert "s3cret" not in str(caught.value)
 
 
-def check_settings(chosen: dict[str, Any]) -> None:
+@given(random_settings)
+def test_random_settings_are_right_or_an_error(chosen: dict[str, Any]) -> None:
+    """Whatever is set, the outcome is a configuration or a ConfigError."""
     try:
         config = TracerConfig.from_settings(chosen)
     except ConfigError as error:
         assert str(error)
     else:
         assert all(getattr(config, name) == value for name, value in chosen.items())
-
-
-@given(random_settings)
-def test_random_settings_are_right_or_an_error(given_settings: dict[str, Any]) -> None:
-    """Whatever is set, the outcome is a configuration or a ConfigError."""
-    check_settings(given_settings)
-
-
-@pytest.mark.long
-@given(random_settings)
-@settings(max_examples=2500, deadline=None)
-def test_random_settings_are_right_or_an_error_at_length(given_settings: dict[str, Any]) -> None:
-    """The same, more often."""
-    check_settings(given_settings)
 
 
 def test_every_setting_is_explained() -> None:

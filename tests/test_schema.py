@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from records import counted_step, steps, traced_step
 from spoiling import holders, json_values, spoilt
@@ -17,9 +17,6 @@ from memtrace.categories import Moment
 from memtrace.errors import LogFormatError
 from memtrace.schema import StepEncoder, moments_document, parse_moments, parse_step
 from memtrace.strict_json import Fields, parse_json
-
-ordinary = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-many = settings(max_examples=2500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def read(line: str | bytes) -> StepRecord:
@@ -33,7 +30,9 @@ def document() -> dict[str, Any]:
 spoilt_documents = spoilt(st.builds(document))
 
 
-def check_round_trip(records: list[StepRecord]) -> None:
+@given(st.lists(steps, max_size=3))
+def test_what_is_written_is_read_back(records: list[StepRecord]) -> None:
+    """Any records, written by one encoder after another, come back equal."""
     encoder = StepEncoder()
     for record in records:
         line = encoder.encode(record)
@@ -42,7 +41,9 @@ def check_round_trip(records: list[StepRecord]) -> None:
         assert read(line) == record
 
 
-def check_lines(line: str | bytes) -> None:
+@given(st.text() | st.binary() | json_values.map(json.dumps) | spoilt_documents.map(json.dumps))
+def test_garbage_is_an_error_with_a_message(line: str | bytes) -> None:
+    """A line that is not a step, or is one with a wrong value, raises LogFormatError and nothing else."""
     try:
         record = read(line)
     except LogFormatError as error:
@@ -51,38 +52,7 @@ def check_lines(line: str | bytes) -> None:
         assert read(StepEncoder().encode(record)) == record
 
 
-@given(st.lists(steps, max_size=3))
-@ordinary
-def test_what_is_written_is_read_back(records: list[StepRecord]) -> None:
-    """Any records, written by one encoder after another, come back equal."""
-    check_round_trip(records)
-
-
-@pytest.mark.long
-@given(st.lists(steps, max_size=3))
-@many
-def test_what_is_written_is_read_back_at_length(records: list[StepRecord]) -> None:
-    """The same, more often."""
-    check_round_trip(records)
-
-
-@given(st.text() | st.binary() | json_values.map(json.dumps) | spoilt_documents.map(json.dumps))
-@ordinary
-def test_garbage_is_an_error_with_a_message(line: str | bytes) -> None:
-    """A line that is not a step, or is one with a wrong value, raises LogFormatError and nothing else."""
-    check_lines(line)
-
-
-@pytest.mark.long
-@given(st.text() | st.binary() | json_values.map(json.dumps) | spoilt_documents.map(json.dumps))
-@many
-def test_garbage_is_an_error_with_a_message_at_length(line: str | bytes) -> None:
-    """The same, more often."""
-    check_lines(line)
-
-
 @given(st.integers(0, 2000))
-@ordinary
 def test_a_part_of_a_line_is_an_error(length: int) -> None:
     """No beginning of a line can be taken for a whole line."""
     line = StepEncoder().encode(traced_step())
@@ -191,7 +161,6 @@ def test_json_beyond_reason_is_an_error(line: str | bytes) -> None:
 
 
 @given(steps)
-@ordinary
 def test_plans_and_steps_write_moments_alike(record: StepRecord) -> None:
     """The moments of a plan have the form of those of a step."""
     plan = moments_document(record.moments)

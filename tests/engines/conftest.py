@@ -54,3 +54,10 @@ def launch(preloaded: Path, tmp_path_factory: pytest.TempPathFactory) -> Launch:
         return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def torch_engines(launch: Launch) -> list[Report]:
+    """The reports of DDP and FSDP2, trained one after the other in the same two processes."""
+    variants = "ddp,ddp-view,fsdp,fsdp-keep,fsdp-bf16,fsdp-bf16-keep,fsdp-bf16-offload"
+    return launch("torch_engines.py", VARIANTS=variants)

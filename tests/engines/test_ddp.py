@@ -13,11 +13,12 @@ from memtrace.planning.sharding import Strategy
 
 VARIANTS = ("ddp", "ddp-view")
 RANKS = 2
+pytestmark = pytest.mark.xdist_group("torch-engines")
 
 
 @pytest.fixture(scope="module")
-def runs(launch) -> list[dict[str, Any]]:
-    return launch("torch_engines.py", VARIANTS=",".join(VARIANTS))
+def runs(torch_engines) -> list[dict[str, Any]]:
+    return torch_engines
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

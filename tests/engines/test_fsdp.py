@@ -14,11 +14,12 @@ from memtrace.planning.sharding import Strategy
 
 VARIANTS = ("fsdp", "fsdp-keep", "fsdp-bf16", "fsdp-bf16-keep", "fsdp-bf16-offload")
 RANKS = 2
+pytestmark = pytest.mark.xdist_group("torch-engines")
 
 
 @pytest.fixture(scope="module")
-def runs(launch) -> list[dict[str, Any]]:
-    return launch("torch_engines.py", VARIANTS=",".join(VARIANTS))
+def runs(torch_engines) -> list[dict[str, Any]]:
+    return torch_engines
 
 
 def sharded(shapes: list[list[int]], rank: int | None = None) -> int:

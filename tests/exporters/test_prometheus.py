@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from records import GIB, breakdown, cpu_snapshot, devices, full_snapshot, gpu_snapshot, maybe, moments, sizes, steps
@@ -99,7 +99,6 @@ def test_promtool_has_nothing_to_say(snapshot: Snapshot) -> None:
 
 
 @given(snapshots)
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_snapshot_makes_it_fail(snapshot: Snapshot) -> None:
     """Whatever a snapshot holds: no exception, no NaN, the rank on every series, at most 80 series."""
     found = samples(snapshot)

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from records import GIB, PEAK_ENTRIES, breakdown, counted_step, steps, traced_step
 from rich.console import Console
@@ -164,7 +164,6 @@ def test_names_cannot_command_the_terminal() -> None:
 
 
 @given(steps, st.integers(30, 200))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_record_can_be_shown(record: StepRecord, width: int) -> None:
     """Every record that a log can hold makes a table of plain text that fits."""
     text = render_text(record, width)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
 from collections.abc import Iterator
@@ -14,13 +13,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import run
 from threading import Thread
-from typing import Any
 from urllib.request import urlopen
 
 import pytest
 from promql import ROOT, RULES
 from recorded import open_metrics
 from servers import ask, prometheus
+
+from memtrace.metrics import MAX_SERIES
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900), pytest.mark.xdist_group("scale")]
 
@@ -31,12 +31,12 @@ SCRAPE_SECONDS = 15
 HISTORY_STEPS = 30
 HISTORY_SECONDS = 3600
 PLAIN_QUERY = f"max(memtrace_step_peak_bytes{TRAINING} and on (job, instance, rank) memtrace_run_info{TRAINING})"
-"""One line of a graph over all ranks: the yardstick for the others."""
-PLAIN_QUERIES = 8
-"""So many times the processor time of the plain query may a query of a dashboard take: two seconds of a core on which
-the plain one takes a quarter of a second."""
-TRIES = 6
-"""Prometheus scrapes and evaluates rules meanwhile: a query that was slow is tried again."""
+"""One line of a graph over all ranks: the yardstick for the others. Work is counted in samples that a query reads, as
+Prometheus counts them, and not in seconds: those are the machine's, and are printed."""
+QUERY_IN_PLAIN_QUERIES = 90
+"""The dearest one shows the composition of all ranks: it reads 71 times what the plain one does."""
+RULES_IN_PLAIN_QUERIES = 120
+"""All rules together read 93 times what the plain query does."""
 CONFIG = """
 global: {{scrape_interval: {interval}s, evaluation_interval: {interval}s}}
 rule_files: [{rules}]
@@ -165,23 +165,25 @@ def _after_evaluations(url: str, times: int) -> None:
         time.sleep(0.5)
 
 
-def test_every_rank_is_scraped_in_time(fleet: Fleet) -> None:
-    """All ranks are up, and no scrape takes a tenth of its interval."""
+def test_every_rank_is_scraped(fleet: Fleet) -> None:
+    """All ranks are up, each with no more samples than it may have series."""
     assert fleet.value(f"sum(up{TRAINING})") == RANKS
-    slowest = fleet.value(f"max(scrape_duration_seconds{TRAINING})")
-    print(f"slowest scrape {slowest:.3f} s")
-    print(f"samples a rank: {fleet.value(f'max(scrape_samples_scraped{TRAINING})'):.0f}")
+    samples = fleet.value(f"max(scrape_samples_scraped{TRAINING})")
+    print(f"samples a rank: {samples:.0f}")
+    print(f"slowest scrape {fleet.value(f'max(scrape_duration_seconds{TRAINING})'):.3f} s")
     print(f"Prometheus takes {fleet.value('process_resident_memory_bytes') / 2**20:.0f} MiB")
     print(f"and {fleet.value('rate(process_cpu_seconds_total[1m])'):.2f} cores")
-    assert slowest < SCRAPE_SECONDS / 10
+    assert samples <= MAX_SERIES
 
 
-def test_rules_are_evaluated_within_their_interval(fleet: Fleet) -> None:
-    """The whole group takes less than half of its interval, and no evaluation was missed."""
+def test_rules_read_little(fleet: Fleet) -> None:
+    """All rules together read, each time, at most so many times what the plain query reads at one instant."""
     group = ask(fleet.url, "rules")["groups"][0]
-    print(f"rules take {group['evaluationTime']:.2f} s")
-    assert group["evaluationTime"] < SCRAPE_SECONDS / 2
-    assert fleet.value("prometheus_rule_group_iterations_missed_total") == 0
+    now = time.time()
+    plain = _read(fleet.url, PLAIN_QUERY, now, instant=True)
+    read = sum(_read(fleet.url, rule["query"], now, instant=True) for rule in group["rules"])
+    print(f"rules take {group['evaluationTime']:.2f} s and read {read / plain:.1f} times what the plain query does")
+    assert read <= RULES_IN_PLAIN_QUERIES * plain
 
 
 def test_alerts_see_all_ranks(fleet: Fleet) -> None:
@@ -192,43 +194,35 @@ def test_alerts_see_all_ranks(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
-def test_dashboard_queries_are_quick(path: Path, fleet: Fleet) -> None:
-    """Each query of a dashboard over the last hour, all ranks chosen, is within a few times the plainest one."""
+def test_dashboard_queries_read_little(path: Path, fleet: Fleet) -> None:
+    """Each query of a dashboard over the last hour, all ranks chosen, reads a bounded multiple of the plainest one."""
     now = time.time()
-    plain = min(_seconds(fleet.url, PLAIN_QUERY, now) for _ in range(TRIES))
-    slow, slowest = [], 0.0
+    plain = _read(fleet.url, PLAIN_QUERY, now)
+    dear, ratios, slowest = [], [], 0.0
     for panel in json.loads(path.read_text())["panels"]:
         for target in panel.get("targets", []):
-            took = _quickest(fleet.url, target, now, enough=PLAIN_QUERIES * plain)
-            slowest = max(slowest, took)
-            if took > PLAIN_QUERIES * plain:
-                slow.append((panel["title"], target["refId"], round(took / plain, 1)))
-    print(f"slowest query of {path.stem}: {slowest:.2f} s, {slowest / plain:.1f} times the plain one")
-    assert slow == []
+            begun = _cpu_seconds(fleet.url)
+            read = _read(fleet.url, _with_all(target["expr"]), now, instant=bool(target.get("instant")))
+            slowest = max(slowest, _cpu_seconds(fleet.url) - begun)
+            ratios.append(read / plain)
+            if read > QUERY_IN_PLAIN_QUERIES * plain:
+                dear.append((panel["title"], target["refId"], round(read / plain, 1)))
+    print(f"dearest query of {path.stem}: {max(ratios):.1f} times the plain one; slowest: {slowest:.2f} s of a core")
+    assert dear == []
 
 
-def _quickest(url: str, target: dict[str, Any], now: float, *, enough: float) -> float:
-    """Returns the shortest time of a query in two tries, or in more until it is no longer than `enough`."""
-    expression, instant = _with_all(target["expr"]), bool(target.get("instant"))
-    took = math.inf
-    for number in range(TRIES):
-        took = min(took, _seconds(url, expression, now, instant=instant))
-        if number and took <= enough:
-            break
-    return took
-
-
-def _seconds(url: str, expression: str, now: float, *, instant: bool = False) -> float:
-    """Returns how long Prometheus works on a query, in seconds of one core: other tests share the machine."""
-    begun = _cpu_seconds(url)
+def _read(url: str, expression: str, now: float, *, instant: bool = False) -> int:
+    """Returns how many samples a query reads, over the last hour or at one instant."""
     if instant:
-        ask(url, "query", query=expression, time=str(now))
+        found = ask(url, "query", query=expression, time=str(now), stats="all")
     else:
-        ask(url, "query_range", query=expression, start=str(now - HISTORY_SECONDS), end=str(now), step="15")
-    return _cpu_seconds(url) - begun
+        begin = str(now - HISTORY_SECONDS)
+        found = ask(url, "query_range", query=expression, start=begin, end=str(now), step="15", stats="all")
+    return int(found["stats"]["samples"]["totalQueryableSamples"])
 
 
 def _cpu_seconds(url: str) -> float:
+    """Returns how long Prometheus has worked, in seconds of one core; scrapes and rules that run meanwhile included."""
     with urlopen(f"{url}/metrics", timeout=60) as answer:
         found = re.search(rb"^process_cpu_seconds_total (\S+)$", answer.read(), re.MULTILINE)
     assert found

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import runpy
 import statistics
 from pathlib import Path
 
 import pytest
 from laws.families import Combination
-from planning.accuracy import RECIPES, Row, document, measure, rows
-from planning.larger_families import BEYOND
+from planning.accuracy import RECIPES, Row, measure, rows
+from planning.larger_families import CONVOLUTIONS
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 ALL = list(rows())
 SAMPLE = ALL[:: len(RECIPES) * 4 + 5]
@@ -18,29 +19,34 @@ SAMPLE = ALL[:: len(RECIPES) * 4 + 5]
 
 
 def check(row: Row) -> None:
-    """The bounds that a plan promises on a CPU."""
+    """What a plan promises on a CPU."""
+    check_without_scratch(row)
+    assert abs(row.peak_error) <= 0.01
+
+
+def check_without_scratch(row: Row) -> None:
+    """What it promises where kernels take memory inside."""
     planned, measured = row.persistent
     assert planned == measured
     assert abs(row.activations_error) <= 0.01
-    assert abs(row.peak_error) <= 0.05
 
 
 @pytest.mark.parametrize("combination", SAMPLE, ids=str)
 def test_a_plan_is_what_the_live_tracer_measures(combination: Combination) -> None:
-    """Persistent categories are equal, activations within 1 % and the peak within 5 %."""
+    """Persistent categories are equal, activations and the peak within 1 %."""
     check(measure(combination))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_every_plan_is_what_the_live_tracer_measures() -> None:
-    """The same for the whole table, the peak within 1 % in the median; it is written to the documentation.
-
-    So are the models whose CPU kernels take more than torch tells: for them nothing is promised.
-    """
+    """The same for the whole table, the peak within 0.1 % in the median: docs/accuracy.md, on every processor."""
     table = [measure(combination) for combination in ALL]
-    beyond = [measure(combination) for combination in rows(BEYOND)]
-    DOCUMENT.write_text(document(table, beyond), encoding="utf-8")
+    convolutions = [measure(combination) for combination in rows(CONVOLUTIONS)]
     for row in table:
         check(row)
-    assert statistics.median(abs(row.peak_error) for row in table) <= 0.01
+    assert statistics.median(abs(row.peak_error) for row in table) <= 0.001
+    for row in convolutions:
+        check_without_scratch(row)
+    page = runpy.run_path(str(DOCS / "build_accuracy.py"))["render"](table, convolutions)
+    assert (DOCS / "accuracy.md").read_text(encoding="utf-8") == page, "run python docs/build_accuracy.py"

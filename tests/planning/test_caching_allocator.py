@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from memtrace.errors import PlanError
@@ -301,7 +301,6 @@ CONFIGURATIONS = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(actions=ACTIONS, configuration=CONFIGURATIONS)
 def test_invariants(actions: list[int], configuration: AllocatorSettings) -> None:
     """Whatever is allocated, freed and emptied: blocks do not overlap, counters add up, and all comes back."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from memtrace.breakdown import EntryKey
@@ -254,7 +254,6 @@ SHARDINGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(fields=REQUESTS, options=SHARDINGS)
 def test_every_request_is_planned_or_refused(fields: dict[str, Any], options: dict[str, Any]) -> None:
     """No moment is above the peak, what lasts is lasting, the range is one, and nothing else is raised."""
@@ -272,7 +271,6 @@ def test_every_request_is_planned_or_refused(fields: dict[str, Any], options: di
     assert all(sentence.endswith(".") for sentence in plan.assumptions)
 
 
-@settings(max_examples=60, deadline=None)
 @given(parameters=st.integers(10**6, 10**12), ranks=st.integers(2, 512))
 def test_each_stage_holds_less_of_the_model(parameters: int, ranks: int) -> None:
     """From stage to stage each rank keeps fewer bytes of model states."""

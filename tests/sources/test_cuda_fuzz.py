@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from spoiling import json_values, spoilt
 from test_cuda import BEGIN, END, block, entry, segment, snapshot
@@ -39,7 +39,9 @@ anything = whole | spoilt(whole) | json_values
 live = st.lists(st.builds(Block, numbers, numbers), max_size=2).map(tuple)
 
 
-def check_window(found: Any, device: int, at_begin: tuple[Block, ...]) -> None:
+@given(anything, st.integers(0, 3), live)
+def test_any_snapshot_is_read_or_refused(found: Any, device: int, at_begin: tuple[Block, ...]) -> None:
+    """A window of what the snapshot truly holds, or a LogFormatError that says what is missing."""
     try:
         window = parse_window(found, device, BEGIN, END, at_begin)
     except LogFormatError as error:
@@ -53,44 +55,22 @@ def check_window(found: Any, device: int, at_begin: tuple[Block, ...]) -> None:
         assert ("alloc" if event.delta > 0 else "free_completed", event.address, abs(event.delta)) in told
 
 
-def check_blocks(found: Any) -> None:
+@given(st.lists(segments) | spoilt(st.lists(segments, min_size=1)) | json_values)
+def test_any_segments_are_read(found: Any) -> None:
+    """Blocks whose place and size are numbers, whatever the rest is."""
     for one in live_blocks(found, 0):
         assert isinstance(one.address, int)
         assert isinstance(one.nbytes, int)
 
 
-def check_counters(stats: Any) -> None:
+@given(spoilt(st.just(STATS)) | st.dictionaries(st.sampled_from(sorted(STATS)), json_values))
+def test_any_counters_are_read(stats: Any) -> None:
+    """Numbers, or nothing."""
     reading = parse_counters(stats)
     if reading is not None:
         assert isinstance(reading, AllocatorReading)
         assert isinstance(reading.allocated_bytes, int)
         assert isinstance(reading.reserved_bytes, int)
-
-
-@given(anything, st.integers(0, 3), live)
-def test_any_snapshot_is_read_or_refused(found: Any, device: int, at_begin: tuple[Block, ...]) -> None:
-    """A window of what the snapshot truly holds, or a LogFormatError that says what is missing."""
-    check_window(found, device, at_begin)
-
-
-@pytest.mark.long
-@given(anything, st.integers(0, 3), live)
-@settings(max_examples=2500, deadline=None)
-def test_any_snapshot_is_read_or_refused_at_length(found: Any, device: int, at_begin: tuple[Block, ...]) -> None:
-    """The same, more often."""
-    check_window(found, device, at_begin)
-
-
-@given(st.lists(segments) | spoilt(st.lists(segments, min_size=1)) | json_values)
-def test_any_segments_are_read(found: Any) -> None:
-    """Blocks whose place and size are numbers, whatever the rest is."""
-    check_blocks(found)
-
-
-@given(spoilt(st.just(STATS)) | st.dictionaries(st.sampled_from(sorted(STATS)), json_values))
-def test_any_counters_are_read(stats: Any) -> None:
-    """Numbers, or nothing."""
-    check_counters(stats)
 
 
 @pytest.mark.parametrize("kept", range(5))

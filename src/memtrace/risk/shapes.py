@@ -17,6 +17,9 @@ HELD_OUT_SHARE = 0.3
 """Share of the points, those with most tokens, that a model must foresee from the others."""
 SIMPLER_UNLESS = 0.5
 """A less simple model is used where its worst error is below this share of the simpler one's."""
+ROUNDING_SHARE = 2e-4
+"""Sizes are rounded, to whole bytes and by an allocator to whole blocks. A model whose worst error is below this share
+of what a batch took is exact: a less simple one could only follow the rounding."""
 PLAUSIBLE = 3.0
 """Models whose worst error is within this multiple of the chosen one's are plausible too, the more of them the farther
 the target lies: the band reaches to all of them, and to those that too few points were there to judge."""
@@ -104,7 +107,7 @@ def estimate(points: Sequence[ShapePoint], tokens: int, positions: int) -> Estim
         return _barely_known(models[0], by_size, target) if models else _proportional(by_size, target)
     chosen, worst = judged[0]
     for model, error in judged[1:]:
-        if error < SIMPLER_UNLESS * worst:
+        if worst > ROUNDING_SHARE and error < SIMPLER_UNLESS * worst:
             chosen, worst = model, error
     nbytes = chosen.predict(target)
     stretch = _stretch(by_size, target)
