@@ -17,6 +17,7 @@ from memtrace.breakdown import (
     ordered_entries,
 )
 from memtrace.categories import Category, Moment
+from memtrace.limitations import Unseen
 from memtrace.risk_reading import GrowthForecast, LargestBatch, PeakForecast, RiskReading, ShapeSource
 from memtrace.snapshot import RunIdentity, Snapshot, Totals
 
@@ -121,7 +122,7 @@ def full_snapshot() -> Snapshot:
     assert step.allocator is not None
     latest = replace(step, allocator=replace(step.allocator, peak_allocated_bytes=18 * GIB, private_pool_bytes=0))
     risk = RiskReading(step=12, capacity_bytes=76 * GIB, peak=forecast, growth=growth, oom_risk_ratio=0.25)
-    return gpu_snapshot(latest, limit_bytes=60 * GIB, plan=plan, risk=risk)
+    return gpu_snapshot(latest, limit_bytes=60 * GIB, plan=plan, risk=risk, not_seen=(Unseen.FORWARD,))
 
 
 def cpu_snapshot(**fields: Any) -> Snapshot:

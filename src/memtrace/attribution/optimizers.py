@@ -56,7 +56,11 @@ class Optimizers(NamedTuple):
 
 
 def find_optimizers(
-    given: object, model: nn.Module, owned: Callable[[torch.optim.Optimizer], bool] = lambda _: False
+    given: object,
+    model: nn.Module,
+    owned: Callable[[torch.optim.Optimizer], bool] = lambda _: False,
+    *,
+    parameters: Sequence[torch.Tensor] | None = None,
 ) -> Optimizers:
     """Returns the optimizers that really step, inside wrappers and containers of any depth.
 
@@ -64,8 +68,9 @@ def find_optimizers(
         given: an optimizer or a wrapper of one, or a list or dictionary of them.
         model: the module that is trained.
         owned: returns whether an engine has put tensors of its own into an optimizer, which are not the model's then.
+        parameters: those of the model, where somebody has listed them already.
     """
-    trained = _Trained(model)
+    trained = _Trained(list(model.parameters()) if parameters is None else parameters)
     stepping: list[torch.optim.Optimizer] = []
     holding: dict[int, Any] = {}
     odd: list[str] = []
@@ -147,11 +152,11 @@ def optimizer_parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Ten
 
 
 class _Trained:
-    """The parameters of a model, walked once for all optimizers that are asked about."""
+    """The parameters of a model, for all optimizers that are asked about."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._parameters = list(model.parameters())
-        self._known = {id(parameter) for parameter in self._parameters}
+    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
+        self._parameters = parameters
+        self._known = {id(parameter) for parameter in parameters}
         self._copies: _Copies | None = None
 
     def by(self, optimizer: torch.optim.Optimizer) -> bool:

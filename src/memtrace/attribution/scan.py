@@ -48,7 +48,10 @@ class Scan:
         self._held = Held(modules)
         self.engines = [*engines, *find_engines(model, self._given, modules)]
         found = find_optimizers(
-            self._given, model, lambda optimizer: any(engine.owns(optimizer) for engine in self.engines)
+            self._given,
+            model,
+            lambda optimizer: any(engine.owns(optimizer) for engine in self.engines),
+            parameters=self._held.parameters(),
         )
         odd = found.odd or ([] if found.stepping else ["there is none"])
         if odd and not isinstance(optimizers, HandedOver):
