@@ -396,3 +396,42 @@ def test_offloaded_masters_are_told_apart() -> None:
     for moment in record.moments.values():
         assert moment.total_bytes == moment.allocated_bytes
         assert moment[Category.MASTER_WEIGHTS] == 0
+
+
+@pytest.mark.parametrize("config", [EVERY_STEP, COUNTED], ids=["traced", "counted"])
+def test_nothing_of_a_step_that_was_given_up_is_kept(config: TracerConfig) -> None:
+    """Losses that are thrown away, and a step that fails for lack of memory: what they had made is gone at once."""
+    run = Run()
+    with Tracer(run.model, run.optimizer, config):
+        for _ in range(3):
+            run.step()
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        for _ in range(5):
+            run.model(run.rows)
+        assert torch.cuda.memory_allocated() == before
+        try:
+            kept = run.model(run.rows)
+            torch.empty(2**50, device="cuda")
+        except torch.OutOfMemoryError:
+            kept = None
+        assert kept is None
+        assert torch.cuda.memory_allocated() == before
+        run.step()
+
+
+def test_a_step_that_the_history_has_no_room_for_is_traced_from_its_last_micro_batch_on() -> None:
+    """Marked so, and the categories add up at each of its moments."""
+    run, micro_batches = Run(), 40
+    source = CudaEvents(torch.cuda.current_device(), max_events=10_400)
+    with Tracer(run.model, run.optimizer, EVERY_STEP, source=source) as tracer:
+        for _ in range(4):
+            for _ in range(micro_batches):
+                F.cross_entropy(run.model(run.rows), run.labels).backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+    assert [record.traced_from_micro_batch for record in tracer.history[-2:]] == [micro_batches] * 2
+    for record in tracer.history[-2:]:
+        assert record.traced
+        for breakdown in record.moments.values():
+            assert breakdown.total_bytes == breakdown.allocated_bytes
