@@ -23,6 +23,7 @@ from torch import nn
 
 from memtrace.adapters.hf_trainer import MemTraceCallback
 from memtrace.config import TracerConfig
+from memtrace.sources.device_sampler import DeviceSampler
 from memtrace.tracer import Tracer
 
 QUIET: dict[str, Any] = {"strict": True, "port": None, "step_log": False, "device_poll_seconds": 0}
@@ -127,11 +128,13 @@ def test_a_dropped_tracer_ends_with_its_model(end: str) -> None:
     threads = threading.active_count()
     weak = cell()
     gc.collect()
-    kept = weak[-1]()
+    kept, running = weak[-1](), memtrace_threads()
     if kept is not None:
         kept.detach()  # else no later test has a clean process
+    for sampler in (one for one in gc.get_objects() if isinstance(one, DeviceSampler)):
+        sampler.stop()
     assert [one() for one in weak] == [None, None, None]
-    assert memtrace_threads() == []
+    assert running == []
     assert threading.active_count() == threads
     assert recorders_of_torch() == {}
 
