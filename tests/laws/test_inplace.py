@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -156,6 +157,10 @@ ALLOWED: tuple[Body, ...] = (
 )
 
 
+OF_A_VIEW = (base_written_after_a_view_was_saved, weight_written)
+"""A view was saved whose base is written: torch names the node that it would make for it anew, AsStrided."""
+
+
 def plain(loss: torch.Tensor, net: Net) -> None:
     loss.backward()
 
@@ -208,11 +213,19 @@ def run(body: Body, backward: Callable[[torch.Tensor, Net], None], *, traced: bo
     return raised, gradients
 
 
+def without_node(outcome: tuple[list[str], list[Any]]) -> tuple[list[str], list[Any]]:
+    """Leaves the name of the node out of what was raised."""
+    raised, gradients = outcome
+    return [re.sub(r"which is output \d+ of \w+", "which is an output", text) for text in raised], gradients
+
+
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("body", FORBIDDEN + ALLOWED)
 def test_the_same_is_raised(body: Body, backward: Callable[[torch.Tensor, Net], None]) -> None:
     """With every step traced: the same message, or none, and the same gradients to the bit."""
     bare, traced = run(body, backward, traced=False), run(body, backward, traced=True)
+    if body in OF_A_VIEW:
+        bare, traced = without_node(bare), without_node(traced)
     assert traced == bare
     if body in FORBIDDEN:
         assert len(bare[0]) == 2
