@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from memtrace.attribution.curve import HighestSteps
-from memtrace.attribution.optimizers import HandedOver
+from memtrace.attribution.optimizers import HandedOver, flat
 from memtrace.breakdown import StepRecord
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
@@ -234,7 +234,7 @@ class _Subject:
 
     def __init__(self, model: nn.Module, optimizers: Any) -> None:
         self._model = weakref.ref(model)
-        self._optimizers = [*map(weakref.ref, _leaves(optimizers))]
+        self._optimizers = [*map(weakref.ref, flat(optimizers))]
         self._as_given = HandedOver if isinstance(optimizers, HandedOver) else list
 
     def alive(self) -> tuple[nn.Module, Any]:
@@ -247,14 +247,3 @@ class _Subject:
         if model is None or None in optimizers:
             raise ConfigError("the model or an optimizer of this tracer is gone since its detach: make a new tracer")
         return model, self._as_given(optimizers)
-
-
-def _leaves(optimizers: Any) -> Iterator[Any]:
-    """Yields what is in nested sequences and mappings."""
-    if isinstance(optimizers, Mapping):
-        optimizers = list(optimizers.values())
-    if isinstance(optimizers, (list, tuple)):
-        for optimizer in optimizers:
-            yield from _leaves(optimizer)
-    else:
-        yield optimizers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -89,7 +90,8 @@ class TraceWindow:
             expected_allocations: see `EventSource.open`.
         """
         self._let_go()
-        if not self._source.open(expected_allocations):
+        expected = () if expected_allocations is None else (expected_allocations,)
+        if not self._source.open(*expected):
             return False
         self._ledger.clear(keep=Category.INPUTS)
         self._scan.claim_persistent(self._ledger)
@@ -126,10 +128,14 @@ class TraceWindow:
             error.add_note("memtrace: its hooks on saved tensors are the reason; set trace_activations=False")
 
     def forward_ends(self, output: object) -> None:
-        """Takes the saved-tensor hooks off again where the user's own lie below; else a loss may still follow."""
+        """Takes off what hears of saved tensors where the user's own hooks lie below, and on any but the main thread.
+
+        Else a loss may still follow. Another thread may have been made for this forward pass alone, and nobody could
+        take it off there later; what a loss saves is then known by its life.
+        """
         if self.is_open:
             self._saved.forward_ended(output)
-        if self._saved.covers_user_hooks:
+        if self._saved.covers_user_hooks or threading.current_thread() is not threading.main_thread():
             self._saved.pop()
 
     def backward_ends(self) -> None:

@@ -34,7 +34,7 @@ from memtrace.sources.event_source import event_source
 from memtrace.sources.events import EventSource
 from memtrace.sources.hooks import HookSet, outside_graphs
 from memtrace.sources.ranks import identify
-from memtrace.sources.torch_private import backward_is_running
+from memtrace.sources.torch_private import backward_is_running, runs_without_memory
 from memtrace.steps import StepInFlight
 from memtrace.tracing import TraceWindow
 
@@ -234,6 +234,8 @@ class Watch:
             self._schedule.refused(step.number)
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if runs_without_memory():
+            return
         self.settle()
         self._bound()
         if not torch.is_grad_enabled() or backward_is_running():
@@ -259,9 +261,11 @@ class Watch:
         if error is not None:
             self.oom.raised(error)
             self.window.explain(error)
-        if self._current.step is not None and torch.is_grad_enabled() and not backward_is_running():
-            self._current.step.forward_ends()
-            self.window.forward_ends(output)
+        step = self._current.step
+        if step is None or not torch.is_grad_enabled() or backward_is_running() or runs_without_memory():
+            return
+        step.forward_ends()
+        self.window.forward_ends(output)
 
     def _on_optimizer(self, *_: object) -> None:
         self.settle()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ PARAMETERS = 6 * 5 + 5
 
 
 @pytest.fixture
-def offloaded() -> Scan:
+def offloaded() -> Iterator[Scan]:
     """bf16 weights elsewhere (meta tensors stand for a GPU's), fp32 masters with their gradients and AdamW here."""
     model = nn.Linear(6, 5, device="meta", dtype=torch.bfloat16)
     masters = [torch.zeros(p.shape, requires_grad=True) for p in model.parameters()]
@@ -25,7 +27,8 @@ def offloaded() -> Scan:
     for master in masters:
         master.grad = torch.ones_like(master)
     optimizer.step()
-    return Scan(model, optimizer)
+    yield Scan(model, optimizer)
+    del optimizer  # the scan does not hold it
 
 
 def test_offloaded_states_are_on_the_host(offloaded: Scan) -> None:

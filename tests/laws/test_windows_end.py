@@ -21,6 +21,7 @@ from laws.ways import WAYS, Way, every_step
 from nothing_left import recorders_of_torch
 
 from memtrace.config import TracerConfig
+from memtrace.limitations import Unseen
 from memtrace.sources.cpu import CpuEvents
 from memtrace.sources.events import Window
 from memtrace.tracer import Tracer
@@ -238,7 +239,7 @@ class Incomplete(CpuEvents):
         super().__init__()
         self.opened = 0
 
-    def open(self) -> bool:
+    def open(self, expected_allocations: int | None = None) -> bool:
         opened = super().open()
         self.opened += opened
         return opened
@@ -248,7 +249,7 @@ class Incomplete(CpuEvents):
 
 
 def test_a_window_in_vain_is_tried_again_ever_less(caplog: pytest.LogCaptureFixture) -> None:
-    """With the default budget: at doubling distances, then given up with one line that says why."""
+    """With the default budget: few in many steps, since each is paid for before the next."""
     run, source = Run(LIVES[0]), Incomplete()
     with Tracer(run.model, run.optimizer, TracerConfig(**QUIET), source=source) as tracer:
         for _ in range(300):
@@ -259,6 +260,17 @@ def test_a_window_in_vain_is_tried_again_ever_less(caplog: pytest.LogCaptureFixt
             another_optimizer(run)
         assert source.opened <= opened + 1
     assert not any(record.traced for record in tracer.history)
+    assert warnings_of(caplog) == []
+
+
+def test_windows_in_vain_are_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    """With a number of steps: after 1, 2, 4, ... of them, then no more, with one line that says why."""
+    run, source = Run(LIVES[0]), Incomplete()
+    with Tracer(run.model, run.optimizer, TracerConfig(**QUIET, trace_every=1), source=source) as tracer:
+        for _ in range(2**8 + 100):
+            another_optimizer(run)
+        assert source.opened == 8
+        assert tracer.snapshot().not_seen == (Unseen.TRACE,)
     assert len(warnings_of(caplog)) == 1
 
 

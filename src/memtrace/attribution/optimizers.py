@@ -74,7 +74,7 @@ def find_optimizers(
     stepping: list[torch.optim.Optimizer] = []
     holding: dict[int, Any] = {}
     odd: list[str] = []
-    for one in _flat(given):
+    for one in flat(given):
         found = list(_stepping(one, lambda optimizer: owned(optimizer) or trained.by(optimizer), set()))
         if not found:
             odd.append(_what_is_odd(one, model))
@@ -82,7 +82,7 @@ def find_optimizers(
         stepping.extend(found)
         for holder in wrapping_chain(one):
             if hasattr(holder, "param_groups") and isinstance(getattr(holder, "state", None), Mapping):
-                holding.setdefault(id(holder.state), holder)
+                holding[id(holder.state)] = holder  # the innermost of them: it lives as long as any
     return Optimizers(list({id(optimizer): optimizer for optimizer in stepping}.values()), list(holding.values()), odd)
 
 
@@ -92,7 +92,7 @@ def wrapping_chain(optimizer: object) -> Iterator[Any]:
 
 
 def _chain(optimizer: object, seen: set[int]) -> Iterator[Any]:
-    for one in _flat(optimizer):
+    for one in flat(optimizer):
         if id(one) not in seen:
             seen.add(id(one))
             yield one
@@ -120,16 +120,16 @@ def _steps(optimizer: object) -> TypeGuard[torch.optim.Optimizer]:
 
 def _held(optimizer: object) -> Iterator[object]:
     for name in _HELD_AS:
-        for part in _flat(ask(getattr, optimizer, name, None)):
+        for part in flat(ask(getattr, optimizer, name, None)):
             if hasattr(part, "step") and not isinstance(part, type):
                 yield part
 
 
-def _flat(given: object) -> Iterator[object]:
+def flat(given: object) -> Iterator[object]:
     """Yields what lists, tuples and dictionaries hold, in order, and anything else as it is."""
     if isinstance(given, (list, tuple, Mapping)):
         for part in given.values() if isinstance(given, Mapping) else given:
-            yield from _flat(part)
+            yield from flat(part)
     elif given is not None:
         yield given
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,7 +17,7 @@ from memtrace.attribution.held import Held
 from memtrace.attribution.hidden import HiddenBuffers
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import Role, check_model, claim_gradients, claim_model, device_of
-from memtrace.attribution.optimizers import HandedOver, claim_optimizer, find_optimizers, optimizer_parameters
+from memtrace.attribution.optimizers import HandedOver, claim_optimizer, find_optimizers, flat, optimizer_parameters
 from memtrace.attribution.storages import canonical_device
 from memtrace.breakdown import EntryKey
 from memtrace.errors import ConfigError
@@ -28,6 +29,8 @@ logger = logging.getLogger("memtrace")
 
 class Scan:
     """A model, the optimizers that really step, and the engines between them.
+
+    Optimizers are held weakly: one that the user replaces and drops takes its state along.
 
     Args:
         model: the module that is trained, wrapped by an engine or not.
@@ -43,12 +46,12 @@ class Scan:
     def __init__(self, model: nn.Module, optimizers: Any, engines: Sequence[Engine] = ()) -> None:
         check_model(model)
         self._model = model
-        self._given = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
+        given = list(flat(optimizers))
         modules = list(model.modules())
         self._held = Held(modules)
-        self.engines = [*engines, *find_engines(model, self._given, modules)]
+        self.engines = [*engines, *find_engines(model, given, modules)]
         found = find_optimizers(
-            self._given,
+            given,
             model,
             lambda optimizer: any(engine.owns(optimizer) for engine in self.engines),
             parameters=self._held.parameters(),
@@ -58,8 +61,8 @@ class Scan:
             raise ConfigError("a tracer needs at least one optimizer, got none" if not found.odd else odd[0])
         if odd and self.device:  # a model without a device is the greater trouble, and raises first
             logger.warning("memtrace: the optimizer cannot be followed, its state is not counted: %s", "; ".join(odd))
-        self.optimizers = found.stepping
-        self._holding = found.holding
+        self._given, self._stepping = _weakly(given), _weakly(found.stepping)
+        self._states = _weakly(found.holding)
         self._looked_in_forward = False
         self._state_sizes: list[int] = []
         self.workspaces: Sequence[int] | None = None
@@ -67,6 +70,11 @@ class Scan:
         self._gradients: GradientCount | None = None
         self._without_gradient: set[int] = set()
         """Identities of the parameters that had no gradient when the last backward pass had ended."""
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers whose steps are counted, without those that are gone."""
+        return _alive(self._stepping)
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +100,7 @@ class Scan:
         """Looks for engines once more, in the first forward pass: a model does not know a wrapper around it."""
         if not self._looked_in_forward:
             self._looked_in_forward = True
-            self.engines = self.engines or find_engines(self._model, self._given)
+            self.engines = self.engines or find_engines(self._model, _alive(self._given))
 
     def claim_persistent(self, ledger: Ledger, *, anew: bool = True) -> None:
         """Claims weights, buffers, master weights, optimizer state, the engines' tensors and the gradients of now.
@@ -203,14 +211,14 @@ class Scan:
     @property
     def has_state(self) -> bool:
         """Whether an optimizer has state for any parameter."""
-        return any(optimizer.state for optimizer in self._holding)
+        return any(optimizer.state for optimizer in _alive(self._states))
 
     def learn_new_state(self, ledger: Ledger) -> bool:
         """Claims what the optimizers hold where a step has made new state; a length is all that is compared.
 
         Returns whether there is new state.
         """
-        sizes = [len(optimizer.state) for optimizer in self._holding]
+        sizes = [len(optimizer.state) for optimizer in _alive(self._states)]
         if sizes == self._state_sizes:
             return False
         self._state_sizes = sizes
@@ -222,7 +230,7 @@ class Scan:
         self._held = Held(self._model.modules())
 
     def _claim_optimizers(self, parameters: Sequence[torch.Tensor], ledger: Ledger) -> None:
-        for optimizer in self._holding:
+        for optimizer in _alive(self._states):
             claim_optimizer(optimizer, parameters, ledger)
 
     def _gradient_owners(self, parameters: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
@@ -243,3 +251,11 @@ class Scan:
             if role is not None:
                 return role
         return None
+
+
+def _weakly(objects: Iterable[Any]) -> list[Callable[[], Any]]:
+    return [*map(weakref.ref, objects)]
+
+
+def _alive(references: Iterable[Callable[[], Any]]) -> list[Any]:
+    return [found for reference in references if (found := reference()) is not None]

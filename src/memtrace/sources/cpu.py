@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
+from collections.abc import Callable
 
 from memtrace.breakdown import AllocatorReading
 from memtrace.sources import torch_private
@@ -15,10 +18,27 @@ class CpuEvents:
     A block that was allocated outside any window has no free event: the ledger's weak references tell when it died.
     Allocations of threads that the training thread did not start (a DataLoader's pin-memory thread) are not seen.
     Cost: about 4 us for each allocation and each free, recorded and read back, most of it in torch; 0.3 ms a window.
+
+    torch records once a process. A window that refuses another one twice has outlived its step, and gives way at the
+    second try. A recording ends on the thread that has begun it: `close` on another one loses the window, and leaves
+    the recording to the next call on the right thread, or to the first after that has ended. A source that is dropped
+    ends its recording.
     """
+
+    _newest: Callable[[], CpuEvents | None] = staticmethod(lambda: None)
+    """The source whose window was opened last in this process."""
 
     def __init__(self) -> None:
         self._begin_ns: int | None = None
+        self._thread: threading.Thread | None = None
+        """Where our recording is on; None where it is not."""
+        self._taken = False
+        """Whether the open window has given way to another one."""
+        self._refused_by: int | None = None
+        """When the window was opened that has refused the last one."""
+
+    def __del__(self) -> None:
+        self._stop()
 
     @property
     def is_open(self) -> bool:
@@ -27,37 +47,51 @@ class CpuEvents:
 
     def open(self, expected_allocations: int | None = None) -> bool:
         """Begins a window; False where another profiler records or warms up, or torch has no such profiler."""
-        if self.is_open or torch_private.profiler_is_recording() or torch_private.user_profiler_is_prepared():
+        if self.is_open:
+            return False
+        self._stop()
+        if torch_private.profiler_is_recording() and not self._may_take_the_place():
+            return False
+        if torch_private.user_profiler_is_prepared():
             return False
         try:
             torch_private.start_memory_profiler()
         except torch_private.ProfilerUnavailable:
             return False
-        self._begin_ns = time.time_ns()
+        self._begin_ns, self._thread, self._taken, self._refused_by = (
+            time.time_ns(),
+            threading.current_thread(),
+            False,
+            None,
+        )
+        CpuEvents._newest = weakref.ref(self)
         return True
 
     def fits(self, allocations: int) -> bool:
-        """Returns True: the profiler keeps all events."""
+        """Returns True: what is recorded has no bound."""
         return True
 
     def interrupted(self) -> bool:
-        """Whether the user has started a profiler of their own inside the open window: theirs comes first."""
-        return self._begin_ns is not None and torch_private.user_profiler_is_recording()
+        """Whether the window must end: the user has started a profiler of their own inside it, which comes first."""
+        return self._begin_ns is not None and (self._taken or torch_private.user_profiler_is_recording())
 
     def close(self) -> Window:
         """Ends the window and returns what happened in it.
 
-        `complete` is False where another profiler took over, and where torch's own count of allocated bytes says that
-        events are missing.
+        `complete` is False where another profiler took over, where this is another thread, and where torch's own count
+        of allocated bytes says that events are missing.
         """
         assert self._begin_ns is not None, "close() without open()"
         begin_ns, end_ns = self._begin_ns, time.time_ns()
-        if torch_private.user_profiler_is_recording() or not torch_private.profiler_is_recording():
-            torch_private.give_up_memory_profiler()
+        if self._thread is not threading.current_thread():
             self._begin_ns = None
             return Window(begin_ns=begin_ns, end_ns=end_ns, events=Events(), live_at_begin=None, complete=False)
+        if torch_private.user_profiler_is_recording() or not torch_private.profiler_is_recording():
+            torch_private.give_up_memory_profiler()
+            self._begin_ns = self._thread = None
+            return Window(begin_ns=begin_ns, end_ns=end_ns, events=Events(), live_at_begin=None, complete=False)
         events, counted = torch_private.stop_memory_profiler()
-        self._begin_ns = None  # only now: after a fault on the way here, abandon() must still end the recording
+        self._begin_ns = self._thread = None  # only now: after a fault on the way here abandon() must end the recording
         complete = sum(events.deltas) == counted
         return Window(begin_ns=begin_ns, end_ns=end_ns, events=events, live_at_begin=None, complete=complete)
 
@@ -65,7 +99,33 @@ class CpuEvents:
         """Ends the window, if one is open, and forgets it."""
         if self.is_open:
             self.close()
+        self._stop()
 
     def reading(self) -> AllocatorReading | None:
         """Returns None: the CPU allocator has no counters."""
         return None
+
+    def _stop(self) -> None:
+        """Ends a recording that is left, where this thread may: it has begun it, or the one that has is gone."""
+        thread = self._thread
+        if thread is None or (thread is not threading.current_thread() and thread.is_alive()):
+            return
+        if torch_private.backward_is_running():
+            return
+        self._thread = None
+        if torch_private.user_profiler_is_recording():
+            torch_private.give_up_memory_profiler()
+        else:
+            torch_private.stop_memory_profiler()
+
+    def _may_take_the_place(self) -> bool:
+        """Returns whether the recording that is on was ours, and has ended to make room."""
+        other = CpuEvents._newest()
+        if other is None or other._begin_ns is None or torch_private.user_profiler_is_recording():
+            return False
+        if self._refused_by != other._begin_ns:
+            self._refused_by = other._begin_ns
+            return False
+        other._taken = True
+        other._stop()
+        return not torch_private.profiler_is_recording()

@@ -6,6 +6,7 @@ function: a node that keeps a tensor of its own is a cycle through C++ that nobo
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
 from collections.abc import Callable
@@ -22,6 +23,9 @@ OnAsked = Callable[[torch.Tensor | None], bool | None]
 """Called with each tensor that the backward pass asks for, until it returns True."""
 OnKept = Callable[[object], None]
 """Called with what hooks of the user that lie below keep in place of a tensor."""
+
+
+_BACKWARD = re.compile(r"Backward\d*$")
 
 
 class SavedTensors(Protocol):
@@ -232,13 +236,13 @@ def _changed_in_place(kept: _Kept) -> str:
     """Returns what torch says where a saved tensor was changed in place: beside hooks it does not compare versions."""
     tensor = kept.tensor
     sizes = tensor._nested_tensor_size() if tensor.is_nested and tensor.layout is torch.strided else list(tensor.shape)
-    origin = "" if kept.made_by is None else f", which is output {kept.output_nr} of {kept.made_by},"
+    origin = "" if kept.made_by is None else f", which is output {kept.output_nr} of {_BACKWARD.sub('', kept.made_by)},"
     hint = (
         "the backtrace further above shows the operation that failed to compute its gradient. The variable in question "
         "was changed in there or anywhere later. Good luck!"
         if torch.is_anomaly_enabled()
         else "enable anomaly detection to find the operation that failed to compute its gradient, with "
-        "torch.autograd.set_detect_anomaly(True)."
+        "torch.autograd.set_detect_anomaly(True, check_nan=False)."
     )
     return (
         "one of the variables needed for gradient computation has been modified by an inplace operation: "

@@ -241,6 +241,17 @@ frame_compiler: Callable[[], object] = getattr(
 """Returns None where torch's compiler is not at work on this thread; else something, also where torch cannot tell."""
 
 
+def runs_without_memory() -> bool:
+    """Returns whether modules run on tensors without memory now: for `torch.export` or a graph of `torch.fx`.
+
+    False where torch has changed.
+    """
+    mode_of, keys = getattr(torch._C, "_get_dispatch_mode", None), getattr(torch._C, "_TorchDispatchModeKey", None)
+    if mode_of is None or keys is None:
+        return False
+    return mode_of(keys.FAKE) is not None or mode_of(keys.PROXY) is not None
+
+
 is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
 """Returns whether `torch.jit.trace` is at work; `torch.jit.is_tracing` does so in four times the time."""
 
