@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.workloads import Training, bf16_llama, tiny
-from memtrace.sources import torch_private
+from memtrace.sources import recording_torch_private
 from memtrace.sources.cuda import MAX_EVENTS
 
 SCHEMA = "memtrace.allocator-trace/1"
@@ -59,13 +59,13 @@ def document(snapshot: Mapping[str, Any], stats: Mapping[str, Any], origin: str)
 def record(name: str) -> dict[str, Any]:
     """Returns the trace of some steps of a workload, from the first allocation of this process on."""
     device = torch.device("cuda", 0)
-    torch_private.record_memory_history(MAX_EVENTS)
+    recording_torch_private.record_memory_history(MAX_EVENTS)
     training = RECORDED[name](device)
     for _ in range(STEPS):
         training.step()
     torch.cuda.synchronize()
     origin = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {STEPS} steps of {name}"
-    return document(torch_private.memory_snapshot_with_history(), torch.cuda.memory_stats(device), origin)
+    return document(recording_torch_private.memory_snapshot_with_history(), torch.cuda.memory_stats(device), origin)
 
 
 def _kept(found: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

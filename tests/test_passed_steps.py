@@ -195,3 +195,32 @@ def test_training_is_the_same_bit_for_bit() -> None:
     assert outcomes[0][0] == outcomes[1][0]
     for left, right in zip(outcomes[0][1], outcomes[1][1], strict=True):
         assert torch.equal(left, right)
+
+
+def test_steps_without_a_forward_pass_of_the_model_are_skipped_too() -> None:
+    """Where none can be traced, none is waited for; a forward pass that comes after all is seen and traced."""
+
+    class Agent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return self.loss(rows)
+
+        def loss(self, rows: torch.Tensor) -> torch.Tensor:
+            return self.layer(rows).sum()
+
+    model = Agent()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with traced(model, optimizer, SPARSE) as tracer:
+        for number in range(1, 81):
+            loss = model.loss if number <= 70 else model
+            loss(torch.ones(ROWS, WIDTH)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    steps = [record.step for record in tracer.history]
+    assert steps[:32] == AT_FIRST
+    assert len(steps) < 40
+    assert [record.traced for record in tracer.history[:32]] == [False] * 32
+    assert any(record.traced for record in tracer.history)

@@ -252,8 +252,8 @@ def below_the_tensors() -> Panels:
         board.Row("Allocator and device"),
         graph(
             "The device",
-            "What the fullest chosen rank's device holds, at the ends of steps. Slack is what torch can use again; what "
-            "CUDA graphs hold in private pools, nobody else can. "
+            "What the fullest chosen rank's device holds, at the ends of steps. Slack is what torch can use again; "
+            "what CUDA graphs hold in private pools, nobody else can. "
             "The series of DCGM exporter for the same device are a click on a legend away.",
             [(f"max by (gpu_uuid) ({of_fullest(metric)})", name) for name, metric in parts.items()],
             unit="bytes",

@@ -69,6 +69,8 @@ class TraceSchedule:
         self, *, trace_every: int | None, overhead_budget: float, max_trace_interval: int, ranks: int | None = None
     ) -> None:
         self.ranks = ranks
+        self.untraceable = False
+        """Whether steps go by in which nothing can be traced: then none is waited for."""
         self._trace_every = trace_every
         self._budget = _SEEN * overhead_budget
         self._max_interval = max_trace_interval
@@ -143,13 +145,14 @@ class TraceSchedule:
 
     def steps_to_pass(self) -> int:
         """Returns how many steps to skip before the next record; mostly none."""
-        if self._trace_every is not None or self._on_demand or self._records < _ALL_RECORDED or not self._tried:
+        waits = not self._tried and not self.untraceable  # for the first trace
+        if self._trace_every is not None or self._on_demand or self._records < _ALL_RECORDED or waits:
             return 0
         cost, interval = median(self._record_costs), median(self._intervals)
         if cost <= self._budget * interval:
             return 0
         longest = _LONGEST_GAP_SECONDS / max(interval, 1e-9)
-        if not self.given_up:
+        if not self.given_up and not self.untraceable:
             longest = min(longest, self._next_line() - self._previous_step)
         earned = _RECORDS_SHARE * self._budget * interval - (median(self._pass_costs) if self._pass_costs else 0.0)
         apart = longest if earned * longest < cost else cost / earned

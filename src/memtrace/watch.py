@@ -362,7 +362,8 @@ class Watch:
 
     def _say_what_is_not_seen(self, step: StepInFlight) -> None:
         self._without_forward = 0 if step.micro_batches else self._without_forward + 1
-        if self._without_forward == _STEPS_WITHOUT_FORWARD:
+        self._schedule.untraceable = self._without_forward >= _STEPS_WITHOUT_FORWARD
+        if self._schedule.untraceable:
             self._published.limit(no_forward(self.model))
         if self._schedule.given_up:
             self._published.limit(traces_given_up())

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from memtrace.sources import torch_private
+from memtrace.sources import recording_torch_private
 from memtrace.sources.cpu import CpuEvents
 from memtrace.sources.events import Window
 
@@ -239,6 +239,6 @@ def test_a_torch_without_these_calls(source: CpuEvents, monkeypatch: pytest.Monk
     """Costs the traces, not the run."""
     monkeypatch.delattr(torch.autograd, "_prepare_profiler")
     assert not source.open()
-    with pytest.raises(torch_private.ProfilerUnavailable, match=torch.__version__.replace("+", r"\+")):
-        torch_private.start_memory_profiler()
-    assert not torch_private.profiler_is_recording()
+    with pytest.raises(recording_torch_private.ProfilerUnavailable, match=torch.__version__.replace("+", r"\+")):
+        recording_torch_private.start_memory_profiler()
+    assert not recording_torch_private.profiler_is_recording()

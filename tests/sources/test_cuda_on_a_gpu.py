@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from memtrace.sources import torch_private
+from memtrace.sources import recording_torch_private
 from memtrace.sources.cuda import CudaEvents
 from memtrace.sources.cuda_allocator import allowed_bytes
 from memtrace.sources.events import Window
@@ -29,7 +29,7 @@ def source() -> Iterator[CudaEvents]:
     source = CudaEvents(torch.cuda.current_device())
     yield source
     source.abandon()
-    torch_private.stop_memory_history()
+    recording_torch_private.stop_memory_history()
 
 
 def block(nbytes: int = SIZE) -> torch.Tensor:
@@ -135,7 +135,7 @@ def test_a_history_of_the_user_goes_on(source: CudaEvents) -> None:
     assert window.complete
     assert changes(window) == [1]
     assert changes(window, SIZE + 1) == []
-    assert torch_private.memory_history_is_recording()
+    assert recording_torch_private.memory_history_is_recording()
     history = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
     assert SIZE + 1 in {entry["size"] for entry in history if entry["action"] == "alloc"}
     del early, late
@@ -145,9 +145,9 @@ def test_nothing_is_recorded_when_the_window_is_closed(source: CudaEvents) -> No
     """After closing and after abandoning."""
     for end in (source.close, source.abandon):
         assert source.open()
-        assert torch_private.memory_history_is_recording()
+        assert recording_torch_private.memory_history_is_recording()
         end()
-        assert torch_private.memory_history_is_recording() is False
+        assert recording_torch_private.memory_history_is_recording() is False
 
 
 def test_recording_takes_nothing_of_the_device_and_does_not_wait_for_it(source: CudaEvents) -> None:
@@ -189,12 +189,12 @@ def test_a_history_of_the_user_that_begins_inside_a_window_goes_on(source: CudaE
     torch.cuda.memory._record_memory_history(max_entries=100_000)
     kept = block()
     source.close()
-    assert torch_private.memory_history_is_recording()
+    assert recording_torch_private.memory_history_is_recording()
     history = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
     assert SIZE in {entry["size"] for entry in history if entry["action"] == "alloc"}
     late = block(SIZE + 1)
     assert not source.open()
-    assert torch_private.memory_history_is_recording()
+    assert recording_torch_private.memory_history_is_recording()
     del kept, late
 
 
@@ -210,7 +210,7 @@ def test_a_history_of_the_user_that_is_no_use_is_left_alone(source: CudaEvents, 
             kept.append(block())
             source.close()
     assert opened <= 1
-    assert torch_private.memory_history_is_recording()
+    assert recording_torch_private.memory_history_is_recording()
 
 
 def test_many_allocations_fit_a_ring_that_is_sized_for_them(source: CudaEvents) -> None:

@@ -10,7 +10,7 @@ import torch
 from fake_cuda import FakeAllocator
 
 from memtrace.breakdown import AllocatorReading
-from memtrace.sources import torch_private
+from memtrace.sources import recording_torch_private
 from memtrace.sources.cuda import DEFAULT_EVENTS, MAX_EVENTS, MAX_FOREIGN_EVENTS, CudaEvents
 from memtrace.sources.events import Block, Window
 
@@ -402,4 +402,4 @@ def test_the_observer_of_failures_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         raise RuntimeError("cudaMallocAsync does not yet support attachOutOfMemoryObserver")
 
     monkeypatch.setattr(torch._C, "_cuda_attach_out_of_memory_observer", refuse, raising=False)
-    assert not torch_private.attach_oom_observer(lambda *_: None)
+    assert not recording_torch_private.attach_oom_observer(lambda *_: None)

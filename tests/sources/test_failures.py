@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from memtrace.sources import torch_private
+from memtrace.sources import recording_torch_private, torch_private
 from memtrace.sources.failures import FailureRelay
 
 
@@ -126,6 +126,6 @@ def test_build_without_cuda_has_no_observer() -> None:
     import torch
 
     if torch.version.cuda is None:
-        assert torch_private.attach_oom_observer(lambda *_: None) is False
+        assert recording_torch_private.attach_oom_observer(lambda *_: None) is False
     else:
         assert hasattr(torch._C, "_cuda_attach_out_of_memory_observer")

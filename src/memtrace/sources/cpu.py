@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 
 from memtrace.breakdown import AllocatorReading
-from memtrace.sources import torch_private
+from memtrace.sources import recording_torch_private, torch_private
 from memtrace.sources.events import Events, Window
 
 
@@ -50,13 +50,13 @@ class CpuEvents:
         if self.is_open:
             return False
         self._stop()
-        if torch_private.profiler_is_recording() and not self._may_take_the_place():
+        if recording_torch_private.profiler_is_recording() and not self._may_take_the_place():
             return False
-        if torch_private.user_profiler_is_prepared():
+        if recording_torch_private.user_profiler_is_prepared():
             return False
         try:
-            torch_private.start_memory_profiler()
-        except torch_private.ProfilerUnavailable:
+            recording_torch_private.start_memory_profiler()
+        except recording_torch_private.ProfilerUnavailable:
             return False
         self._begin_ns, self._thread, self._taken, self._refused_by = (
             time.time_ns(),
@@ -73,7 +73,7 @@ class CpuEvents:
 
     def interrupted(self) -> bool:
         """Whether the window must end: the user has started a profiler of their own inside it, which comes first."""
-        return self._begin_ns is not None and (self._taken or torch_private.user_profiler_is_recording())
+        return self._begin_ns is not None and (self._taken or recording_torch_private.user_profiler_is_recording())
 
     def close(self) -> Window:
         """Ends the window and returns what happened in it.
@@ -86,11 +86,11 @@ class CpuEvents:
         if self._thread is not threading.current_thread():
             self._begin_ns = None
             return Window(begin_ns=begin_ns, end_ns=end_ns, events=Events(), live_at_begin=None, complete=False)
-        if torch_private.user_profiler_is_recording() or not torch_private.profiler_is_recording():
-            torch_private.give_up_memory_profiler()
+        if recording_torch_private.user_profiler_is_recording() or not recording_torch_private.profiler_is_recording():
+            recording_torch_private.give_up_memory_profiler()
             self._begin_ns = self._thread = None
             return Window(begin_ns=begin_ns, end_ns=end_ns, events=Events(), live_at_begin=None, complete=False)
-        events, counted = torch_private.stop_memory_profiler()
+        events, counted = recording_torch_private.stop_memory_profiler()
         self._begin_ns = self._thread = None  # only now: after a fault on the way here abandon() must end the recording
         complete = sum(events.deltas) == counted
         return Window(begin_ns=begin_ns, end_ns=end_ns, events=events, live_at_begin=None, complete=complete)
@@ -113,19 +113,19 @@ class CpuEvents:
         if torch_private.backward_is_running():
             return
         self._thread = None
-        if torch_private.user_profiler_is_recording():
-            torch_private.give_up_memory_profiler()
+        if recording_torch_private.user_profiler_is_recording():
+            recording_torch_private.give_up_memory_profiler()
         else:
-            torch_private.stop_memory_profiler()
+            recording_torch_private.stop_memory_profiler()
 
     def _may_take_the_place(self) -> bool:
         """Returns whether the recording that is on was ours, and has ended to make room."""
         other = CpuEvents._newest()
-        if other is None or other._begin_ns is None or torch_private.user_profiler_is_recording():
+        if other is None or other._begin_ns is None or recording_torch_private.user_profiler_is_recording():
             return False
         if self._refused_by != other._begin_ns:
             self._refused_by = other._begin_ns
             return False
         other._taken = True
         other._stop()
-        return not torch_private.profiler_is_recording()
+        return not recording_torch_private.profiler_is_recording()

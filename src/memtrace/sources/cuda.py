@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from memtrace.breakdown import AllocatorReading
-from memtrace.sources import torch_private
+from memtrace.sources import recording_torch_private
 from memtrace.sources.cuda_allocator import (
     PrivatePools,
     allocations_of,
@@ -94,7 +94,7 @@ class CudaEvents:
         """
         if self.is_open:
             return False
-        recording = torch_private.memory_history_is_recording()
+        recording = recording_torch_private.memory_history_is_recording()
         if recording is None:
             return self._say(_NO_HISTORY)
         if not (self._joins_theirs() if recording else self._begins_ours(expected_allocations)):
@@ -122,8 +122,8 @@ class CudaEvents:
         """Ends the window; `complete` is False where the history does not lead to the blocks that are live now."""
         assert self._begin_ns is not None, "close() without open()"
         begin_ns, self._begin_ns = self._begin_ns, None
-        recording = torch_private.memory_history_is_recording()
-        snapshot = torch_private.memory_snapshot_with_history()
+        recording = recording_torch_private.memory_history_is_recording()
+        snapshot = recording_torch_private.memory_snapshot_with_history()
         end_ns = time.time_ns()
         history = history_of(snapshot, self._device_index)
         window = parse_window(
@@ -136,15 +136,15 @@ class CudaEvents:
             self._look_at_theirs(history)
             return replace(window, complete=False) if len(history) <= 1 else window
         if self._is_ours(history):
-            torch_private.stop_memory_history()
+            recording_torch_private.stop_memory_history()
         return replace(window, complete=False) if len(history) >= self._ring else window
 
     def abandon(self) -> None:
         """Ends the window, if one is open, and forgets it."""
-        if self.is_open and self._owns_history and torch_private.memory_history_is_recording():
-            snapshot = torch_private.memory_snapshot_with_history()
+        if self.is_open and self._owns_history and recording_torch_private.memory_history_is_recording():
+            snapshot = recording_torch_private.memory_snapshot_with_history()
             if self._is_ours(history_of(snapshot, self._device_index)):
-                torch_private.stop_memory_history()
+                recording_torch_private.stop_memory_history()
         self._begin_ns, self._live_at_begin = None, ()
 
     def reading(self) -> AllocatorReading | None:
@@ -160,7 +160,7 @@ class CudaEvents:
 
     def _needed(self, allocations: int) -> int:
         """Returns the entries that a step of so many allocations writes."""
-        each = 2 if torch_private.skips_requested_frees() else 3
+        each = 2 if recording_torch_private.skips_requested_frees() else 3
         return int(SPARE_RATIO * each * allocations) + SPARE_EVENTS
 
     def _entries(self, allocations: int | None) -> int:
@@ -177,7 +177,7 @@ class CudaEvents:
         self._owns_history, self._refused = True, False
         self._allocations_before = allocations_of(counters(self._device_index)) or 0
         self._ring = self._entries(expected_allocations)
-        left_out = torch_private.record_memory_history(self._ring)
+        left_out = recording_torch_private.record_memory_history(self._ring)
         if left_out is None:
             return self._say(_NO_HISTORY)
         self._left_out = left_out

@@ -10,7 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from memtrace.sources import torch_private
+from memtrace.sources import recording_torch_private
 
 OnAllocationFailure = Callable[[int, int, int], None]
 """Called with device index, requested bytes and free bytes of the device, on the thread that asked for memory."""
@@ -47,7 +47,7 @@ class FailureRelay:
             cuda: whether the subscriber's device is a CUDA device, which must be initialised.
         """
         if cuda and self._observing is None:
-            self._observing = torch_private.attach_oom_observer(self._allocation_failed)
+            self._observing = recording_torch_private.attach_oom_observer(self._allocation_failed)
         self._forget_the_dead()
         if not self._subscribers:
             self._pid = os.getpid()

@@ -1,0 +1,183 @@
+"""Private calls into torch that record: its profiler, and the history of CUDA's allocator.
+
+Beside `torch_private`, and by its rules: a missing private name costs a feature, never the run, and each function says
+what its caller gets then.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Callable
+from itertools import chain, compress
+from typing import Any
+
+import torch
+from torch.autograd import profiler as autograd_profiler
+
+from memtrace.sources.events import Events
+
+_UNREAD = frozenset({"free_requested"})
+"""Actions of the history that say nothing about which blocks are live."""
+
+
+class ProfilerUnavailable(RuntimeError):
+    """This build of torch does not have the profiler calls that the CPU source needs."""
+
+
+def start_memory_profiler() -> None:
+    """Starts recording memory events of the CPU allocator on this thread and the backward threads it starts.
+
+    The public `torch.profiler.profile` has no way to leave operators out: with it a step of a small model costs ten
+    times more to record and to read back. Operators are left out here by switching RecordFunction off for as long
+    as the recording lasts.
+
+    Raises:
+        ProfilerUnavailable: torch has changed; the caller does without traced steps.
+    """
+    try:
+        config = torch.autograd.ProfilerConfig(  # type: ignore[attr-defined]
+            torch.autograd.ProfilerState.KINETO,  # type: ignore[attr-defined]
+            False,  # input shapes
+            True,  # memory
+            False,  # stacks
+            False,  # flops
+            False,  # modules
+            torch._C._profiler._ExperimentalConfig(),
+            "",  # trace id
+        )
+        activities = {torch.profiler.ProfilerActivity.CPU}
+        torch.autograd._prepare_profiler(config, activities)  # type: ignore[attr-defined]
+        torch.autograd._enable_profiler(config, activities)  # type: ignore[attr-defined]
+        torch.autograd._enable_record_function(False)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError) as error:
+        raise ProfilerUnavailable(f"torch {torch.__version__} cannot record memory events: {error}") from error
+
+
+def stop_memory_profiler() -> tuple[Events, int]:
+    """Stops the recording.
+
+    Returns:
+        What happened to the blocks of a CPU, and by how many bytes the profiler's own count of them has changed.
+    """
+    torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]
+    result = torch.autograd._disable_profiler()  # type: ignore[attr-defined]
+    return _events(result.experimental_event_tree())
+
+
+def give_up_memory_profiler() -> None:
+    """Forgets a recording that somebody else's profiler has replaced, without touching theirs."""
+    torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]
+
+
+def _events(nodes: list[Any]) -> tuple[Events, int]:
+    # Nearly all nodes are allocations, thousands of them, and each attribute of one is a call into torch: the functions
+    # of the properties are called themselves, in rows, and only those that are used.
+    node: Any = torch._C._profiler._ProfilerEvent
+    allocation: Any = torch._C._profiler._ExtraFields_Allocation
+    fields = [*map(node.extra_fields.fget, nodes)]
+    while {*map(type, fields)} - {allocation}:
+        below = [[one] if type(of) is allocation else one.children for one, of in zip(nodes, fields, strict=True)]
+        nodes = [*chain.from_iterable(below)]
+        fields = [*map(node.extra_fields.fget, nodes)]
+    if torch.accelerator.current_accelerator() is not None:  # else this build of torch has no other blocks
+        cpu = torch.device("cpu")
+        kept = [of.device == cpu for of in fields]
+        nodes, fields = [*compress(nodes, kept)], [*compress(fields, kept)]
+    times_ns = [*map(node.start_time_ns.fget, nodes)]
+    if times_ns != (ascending := sorted(times_ns)):  # those of one thread come after those of another
+        order = sorted(range(len(times_ns)), key=times_ns.__getitem__)
+        times_ns, fields = ascending, [fields[position] for position in order]
+    deltas = [*map(allocation.alloc_size.fget, fields)]
+    counted = fields[-1].total_allocated - fields[0].total_allocated + deltas[0] if fields else 0
+    return Events(times_ns, [*map(allocation.ptr.fget, fields)], deltas), counted
+
+
+def profiler_is_recording() -> bool:
+    """Returns whether a profiler, memtrace's own or somebody else's, records on this thread."""
+    return bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
+
+
+def user_profiler_is_prepared() -> bool:
+    """Returns whether a `torch.profiler.profile` of the user's is warming up or records.
+
+    Nothing public tells of one that is prepared and does not record yet; whoever starts a recording then takes what it
+    has prepared from it, and it crashes. Looks at all objects of the process, for some 50 ms, where one was ever made
+    that did not end with its `with` block. False where torch has changed.
+    """
+    counts = getattr(getattr(autograd_profiler, "KinetoStepTracker", None), "_step_dict", ())
+    if getattr(torch.profiler.profiler, "PROFILER_STEP_NAME", "ProfilerStep") not in counts:
+        return False
+    sessions = [getattr(found, "profiler", None) for found in gc.get_objects() if type(found) is torch.profiler.profile]
+    return any(session is not None and getattr(session, "kineto_results", 0) is None for session in sessions)
+
+
+def user_profiler_is_recording() -> bool:
+    """Returns whether a profiler started through torch's Python API records; memtrace's own does not count."""
+    return bool(getattr(autograd_profiler, "_is_profiler_enabled", False))
+
+
+def record_memory_history(max_entries: int) -> frozenset[str] | None:
+    """Starts CUDA's allocator history without stacks, in an empty ring of `max_entries` events.
+
+    Call only where nobody else records: what a ring of ours held from the window before is cleared, so that a snapshot
+    does not carry it along.
+
+    Returns:
+        The actions that are left out: those that nobody reads, where torch (2.13) can leave some out. None where the
+        allocator keeps no history (cudaMallocAsync, a pluggable one).
+    """
+    record = torch.cuda.memory._record_memory_history
+    left_out = _UNREAD if "skip_actions" in inspect.signature(record).parameters else frozenset()
+    more = {"skip_actions": sorted(left_out)} if left_out else {}
+    try:
+        record(enabled="all", context=None, stacks="python", max_entries=max_entries, clear_history=True, **more)
+    except RuntimeError:
+        return None
+    return left_out
+
+
+def skips_requested_frees() -> bool:
+    """Returns whether torch can leave requested frees out of the history: two entries an allocation, not three."""
+    return "skip_actions" in inspect.signature(torch.cuda.memory._record_memory_history).parameters
+
+
+def stop_memory_history() -> None:
+    """Stops CUDA's allocator history."""
+    torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def memory_history_is_recording() -> bool | None:
+    """Returns whether somebody records CUDA's allocator history; None where torch or the allocator cannot tell."""
+    probe = getattr(torch._C, "_cuda_isHistoryEnabled", None)
+    try:
+        return None if probe is None else bool(probe())
+    except RuntimeError:  # an allocator without a history
+        return None
+
+
+def memory_snapshot_with_history() -> dict[str, Any]:
+    """Returns `torch.cuda.memory._snapshot()`: segments and `device_traces`."""
+    snapshot: dict[str, Any] = torch.cuda.memory._snapshot()
+    return snapshot
+
+
+def attach_oom_observer(observer: Callable[[int, int, int, int], None]) -> bool:
+    """Calls `observer(device, requested, total, free)` whenever CUDA's caching allocator fails; bytes.
+
+    There is no public way to learn of it before the exception has unwound what held the memory. It cannot be taken off
+    again. It is called without the allocator's lock, on the thread that asked, and must not allocate on the device,
+    synchronise or raise. CUDA must be initialised.
+
+    Returns:
+        False where torch has no such call (a CPU build) or the allocator none (cudaMallocAsync, a pluggable one): the
+        exception is then all that tells.
+    """
+    attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
+    if attach is None:
+        return False
+    try:
+        attach(observer)
+    except RuntimeError:
+        return False
+    return True
