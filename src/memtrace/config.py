@@ -64,8 +64,8 @@ class TracerConfig:
     every step has a record, however short it is."""
     trace_activations: bool = True
     """Whether traced steps follow what autograd saves for the backward pass. False is for models that use
-    `torch.func.grad` and its kind, which torch forbids beside hooks on saved tensors: activations are then temporaries
-    of the forward phase, and all else is as exact as ever."""
+    `torch.func.grad` and its kind, which torch before 2.14 forbids beside hooks on saved tensors: activations are then
+    what the forward pass makes and its backward pass frees, without element type; autocast's casts are among them."""
     overhead_budget: float = 0.005
     """Share of wall time that memtrace may take: traced steps are spaced so that it is kept, counting what memtrace
     does itself and what a traced step takes longer than its neighbours. 0.005 is half a percent. Of several ranks it is
