@@ -10,7 +10,7 @@ FILES = sorted(Path(__file__).parent.glob("test_*.py"))
 CHECKS_OF_TABLES = {"test_every_method_of_the_callback_is_in_the_table", "test_every_row_has_its_test"}
 
 
-def tests_in(paths: Iterable[Path]) -> set[str]:
+def named_in(paths: Iterable[Path]) -> set[str]:
     return {
         f"{path.relative_to(ROOT)}::{node.name}"
         for path in paths
@@ -23,5 +23,5 @@ def test_every_row_has_its_test() -> None:
     """Every test of a fault has a row, and every row a test that exists: some are among the laws."""
     named = re.findall(r"`(tests/\S+::\w+)`", (ROOT / "docs" / "faults.md").read_text())
     assert len(named) == len(set(named))
-    assert tests_in(FILES) <= set(named)
-    assert set(named) <= tests_in([*FILES, *(ROOT / "tests" / "laws").glob("test_*.py")])
+    assert named_in(FILES) <= set(named)
+    assert set(named) <= named_in([*FILES, *(ROOT / "tests" / "laws").glob("test_*.py")])

@@ -262,6 +262,19 @@ class TestSavedTensorHooks:
         assert watch.pair.is_on
         assert watch.pair.pop()
 
+    def test_they_come_off_with_the_last_tensor_that_they_have_kept(self) -> None:
+        """A forward pass that led to nothing ends them, the next one puts them on again."""
+        watch = Watch()
+        watch.pair.push()
+        loss = saved_once()
+        assert watch.pair.is_on
+        watch.packed.clear()
+        del loss
+        assert not watch.pair.is_on
+        watch.pair.push()
+        assert watch.pair.is_on
+        assert watch.pair.pop()
+
     def test_where_the_user_has_forbidden_them(self) -> None:
         """Nothing is put on, and nothing raises."""
         watch = Watch()

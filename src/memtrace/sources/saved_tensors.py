@@ -115,7 +115,7 @@ class SavedTensorHooks:
     @property
     def _pair(self) -> _Pair | None:
         owner = getattr(self._of_thread, "owner", None)
-        return None if owner is None else owner.pair
+        return owner.pair if owner is not None and owner.pair.is_on else None
 
     def push(self) -> None:
         """Puts a pair on this thread's stack, unless it is there or such hooks are forbidden.
@@ -184,11 +184,11 @@ class _Pair:
         self.below = below
         self._thread = threading.get_ident()
         self._graph: Callable[[], _Graph | None] = lambda: None
-        self._is_on = True
+        self.is_on = True
 
     def pop(self) -> bool:
         """Takes the pair off; returns whether it is off."""
-        if not self._is_on:
+        if not self.is_on:
             return True
         if torch_private.backward_is_running() or threading.get_ident() != self._thread:
             return False
@@ -196,7 +196,7 @@ class _Pair:
         if top is None or top[0] != self.pack:
             return False
         torch_private.pop_saved_tensor_hooks()
-        self._is_on = False
+        self.is_on = False
         return True
 
     def pack(self, tensor: torch.Tensor) -> Any:
