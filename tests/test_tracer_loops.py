@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from small_training import (
@@ -20,6 +22,7 @@ from small_training import (
     step,
     traced,
 )
+from torch.nn import functional as F
 
 from memtrace.categories import Category, Moment
 from memtrace.config import TracerConfig
@@ -282,3 +285,27 @@ class TestTwoTracers:
         assert len(first.history) == len(second.history) == 3
         traced_by = [(a.traced, b.traced) for a, b in zip(first.history, second.history, strict=True)]
         assert all(a != b for a, b in traced_by)
+
+
+class TestReplicas:
+    """`nn.DataParallel` runs copies of the model, which share its hooks, in threads of their own."""
+
+    def test_a_replica_on_another_device_is_not_followed(self) -> None:
+        """Its forward pass belongs to no step here; that of the replica on the watched device does."""
+        model, optimizer = make()
+        here = copy.copy(model)  # as torch replicates a module: its dictionaries of hooks are the same
+        with torch.device("meta"):
+            elsewhere = Net()
+        with traced(model, optimizer) as tracer:
+            for _ in range(2):
+                optimizer.zero_grad()
+                rows, labels = batch()
+                elsewhere.__dict__.update({name: value for name, value in vars(model).items() if "hooks" in name})
+                elsewhere(rows.to("meta"))
+                F.cross_entropy(here(rows), labels).backward()
+                optimizer.step()
+        for record in tracer.history:
+            assert record.traced
+            assert record.batch is not None
+            assert record.batch.tokens == rows.numel()
+            assert record.moments[Moment.FORWARD_END][Category.ACTIVATIONS] > 0

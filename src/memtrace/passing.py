@@ -113,7 +113,7 @@ class PassedSteps:
         return hook
 
     def after_forward(self, otherwise: Hook) -> Hook:
-        """Returns the hook after each forward pass; `otherwise` gets its output, and what a failed one has raised.
+        """Returns the hook after each forward pass; `otherwise` gets module, output and what was raised.
 
         A model may return None, and within the handling of some other exception: its own is the one that whoever calls
         the hook has caught.
@@ -128,7 +128,7 @@ class PassedSteps:
                 return
             error = sys.exception() if output is None else None
             caught = None if error is None or error.__traceback__ is None else error.__traceback__.tb_frame
-            otherwise(output, error if caught is sys._getframe(_CALLER) else None)
+            otherwise(module, output, error if caught is sys._getframe(_CALLER) else None)
 
         leave_out_of_graphs(hook)
         return hook

@@ -11,7 +11,7 @@ from torch import nn
 from memtrace.attribution.counted import CountedSteps
 from memtrace.attribution.curve import HighestSteps
 from memtrace.attribution.host import HostMemory
-from memtrace.attribution.inputs import claim_batch, count_tokens, main_input
+from memtrace.attribution.inputs import batch_tensors, claim_batch, count_tokens, main_input
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.storages import canonical_device
@@ -234,7 +234,7 @@ class Watch:
             self._schedule.refused(step.number)
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if runs_without_memory():
+        if runs_without_memory() or self._is_elsewhere(module, (args, kwargs)):
             return
         self.settle()
         self._bound()
@@ -257,11 +257,16 @@ class Watch:
             claim_batch(args, kwargs, self._ledger)
         self.window.forward_begins()
 
-    def _on_forward_end(self, output: object, error: BaseException | None) -> None:
+    def _is_elsewhere(self, module: nn.Module, tensors: object) -> bool:
+        """Whether this is a replica of the model on another device: `nn.DataParallel` gives each a thread."""
+        first = None if module is self.model else next(batch_tensors(tensors), None)
+        return first is not None and first.device != self._device
+
+    def _on_forward_end(self, module: nn.Module, output: object, error: BaseException | None) -> None:
         if error is not None:
             self.oom.raised(error)
             self.window.explain(error)
-        step = self._current.step
+        step = None if self._is_elsewhere(module, output) else self._current.step
         if step is None or not torch.is_grad_enabled() or backward_is_running() or runs_without_memory():
             return
         step.forward_ends()
