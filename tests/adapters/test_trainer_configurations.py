@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import datasets
 import pytest
 import torch
@@ -34,6 +35,14 @@ from transformers.trainer_utils import BestRun, HPSearchBackend
 from transformers.training_args import OptimizerNames
 
 from memtrace import MemTraceCallback
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settings_of_bitsandbytes() -> Iterator[None]:
+    """Takes back what Trainer tells bitsandbytes of each embedding, for all of the process and by `id`."""
+    yield
+    bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
+
 
 STEPS, VOCABULARY, LENGTH = 4, 64, 12
 _MEASURED = ("runtime", "samples_per_second", "steps_per_second", "tokens_per_second", "model_preparation_time")

@@ -41,7 +41,8 @@ SHELLS = frozenset(
         "_Pair.pack",
         "_Pair.unpack",
         "after_backward.<locals>.end",
-        "TraceWindow.__init__.<locals>.<lambda>",
+        "_module_hook.<locals>.heard",
+        "HookSet.around_step.<locals>.given.<locals>.<lambda>",
         "Tracer.attach",
         "Tracer.attached",
         "Tracer.detach",
@@ -50,6 +51,10 @@ SHELLS = frozenset(
         # Called by Python when a storage dies: it prints an exception there, which reaches nobody.
         "Ledger.__init__.<locals>.forget",
         "Ledger._forget",
+        "_Pair._forgotten",
+        "_Pair.pop",
+        "_Owner.__del__",
+        "CpuEvents.__del__",
     }
 )
 STEPS = 4

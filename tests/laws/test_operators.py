@@ -18,6 +18,7 @@ from laws.loop import Loop
 from torch.profiler import ProfilerActivity, profile
 
 from memtrace.attribution.timeline import Lifetime, StepMarks, Timeline
+from memtrace.breakdown import EntryKey
 from memtrace.categories import Category, Moment, Phase
 
 NO_OPERATOR = "(a copy of the random number generator's state)"
@@ -131,7 +132,9 @@ def step(request: pytest.FixtureRequest) -> Iterator[NamedStep]:
     allocations = profiled_allocations(combination)
     assert [life.nbytes for life in lives] == [allocation.nbytes for allocation in allocations]
     unclaimed = {
-        moment: breakdown[Category.TEMPORARIES] + breakdown[Category.UNATTRIBUTED]
+        moment: breakdown[Category.TEMPORARIES]
+        + breakdown[Category.UNATTRIBUTED]
+        + breakdown.entries.get(EntryKey(Category.ACTIVATIONS, "", ""), 0)  # known by their life alone
         for moment, breakdown in run.record.moments.items()
     }
     return NamedStep(timeline, marks, list(zip(lives, allocations, strict=True)), unclaimed)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from memtrace.sources import recording_torch_private, torch_private
+from memtrace.sources import recording_torch_private
 from memtrace.sources.failures import FailureRelay
 
 
@@ -107,7 +107,9 @@ def test_forked_child_is_told_nothing(printed: list[BaseException]) -> None:
 def test_observer_is_attached_once_and_tells_all(printed: list[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's observer cannot be taken off: there is one, whoever comes and goes."""
     attached: list[Callable[[int, int, int, int], None]] = []
-    monkeypatch.setattr(torch_private, "attach_oom_observer", lambda observer: attached.append(observer) or True)
+    monkeypatch.setattr(
+        recording_torch_private, "attach_oom_observer", lambda observer: attached.append(observer) or True
+    )
     relay, first, second = FailureRelay(), Subscriber(), Subscriber()
     stop_first, stop_second = first.subscribe(relay, cuda=True), second.subscribe(relay, cuda=True)
     attached[0](1, 512, 1000, 100)

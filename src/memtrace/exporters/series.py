@@ -17,7 +17,7 @@ from memtrace.snapshot import Snapshot
 OTHER = "other"
 """Component under which the smallest entries of a category are added up when there are too many."""
 
-MAX_ENTRY_SERIES = 38
+MAX_ENTRY_SERIES = 35
 """Series of `memtrace_memory_bytes`, all moments together, and of `memtrace_plan_bytes`: what `MAX_SERIES` leaves."""
 
 MAX_PLAN_SERIES = len(Category)

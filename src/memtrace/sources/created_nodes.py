@@ -41,13 +41,15 @@ class CreatedNodes:
     @property
     def is_on(self) -> bool:
         """Whether this thread's nodes are heard of."""
-        return getattr(self._of_thread, "owner", None) is not None
+        owner = getattr(self._of_thread, "owner", None)
+        return owner is not None and owner.is_on
 
     def push(self) -> None:
         """Hears of this thread's nodes from now on; not from inside a backward pass, where it would not last."""
         if not self.is_on and not torch_private.backward_is_running():
+            self._of_thread.owner = owner = _Owner()  # before anything is on: then somebody answers for it
             torch_private.push_node_creation_hook(self._created)
-            self._of_thread.owner = _Owner()
+            owner.is_on = True
 
     def pop(self) -> bool:
         """Hears of this thread's nodes no more, where that is possible now; returns whether it is so."""
@@ -82,10 +84,10 @@ class CreatedNodes:
 class _Owner:
     """Who answers for the hook of one thread: let go when the hook is off, or by the thread's end."""
 
-    __slots__ = ("_is_on", "_thread")
+    __slots__ = ("_thread", "is_on")
 
     def __init__(self) -> None:
-        self._is_on = True
+        self.is_on = False
         self._thread = threading.get_ident()
 
     def __del__(self) -> None:
@@ -93,10 +95,10 @@ class _Owner:
 
     def pop(self) -> bool:
         """Takes the hook off; returns whether it is off."""
-        if self._is_on and not torch_private.backward_is_running() and threading.get_ident() == self._thread:
+        if self.is_on and not torch_private.backward_is_running() and threading.get_ident() == self._thread:
             torch_private.pop_node_creation_hook()
-            self._is_on = False
-        return not self._is_on
+            self.is_on = False
+        return not self.is_on
 
 
 def _nodes(output: object) -> Iterator[Any]:

@@ -125,8 +125,9 @@ class SavedTensorHooks:
         if self.is_on or not torch_private.saved_tensor_hooks_allowed() or torch_private.backward_is_running():
             return
         pair = _Pair(self, below=torch_private.saved_tensor_hooks())
+        self._of_thread.owner = _Owner(pair)  # before anything is on: then somebody answers for it
         torch_private.push_saved_tensor_hooks(pair.pack, pair.unpack)
-        self._of_thread.owner = _Owner(pair)
+        pair.is_on = True
 
     def pop(self) -> bool:
         """Takes this thread's pair off where that is possible now; returns whether it is off.
@@ -183,8 +184,8 @@ class _Pair:
         self._hooks: SavedTensorHooks = hooks
         self.below = below
         self._thread = threading.get_ident()
-        self._graph: Callable[[], _Graph | None] = lambda: None
-        self.is_on = True
+        self._graph: weakref.ref[_Graph] | None = None
+        self.is_on = False
 
     def pop(self) -> bool:
         """Takes the pair off; returns whether it is off."""
@@ -205,7 +206,7 @@ class _Pair:
             kept = self.below[0](tensor)
             self._hooks.on_kept(kept)
             return kept
-        graph = self._graph()
+        graph = None if self._graph is None else self._graph()
         if graph is None:
             graph = _Graph()
             self._graph = weakref.ref(graph, self._forgotten)
