@@ -128,14 +128,19 @@ class TraceWindow:
             error.add_note("memtrace: its hooks on saved tensors are the reason; set trace_activations=False")
 
     def forward_ends(self, output: object) -> None:
-        """Takes off what hears of saved tensors where the user's own hooks lie below, and on any but the main thread.
-
-        Else a loss may still follow. Another thread may have been made for this forward pass alone, and nobody could
-        take it off there later; what a loss saves is then known by its life.
-        """
+        """Takes off what hears of saved tensors where the user's own hooks lie below; else a loss may still follow."""
         if self.is_open:
             self._saved.forward_ended(output)
-        if self._saved.covers_user_hooks or threading.current_thread() is not threading.main_thread():
+        if self._saved.covers_user_hooks:
+            self._saved.pop()
+
+    def leaves_thread(self) -> None:
+        """Takes it off at the end of a forward pass on any thread but the main one.
+
+        That thread may have been made for this forward pass alone, and nobody could take it off there later. What a
+        loss saves is then known by its life.
+        """
+        if threading.current_thread() is not threading.main_thread():
             self._saved.pop()
 
     def backward_ends(self) -> None:
@@ -180,8 +185,8 @@ class TraceWindow:
 
     def _listener(self) -> SavedTensors:
         """Returns what learns of saved tensors. Engines that shard weights put others in their place."""
-        wrap, replaces = self._guard.wrap, bool(self._scan.engines)
-        return saved_tensors(wrap(self._packed), wrap(self._unpacked), wrap(self._kept), replaces=replaces)
+        wrap, self._replaces = self._guard.wrap, bool(self._scan.engines)
+        return saved_tensors(wrap(self._packed), wrap(self._unpacked), wrap(self._kept), replaces=self._replaces)
 
     def release(self) -> None:
         """Takes everything off for good; what autograd still holds of this window refers to nothing of it."""
@@ -191,7 +196,7 @@ class TraceWindow:
     def _install(self) -> None:
         self._tags = ActivationTags(self._scan.held, self._ledger.device, self._ledger.coordinates)
         self._forward_passes = 0
-        if not self._saved.is_on:
+        if self._replaces != bool(self._scan.engines):
             self._saved = self._listener()
         # Most gradients are there when the backward pass has ended: torch calls a parameter's hooks in each step from
         # then on, also when there are none any more.

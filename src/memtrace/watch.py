@@ -266,6 +266,7 @@ class Watch:
         if error is not None:
             self.oom.raised(error)
             self.window.explain(error)
+        self.window.leaves_thread()
         step = None if self._is_elsewhere(module, output) else self._current.step
         if step is None or not torch.is_grad_enabled() or backward_is_running() or runs_without_memory():
             return

@@ -14,10 +14,13 @@ from memtrace.metrics import EXPORTED_MOMENTS, Metric
 from memtrace.risk_reading import PeakForecast, RiskReading
 from memtrace.snapshot import Snapshot
 
+MAX_NOT_SEEN = 2
+"""Series of `memtrace_not_seen` at most, the newest ones; the log has all."""
+
 OTHER = "other"
 """Component under which the smallest entries of a category are added up when there are too many."""
 
-MAX_ENTRY_SERIES = 35
+MAX_ENTRY_SERIES = 36
 """Series of `memtrace_memory_bytes`, all moments together, and of `memtrace_plan_bytes`: what `MAX_SERIES` leaves."""
 
 MAX_PLAN_SERIES = len(Category)
@@ -141,6 +144,11 @@ def _growth(snapshot: Snapshot) -> Iterator[Sample]:
         yield {"category": growth.category}, growth.bytes_per_step
 
 
+def _not_seen(snapshot: Snapshot) -> Iterator[Sample]:
+    for unseen in snapshot.not_seen[-MAX_NOT_SEEN:]:
+        yield {"what": unseen.value}, 1
+
+
 def _plan(snapshot: Snapshot) -> Iterator[Sample]:
     peak = snapshot.plan.get(Moment.PEAK)
     sizes = {} if peak is None else {(Moment.PEAK, key): size for key, size in peak.entries.items()}
@@ -151,7 +159,9 @@ def _plan(snapshot: Snapshot) -> Iterator[Sample]:
 READERS: Mapping[Metric, Reader] = MappingProxyType(
     {
         metrics.UP: _one(lambda snapshot: snapshot.up and not snapshot.ended),
-        metrics.NOT_SEEN: lambda snapshot: [({"what": unseen.value}, 1) for unseen in snapshot.not_seen],
+        metrics.NOT_SEEN: lambda snapshot: [
+            ({"what": unseen.value}, 1) for unseen in snapshot.not_seen[-MAX_NOT_SEEN:]
+        ],
         metrics.BUILD_INFO: lambda snapshot: [({"version": memtrace.__version__}, 1)],
         metrics.RUN_INFO: _run_info,
         metrics.WORLD_SIZE: _one(lambda snapshot: snapshot.identity.world_size),
