@@ -40,8 +40,8 @@ def endless_step(forward_passes: int) -> Limitation:
     """Returns what is said where forward pass follows forward pass and the optimizers do not step."""
     return Limitation(
         unseen=Unseen.STEP_END,
-        text=f"a step has not ended after {forward_passes} forward passes: it is not traced any further. The "
-        "optimizers that memtrace was given do not step. If the loop has made a new one, attach memtrace to that one.",
+        text=f"a step has not ended after {forward_passes} forward passes: the optimizers that memtrace was given have "
+        "not stepped. If the loop has made a new one, attach memtrace to that one.",
     )
 
 
@@ -55,9 +55,9 @@ def too_large(allocations: int) -> Limitation:
 
 
 def traces_given_up() -> Limitation:
-    """Returns what is said where the windows of many traced steps in a row were lost."""
+    """Returns what is said where the windows of many steps in a row were lost, or could not be opened."""
     return Limitation(
         unseen=Unseen.TRACE,
-        text="steps are counted and not traced from now on: the recordings of the last ones were incomplete: "
-        "too small for a step, or stopped or replaced by somebody else. trace_next() tries again.",
+        text="steps are counted and not traced: the last recordings could not be begun, or were incomplete. Somebody "
+        "else records, stops or replaces them, or they are too small for a step. trace_next() tries again.",
     )

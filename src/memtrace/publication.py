@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from memtrace.breakdown import Breakdown, StepRecord
 from memtrace.categories import Moment
-from memtrace.limitations import Limitation
+from memtrace.limitations import Limitation, Unseen
 from memtrace.risk import WARN_AT, RiskMonitor, advise
 from memtrace.risk_reading import LargestBatch
 from memtrace.snapshot import RunIdentity, Snapshot
@@ -50,6 +50,8 @@ class Publication:
         self._listeners: list[Listener] = []
         self._risk = RiskMonitor(largest)
         self._warned = False
+        self._said: set[Unseen] = set()
+        """What the log has been told of things that are not seen."""
         self._passed = passed
 
     @property
@@ -127,7 +129,15 @@ class Publication:
         if limitation.unseen in self._snapshot.not_seen:
             return
         self._snapshot = replace(self._snapshot, not_seen=(*self._snapshot.not_seen, limitation.unseen))
-        logger.warning("memtrace: rank %d: %s", self._snapshot.identity.rank, limitation.text)
+        if limitation.unseen not in self._said:
+            self._said.add(limitation.unseen)
+            logger.warning("memtrace: rank %d: %s", self._snapshot.identity.rank, limitation.text)
+
+    def sees(self, seen: Unseen) -> None:
+        """Takes back that something is not seen; what was said in the log is not said again."""
+        if seen in self._snapshot.not_seen:
+            still = tuple(unseen for unseen in self._snapshot.not_seen if unseen is not seen)
+            self._snapshot = replace(self._snapshot, not_seen=still)
 
     def count_oom(self) -> None:
         """Counts a failed allocation."""

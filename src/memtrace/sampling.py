@@ -123,6 +123,11 @@ class TraceSchedule:
             return 0 < due <= step - self._tried
         return self._affords(step, tokens) if self.ranks == 1 else self._meets(step)
 
+    @property
+    def keeps_being_refused(self) -> bool:
+        """Whether many windows in a row could not be opened."""
+        return self._refused >= _MOST_LOST
+
     def refused(self, step: int) -> None:
         """Notes that the window of this step, which was to be traced, could not be opened."""
         self._not_before = step + min(2**self._refused, self._max_interval)
@@ -145,7 +150,7 @@ class TraceSchedule:
 
     def steps_to_pass(self) -> int:
         """Returns how many steps to skip before the next record; mostly none."""
-        waits = not self._tried and not self.untraceable  # for the first trace
+        waits = not self._tried and not self.untraceable and not self._refused  # for the first trace
         if self._trace_every is not None or self._on_demand or self._records < _ALL_RECORDED or waits:
             return 0
         cost, interval = median(self._record_costs), median(self._intervals)
@@ -183,7 +188,7 @@ class TraceSchedule:
         if record.traced:
             self._last, self._tried, self._on_demand, self._changed = record, record.step, False, False
             self._lost = self._refused = self._not_before = 0
-            if record.batch is not None:
+            if record.batch is not None and record.traced_from_micro_batch is None:
                 self._largest_traced_tokens = max(self._largest_traced_tokens, record.batch.largest_micro_batch_tokens)
             self._pay(cost)
         elif lost:
@@ -240,7 +245,7 @@ class TraceSchedule:
     def _next_line(self) -> int:
         """Returns the number of a step that must not be skipped, because it may be traced."""
         if self.ranks == 1:
-            return max(self._tried + self._max_interval, self._not_before)
+            return max(self._tried + self._max_interval, self._not_before, self._previous_step + 1)
         longest = _power_within(self._max_interval)
         grid = min(self._grid() or longest, longest)
         return (self._previous_step // grid + 1) * grid

@@ -49,6 +49,8 @@ class StepInFlight:
     """Set when the step is over."""
     micro_batches: int = 0
     """Forward passes so far, the one at work included."""
+    lost: bool = False
+    """Whether its window has outgrown what one step may take, and was given up."""
     traced_from: int | None = None
     """Number of the micro batch that a trace begins with, from 1; None where it has the whole step."""
     _in_forward: bool = False

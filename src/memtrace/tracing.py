@@ -20,7 +20,7 @@ from memtrace.categories import Category
 from memtrace.guard import Guard
 from memtrace.sources.events import EventSource, TagEvent
 from memtrace.sources.hooks import HookSet
-from memtrace.sources.saved_tensors import SavedTensors, saved_tensors
+from memtrace.sources.saved_tensors import SavedTensorHooks, SavedTensors, saved_tensors
 from memtrace.sources.torch_private import after_backward, backward_is_running
 from memtrace.steps import StepInFlight
 
@@ -122,7 +122,8 @@ class TraceWindow:
 
         Nothing tells before that a model will use `torch.func`. From then on the hooks stay off.
         """
-        if self._saved.is_on and isinstance(error, RuntimeError) and _FORBIDS_HOOKS in str(error):
+        ours = isinstance(self._saved, SavedTensorHooks) and self._saved.is_on
+        if ours and isinstance(error, RuntimeError) and _FORBIDS_HOOKS in str(error):
             self._trace_activations = False
             self._saved.pop()
             error.add_note("memtrace: its hooks on saved tensors are the reason; set trace_activations=False")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from memtrace.categories import Moment
 from memtrace.config import TracerConfig
 from memtrace.garbage import uncollected
 from memtrace.guard import Guard
-from memtrace.limitations import endless_step, no_forward, too_large, traces_given_up
+from memtrace.limitations import Unseen, endless_step, no_forward, too_large, traces_given_up
 from memtrace.oom.watch import OomWatch, Publish
 from memtrace.passing import CurrentStep, PassedSteps
 from memtrace.publication import Publication
@@ -41,6 +42,8 @@ from memtrace.tracing import TraceWindow
 _STEPS_WITHOUT_FORWARD = 3
 """Steps in a row without a forward pass of the model after which memtrace says so."""
 
+_ENDLESS = 512
+"""Micro batches of one step after which memtrace says that it does not end."""
 _FORWARD_PASSES, _TIMES_AS_MANY = 64, 8
 """Forward passes that a traced step may have: so many, or so many times as many as the largest step before."""
 
@@ -167,12 +170,13 @@ class Watch:
         """
         self._current.step = None
         self.passed.stop()
-        self.window.release()
-        self._hooks.close()
-        if self.sampler is not None:
-            self.sampler.stop()
-            self.sampler = None
-        self._ledger.clear()
+        with ExitStack() as ending:  # each of them, whatever the others raise
+            ending.callback(self._ledger.clear)
+            if self.sampler is not None:
+                ending.callback(self.sampler.stop)
+                self.sampler = None
+            ending.callback(self._hooks.close)
+            ending.callback(self.window.release)
 
     def _exits(self) -> None:
         """Ends the window before the interpreter is gone: what records then crashes."""
@@ -297,12 +301,15 @@ class Watch:
     def _bound(self) -> None:
         """Ends a window that has outgrown what one step may take: its step goes on without."""
         step = self._current.step
-        most = max(_FORWARD_PASSES, _TIMES_AS_MANY * self._most_micro_batches)
-        if step is not None and self.window.is_open and self.window.outgrown(most):
+        if step is None:
+            return
+        most = _TIMES_AS_MANY * self._most_micro_batches
+        if step.micro_batches > max(_ENDLESS, most):
+            self._published.limit(endless_step(step.micro_batches))
+        if self.window.is_open and self.window.outgrown(max(_FORWARD_PASSES, most)):
             step.recorded = False
             self.window.abandon()
-            self._schedule.lost(step.number)
-            self._published.limit(endless_step(step.micro_batches))
+            step.lost = True
 
     def settle(self) -> None:
         """Ends the step in flight if it is over.
@@ -334,7 +341,7 @@ class Watch:
             traced=moments is not None,
             unix_seconds=marks.end_ns / 1e9,
             self_seconds=(spent_ns - self._spent_before_ns) / 1e9,
-            slowed_seconds=0.0 if not step.recorded else self._schedule.slowed(seconds - inside),
+            slowed_seconds=0.0 if not (step.recorded or step.lost) else self._schedule.slowed(seconds - inside),
             step_seconds=seconds,
             traced_from_micro_batch=None if moments is None else step.traced_from,
             batch=step.batch(),
@@ -349,8 +356,14 @@ class Watch:
         self._allocations = step.allocations() or self._allocations
         self._micro_batches = step.micro_batches
         self._most_micro_batches = max(self._most_micro_batches, step.micro_batches)
-        self._schedule.ended(record, passed_seconds=self.passed.seconds, lost=bool(step.recorded) and moments is None)
+        lost = step.lost or (bool(step.recorded) and moments is None)
+        self._schedule.ended(record, passed_seconds=self.passed.seconds, lost=lost)
         self._say_what_is_not_seen(step)
+        self._published.sees(Unseen.STEP_END)
+        if step.micro_batches:
+            self._published.sees(Unseen.FORWARD)
+        if record.traced:
+            self._published.sees(Unseen.TRACE)
         self._published.publish(record)
         self.passed.plan(self._schedule, following=self._published.steps + 1)
 
@@ -363,7 +376,8 @@ class Watch:
             if timeline is None:
                 return None, None
             moments = timeline.moments(marks)
-            self._counted.learn(moments, step.forward_added)
+            if step.traced_from is None:
+                self._counted.learn(moments, step.forward_added)
             return moments, self._highest.curve(timeline, marks)
 
     def _say_what_is_not_seen(self, step: StepInFlight) -> None:
@@ -371,5 +385,5 @@ class Watch:
         self._schedule.untraceable = self._without_forward >= _STEPS_WITHOUT_FORWARD
         if self._schedule.untraceable:
             self._published.limit(no_forward(self.model))
-        if self._schedule.given_up:
+        if self._schedule.given_up or self._schedule.keeps_being_refused:
             self._published.limit(traces_given_up())

@@ -80,7 +80,7 @@ def compiled_before(model: Model, optimizer: torch.optim.Optimizer, tracer: Trac
 def by_another_optimizer(model: Model, optimizer: torch.optim.Optimizer, tracer: Tracer) -> None:
     with tracer:
         steps(model, optimizer, 2)
-        steps(model, torch.optim.SGD(model.parameters(), lr=0.1), 100)
+        steps(model, torch.optim.SGD(model.parameters(), lr=0.1), 520)
 
 
 def many_steps(model: Model, optimizer: torch.optim.Optimizer, tracer: Tracer) -> None:

@@ -263,16 +263,22 @@ class TestSavedTensorHooks:
         assert watch.pair.pop()
 
     def test_they_come_off_with_the_last_tensor_that_they_have_kept(self) -> None:
-        """A forward pass that led to nothing ends them, the next one puts them on again."""
+        """After the forward pass: one that led to nothing ends them. Within it more may be saved."""
         watch = Watch()
         watch.pair.push()
         loss = saved_once()
-        assert watch.pair.is_on
         watch.packed.clear()
+        del loss
+        assert watch.pair.is_on, "the forward pass goes on"
+        loss = saved_once()
+        watch.packed.clear()
+        watch.pair.forward_ended(loss)
+        assert watch.pair.is_on
         del loss
         assert not watch.pair.is_on
         watch.pair.push()
-        assert watch.pair.is_on
+        assert watch.pair.is_on, "the next forward pass puts them on again"
+        watch.pair.forward_ended(None)
         assert watch.pair.pop()
 
     def test_where_the_user_has_forbidden_them(self) -> None:

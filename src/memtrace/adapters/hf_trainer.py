@@ -76,7 +76,8 @@ class MemTraceCallback(TrainerCallback):
             before.detach()
         config = self._config if self._config.run_name else self._config.with_run_name(_run_name(args))
         output_dir = Path(args.output_dir or ".")
-        log_dir = log_directory(output_dir) if config.log_dir is None else output_dir
+        writes = config.log_dir is None and (config.step_log or config.oom_reports)
+        log_dir = log_directory(output_dir) if writes else output_dir
         self._tracer = attached_tracer(model, [optimizer], config, log_dir)
 
     def _expect(self, loader: object, batch_size: int) -> None:

@@ -11,17 +11,16 @@ import torch
 from memtrace.attribution.ledger import Ledger
 from memtrace.categories import Category
 
+_MAX_DEPTH = 8
 
-def batch_tensors(batch: object) -> Iterator[torch.Tensor]:
-    """Yields every tensor in nested sequences and mappings, in order."""
+
+def batch_tensors(batch: object, depth: int = 0) -> Iterator[torch.Tensor]:
+    """Yields every tensor in sequences and mappings, in order, as far as eight levels deep: some hold themselves."""
     if isinstance(batch, torch.Tensor):
         yield batch
-    elif isinstance(batch, (list, tuple)):
-        for item in batch:
-            yield from batch_tensors(item)
-    elif isinstance(batch, Mapping):
-        for item in batch.values():
-            yield from batch_tensors(item)
+    elif depth < _MAX_DEPTH and isinstance(batch, (list, tuple, Mapping)):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from batch_tensors(item, depth + 1)
 
 
 def claim_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any], ledger: Ledger) -> None:

@@ -120,7 +120,10 @@ def _step_peak(snapshot: Snapshot) -> float | None:
 
 def _step_peak_estimated(snapshot: Snapshot) -> float | None:
     peak = snapshot.newest_breakdown(Moment.PEAK)
-    return None if peak is None else peak.estimated and peak.allocated_bytes is None
+    if peak is None or snapshot.latest is None:
+        return None
+    in_part = snapshot.latest.traced_from_micro_batch is not None
+    return in_part or (peak.estimated and peak.allocated_bytes is None)
 
 
 def _step_peak_tokens(snapshot: Snapshot) -> float | None:

@@ -38,8 +38,9 @@ class RiskMonitor:
         self._capacities: deque[int] = deque(maxlen=READINGS)
         self._worst_peak: int | None = None
         self._leftover = 0
-        self._workspaces = 0
         """Bytes that outlived the last step and that no persistent category holds."""
+        self._workspaces = 0
+        """Bytes of libraries' workspaces at the end of the last step."""
         self._left_behind = 0
         """On a CPU, what all steps together have left behind, if none of it has gone since."""
         self._last_traced: int | None = None
@@ -115,7 +116,7 @@ class RiskMonitor:
     def _learn(self, record: StepRecord, base: int) -> bool:
         """Learns from a step whose peak is known; returns whether it did."""
         peak = record.moments.get(Moment.PEAK)
-        if peak is None:
+        if peak is None or record.traced_from_micro_batch is not None:
             return False
         if record.traced:
             self._worst_peak = max(self._worst_peak or 0, peak.total_bytes)

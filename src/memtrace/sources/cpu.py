@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 import weakref
@@ -28,6 +29,9 @@ class CpuEvents:
     _newest: Callable[[], CpuEvents | None] = staticmethod(lambda: None)
     """The source whose window was opened last in this process."""
 
+    _left_on: threading.Thread | None = None
+    """Where a source that is gone has left its recording on: the next window there ends it, or the exit does."""
+
     def __init__(self) -> None:
         self._begin_ns: int | None = None
         self._thread: threading.Thread | None = None
@@ -39,6 +43,8 @@ class CpuEvents:
 
     def __del__(self) -> None:
         self._stop()
+        if self._thread is not None:  # collected elsewhere, or inside a backward pass
+            CpuEvents._left_on = self._thread
 
     @property
     def is_open(self) -> bool:
@@ -50,7 +56,16 @@ class CpuEvents:
         if self.is_open:
             return False
         self._stop()
-        if recording_torch_private.profiler_is_recording() and not self._may_take_the_place():
+        _end_what_is_left()
+        if not _ONE_AT_A_TIME.acquire(blocking=False):
+            return False  # another thread is about to begin one
+        try:
+            return self._begin()
+        finally:
+            _ONE_AT_A_TIME.release()
+
+    def _begin(self) -> bool:
+        if _records_elsewhere() or (recording_torch_private.profiler_is_recording() and not self._may_take_the_place()):
             return False
         if recording_torch_private.user_profiler_is_prepared():
             return False
@@ -107,10 +122,7 @@ class CpuEvents:
 
     def _stop(self) -> None:
         """Ends a recording that is left, where this thread may: it has begun it, or the one that has is gone."""
-        thread = self._thread
-        if thread is None or (thread is not threading.current_thread() and thread.is_alive()):
-            return
-        if torch_private.backward_is_running():
+        if self._thread is None or not _may_stop(self._thread):
             return
         self._thread = None
         if recording_torch_private.user_profiler_is_recording():
@@ -129,3 +141,33 @@ class CpuEvents:
         other._taken = True
         other._stop()
         return not recording_torch_private.profiler_is_recording()
+
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Held while a recording is begun: torch has one for all threads, and each thread sees its own only."""
+
+
+def _records_elsewhere() -> bool:
+    """Returns whether a source records on another thread that is alive."""
+    other = CpuEvents._newest()
+    thread = None if other is None else other._thread
+    return thread is not None and thread is not threading.current_thread() and thread.is_alive()
+
+
+def _may_stop(thread: threading.Thread) -> bool:
+    """Returns whether this thread may end a recording of that one: it is the same, or that one has ended."""
+    here = thread is threading.current_thread() or not thread.is_alive()
+    return here and not torch_private.backward_is_running()
+
+
+def _end_what_is_left() -> None:
+    """Ends the recording of a source that was dropped where it could not be ended."""
+    thread = CpuEvents._left_on
+    if thread is None or not _may_stop(thread):
+        return
+    CpuEvents._left_on = None
+    if recording_torch_private.profiler_is_recording() and not recording_torch_private.user_profiler_is_recording():
+        recording_torch_private.stop_memory_profiler()
+
+
+atexit.register(_end_what_is_left)

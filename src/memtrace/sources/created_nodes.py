@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ class CreatedNodes:
         """Hears of this thread's nodes from now on; not from inside a backward pass, where it would not last."""
         if not self.is_on and not torch_private.backward_is_running():
             self._of_thread.owner = owner = _Owner()  # before anything is on: then somebody answers for it
-            torch_private.push_node_creation_hook(self._created)
+            torch_private.push_node_creation_hook(_weakly(self._created))
             owner.is_on = True
 
     def pop(self) -> bool:
@@ -65,7 +66,7 @@ class CreatedNodes:
         """Learns from the nodes of an output when its backward pass begins."""
         nodes = {id(node): node for node, _ in zip(_nodes(output), range(_MOST_OUTPUTS), strict=False)}
         for node in nodes.values():
-            node.register_prehook(self._begins)
+            node.register_prehook(_weakly(self._begins))
 
     def forget(self) -> None:
         """Calls nobody from now on, and holds nobody."""
@@ -99,6 +100,18 @@ class _Owner:
             torch_private.pop_node_creation_hook()
             self.is_on = False
         return not self.is_on
+
+
+def _weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Returns what calls a bound method as long as its object is there: torch holds it where no collector can look."""
+    alive = weakref.WeakMethod(method)
+
+    def call(argument: Any) -> None:
+        found = alive()
+        if found is not None:
+            found(argument)
+
+    return call
 
 
 def _nodes(output: object) -> Iterator[Any]:

@@ -121,22 +121,21 @@ class CudaEvents:
     def close(self) -> Window:
         """Ends the window; `complete` is False where the history does not lead to the blocks that are live now."""
         assert self._begin_ns is not None, "close() without open()"
-        begin_ns, self._begin_ns = self._begin_ns, None
+        begin_ns = self._begin_ns
         recording = recording_torch_private.memory_history_is_recording()
         snapshot = recording_torch_private.memory_snapshot_with_history()
         end_ns = time.time_ns()
         history = history_of(snapshot, self._device_index)
-        window = parse_window(
-            snapshot, self._device_index, begin_ns, end_ns, self._live_at_begin, beginning=self._beginning
-        )
-        self._live_at_begin = ()
+        if recording and self._owns_history and self._is_ours(history):
+            recording_torch_private.stop_memory_history()
+        beginning, live_at_begin = self._beginning, self._live_at_begin
+        self._begin_ns, self._live_at_begin = None, ()  # only now: after a fault on the way here abandon() must end it
+        window = parse_window(snapshot, self._device_index, begin_ns, end_ns, live_at_begin, beginning=beginning)
         if not recording:  # the user has ended it
             return replace(window, complete=False)
         if not self._owns_history:
             self._look_at_theirs(history)
             return replace(window, complete=False) if len(history) <= 1 else window
-        if self._is_ours(history):
-            recording_torch_private.stop_memory_history()
         return replace(window, complete=False) if len(history) >= self._ring else window
 
     def abandon(self) -> None:

@@ -106,7 +106,10 @@ class SavedTensorHooks:
         return pair is not None and pair.below is not None
 
     def forward_ended(self, output: object) -> None:
-        """Does nothing: the hooks hear the backward pass themselves."""
+        """Lets the pair go with the last tensor that was saved through it, from now on."""
+        pair = self._pair
+        if pair is not None:
+            pair.forward_ended()
 
     def forget(self) -> None:
         """Calls nobody from now on, and holds nobody."""
@@ -122,7 +125,10 @@ class SavedTensorHooks:
 
         The user can forbid them; inside a node of a backward pass torch would take them off again.
         """
-        if self.is_on or not torch_private.saved_tensor_hooks_allowed() or torch_private.backward_is_running():
+        if (pair := self._pair) is not None:
+            pair.in_forward = True
+            return
+        if not torch_private.saved_tensor_hooks_allowed() or torch_private.backward_is_running():
             return
         pair = _Pair(self, below=torch_private.saved_tensor_hooks())
         self._of_thread.owner = _Owner(pair)  # before anything is on: then somebody answers for it
@@ -181,11 +187,20 @@ class _Pair:
     """One pair on the stack. Tensors that were saved through it come back through it, also when it is off again."""
 
     def __init__(self, hooks: SavedTensorHooks, below: torch_private.SavedTensorHooks | None) -> None:
-        self._hooks: SavedTensorHooks = hooks
+        self._hooks = weakref.ref(hooks)
+        """Weakly: torch's stack and its graphs hold this pair where Python's collector cannot look."""
         self.below = below
         self._thread = threading.get_ident()
         self._graph: weakref.ref[_Graph] | None = None
         self.is_on = False
+        self.in_forward = True
+        """Whether the forward pass is at work: what it has saved so far may go, and more will come."""
+
+    def forward_ended(self) -> None:
+        """Goes with the last tensor that was saved, from now on."""
+        self.in_forward = False
+        if self._graph is not None and self._graph() is None:
+            self.pop()
 
     def pop(self) -> bool:
         """Takes the pair off; returns whether it is off."""
@@ -201,10 +216,12 @@ class _Pair:
         return True
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        stand_in = self._hooks.on_saved(tensor)
+        hooks = self._hooks()
+        stand_in = None if hooks is None else hooks.on_saved(tensor)
         if self.below is not None:
             kept = self.below[0](tensor)
-            self._hooks.on_kept(kept)
+            if hooks is not None:
+                hooks.on_kept(kept)
             return kept
         graph = None if self._graph is None else self._graph()
         if graph is None:
@@ -224,13 +241,15 @@ class _Pair:
             tensor = packed.tensor
             if packed.version is not None and tensor._version != packed.version:
                 raise RuntimeError(_changed_in_place(packed))
-        if self._hooks.listening:
-            self._hooks.listening = not self._hooks.on_asked(tensor)
+        hooks = self._hooks()
+        if hooks is not None and hooks.listening:
+            hooks.listening = not hooks.on_asked(tensor)
         return tensor
 
     def _forgotten(self, _: object) -> None:
         """Takes the pair off when nothing that was saved through it is left: its forward pass led to nothing."""
-        self.pop()
+        if not self.in_forward:
+            self.pop()
 
 
 def _changed_in_place(kept: _Kept) -> str:
