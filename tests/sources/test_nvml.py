@@ -309,11 +309,13 @@ class TestInitialisation:
         """)
         assert after == before
 
-    def test_torch_is_not_asked(self, stub_driver: StubProcess) -> None:
+    def test_torch_is_not_asked(self, stub_libraries: StubLibraries, tmp_path: Path) -> None:
         """Opening and reading a device does not even load torch."""
-        stub_driver.says(GPU)
-        stub_driver.run(READ)
-        assert stub_driver.run("result = 'torch' in sys.modules") is False
+        process = StubProcess(stub_libraries.current, tmp_path / "says")  # others have loaded torch in the shared one
+        process.says(GPU)
+        process.run(READ)
+        assert process.run("result = 'torch' in sys.modules") is False
+        process.close()
 
 
 class TestListing:
