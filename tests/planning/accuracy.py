@@ -24,6 +24,11 @@ RECIPES = {
 """The recipe that plans what a row of the table trains."""
 
 
+def saved(breakdown: Breakdown) -> int:
+    """Returns the bytes of activations that a hook of autograd, or a node, has told of."""
+    return sum(size for key, size in breakdown.entries.items() if key.category is Category.ACTIVATIONS and key.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One combination, planned and measured on a CPU; bytes."""
@@ -39,8 +44,11 @@ class Row:
 
     @property
     def activations_error(self) -> float:
-        """The same for activations at the end of the forward pass; 0 where both have none."""
-        return self._error(lambda moments: moments[Moment.FORWARD_END][Category.ACTIVATIONS])
+        """The same for what autograd has saved at the end of the forward pass; 0 where both have none.
+
+        What is an activation by its life alone has no element type: it is in the peak, and not here.
+        """
+        return self._error(lambda moments: saved(moments[Moment.FORWARD_END]))
 
     @property
     def persistent(self) -> tuple[dict[EntryKey, int], dict[EntryKey, int]]:
