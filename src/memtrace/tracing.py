@@ -131,7 +131,7 @@ class TraceWindow:
     def forward_ends(self, output: object) -> None:
         """Takes off what hears of saved tensors where the user's own hooks lie below; else a loss may still follow."""
         if self.is_open:
-            self._saved.forward_ended(output)
+            self._saved.forward_ended(batch_tensors(output))
         if self._saved.covers_user_hooks:
             self._saved.pop()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -62,9 +63,10 @@ class CreatedNodes:
         del self._of_thread.owner
         return True
 
-    def forward_ended(self, output: object) -> None:
-        """Learns from the nodes of an output when its backward pass begins."""
-        nodes = {id(node): node for node, _ in zip(_nodes(output), range(_MOST_OUTPUTS), strict=False)}
+    def forward_ended(self, output: Iterable[torch.Tensor]) -> None:
+        """Learns from the nodes of the tensors that a forward pass returned when their backward pass begins."""
+        made_by = (tensor.grad_fn for tensor in islice(output, _MOST_OUTPUTS))
+        nodes = {id(node): node for node in made_by if node is not None}
         for node in nodes.values():
             node.register_prehook(_weakly(self._begins))
 
@@ -112,19 +114,6 @@ def _weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
             found(argument)
 
     return call
-
-
-def _nodes(output: object) -> Iterator[Any]:
-    """Yields the nodes of the tensors in nested sequences and mappings."""
-    if isinstance(output, torch.Tensor):
-        if output.grad_fn is not None:
-            yield output.grad_fn
-    elif isinstance(output, (list, tuple)):
-        for part in output:
-            yield from _nodes(part)
-    elif isinstance(output, Mapping):
-        for part in output.values():
-            yield from _nodes(part)
 
 
 def _nothing(_: object) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -48,8 +48,8 @@ class SavedTensors(Protocol):
     def pop(self) -> bool:
         """Ends that where it is possible now; returns whether it has ended."""
 
-    def forward_ended(self, output: object) -> None:
-        """Takes in what the forward pass returned."""
+    def forward_ended(self, output: Iterable[torch.Tensor]) -> None:
+        """Takes in the tensors that the forward pass returned."""
 
     def forget(self) -> None:
         """Calls nobody from now on, and holds nobody."""
@@ -105,7 +105,7 @@ class SavedTensorHooks:
         pair = self._pair
         return pair is not None and pair.below is not None
 
-    def forward_ended(self, output: object) -> None:
+    def forward_ended(self, output: Iterable[torch.Tensor]) -> None:
         """Lets the pair go with the last tensor that was saved through it, from now on."""
         pair = self._pair
         if pair is not None:
