@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from fake_cuda import FakeAllocator
 from memtrace.breakdown import AllocatorReading
 from memtrace.sources import recording_torch_private
 from memtrace.sources.cuda import DEFAULT_EVENTS, MAX_EVENTS, MAX_FOREIGN_EVENTS, CudaEvents
+from memtrace.sources.cuda_allocator import segments
 from memtrace.sources.events import Block, Window
 
 
@@ -403,3 +407,36 @@ def test_the_observer_of_failures_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch._C, "_cuda_attach_out_of_memory_observer", refuse, raising=False)
     assert not recording_torch_private.attach_oom_observer(lambda *_: None)
+
+
+class TestReferences:
+    """torch takes a reference from each number that listing segments is given: one that nobody else has is freed."""
+
+    @pytest.fixture(autouse=True, params=["torch", "taking", "keeping"])
+    def listing(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """torch's own where it has one (a build with CUDA), and both kinds that there are."""
+
+        def answer(given: tuple[int, ...] | None) -> dict[str, Any]:
+            for number in (given or ()) if request.param != "keeping" else ():
+                ctypes.pythonapi.Py_DecRef(ctypes.py_object(number))
+            return {"segments": []}
+
+        asked = recording_torch_private._listing_takes_references
+        if request.param != "torch" or not hasattr(torch._C, "_cuda_memorySnapshot"):
+            monkeypatch.setattr(torch._C, "_cuda_memorySnapshot", answer, raising=False)
+        asked.cache_clear()
+        yield
+        asked.cache_clear()
+
+    def test_numbers_outlive_the_listing(self) -> None:
+        """Those of a pool, which the allocator's counters make, and the booleans."""
+        number = int("2" * 18)
+        held = [number] * 3
+        before, false = sys.getrefcount(number), sys.getrefcount(False)
+        for _ in range(500):
+            assert segments((number, number), empty_history=True) == []
+            assert segments() == []
+        after, false_after = sys.getrefcount(number), sys.getrefcount(False)
+        held += [number] * max(0, before - after)  # before anything is freed that is not ours
+        assert after >= before
+        assert false_after > false - 400

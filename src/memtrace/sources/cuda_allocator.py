@@ -16,6 +16,7 @@ import torch
 
 from memtrace.breakdown import AllocatorReading
 from memtrace.sources.events import Block
+from memtrace.sources.recording_torch_private import list_segments
 
 PoolId = tuple[int, int]
 _LIVE_STATES = frozenset({"active_allocated", "active_awaiting_free", "active_pending_free"})
@@ -38,14 +39,10 @@ def segments(pool: PoolId | None = None, *, empty_history: bool = False) -> Sequ
     lean = "include_traces" in known
     if pool is not None and not ("mempool_id" in known and (lean or empty_history)):
         return None
-    options: dict[str, Any] = {"include_traces": False} if lean else {}
-    if pool is not None:
-        options["mempool_id"] = pool
     try:
-        found: Sequence[Any] = torch.cuda.memory_snapshot(**options)  # type: ignore[no-untyped-call]
+        return list_segments(pool, **({"include_traces": False} if lean else {}))
     except RuntimeError:
         return None
-    return found
 
 
 @cache

@@ -28,8 +28,8 @@ _TAIL_NS = 10_000
 its clock for 0.1 ms: the end of the call is near the entry, the begin is not."""
 _FAR_NS = 50_000_000
 """An entry that is this far from a mark is another's: in the time of one step the clocks do not part so much."""
-_NO_POOL_HAS_THIS = (0, 2**62)
-"""An id that torch, which counts pools from 1, never comes to."""
+_NO_POOL_HAS_THIS = (1, 1)
+"""An id that torch never gives: it counts its own pools and the user's in one half each, with 0 in the other."""
 
 _SNAPSHOT = "snapshot"
 _CHANGES = frozenset({"alloc", "free_completed"})
