@@ -270,7 +270,7 @@ def test_it_works_as_without_memtrace(loop: Callable[[Training], list[Any]], set
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", CONFIGS)
 def test_graphed_callables(settings: str) -> None:
-    """A model whose passes are captured in CUDA graphs trains the same, once they are: torch captures none with hooks."""
+    """A model whose passes CUDA graphs have captured trains the same. torch captures none of a model with hooks."""
 
     def train(config: TracerConfig | None) -> list[float]:
         torch.manual_seed(0)

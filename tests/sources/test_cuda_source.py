@@ -130,7 +130,7 @@ class TestClock:
         assert window.complete
         early = [truth - time_ns for truth, time_ns in zip(happened, window.events.times_ns, strict=True)]
         assert min(early) >= 0
-        assert max(early) < window.resolution_ns < 20_000
+        assert max(early) < window.resolution_ns < 50_000
 
     def test_place_and_not_time_tells_what_came_after(self, allocator: FakeAllocator) -> None:
         """Events of a user's history from before the window stay out, however far the clock is off."""
