@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,50 @@ def test_callback_is_the_only_name_that_needs_transformers() -> None:
     """The optimizer wrapper and the tracer load torch, not transformers."""
     code = "import sys; from memtrace import MemoryTracer, MemTraceOptimizer; print('transformers' in sys.modules)"
     assert run(code) == "False"
+
+
+@pytest.mark.parametrize(
+    ("package", "code", "what"),
+    [
+        ("torch", "from memtrace import MemoryTracer", "memtrace.MemoryTracer needs torch"),
+        ("torch", "from memtrace import plan", "memtrace.plan needs torch"),
+        ("transformers", "from memtrace import MemTraceCallback", "memtrace.MemTraceCallback needs transformers"),
+        ("torch", "from memtrace.cli import main; main(['plan', '--config', 'x.json'])", "memtrace plan needs torch"),
+        ("plotly", "from memtrace.cli import main; main(['report', '.'])", "memtrace report needs plotly"),
+    ],
+)
+def test_what_is_missing_is_named(package: str, code: str, what: str) -> None:
+    """With what to install; a command says it in a line."""
+    child = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.modules[{package!r}] = None; {code}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = child.stderr.splitlines()[-1]
+    assert f"{what}, which is not installed: pip install " in last
+    assert "Traceback" not in child.stderr or "main(" not in code
+
+
+def test_what_needs_no_torch_runs_without_it(tmp_path: Path) -> None:
+    """Plans from a parameter count, tables, comparisons and reports of what a run has left."""
+    recorded = str(Path(__file__).parent / "fixtures" / "gpu" / "llama-3-8b")
+    planned = str(tmp_path / "plan.json")
+    code = (
+        "import sys; from contextlib import redirect_stdout;"
+        "sys.modules['torch'] = sys.modules['transformers'] = None;"
+        "from memtrace.cli import main;"
+        "\nwith redirect_stdout(open({planned!r}, 'w')): main(['plan', '--params', '8e9', '--json'])"
+        "\nprint([main(['show', {recorded!r}]), main(['compare', {planned!r}, {recorded!r}]),"
+        " main(['watch', '--once', {recorded!r}]), main(['report', {recorded!r}, '-o', {page!r}])])"
+    ).format(planned=planned, recorded=recorded, page=str(tmp_path / "report.html"))
+    assert run(code).splitlines()[-1] == "[0, 0, 0, 0]"
+
+
+def test_torch_is_not_asked_for() -> None:
+    """pip would replace a vendor's build, such as 2.11.0a0: the one that is there is taken."""
+    asked_for = [line for line in metadata.requires("torch-memtrace") or () if "extra ==" not in line]
+    assert sorted(line.split(">")[0] for line in asked_for) == ["nvidia-ml-py", "prometheus-client", "rich"]
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

@@ -52,7 +52,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'memtrace' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    from memtrace.packages import packages_of  # noqa: PLC0415 - nothing is loaded before a name is used
+
+    with packages_of(f"memtrace.{name}"):
+        value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

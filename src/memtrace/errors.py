@@ -4,6 +4,7 @@
     ├── ConfigError (also ValueError)    a setting, or what was handed to a constructor, cannot be used
     ├── DeviceUnavailable                nobody can be asked about a device; stays inside the package
     ├── LogFormatError (also ValueError) a step log, plan file or snapshot cannot be read
+    ├── MissingPackageError (also ImportError)  a package is not installed that something needs
     ├── OutputError (also OSError)       a port, directory or file that was asked for cannot be used
     └── PlanError (also ValueError)      a plan cannot be made from what was given
 
@@ -27,6 +28,10 @@ class DeviceUnavailable(MemTraceError):
 
 class LogFormatError(MemTraceError, ValueError):
     """A file does not have the documented form."""
+
+
+class MissingPackageError(MemTraceError, ImportError):
+    """A package is not installed that only this part of memtrace needs."""
 
 
 class OutputError(MemTraceError, OSError):

@@ -16,6 +16,7 @@ from memtrace.cli.report import Report
 from memtrace.cli.show import Show
 from memtrace.cli.watch import Watch
 from memtrace.errors import MemTraceError
+from memtrace.packages import packages_of
 
 COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Compare(), Report(), Watch())
 """Every subcommand, in the order of the help."""
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     command: Command = arguments.command
     try:
-        return command.run(arguments)
+        with packages_of(f"memtrace {command.name}"):
+            return command.run(arguments)
     except MemTraceError as error:
         print(f"memtrace: {error}", file=sys.stderr)
         return 2

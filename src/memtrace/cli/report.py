@@ -41,14 +41,12 @@ class Report:
         """Writes the file and says where.
 
         Raises:
-            ConfigError: plotly is not installed, the limit is not a size, or the largest batch has no token.
+            ConfigError: the limit is not a size, or the largest batch has no token.
             LogFormatError: a log cannot be read, or none has a step.
             OutputError: the file cannot be written.
         """
-        try:
-            from memtrace.exporters.html import render_html  # noqa: PLC0415 - plotly takes a second to import
-        except ImportError as error:
-            raise ConfigError(f"a report needs plotly ({error}): pip install 'torch-memtrace[report]'") from error
+        from memtrace.exporters.html import render_html  # noqa: PLC0415 - plotly takes a second to import
+
         limit = None if arguments.limit is None else parse_bytes(arguments.limit)
         if arguments.max_tokens is not None and arguments.max_tokens < 1:
             raise ConfigError(f"--max-tokens must be at least 1, got {arguments.max_tokens}")
