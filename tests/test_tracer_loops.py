@@ -19,6 +19,7 @@ from small_training import (
     empty_at,
     loss_of,
     make,
+    parameter_bytes,
     step,
     traced,
 )
@@ -122,8 +123,9 @@ class TestSteps:
             loss_of(model).backward()
             tracer.end_step()
             assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-        assert Moment.BACKWARD_END not in tracer.history[-1].moments
-        assert Moment.FORWARD_END in tracer.history[-1].moments
+        moments = tracer.history[-1].moments
+        assert set(moments) == set(Moment)
+        assert moments[Moment.BACKWARD_END][Category.GRADIENTS] == parameter_bytes(model)
 
     def test_a_smaller_last_batch(self) -> None:
         """Each record has the shape of its own batch."""

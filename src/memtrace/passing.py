@@ -15,7 +15,13 @@ from memtrace.attribution.scan import Scan
 from memtrace.categories import Phase
 from memtrace.guard import Guard
 from memtrace.sampling import TraceSchedule
-from memtrace.sources.torch_private import current_autograd_node, frame_compiler, leave_out_of_graphs
+from memtrace.sources.torch_private import (
+    after_backward,
+    backward_is_running,
+    current_autograd_node,
+    frame_compiler,
+    leave_out_of_graphs,
+)
 from memtrace.steps import StepInFlight
 
 Hook = Callable[..., None]
@@ -58,6 +64,12 @@ class PassedSteps:
         """What memtrace took for the steps that were passed over last."""
         self._alone = False
         """Whether a step is over as soon as any optimizer has stepped."""
+        self._inside = False
+        """Whether an optimizer has stepped inside the backward pass at work."""
+        self._over = False
+        """Whether that backward pass has ended: it is the end of the step, unless the loop steps an optimizer too."""
+        self._unheard = False
+        """Whether the step at work has begun without a forward pass of the model."""
         self._spent_ns = 0
         self._planned_ns = 0
         self._next = 1
@@ -84,7 +96,7 @@ class PassedSteps:
         records_gradients, timed_every = torch.is_grad_enabled, _TIMED_EVERY
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if self.left and frame_compiler() is None and (self.number is not None or not explicit):
+            if self.left and not self._over and frame_compiler() is None and (self.number is not None or not explicit):
                 begin_ns = 0 if self.left % timed_every else perf_counter_ns()
                 batch = kwargs.get(named) if kwargs else None
                 if batch is None and args:
@@ -102,7 +114,7 @@ class PassedSteps:
                     if as_before or (shape is not None and batch.numel() <= self._largest_tokens):
                         if not as_before:
                             self._shape, self._dtype = shape, batch.dtype
-                        self._phase = forward
+                        self._phase, self._inside = forward, False
                         self.number = self.number or self._next
                         if begin_ns:
                             self._spent_ns += (perf_counter_ns() - begin_ns) * timed_every
@@ -139,10 +151,10 @@ class PassedSteps:
         explicit, stepping = self._explicit, Phase.OPTIMIZER
 
         def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if self.left:
+            if self.left and not self._over:
                 self._phase = stepping
                 if self.number is None and not explicit:
-                    self.number = self._next
+                    self.number, self._unheard = self._next, True
             else:
                 otherwise(optimizer, args, kwargs)
 
@@ -152,9 +164,10 @@ class PassedSteps:
         """Returns the hook after each step of an optimizer.
 
         It ends a step that is passed over, but for the last one: unless the loop tells where steps end, or more than
-        this optimizer has to step. One whose own `step` calls that of its base class may be told of twice.
+        this optimizer has to step. One whose own `step` calls that of its base class may be told of twice. Of those
+        that step inside a backward pass, where each parameter may have one, the first is all there is to know.
         """
-        outside = Phase.OUTSIDE
+        outside, backward = Phase.OUTSIDE, Phase.BACKWARD
 
         def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self._alone and self.left > 1 and self.number is not None:
@@ -163,6 +176,8 @@ class PassedSteps:
                 self._next += 1
                 self.number = None
                 self._phase = outside
+            elif self._inside and self.left and current_autograd_node() is not None:
+                self._phase = backward
             else:
                 otherwise(optimizer, args, kwargs)
 
@@ -189,6 +204,8 @@ class PassedSteps:
 
     def stop(self) -> int | None:
         """Passes over no more, also not what is left of the step at work; returns its number."""
+        if self._over:
+            self.step_ends()
         number = self.number
         if self.left:
             self.left = 0
@@ -205,6 +222,8 @@ class PassedSteps:
         Returns:
             False where none is: there are no such steps now, or its batch is larger than any with a record.
         """
+        if self._over:
+            self.step_ends()
         if not self.left:
             return False
         shape, dtype = None, None
@@ -213,24 +232,42 @@ class PassedSteps:
             if tokens_of(shape, dtype) > self._largest_tokens:
                 return False
         self.number = self.number or self._next
-        self._shape, self._dtype, self._phase = shape, dtype, Phase.FORWARD
+        self._shape, self._dtype, self._phase, self._inside = shape, dtype, Phase.FORWARD, False
         return True
+
+    def optimizer_begins(self) -> bool:
+        """Notes that an optimizer begins its step; returns whether that is in a step that is passed over."""
+        if self._over and self._unheard and backward_is_running():
+            self.step_ends()
+        self._over = False  # a second loss of the same step, or an optimizer that the loop steps
+        if self.left:
+            self._phase, self._unheard = Phase.OPTIMIZER, self._unheard or self.number is None
+            self.number = self.number or self._next
+        return bool(self.left)
 
     def optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
         """Notes that an optimizer has stepped, which may end the step."""
         self._phase = Phase.OUTSIDE
         if not self._explicit and self.number is not None:
             self._stepped[id(optimizer)] = self._stepped.get(id(optimizer), 0) + 1
-            if self._scan.finished(self._stepped):
+            if not self.updated() and self._scan.finished(self._stepped):
                 self.step_ends()
+
+    def updated(self) -> bool:
+        """Notes that something was updated; returns whether the end of a backward pass will be the end of the step."""
+        if self.number is not None and not self._inside:
+            self._inside = after_backward(self._guard.wrap(self._backward_ended))
+        return self._inside
+
+    def _backward_ended(self) -> None:
+        self._inside, self._over, self._phase = False, self._inside, Phase.OUTSIDE
 
     def step_ends(self) -> None:
         """Counts a step."""
         self.left -= 1
         self.done += 1
         self._next += 1
-        self.number = None
-        self._stepped.clear()
+        self._forget()
         if not self.left:
             self._finish()
 
@@ -242,9 +279,13 @@ class PassedSteps:
         step.resumes(self._phase, self._shape, self._dtype)
         return step
 
-    def _finish(self) -> None:
+    def _forget(self) -> None:
         self.number = None
+        self._inside = self._over = self._unheard = False
         self._stepped.clear()
+
+    def _finish(self) -> None:
+        self._forget()
         self._phase = Phase.OUTSIDE
         self.seconds = (self.spent_ns - self._planned_ns) / 1e9
 
@@ -257,7 +298,7 @@ class CurrentStep:
     """
 
     def __init__(self, passed: PassedSteps) -> None:
-        self._passed = passed
+        self.passed = passed
         self.step: StepInFlight | None = None
         """The step that is followed; None between steps, and in those that are skipped."""
 
@@ -267,4 +308,4 @@ class CurrentStep:
 
     def any(self) -> StepInFlight | None:
         """Returns the step at work, with as much as is known of it."""
-        return self.step or self._passed.in_flight()
+        return self.step or self.passed.in_flight()

@@ -23,7 +23,7 @@ class StepInFlight:
 
     The forward pass ends when the last tensor is saved for it: a loss outside the model belongs to it. The backward
     pass ends where the first optimizer begins or, where optimizers step inside the backward pass or call a closure, or
-    an engine converts the gradients first, with the last gradient.
+    an engine converts the gradients first, or no optimizer is stepped, with the last gradient.
     """
 
     number: int
@@ -53,6 +53,8 @@ class StepInFlight:
     """Whether its window has outgrown what one step may take, and was given up."""
     traced_from: int | None = None
     """Number of the micro batch that a trace begins with, from 1; None where it has the whole step."""
+    awaits_end: bool = False
+    """Whether torch will tell of the end of the backward pass at work, which updates parameters."""
     _in_forward: bool = False
     _shape: tuple[int, ...] | None = None
     _tokens: int = 0
@@ -93,7 +95,7 @@ class StepInFlight:
     def forward_begins(self, batch: torch.Tensor | None) -> None:
         """Notes a forward pass of the model on one micro batch."""
         self.enter(Phase.FORWARD)
-        self._in_forward = True
+        self._in_forward, self.awaits_end = True, False
         self.micro_batches += 1
         self.before_forward = self._reading()
         if batch is not None:
@@ -156,7 +158,7 @@ class StepInFlight:
         """Returns the marks of the finished step."""
         self._note(Moment.STEP_END)
         forward_end = max((t for t in (self._forward_end_ns, self._last_pack_ns) if t is not None), default=None)
-        inside = self.prepares_gradients or self._steps_inside_backward()
+        inside = self.prepares_gradients or self._optimizer_ns is None or self._steps_inside_backward()
         backward_end = self._last_gradient_ns if inside and self._last_gradient_ns is not None else self._optimizer_ns
         counters = {
             moment: reading.requested_bytes

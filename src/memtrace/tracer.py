@@ -205,8 +205,8 @@ class Tracer:
     def _release(self) -> None:
         watch, self._watch, self._attached = self._watch, None, False
         if watch is not None:
-            self._passed_before += watch.passed.done
             watch.release()
+            self._passed_before += watch.passed.done
             self._last_window = weakref.ref(watch.window)
         window = self._last_window()
         if window is not None:  # it was released inside a backward pass: the model's next forward pass ends it, or this

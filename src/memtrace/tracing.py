@@ -144,14 +144,20 @@ class TraceWindow:
         if threading.current_thread() is not threading.main_thread():
             self._saved.pop()
 
-    def backward_ends(self) -> None:
-        """Claims the gradients before the optimizer uses them.
+    def backward_ends(self, inside: torch.optim.Optimizer | None = None) -> None:
+        """Claims the gradients before an optimizer uses them.
 
         Also after a backward pass whose end was told: they may have been made anew since.
+
+        Args:
+            inside: the optimizer, where it steps inside the backward pass, which goes on: it is one of many.
         """
-        self._saved.listening = True  # where optimizers step inside the backward pass, it goes on
-        self._saved.pop()
-        self._scan.claim_gradients(self._ledger)
+        self._saved.listening = True
+        if inside is not None and not self._scan.engines:
+            self._scan.claim_gradients_of(inside, self._ledger)
+        else:
+            self._saved.pop()
+            self._scan.claim_gradients(self._ledger)
 
     def close(self) -> Timeline | None:
         """Ends the window and replays it; None where the source lost events."""

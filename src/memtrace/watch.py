@@ -38,6 +38,7 @@ from memtrace.sources.ranks import identify
 from memtrace.sources.torch_private import backward_is_running, runs_without_memory
 from memtrace.steps import StepInFlight
 from memtrace.tracing import TraceWindow
+from memtrace.updates import UpdatesInBackward
 
 _STEPS_WITHOUT_FORWARD = 3
 """Steps in a row without a forward pass of the model after which memtrace says so."""
@@ -119,6 +120,7 @@ class Watch:
         self._ledger = Ledger(device)
         self._counted = CountedSteps(self._scan, self._ledger)
         self._host = HostMemory(self._scan, device)
+        self._updates = UpdatesInBackward(self._scan, self._guard, self._current)
         self.window = TraceWindow(
             model=self.model,
             scan=self._scan,
@@ -158,8 +160,8 @@ class Watch:
         self._hooks.after_forward(self.model, passed.after_forward(outside_graphs(wrap(self._on_forward_end))))
         before = passed.before_optimizer(wrap(self._on_optimizer))
         after = passed.after_optimizer(wrap(self._on_optimizer_end))
-        for optimizer in self._scan.optimizers:
-            self._hooks.around_step(optimizer, before, after)
+        for optimizers in self._scan.stepped:
+            self._hooks.around_steps(optimizers, before, after)
         self._hooks.callback(self.oom.subscribe())
         self._hooks.callback(at_exit(self._exits))
 
@@ -246,6 +248,9 @@ class Watch:
             return  # evaluation, or a checkpoint around the model that computes it again
         if self._explicit and self._current.step is None and self.passed.number is None:
             return
+        if self._current.step is not None and not self._explicit:
+            self._updates.look(self._current.step, self._hooks)
+            self.settle()
         batch = main_input(args, kwargs, self._main_input_name)
         if self._current.step is None and self.passed.takes(batch):
             return
@@ -277,25 +282,27 @@ class Watch:
         step.forward_ends()
         self.window.forward_ends(output)
 
-    def _on_optimizer(self, *_: object) -> None:
-        self.settle()
+    def _on_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if self._updates.begins(optimizer) and not (self.window.is_open and backward_is_running()):
+            self.end()
         if self._current.step is None:
-            if self._explicit or self.passed.left:
+            if self._explicit or self.passed.optimizer_begins():
                 return
             self._begin()
         assert self._current.step is not None
         self._current.step.optimizer_begins()
         if self.window.is_open:
-            self.window.backward_ends()
+            self.window.backward_ends(optimizer if backward_is_running() else None)
 
     def _on_optimizer_end(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._current.step is None:
             if self.passed.left:
                 self.passed.optimizer_ends(optimizer)
             return
-        self._current.step.optimizer_ends(optimizer, inside_backward=backward_is_running())
-        if not self._explicit and self._scan.finished(self._current.step.stepped):
-            self._current.step.marks = self._current.step.ends()
+        step = self._current.step
+        step.optimizer_ends(optimizer, inside_backward=backward_is_running())
+        if not self._explicit and not self._updates.ends(step) and self._scan.finished(step.stepped):
+            step.marks = step.ends()
             self.settle()
 
     def _bound(self) -> None:

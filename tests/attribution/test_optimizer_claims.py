@@ -12,7 +12,7 @@ from torch import nn
 
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import claim_model
-from memtrace.attribution.optimizers import HandedOver, claim_optimizer, find_optimizers
+from memtrace.attribution.optimizers import HandedOver, claim_optimizers, find_optimizers
 from memtrace.attribution.scan import Scan
 from memtrace.categories import Category
 from memtrace.errors import ConfigError
@@ -69,7 +69,7 @@ def trained(name: str, settings: dict[str, Any]) -> tuple[nn.Module, torch.optim
 def claimed(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """What the ledger says after model and optimizer were claimed, without the weights."""
     ledger = Ledger(CPU)
-    claim_optimizer(optimizer, claim_model(model, ledger), ledger)
+    claim_optimizers([optimizer], claim_model(model, ledger), ledger)
     return {"/".join(tag): size for tag, size in ledger.totals().items() if tag.category is not Category.WEIGHTS}
 
 
@@ -204,7 +204,7 @@ class TestMasterWeights:
         model, temperature = Matrices(), nn.Parameter(torch.zeros(3))
         optimizer = torch.optim.SGD([*model.parameters(), temperature], lr=0.1)
         ledger = Ledger(CPU)
-        claim_optimizer(optimizer, claim_model(model, ledger), ledger)
+        claim_optimizers([optimizer], claim_model(model, ledger), ledger)
         assert ledger.role_of(temperature) is Category.WEIGHTS
 
     def test_a_copy_of_the_same_precision_is_no_master(self) -> None:
@@ -213,7 +213,7 @@ class TestMasterWeights:
         average = nn.Parameter(model.first.weight.detach().clone())
         optimizer = torch.optim.SGD([*model.parameters(), average], lr=0.1)
         ledger = Ledger(CPU)
-        claim_optimizer(optimizer, claim_model(model, ledger), ledger)
+        claim_optimizers([optimizer], claim_model(model, ledger), ledger)
         assert ledger.role_of(average) is Category.WEIGHTS
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any, Self
@@ -63,13 +63,46 @@ class HookSet:
         self._stack.callback(optimizer.register_step_pre_hook(given(before)).remove)
         self._stack.callback(optimizer.register_step_post_hook(given(after)).remove)
 
+    def around_steps(
+        self, optimizers: Sequence[torch.optim.Optimizer], before: Callable[..., None], after: Callable[..., None]
+    ) -> None:
+        """Calls `before` and `after` around each step of an optimizer or of what it wraps, as `around_step` does.
+
+        A step inside another one of them is a part of it, and not told of.
+        """
+        if len(optimizers) == 1:
+            self.around_step(optimizers[0], before, after)
+            return
+        at_work: list[int] = []
+
+        def begins(optimizer: object, *args: object) -> None:
+            if id(optimizer) in at_work:  # it has raised the last time
+                del at_work[at_work.index(id(optimizer)) :]
+            at_work.append(id(optimizer))
+            if len(at_work) == 1:
+                before(optimizer, *args)
+
+        def ends(optimizer: object, *args: object) -> None:
+            if id(optimizer) in at_work:
+                del at_work[at_work.index(id(optimizer)) :]
+                if not at_work:
+                    after(optimizer, *args)
+
+        for optimizer in optimizers:
+            self.around_step(optimizer, begins, ends)
+
     def after_gradient(self, parameters: Iterable[nn.Parameter], hook: Callable[[torch.Tensor], None]) -> None:
-        """Calls `hook(parameter)` each time a gradient was accumulated into `.grad`."""
+        """Calls `hook(parameter)` each time a gradient was accumulated into `.grad`, before all other hooks of it.
+
+        Those of others may take it.
+        """
         handles: list[RemovableHandle] = []
         self._stack.callback(_remove, handles)  # one callback for all: a traced step has them on for that step alone
         for parameter in parameters:
             if parameter.requires_grad and parameter.is_leaf:
-                handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                torch_private.call_first(parameter, handle.id)
+                handles.append(handle)
 
     def callback(self, function: Callable[[], Any]) -> None:
         """Calls `function` when the set is closed."""
