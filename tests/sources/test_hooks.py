@@ -50,6 +50,50 @@ class TestHookSet:
         optimizer.step()
         assert calls == ["before", "after"]
 
+    def test_around_a_wrapper_and_what_it_wraps(self) -> None:
+        """Whichever is stepped is told of, the outermost of them only; also after a step of it that has raised."""
+        wrapper, inner = (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1) for _ in range(2))
+        calls: list[str] = []
+        names = {id(wrapper): "wrapper", id(inner): "inner"}
+
+        def told(when: str) -> Any:
+            return lambda optimizer, *_: calls.append(f"{when} {names[id(optimizer)]}")
+
+        def raises() -> float:
+            inner.step()
+            raise LookupError
+
+        with HookSet() as hooks:
+            hooks.around_steps([wrapper, inner], told("before"), told("after"))
+            inner.step()
+            wrapper.step(inner.step)
+            with pytest.raises(LookupError):
+                wrapper.step(raises)
+            wrapper.step()
+        assert calls == [
+            *("before inner", "after inner"),
+            *("before wrapper", "after wrapper"),
+            "before wrapper",
+            *("before wrapper", "after wrapper"),
+        ]
+
+    def test_a_gradient_is_seen_before_hooks_take_it(self) -> None:
+        """Those of the user keep their order, and are all that is there afterwards."""
+        weight, calls = nn.Parameter(torch.ones(1)), []
+
+        def takes(parameter: nn.Parameter) -> None:
+            calls.append("takes")
+            parameter.grad = None
+
+        weight.register_post_accumulate_grad_hook(takes)
+        handle = weight.register_post_accumulate_grad_hook(lambda _: calls.append("second"))
+        with HookSet() as hooks:
+            hooks.after_gradient([weight], lambda parameter: calls.append(parameter.grad.item()))
+            (weight * 3).sum().backward()
+        handle.remove()
+        (weight * 3).sum().backward()
+        assert calls == [3.0, "takes", "second", "takes"]
+
     def test_after_each_gradient_that_can_come(self) -> None:
         """Of parameters that are trained; frozen ones and results have none accumulated."""
         model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
