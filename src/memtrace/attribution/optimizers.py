@@ -45,6 +45,8 @@ class Optimizers(NamedTuple):
     wrapper has other methods than `step` (sharpness-aware minimisation has two), theirs is the one that is called."""
     holding: Sequence[Any]
     """Those with parameter groups and state, wrappers and what they wrap included; each state once."""
+    chained: Sequence[Any]
+    """All of them, wrappers included that are no optimizers."""
     odd: Sequence[str]
     """What is wrong with each one given that does not update the model."""
 
@@ -68,6 +70,7 @@ def find_optimizers(
     stepping: dict[int, torch.optim.Optimizer] = {}
     parts: dict[int, Sequence[torch.optim.Optimizer]] = {}
     holding: dict[int, Any] = {}
+    chained: dict[int, Any] = {}
     odd: list[str] = []
 
     def updates(optimizer: torch.optim.Optimizer) -> bool:
@@ -81,6 +84,7 @@ def find_optimizers(
             odd.append(_what_is_odd(one, model))
             continue
         stepping |= {id(optimizer): optimizer for optimizer in found}
+        chained |= {id(holder): holder for holder in chain}
         for place, optimizer in enumerate(chain):
             if _steps(optimizer) and updates(optimizer):
                 seen = {*map(id, chain[: place + 1])}
@@ -89,7 +93,7 @@ def find_optimizers(
                     parts[id(optimizer)] = below
             if hasattr(optimizer, "param_groups") and isinstance(getattr(optimizer, "state", None), Mapping):
                 holding[id(optimizer.state)] = optimizer  # the innermost of them: it lives as long as any
-    return Optimizers(list(stepping.values()), parts, list(holding.values()), odd)
+    return Optimizers(list(stepping.values()), parts, list(holding.values()), list(chained.values()), odd)
 
 
 def wrapping_chain(optimizer: object) -> Iterator[Any]:
@@ -131,17 +135,19 @@ def _is_same(part: torch.optim.Optimizer, wrapper: torch.optim.Optimizer) -> boo
 
 def _held(optimizer: object) -> Iterator[object]:
     """Yields what an object holds that can be stepped: whatever its attribute is called, in containers too."""
-    for part in _attributes(optimizer):
+    for part in _attributes(optimizer).values():
         for one in flat(part):
             if not isinstance(one, (torch.Tensor, type)) and ask(hasattr, one, "step"):
                 yield one
 
 
-def _attributes(optimizer: object) -> Iterator[object]:
+def _attributes(optimizer: object) -> Mapping[str, object]:
+    """Returns what an optimizer has beside what those of torch have, by name."""
     own = getattr(optimizer, "__dict__", {})
-    yield from [value for name, value in own.items() if name not in _NO_PARTS and "hook" not in name]
+    found = {name: value for name, value in own.items() if name not in _NO_PARTS and "hook" not in name}
     if "optimizer" not in own:  # the name that wrappers give it where it is no plain attribute
-        yield ask(getattr, optimizer, "optimizer", None)
+        found["optimizer"] = ask(getattr, optimizer, "optimizer", None)
+    return found
 
 
 def flat(given: object, depth: int = 0) -> Iterator[object]:
@@ -183,7 +189,7 @@ class _Trained:
     def take_keyed(self, holders: Iterable[object]) -> None:
         """Notes optimizers that are held under a parameter of the model, as those are that update a copy of it."""
         for holder in holders:
-            for held in _attributes(holder):
+            for held in _attributes(holder).values():
                 if isinstance(held, Mapping):
                     self._keyed |= {id(optimizer) for key, optimizer in held.items() if id(key) in self._known}
 
@@ -222,6 +228,30 @@ def claim_optimizers(
             ledger.claim_all(tensors, Category.MASTER_WEIGHTS)
         else:
             ledger.claim_all(tensors, Category.OPTIMIZER_STATE, component)
+
+
+def claim_kept_elsewhere(holders: Iterable[Any], ledger: Ledger) -> None:
+    """Claims what optimizers and their wrappers keep outside of their state and nobody else has claimed.
+
+    That are tensors in containers of any depth, as attributes (slow weights, moments by the names of parameters) or in
+    parameter groups. The name of the attribute is the component. Call when all else is claimed.
+    """
+    for holder in holders:
+        groups = getattr(holder, "param_groups", None) or ()
+        of_groups = [item for group in groups for item in group.items() if item[0] != "params"]
+        for name, value in (*_attributes(holder).items(), *of_groups):
+            for component, tensor in _named_tensors(name, value):
+                if ledger.role_of(tensor) is None:
+                    master = _names_master(component)
+                    category = Category.MASTER_WEIGHTS if master else Category.OPTIMIZER_STATE
+                    ledger.claim(tensor, category, "" if master else component)
+
+
+def _named_tensors(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
+    if name == "state":  # of a parameter group: as the state of an optimizer
+        yield from state_tensors(value)
+    else:
+        yield from ((name, part) for part in flat(value) if isinstance(part, torch.Tensor))
 
 
 @cache

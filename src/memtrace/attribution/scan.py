@@ -18,7 +18,14 @@ from memtrace.attribution.held import Held
 from memtrace.attribution.hidden import HiddenBuffers
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import Role, check_model, claim_gradients, claim_model, device_of
-from memtrace.attribution.optimizers import HandedOver, claim_optimizers, find_optimizers, flat, optimizer_parameters
+from memtrace.attribution.optimizers import (
+    HandedOver,
+    claim_kept_elsewhere,
+    claim_optimizers,
+    find_optimizers,
+    flat,
+    optimizer_parameters,
+)
 from memtrace.attribution.storages import canonical_device
 from memtrace.breakdown import EntryKey
 from memtrace.errors import ConfigError
@@ -62,7 +69,7 @@ class Scan:
             raise ConfigError("a tracer needs at least one optimizer, got none" if not found.odd else odd[0])
         if odd and self.device:  # a model without a device is the greater trouble, and raises first
             logger.warning("memtrace: the optimizer cannot be followed, its state is not counted: %s", "; ".join(odd))
-        self._given, self._states = _weakly(given), _weakly(found.holding)
+        self._given, self._states, self._chained = _weakly(given), _weakly(found.holding), _weakly(found.chained)
         self._stepping = WeakValueDictionary(enumerate(found.stepping))
         self._parts = {wrapper: _weakly(parts) for wrapper, parts in found.parts.items()}
         self._looked_in_forward = False
@@ -137,6 +144,7 @@ class Scan:
         parameters = claim_model(self.held, ledger, self.role_of)
         self._claim_optimizers(parameters, ledger)
         claim_gradients(self._gradient_owners(parameters), ledger)
+        claim_kept_elsewhere(_alive(self._chained), ledger)
 
     def claim_gradients(self, ledger: Ledger) -> None:
         """Claims `.grad` of the model's parameters and of master copies that optimizers hold, and the engines' own."""
