@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,6 +25,9 @@ STEPS, WIDTH, LAYERS = 6, 16, 3
 LAYER = (WIDTH * WIDTH + WIDTH) * FLOAT
 """Bytes of the parameters of one layer."""
 ADAM = {"exp_avg": LAYERS * LAYER, "exp_avg_sq": LAYERS * LAYER}
+
+
+QUIET: dict[str, Any] = {"strict": True, "port": None, "step_log": False, "device_poll_seconds": 0}
 
 
 class Experts(nn.Module):
@@ -94,16 +99,24 @@ FORMS = {
 }
 
 
-def train(form: Form, trace_every: int, steps: int = STEPS) -> tuple[Experts, Tracer]:
-    """Trains from birth."""
+def train(form: Form, watch: Callable[..., AbstractContextManager[Any]]) -> tuple[Experts, Any]:
+    """Returns a trained model and what has watched it."""
     torch.manual_seed(0)
+    model = Experts()
+    optimizer, step = form.make(model)
+    with watch(model, optimizer) as watched:
+        for _ in range(STEPS):
+            step(lambda: model(torch.randn(4, WIDTH)).square().mean())
+    return model, watched
+
+
+def from_birth(form: Form, trace_every: int) -> tuple[Experts, Tracer]:
+    """Trains under a tracer that has seen the model being made, and once more without: the weights are the same."""
+    config = TracerConfig(**QUIET, trace_every=trace_every)
     with born() as source:
-        model = Experts()
-        optimizer, step = form.make(model)
-        config = TracerConfig(strict=True, port=None, step_log=False, device_poll_seconds=0, trace_every=trace_every)
-        with Tracer(model, optimizer, config, source=source) as tracer:
-            for _ in range(steps):
-                step(lambda: model(torch.randn(4, WIDTH)).square().mean())
+        model, tracer = train(form, partial(Tracer, config=config, source=source))
+    bare, _ = train(form, lambda *_: nullcontext())
+    assert all(map(torch.equal, model.parameters(), bare.parameters()))
     return model, tracer
 
 
@@ -121,7 +134,7 @@ def test_traced(name: str) -> None:
     """A record for each step, law 1 from birth, each state by its name, gradients as high as they are at the peak,
     nothing that nobody claims but the loss."""
     form = FORMS[name]
-    model, tracer = train(form, trace_every=1)
+    model, tracer = from_birth(form, trace_every=1)
     assert_law_1(tracer.history)
     assert [record.step for record in tracer.history] == [*range(1, STEPS - form.first_steps + 2)]
     assert all(record.traced for record in tracer.history)
@@ -141,7 +154,7 @@ def test_traced(name: str) -> None:
 def test_counted(name: str) -> None:
     """The same steps, with the same weights and states."""
     form = FORMS[name]
-    _, tracer = train(form, trace_every=0)
+    _, tracer = from_birth(form, trace_every=0)
     assert [record.step for record in tracer.history] == [*range(1, STEPS - form.first_steps + 2)]
     record = tracer.history[-1]
     assert not record.traced
@@ -165,7 +178,6 @@ class Towers(nn.Module):
         return self.forward(rows)
 
 
-QUIET = {"strict": True, "port": None, "step_log": False, "device_poll_seconds": 0}
 SETTINGS = {
     "traced": TracerConfig(**QUIET, trace_every=1),
     "counted": TracerConfig(**QUIET, trace_every=0),
