@@ -160,8 +160,8 @@ class Watch:
         self._hooks.after_forward(self.model, passed.after_forward(outside_graphs(wrap(self._on_forward_end))))
         before = passed.before_optimizer(wrap(self._on_optimizer))
         after = passed.after_optimizer(wrap(self._on_optimizer_end))
-        for optimizers in self._scan.stepped:
-            self._hooks.around_steps(optimizers, before, after)
+        for optimizer in self._scan.optimizers:
+            self._hooks.around_steps(optimizer, self._scan.parts_of(optimizer), before, after)
         self._hooks.callback(self.oom.subscribe())
         self._hooks.callback(at_exit(self._exits))
 

@@ -51,31 +51,33 @@ class TestHookSet:
         assert calls == ["before", "after"]
 
     def test_around_a_wrapper_and_what_it_wraps(self) -> None:
-        """Whichever is stepped is told of, the outermost of them only; also after a step of it that has raised."""
-        wrapper, inner = (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1) for _ in range(2))
+        """Its own step is one, whatever it steps inside, and so are all of its parts stepped by the loop; after a step
+        that has raised, too. Always with the wrapper."""
+        wrapper, *parts = (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1) for _ in range(3))
         calls: list[str] = []
-        names = {id(wrapper): "wrapper", id(inner): "inner"}
 
         def told(when: str) -> Any:
-            return lambda optimizer, *_: calls.append(f"{when} {names[id(optimizer)]}")
+            return lambda optimizer, *_: calls.append(when if optimizer is wrapper else "another one")
+
+        def steps_its_parts() -> float:
+            for part in parts:
+                part.step()
+            return 0.0
 
         def raises() -> float:
-            inner.step()
+            parts[0].step()
             raise LookupError
 
         with HookSet() as hooks:
-            hooks.around_steps([wrapper, inner], told("before"), told("after"))
-            inner.step()
-            wrapper.step(inner.step)
+            hooks.around_steps(wrapper, parts, told("before"), told("after"))
+            steps_its_parts()
+            assert [calls.pop(0) for _ in range(3)] == ["before", "before", "after"]
+            wrapper.step(steps_its_parts)
             with pytest.raises(LookupError):
                 wrapper.step(raises)
             wrapper.step()
-        assert calls == [
-            *("before inner", "after inner"),
-            *("before wrapper", "after wrapper"),
-            "before wrapper",
-            *("before wrapper", "after wrapper"),
-        ]
+            steps_its_parts()
+        assert calls == ["before", "after", "before", "before", "after", "before", "before", "after"]
 
     def test_a_gradient_is_seen_before_hooks_take_it(self) -> None:
         """Those of the user keep their order, and are all that is there afterwards."""

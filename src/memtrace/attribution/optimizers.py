@@ -41,8 +41,8 @@ class Optimizers(NamedTuple):
     stepping: Sequence[torch.optim.Optimizer]
     """Those whose steps are counted: torch optimizers that update the model, the outermost of each chain."""
     parts: Mapping[int, Sequence[torch.optim.Optimizer]]
-    """The torch optimizers that one of these wraps, by its identity, as long as they update the model too: where the
-    wrapper has other methods than `step` (sharpness-aware minimisation has two), theirs is the one that is called."""
+    """The torch optimizers that one of these wraps, by its identity, the outermost of them that update the model too:
+    where it has other methods than `step` (sharpness-aware minimisation has two), theirs is the one that is called."""
     holding: Sequence[Any]
     """Those with parameter groups and state, wrappers and what they wrap included; each state once."""
     chained: Sequence[Any]
@@ -85,12 +85,12 @@ def find_optimizers(
             continue
         stepping |= {id(optimizer): optimizer for optimizer in found}
         chained |= {id(holder): holder for holder in chain}
-        for place, optimizer in enumerate(chain):
-            if _steps(optimizer) and updates(optimizer):
-                seen = {*map(id, chain[: place + 1])}
-                below = [part for held in _held(optimizer) for part in _stepping(held, updates, seen)]
-                if below and not any(_is_same(part, optimizer) for part in below):
-                    parts[id(optimizer)] = below
+        for optimizer in found:
+            seen = {id(optimizer)}
+            below = [part for held in _held(optimizer) for part in _stepping(held, updates, seen)]
+            if below and not any(_is_same(part, optimizer) for part in below):
+                parts[id(optimizer)] = below
+        for optimizer in chain:
             if hasattr(optimizer, "param_groups") and isinstance(getattr(optimizer, "state", None), Mapping):
                 holding[id(optimizer.state)] = optimizer  # the innermost of them: it lives as long as any
     return Optimizers(list(stepping.values()), parts, list(holding.values()), list(chained.values()), odd)

@@ -85,19 +85,8 @@ class Scan:
         """The optimizers whose steps are counted, without those that are gone; of wrappers the outermost."""
         return list(self._stepping.values())
 
-    @property
-    def stepped(self) -> Iterator[list[torch.optim.Optimizer]]:
-        """Yields each of them together with those that it wraps: whichever is stepped, the others are no further step
-        of the training while it is at work."""
-        for optimizer in self.optimizers:
-            yield list(self._whole(optimizer))
-
-    def _whole(self, optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
-        yield optimizer
-        for part in self._parts_of(optimizer):
-            yield from self._whole(part)
-
-    def _parts_of(self, optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    def parts_of(self, optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+        """Returns the optimizers that one of these wraps: where the loop steps all of them, it has stepped itself."""
         return _alive(self._parts.get(id(optimizer), ()))
 
     @property
@@ -232,25 +221,19 @@ class Scan:
         return self.workspaces
 
     def finished(self, steps: Mapping[int, int]) -> bool:
-        """Returns whether every optimizer, or all that it wraps, has stepped as often as in one step of the training.
+        """Returns whether every optimizer has stepped as often as it does in one step of the training.
 
         Args:
             steps: calls of `step()` so far, by the identity of the optimizer.
         """
         if len(steps) < len(self._stepping):  # there can be one for each parameter, and each of them asks
             return False
-        return all(self._has_stepped(optimizer, steps) for optimizer in self.optimizers)
-
-    def _has_stepped(self, optimizer: torch.optim.Optimizer, steps: Mapping[int, int]) -> bool:
-        if steps.get(id(optimizer), 0) >= self._updates(optimizer):
-            return True
-        parts = self._parts_of(optimizer)
-        return bool(parts) and all(self._has_stepped(part, steps) for part in parts)
+        return all(steps.get(id(optimizer), 0) >= self._updates(optimizer) for optimizer in self.optimizers)
 
     @property
     def ends_with_any(self) -> bool:
         """Whether a step of the training is over as soon as any optimizer has stepped: there is one, and no engine."""
-        return len(self._stepping) == 1 and not self._parts and not self.engines
+        return len(self._stepping) == 1 and not self.engines
 
     @property
     def has_state(self) -> bool:

@@ -64,32 +64,42 @@ class HookSet:
         self._stack.callback(optimizer.register_step_post_hook(given(after)).remove)
 
     def around_steps(
-        self, optimizers: Sequence[torch.optim.Optimizer], before: Callable[..., None], after: Callable[..., None]
+        self,
+        optimizer: torch.optim.Optimizer,
+        parts: Sequence[torch.optim.Optimizer],
+        before: Callable[..., None],
+        after: Callable[..., None],
     ) -> None:
-        """Calls `before` and `after` around each step of an optimizer or of what it wraps, as `around_step` does.
+        """Calls `before` and `after` as `around_step` does, also where the loop steps what the optimizer wraps.
 
-        A step inside another one of them is a part of it, and not told of.
+        All of its parts, each stepped once, are one step of it. Inside of its own step theirs are not told of.
         """
-        if len(optimizers) == 1:
-            self.around_step(optimizers[0], before, after)
+        if not parts:
+            self.around_step(optimizer, before, after)
             return
+        whole = weakref.ref(optimizer)
         at_work: list[int] = []
+        left = {*map(id, parts)}
 
-        def begins(optimizer: object, *args: object) -> None:
-            if id(optimizer) in at_work:  # it has raised the last time
-                del at_work[at_work.index(id(optimizer)) :]
-            at_work.append(id(optimizer))
+        def begins(one: object, *args: object) -> None:
+            if id(one) in at_work:  # it has raised the last time
+                del at_work[at_work.index(id(one)) :]
+            at_work.append(id(one))
             if len(at_work) == 1:
-                before(optimizer, *args)
+                before(whole(), *args)
 
-        def ends(optimizer: object, *args: object) -> None:
-            if id(optimizer) in at_work:
-                del at_work[at_work.index(id(optimizer)) :]
-                if not at_work:
-                    after(optimizer, *args)
+        def ends(one: object, *args: object) -> None:
+            if id(one) in at_work:
+                del at_work[at_work.index(id(one)) :]
+            if not at_work:
+                left.discard(id(one))
+                if one is whole() or not left:
+                    left.update(each)
+                    after(whole(), *args)
 
-        for optimizer in optimizers:
-            self.around_step(optimizer, begins, ends)
+        each = frozenset(left)
+        for one in (optimizer, *parts):
+            self.around_step(one, begins, ends)
 
     def after_gradient(self, parameters: Iterable[nn.Parameter], hook: Callable[[torch.Tensor], None]) -> None:
         """Calls `hook(parameter)` each time a gradient was accumulated into `.grad`, before all other hooks of it.
