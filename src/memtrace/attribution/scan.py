@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -195,14 +195,6 @@ class Scan:
             self.workspaces = workspace_sizes(self.device)
         return self.workspaces
 
-    def finished(self, steps: Mapping[int, int]) -> bool:
-        """Returns whether every optimizer has stepped as often as it does in one step of the training.
-
-        Args:
-            steps: calls of `step()` so far, by the identity of the optimizer.
-        """
-        return all(steps.get(id(optimizer), 0) >= self._updates(optimizer) for optimizer in self.optimizers)
-
     @property
     def ends_with_any(self) -> bool:
         """Whether a step of the training is over as soon as any optimizer has stepped: there is one, and no engine."""
@@ -238,7 +230,8 @@ class Scan:
         tensors = chain(parameters, *map(optimizer_parameters, self.optimizers))
         return {id(tensor): tensor for tensor in tensors}.values()
 
-    def _updates(self, optimizer: torch.optim.Optimizer) -> int:
+    def updates(self, optimizer: torch.optim.Optimizer) -> int:
+        """Returns how often the optimizer steps in one step of the training."""
         for engine in self.engines:
             if engine.owns(optimizer):
                 return engine.updates_per_step(optimizer)
