@@ -202,7 +202,7 @@ def test_training_is_the_same_bit_for_bit() -> None:
 def test_a_step_that_does_not_end_is_said_to_be_endless_where_it_is_skipped_too(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The optimizer was replaced: forward pass follows forward pass, one line says so and once, and it is taken back."""
+    """The optimizer was replaced: forward pass follows forward pass. One line says so, and the metric until it ends."""
     model, optimizer = make()
     with traced(model, optimizer, SPARSE) as tracer:
         for _ in range(35):

@@ -139,6 +139,11 @@ class Entries:
         self._ending.clear()
         self._inside, self._followed = None, _Followed.NONE
 
+    def release(self) -> None:
+        """Takes off all hooks for good, and refers to nothing of the watch any more."""
+        self.take_off()
+        self._before = self._after = self._begins = self._ends = _nothing
+
     def _follow_every(self) -> None:
         self.take_off()
         self._followed, self._looks_left = _Followed.EVERY, _LOOKS
@@ -177,6 +182,10 @@ class Entries:
         if self._inside is module:
             self._inside = None
             self._after(module, args, output)
+
+
+def _nothing(*_: object) -> None:
+    """Stands for what is called, once nobody is followed any more."""
 
 
 def _has_no_forward(module: nn.Module) -> bool:

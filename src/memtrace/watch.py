@@ -156,7 +156,7 @@ class Watch:
         self._hooks.before_forward(self.model, begins)
         self._hooks.after_forward(self.model, ends)
         self._entries = Entries(self.model, begins, ends, self._guard)
-        self._hooks.callback(self._entries.take_off)
+        self._hooks.callback(self._entries.release)
         before = passed.before_optimizer(wrap(self._on_optimizer))
         after = passed.after_optimizer(wrap(self._on_optimizer_end))
         for optimizer in self._scan.optimizers:

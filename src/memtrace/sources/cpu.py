@@ -21,7 +21,7 @@ class CpuEvents:
     Cost: about 4 us for each allocation and each free, recorded and read back, most of it in torch; 0.3 ms a window.
 
     torch records once a process. A source that was refused has its turn before the one that has refused it opens
-    another window, unless four tries go by. A window that refuses another one twice has outlived its step, and gives
+    another window, unless six tries go by. A window that refuses another one twice has outlived its step, and gives
     way at the second try; where it has not, but its step is the longer one of the two, its source's next one gives way
     at twice as many.
 
@@ -162,7 +162,10 @@ class CpuEvents:
     def _gives_turn(self) -> bool:
         """Returns whether another source waits that this one has refused, and may still try."""
         waiting = CpuEvents._waiting()
-        if waiting is None or waiting is self or not self._gives_turns:
+        if waiting is None or waiting is self:
+            return False
+        if not self._gives_turns:
+            CpuEvents._waiting = staticmethod(_nobody)
             return False
         self._gives_turns -= 1
         return True
@@ -173,7 +176,7 @@ def _nobody() -> None:
 
 
 _FIRST_REFUSALS, _MOST_REFUSALS = 2, 64
-_TURNS = 4
+_TURNS = 6
 
 _ONE_AT_A_TIME = threading.Lock()
 """Held while a recording is begun: torch has one for all threads, and each thread sees its own only."""
