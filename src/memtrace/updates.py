@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from memtrace.attribution.scan import Scan
+from memtrace.cycle import Cycle
 from memtrace.guard import Guard
 from memtrace.passing import CurrentStep
 from memtrace.sources.hooks import HookSet
@@ -25,40 +26,55 @@ class UpdatesInBackward:
 
     Args:
         scan: knows whose gradients somebody takes.
+        cycle: knows which optimizers a step waits for.
         guard: runs all that is called by torch.
         current: the step at work.
     """
 
-    def __init__(self, scan: Scan, guard: Guard, current: CurrentStep) -> None:
-        self._scan, self._guard, self._current = scan, guard, current
+    def __init__(self, scan: Scan, cycle: Cycle, guard: Guard, current: CurrentStep) -> None:
+        self._scan, self._cycle, self._guard, self._current = scan, cycle, guard, current
         self._is_stepped = self._listens = False
 
-    def begins(self, optimizer: torch.optim.Optimizer) -> bool:
+    def begins(self) -> bool:
         """Notes that an optimizer begins its step; returns whether the step at work was over before that."""
         self._is_stepped = True
         step = self._current.step
         if step is None or step.marks is None:
             return False
-        goes_on = bool(step.micro_batches) if backward_is_running() else id(optimizer) not in step.stepped
-        if goes_on:  # a second loss of the same step, or an optimizer that the loop steps
-            step.marks = None
-        return not goes_on
+        if backward_is_running() and not step.micro_batches:
+            return True
+        step.marks = None  # a second loss of the same step, or an optimizer that the loop steps
+        return False
 
-    def ends(self, step: StepInFlight) -> bool:
-        """Notes that something was updated; returns whether the end of a backward pass will be the end of the step."""
-        step.awaits_end = step.awaits_end or after_backward(self._guard.wrap(self._backward_ended))
-        return step.awaits_end
+    def ends(self, step: StepInFlight, optimizer: torch.optim.Optimizer) -> bool:
+        """Notes that an optimizer has stepped; returns whether the step of the training is over now."""
+        over = self._cycle.stepped(optimizer)
+        if self._awaits_end(step):
+            return False
+        if over or step.updated:
+            step.marks = step.ends()
+        return over
 
-    def look(self, step: StepInFlight, hooks: HookSet) -> None:
-        """Looks, now and then, for hooks that take gradients where no optimizer is stepped; called before each forward
-        pass of the step."""
-        if self._is_stepped or self._listens or not step.micro_batches or step.micro_batches % _IN_VAIN:
-            return
+    def look(self, step: StepInFlight | None, hooks: HookSet) -> bool:
+        """Looks, now and then, for hooks that take gradients where no optimizer is stepped.
+
+        Call before each forward pass. Where there are some, the step is over, and each from now on with its backward
+        pass.
+        """
+        if self._is_stepped or self._listens or step is None or not step.micro_batches or step.micro_batches % _IN_VAIN:
+            return False
         taken = self._scan.taken()
         if taken is not None:
             self._listens = True
             step.marks = step.ends()
             hooks.after_gradient([taken], self._guard.wrap(self._taken))
+        return self._listens
+
+    def _awaits_end(self, step: StepInFlight) -> bool:
+        """Returns whether something was updated inside a backward pass whose end will be told."""
+        waits = step.awaits_end and backward_is_running()
+        step.awaits_end = waits or after_backward(self._guard.wrap(self._backward_ended))
+        return step.awaits_end
 
     def _taken(self, _: torch.Tensor) -> None:
         if self._is_stepped:
@@ -67,10 +83,10 @@ class UpdatesInBackward:
         if step is None:
             self._current.passed.updated()
         else:
-            self.ends(step)
+            self._awaits_end(step)
 
     def _backward_ended(self) -> None:
         step = self._current.step
         if step is not None and step.awaits_end:
-            step.awaits_end = False
+            step.awaits_end, step.updated = False, True
             step.marks = step.ends()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -70,7 +69,7 @@ class Scan:
         if odd and self.device:  # a model without a device is the greater trouble, and raises first
             logger.warning("memtrace: the optimizer cannot be followed, its state is not counted: %s", "; ".join(odd))
         self._given, self._states, self._chained = _weakly(given), _weakly(found.holding), _weakly(found.chained)
-        self._stepping = WeakValueDictionary(enumerate(found.stepping))
+        self._stepping = _weakly(found.stepping)
         self._parts = {wrapper: _weakly(parts) for wrapper, parts in found.parts.items()}
         self._looked_in_forward = False
         self._state_sizes: list[int] = []
@@ -83,7 +82,7 @@ class Scan:
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimizers whose steps are counted, without those that are gone; of wrappers the outermost."""
-        return list(self._stepping.values())
+        return _alive(self._stepping)
 
     def parts_of(self, optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
         """Returns the optimizers that one of these wraps: where the loop steps all of them, it has stepped itself."""
@@ -220,20 +219,10 @@ class Scan:
             self.workspaces = workspace_sizes(self.device)
         return self.workspaces
 
-    def finished(self, steps: Mapping[int, int]) -> bool:
-        """Returns whether every optimizer has stepped as often as it does in one step of the training.
-
-        Args:
-            steps: calls of `step()` so far, by the identity of the optimizer.
-        """
-        if len(steps) < len(self._stepping):  # there can be one for each parameter, and each of them asks
-            return False
-        return all(steps.get(id(optimizer), 0) >= self._updates(optimizer) for optimizer in self.optimizers)
-
     @property
     def ends_with_any(self) -> bool:
         """Whether a step of the training is over as soon as any optimizer has stepped: there is one, and no engine."""
-        return len(self._stepping) == 1 and not self.engines
+        return len(self.optimizers) == 1 and not self.engines
 
     @property
     def has_state(self) -> bool:
@@ -264,7 +253,8 @@ class Scan:
         tensors = chain(parameters, *map(optimizer_parameters, self.optimizers))
         return {id(tensor): tensor for tensor in tensors}.values()
 
-    def _updates(self, optimizer: torch.optim.Optimizer) -> int:
+    def updates(self, optimizer: torch.optim.Optimizer) -> int:
+        """Returns how often the optimizer steps in one step of the training."""
         for engine in self.engines:
             if engine.owns(optimizer):
                 return engine.updates_per_step(optimizer)

@@ -37,14 +37,19 @@ class HookSet:
         """Removes every hook, the last one first."""
         self._stack.close()
 
-    def before_forward(self, module: nn.Module, hook: Callable[..., None], *, prepend: bool = True) -> None:
-        """Calls `hook(module, args, kwargs)` before each forward of the module, before or after all other hooks."""
-        handle = module.register_forward_pre_hook(_module_hook(hook), with_kwargs=True, prepend=prepend)
+    def before_forward(
+        self, module: nn.Module, hook: Callable[..., None], *, prepend: bool = True, breaks_graphs: bool = True
+    ) -> None:
+        """Calls `hook(module, args, kwargs)` before each forward of the module, before or after all other hooks.
+
+        Inside a graph of torch's compiler it is heard at the price of a break, or not at all.
+        """
+        handle = module.register_forward_pre_hook(_module_hook(hook, breaks_graphs), with_kwargs=True, prepend=prepend)
         self._stack.callback(handle.remove)
 
-    def after_forward(self, module: nn.Module, hook: Callable[..., None]) -> None:
+    def after_forward(self, module: nn.Module, hook: Callable[..., None], *, breaks_graphs: bool = True) -> None:
         """Calls `hook(module, args, output)` after each forward of the module, also of one that raised."""
-        handle = module.register_forward_hook(_module_hook(hook), always_call=True)
+        handle = module.register_forward_hook(_module_hook(hook, breaks_graphs), always_call=True)
         self._stack.callback(handle.remove)
 
     def around_step(
@@ -136,19 +141,19 @@ def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
     return outside
 
 
-def _module_hook(hook: Callable[..., None]) -> Callable[..., None]:
+def _module_hook(hook: Callable[..., None], may_break: bool) -> Callable[..., None]:
     """Returns the hook as it goes on a module: heard outside of graphs, and nowhere in one that must be whole.
 
-    Where a graph may be in parts, the compiler breaks it at the hook and calls it in between. A caller compiled with
-    `fullgraph=True` allows none, `torch.export` runs the module on tensors without memory, and `torch.jit.trace` on
-    shapes that are tensors: there it does nothing.
+    Where a graph may be in parts, the compiler breaks it at a hook that may, and calls it in between. A caller compiled
+    with `fullgraph=True` allows none, `torch.export` runs the module on tensors without memory, and `torch.jit.trace`
+    on shapes that are tensors: there it does nothing.
     """
     outside, must_be_whole, is_traced = outside_graphs(hook), torch_private.one_graph, torch_private.is_jit_tracing
     is_compiling, breaks_graphs = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
 
     def heard(*args: Any) -> None:
         if is_compiling():
-            if breaks_graphs() and not must_be_whole():
+            if may_break and breaks_graphs() and not must_be_whole():
                 outside(*args)
         elif not is_traced():
             outside(*args)
