@@ -30,7 +30,6 @@ from memtrace.categories import Category, Moment
 from memtrace.config import TracerConfig
 from memtrace.tracer import Tracer
 
-
 AS_BY_DEFAULT = replace(EVERY_STEP, trace_every=None, history=200)
 
 
