@@ -91,8 +91,9 @@ def find_optimizers(
             if below and not any(_is_same(part, optimizer) for part in below):
                 parts[id(optimizer)] = below
         for optimizer in chain:
-            if hasattr(optimizer, "param_groups") and isinstance(getattr(optimizer, "state", None), Mapping):
-                holding[id(optimizer.state)] = optimizer  # the innermost of them: it lives as long as any
+            groups, state = ask(getattr, optimizer, "param_groups", None), ask(getattr, optimizer, "state", None)
+            if groups is not None and isinstance(state, Mapping):
+                holding[id(state)] = optimizer  # the innermost of them: it lives as long as any
     return Optimizers(list(stepping.values()), parts, list(holding.values()), list(chained.values()), odd)
 
 
@@ -137,7 +138,7 @@ def _held(optimizer: object) -> Iterator[object]:
     """Yields what an object holds that can be stepped: whatever its attribute is called, in containers too."""
     for part in _attributes(optimizer).values():
         for one in flat(part):
-            if not isinstance(one, (torch.Tensor, type)) and ask(hasattr, one, "step"):
+            if not isinstance(one, (torch.Tensor, type)) and callable(ask(getattr, one, "step", None)):
                 yield one
 
 
@@ -151,13 +152,20 @@ def _attributes(optimizer: object) -> Mapping[str, object]:
 
 
 def flat(given: object, depth: int = 0) -> Iterator[object]:
-    """Yields what lists, tuples and dictionaries hold, in order, and anything else as it is; eight levels deep."""
+    """Yields what lists, tuples and dictionaries hold, in order, and anything else as it is; eight levels deep.
+
+    What a container of the user's holds that cannot be gone through is unknown.
+    """
     if isinstance(given, (list, tuple, Mapping)):
         if depth < _MAX_DEPTH:
-            for part in given.values() if isinstance(given, Mapping) else given:
+            for part in ask(_values, given) or ():
                 yield from flat(part, depth + 1)
     elif given is not None:
         yield given
+
+
+def _values(container: list[object] | tuple[object, ...] | Mapping[object, object]) -> list[object]:
+    return list(container.values() if isinstance(container, Mapping) else container)
 
 
 def _what_is_odd(given: object, model: nn.Module) -> str:
@@ -191,7 +199,8 @@ class _Trained:
         for holder in holders:
             for held in _attributes(holder).values():
                 if isinstance(held, Mapping):
-                    self._keyed |= {id(optimizer) for key, optimizer in held.items() if id(key) in self._known}
+                    items = ask(lambda mapping: list(mapping.items()), held) or ()
+                    self._keyed |= {id(optimizer) for key, optimizer in items if id(key) in self._known}
 
     def by(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the optimizer updates one of them, or copies of them only."""
@@ -237,7 +246,7 @@ def claim_kept_elsewhere(holders: Iterable[Any], ledger: Ledger) -> None:
     parameter groups. The name of the attribute is the component. Call when all else is claimed.
     """
     for holder in holders:
-        groups = getattr(holder, "param_groups", None) or ()
+        groups = ask(getattr, holder, "param_groups", None) or ()
         of_groups = [item for group in groups for item in group.items() if item[0] != "params"]
         for name, value in (*_attributes(holder).items(), *of_groups):
             for component, tensor in _named_tensors(name, value):
