@@ -103,7 +103,7 @@ class Entries:
         """Follows all that the training calls; `running` is the module whose forward pass begins now."""
         if self._followed is _Followed.FIRST_AND_LAST and running is not self._model:
             self.take_off()
-            self._followed, self._inside = _Followed.CALLED, running
+            self._followed, self._inside, self._latest = _Followed.CALLED, running, weakref.ref(running)
             for module in _alive(self._called):
                 self._hooks.before_forward(module, self._begins, breaks_graphs=False)
                 self._follow_end(module)
