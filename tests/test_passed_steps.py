@@ -12,11 +12,13 @@ import pytest
 import torch
 from small_training import ROWS, WIDTH, loss_of, make, step, traced
 from torch import nn
+from torch.nn import functional as F
 
 from memtrace import MemoryTracer
 from memtrace.breakdown import BatchShape
 from memtrace.config import TracerConfig
 from memtrace.exporters.steplog import read_step_log
+from memtrace.limitations import Unseen
 
 SPARSE = TracerConfig(
     strict=True, port=None, step_log=False, device_poll_seconds=0, overhead_budget=0, max_trace_interval=10
@@ -197,6 +199,28 @@ def test_training_is_the_same_bit_for_bit() -> None:
         assert torch.equal(left, right)
 
 
+def test_a_step_that_does_not_end_is_said_to_be_endless_where_it_is_skipped_too(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The optimizer was replaced: forward pass follows forward pass. One line says so, and the metric until it ends."""
+    model, optimizer = make()
+    with traced(model, optimizer, SPARSE) as tracer:
+        for _ in range(35):
+            step(model, optimizer)
+        assert tracer.history[-1].step < 35
+        other = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(510):
+            step(model, other)
+        assert tracer.snapshot().not_seen == ()
+        for _ in range(1100):
+            step(model, other)
+        assert tracer.snapshot().not_seen == (Unseen.STEP_END,)
+        for _ in range(20):
+            step(model, optimizer)
+        assert tracer.snapshot().not_seen == ()
+    assert len([found for found in caplog.records if found.name == "memtrace"]) == 1
+
+
 def test_steps_without_a_forward_pass_of_the_model_are_skipped_too() -> None:
     """Where none can be traced, none is waited for; a forward pass that comes after all is seen and traced."""
 
@@ -209,7 +233,7 @@ def test_steps_without_a_forward_pass_of_the_model_are_skipped_too() -> None:
             return self.loss(rows)
 
         def loss(self, rows: torch.Tensor) -> torch.Tensor:
-            return self.layer(rows).sum()
+            return F.linear(rows, self.layer.weight).sum()
 
     model = Agent()
     optimizer = torch.optim.AdamW(model.parameters())

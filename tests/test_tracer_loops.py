@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,14 +20,18 @@ from small_training import (
     empty_at,
     loss_of,
     make,
+    parameter_bytes,
     step,
     traced,
 )
+from torch import nn
 from torch.nn import functional as F
 
 from memtrace.categories import Category, Moment
 from memtrace.config import TracerConfig
 from memtrace.tracer import Tracer
+
+AS_BY_DEFAULT = replace(EVERY_STEP, trace_every=None, history=200)
 
 
 class TestSteps:
@@ -122,8 +127,9 @@ class TestSteps:
             loss_of(model).backward()
             tracer.end_step()
             assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-        assert Moment.BACKWARD_END not in tracer.history[-1].moments
-        assert Moment.FORWARD_END in tracer.history[-1].moments
+        moments = tracer.history[-1].moments
+        assert set(moments) == set(Moment)
+        assert moments[Moment.BACKWARD_END][Category.GRADIENTS] == parameter_bytes(model)
 
     def test_a_smaller_last_batch(self) -> None:
         """Each record has the shape of its own batch."""
@@ -266,15 +272,44 @@ class TestTwoTracers:
     """Two tracers at once."""
 
     def test_on_two_models(self) -> None:
-        """A generator and a discriminator: on a CPU only one of them can record at a time, and both have records."""
+        """One after the other: each step of both is traced."""
         left, right = make(), make()
         with Tracer(*left, EVERY_STEP) as first, Tracer(*right, EVERY_STEP) as second:
             for _ in range(3):
                 step(*left)
                 step(*right)
-        assert len(first.history) == len(second.history) == 3
+        assert [record.traced for record in (*first.history, *second.history)] == [True] * 6
         assert_law_1(first.history)
         assert_law_1(second.history)
+
+    @pytest.mark.parametrize("critic_steps", [1, 5])
+    @pytest.mark.parametrize("config", [EVERY_STEP, AS_BY_DEFAULT], ids=["every step", "default"])
+    def test_on_two_models_whose_steps_overlap(self, config: TracerConfig, critic_steps: int) -> None:
+        """A generator and a discriminator, which the generator's step calls too: on a CPU only one of them can record
+        at a time, and they take turns. With default settings both have a trace within three steps."""
+        torch.manual_seed(0)
+        generator, discriminator = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2))
+        of_generator, of_discriminator = (torch.optim.Adam(net.parameters()) for net in (generator, discriminator))
+        with (
+            Tracer(generator, of_generator, config) as first,
+            Tracer(discriminator, of_discriminator, config) as second,
+        ):
+            for _ in range(30):
+                for _ in range(critic_steps):
+                    fake = generator(torch.randn(ROWS, WIDTH))
+                    loss = discriminator(fake.detach()).mean() - discriminator(torch.randn(ROWS, WIDTH)).mean()
+                    loss.backward()
+                    of_discriminator.step()
+                    of_discriminator.zero_grad()
+                discriminator(fake).mean().backward()
+                of_generator.step()
+                of_generator.zero_grad()
+        for tracer, steps in ((first, 30), (second, 30 * critic_steps)):
+            assert tracer.snapshot().totals.steps == steps
+            traced_steps = [record.step for record in tracer.history if record.traced]
+            assert len(traced_steps) >= 4 if config is EVERY_STEP else traced_steps[0] <= 3
+            assert_law_1(tracer.history)
+            assert tracer.snapshot().not_seen == ()
 
     def test_on_one_model(self) -> None:
         """The second one gives way and still has its record of each step."""

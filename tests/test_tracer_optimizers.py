@@ -15,6 +15,7 @@ from small_training import (
     ROWS,
     WIDTH,
     Net,
+    assert_law_1,
     batch,
     loss_of,
     make,
@@ -366,8 +367,11 @@ class TestPrecision:
                     losses.append(loss.item())
             if tracer is not None:
                 assert [record.step for record in tracer.history] == [1, 2]
-                # A reentrant checkpoint runs the model without gradients first: as an evaluation, which is not traced.
-                assert all(record.traced is not use_reentrant for record in tracer.history)
+                # A reentrant checkpoint runs the model without gradients first: that this is no evaluation is known
+                # when it runs it again, inside the backward pass.
+                assert [record.traced for record in tracer.history] == [not use_reentrant, True]
+                assert_law_1(tracer.history)
+                assert tracer.snapshot().not_seen == ()
             return losses
 
         assert run(True) == run(False)

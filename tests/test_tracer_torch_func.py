@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -110,3 +111,35 @@ def test_a_loop_that_goes_on_after_the_exception_is_not_stopped_again() -> None:
         traced = [record.traced for record in tracer.history]
     assert failures == (0 if tells_of_nodes() else 1)
     assert any(traced)
+
+
+def test_a_loss_that_transforms_the_model_after_its_forward_pass() -> None:
+    """A penalty on the model's derivative: the first step, which is counted by default, tells that `torch.func` is
+    used. From then on nothing is on when the loss begins, and what it saves is known by its life."""
+
+    def penalised(config: TracerConfig | None) -> tuple[list[float], Tracer | None]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+        optimizer = torch.optim.AdamW(model.parameters())
+        tracer = None if config is None else Tracer(model, optimizer, config)
+        losses = []
+        with nullcontext() if tracer is None else tracer:
+            for _ in range(4):
+                rows = torch.randn(ROWS, WIDTH)
+                loss = model(rows).square().mean()
+                loss = loss + torch.func.grad(lambda x: model(x).sum())(rows).square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        return losses, tracer
+
+    losses, tracer = penalised(TracerConfig(strict=True, port=None, step_log=False))
+    assert losses == penalised(None)[0]
+    assert tracer is not None
+    traced = [record for record in tracer.history if record.traced]
+    assert traced[0].step == 2
+    for record in traced:
+        for moment in record.moments.values():
+            assert moment.total_bytes == moment.allocated_bytes
+        assert record.moments[Moment.FORWARD_END][Category.ACTIVATIONS] >= ROWS * WIDTH * 4

@@ -26,13 +26,13 @@ class Limitation:
 
 
 def no_forward(model: object) -> Limitation:
-    """Returns what is said where optimizers step and the model's own forward pass is never called."""
+    """Returns what is said where optimizers step and nothing of the model is called."""
     return Limitation(
         unseen=Unseen.FORWARD,
-        text=f"steps end, but the forward pass of {type(model).__name__} is never called: steps are counted and not "
-        "traced, so that activations and the peak are not known. The loop calls another method than forward, or a "
-        "function that torch.compile has compiled with the model inside. Give memtrace the module that is called, or "
-        "attach it before the function is compiled.",
+        text=f"steps end, but neither {type(model).__name__} nor a module inside it is called: steps are counted and "
+        "not traced, so that activations and the peak are not known. The loop uses the parameters by themselves, or a "
+        "function that torch.compile has compiled with the model inside, or a copy of the model. Give memtrace the "
+        "module that is called, or attach it before the function is compiled.",
     )
 
 

@@ -23,7 +23,8 @@ class StepInFlight:
 
     The forward pass ends when the last tensor is saved for it: a loss outside the model belongs to it. The backward
     pass ends where the first optimizer begins or, where optimizers step inside the backward pass or call a closure, or
-    an engine converts the gradients first, with the last gradient.
+    an engine converts the gradients first, or no optimizer is stepped, with the last gradient. Where networks take
+    turns within a step, these are the forward and the backward pass of the last turn.
     """
 
     number: int
@@ -43,8 +44,10 @@ class StepInFlight:
     """Bytes that the forward pass which added most has added, by the counters; None where there are none."""
     prepares_gradients: bool = False
     """Whether an engine converts gradients between the last one and the optimizer's step."""
-    stepped: dict[int, int] = field(default_factory=dict)
-    """How often each optimizer has stepped, by its identity."""
+    stepped: bool = False
+    """Whether an optimizer has stepped."""
+    entered_by: int | None = None
+    """Identity of the module that was called first: each of its calls is a forward pass of one micro batch."""
     marks: StepMarks | None = None
     """Set when the step is over."""
     micro_batches: int = 0
@@ -53,7 +56,14 @@ class StepInFlight:
     """Whether its window has outgrown what one step may take, and was given up."""
     traced_from: int | None = None
     """Number of the micro batch that a trace begins with, from 1; None where it has the whole step."""
+    awaits_end: bool = False
+    """Whether torch will tell of the end of the backward pass at work, which updates parameters."""
+    updated: bool = False
+    """Whether such a backward pass has ended."""
     _in_forward: bool = False
+    _in_optimizer: bool = False
+    _turned: bool = False
+    """Whether a forward pass has ended since an optimizer has begun."""
     _shape: tuple[int, ...] | None = None
     _tokens: int = 0
     _largest: int = 0
@@ -90,10 +100,14 @@ class StepInFlight:
             self._shape, self._tokens = shape, tokens_of(shape, dtype)
             self._largest = self._tokens
 
+    def forward_goes_on(self) -> None:
+        """Notes that the forward pass is at work, by another call than the first one of the micro batch."""
+        self.enter(Phase.FORWARD)
+        self._in_forward, self.awaits_end = True, False
+
     def forward_begins(self, batch: torch.Tensor | None) -> None:
         """Notes a forward pass of the model on one micro batch."""
-        self.enter(Phase.FORWARD)
-        self._in_forward = True
+        self.forward_goes_on()
         self.micro_batches += 1
         self.before_forward = self._reading()
         if batch is not None:
@@ -106,6 +120,7 @@ class StepInFlight:
     def forward_ends(self) -> None:
         """Notes the end of the model's forward pass."""
         self._in_forward = False
+        self._turned = self._turned or not self._in_optimizer  # else it is inside of its closure
         self._forward_end_ns = self._last_pack_ns = self.now_ns()
         self._note(Moment.FORWARD_END)
         before, after = self.before_forward, self.readings.get(Moment.FORWARD_END)
@@ -142,21 +157,23 @@ class StepInFlight:
     def optimizer_begins(self) -> None:
         """Notes that an optimizer begins its step."""
         self._backward_has_run()
-        if self._optimizer_ns is None:
+        self._in_optimizer = True
+        if self._optimizer_ns is None or self._turned:
+            self._turned = False
             self._optimizer_ns = self.now_ns()
             self._note(Moment.BACKWARD_END)
         self.enter(Phase.OPTIMIZER)
 
-    def optimizer_ends(self, optimizer: object, *, inside_backward: bool = False) -> None:
+    def optimizer_ends(self, *, inside_backward: bool = False) -> None:
         """Notes that an optimizer has stepped, maybe inside of a backward pass that goes on now."""
-        self.stepped[id(optimizer)] = self.stepped.get(id(optimizer), 0) + 1
+        self.stepped, self._in_optimizer = True, False
         self.enter(Phase.BACKWARD if inside_backward else Phase.OUTSIDE)
 
     def ends(self) -> StepMarks:
         """Returns the marks of the finished step."""
         self._note(Moment.STEP_END)
         forward_end = max((t for t in (self._forward_end_ns, self._last_pack_ns) if t is not None), default=None)
-        inside = self.prepares_gradients or self._steps_inside_backward()
+        inside = self.prepares_gradients or self._optimizer_ns is None or self._steps_inside_backward()
         backward_end = self._last_gradient_ns if inside and self._last_gradient_ns is not None else self._optimizer_ns
         counters = {
             moment: reading.requested_bytes

@@ -31,15 +31,21 @@ class Tracer:
     """Watches one model and its optimizers on one device, and makes a StepRecord of every step.
 
     A step begins with the first forward pass that may be followed by a backward pass, and ends when every optimizer
-    has stepped; or, with `explicit_steps`, where the training loop calls `begin_step()` and `end_step()`. Forward
-    passes without gradients (evaluation, generation) belong to no step.
+    has stepped that does not idle: a cycle of a generator and its critic is one step, whoever steps more often. An
+    optimizer idles that has not stepped while another one has stepped 16 times; see `cycle.Cycle`. With
+    `explicit_steps` a step is where the training loop calls `begin_step()` and `end_step()`. Forward passes without
+    gradients (evaluation, generation) belong to no step.
+
+    A forward pass is a call of the model. Where the loop calls a method of it or modules inside it instead, and never
+    the model, those that run first stand for it: see `entries.Entries`.
 
     From `detach()` on it holds figures only: model and optimizers are let go, and can be attached again as long as
     somebody else holds them.
 
     Args:
-        model: the module that is trained, with at least one parameter. Its device is the device that is watched: the
-            one that holds most of the parameters' bytes.
+        model: the module that is trained, with at least one parameter; a `ModuleList` of several networks where they
+            are trained together. Its device is the device that is watched: the one that holds most of the parameters'
+            bytes.
         optimizers: one optimizer or several that update the model, wrapped or not.
         config: the settings.
         explicit_steps: whether the loop tells where steps begin and end.
@@ -205,8 +211,8 @@ class Tracer:
     def _release(self) -> None:
         watch, self._watch, self._attached = self._watch, None, False
         if watch is not None:
-            self._passed_before += watch.passed.done
             watch.release()
+            self._passed_before += watch.passed.done
             self._last_window = weakref.ref(watch.window)
         window = self._last_window()
         if window is not None:  # it was released inside a backward pass: the model's next forward pass ends it, or this

@@ -21,7 +21,7 @@ from memtrace.guard import Guard
 from memtrace.sources.events import EventSource, TagEvent
 from memtrace.sources.hooks import HookSet
 from memtrace.sources.saved_tensors import SavedTensorHooks, SavedTensors, saved_tensors
-from memtrace.sources.torch_private import after_backward, backward_is_running
+from memtrace.sources.torch_private import after_backward, backward_is_running, saved_tensor_hooks_allowed
 from memtrace.steps import StepInFlight
 
 MAX_NOTES = 400_000
@@ -61,6 +61,8 @@ class TraceWindow:
         self._tags: ActivationTags | None = None
         self._saved = self._listener()
         self._forward_passes = 0
+        self._transformed = False
+        """Whether the model was called where hooks are forbidden: `torch.func` is used, and may be by a loss too."""
         self._awaits_end = False
         """Whether torch will tell of the end of the backward pass at work."""
 
@@ -103,6 +105,7 @@ class TraceWindow:
     def forward_begins(self) -> None:
         """Puts the saved-tensor hooks on for a forward pass; without a window, takes off what a backward pass left."""
         self._saved.listening, self._awaits_end = True, False
+        self._transformed = self._transformed or not saved_tensor_hooks_allowed()
         if not self.is_open:
             self._let_go()
         elif self._trace_activations:
@@ -129,10 +132,13 @@ class TraceWindow:
             error.add_note("memtrace: its hooks on saved tensors are the reason; set trace_activations=False")
 
     def forward_ends(self, output: object) -> None:
-        """Takes off what hears of saved tensors where the user's own hooks lie below; else a loss may still follow."""
+        """Takes off what hears of saved tensors where the user's own hooks lie below; else a loss may still follow.
+
+        Also where `torch.func` is used, which raises beside hooks: what such a loss saves is known by its life.
+        """
         if self.is_open:
             self._saved.forward_ended(batch_tensors(output))
-        if self._saved.covers_user_hooks:
+        if self._saved.covers_user_hooks or self._transformed:
             self._saved.pop()
 
     def leaves_thread(self) -> None:
@@ -144,14 +150,20 @@ class TraceWindow:
         if threading.current_thread() is not threading.main_thread():
             self._saved.pop()
 
-    def backward_ends(self) -> None:
-        """Claims the gradients before the optimizer uses them.
+    def backward_ends(self, inside: torch.optim.Optimizer | None = None) -> None:
+        """Claims the gradients before an optimizer uses them.
 
         Also after a backward pass whose end was told: they may have been made anew since.
+
+        Args:
+            inside: the optimizer, where it steps inside the backward pass, which goes on: it is one of many.
         """
-        self._saved.listening = True  # where optimizers step inside the backward pass, it goes on
-        self._saved.pop()
-        self._scan.claim_gradients(self._ledger)
+        self._saved.listening = True
+        if inside is not None and not self._scan.engines:
+            self._scan.claim_gradients_of(inside, self._ledger)
+        else:
+            self._saved.pop()
+            self._scan.claim_gradients(self._ledger)
 
     def close(self) -> Timeline | None:
         """Ends the window and replays it; None where the source lost events."""

@@ -17,12 +17,15 @@ from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.storages import canonical_device
 from memtrace.attribution.timeline import StepMarks
+from memtrace.bounds import StepBounds
 from memtrace.breakdown import AllocatorReading, Breakdown, StepCurve, StepRecord
 from memtrace.categories import Moment
 from memtrace.config import TracerConfig
+from memtrace.cycle import Cycle
+from memtrace.entries import Entries
 from memtrace.garbage import uncollected
 from memtrace.guard import Guard
-from memtrace.limitations import Unseen, endless_step, no_forward, too_large, traces_given_up
+from memtrace.limitations import Unseen, too_large
 from memtrace.oom.watch import OomWatch, Publish
 from memtrace.passing import CurrentStep, PassedSteps
 from memtrace.publication import Publication
@@ -38,14 +41,7 @@ from memtrace.sources.ranks import identify
 from memtrace.sources.torch_private import backward_is_running, runs_without_memory
 from memtrace.steps import StepInFlight
 from memtrace.tracing import TraceWindow
-
-_STEPS_WITHOUT_FORWARD = 3
-"""Steps in a row without a forward pass of the model after which memtrace says so."""
-
-_ENDLESS = 512
-"""Micro batches of one step after which memtrace says that it does not end."""
-_FORWARD_PASSES, _TIMES_AS_MANY = 64, 8
-"""Forward passes that a traced step may have: so many, or so many times as many as the largest step before."""
+from memtrace.updates import UpdatesInBackward
 
 
 class Watch:
@@ -92,17 +88,19 @@ class Watch:
         self._hooks = HookSet()
         self.sampler: DeviceSampler | None = None
         self._main_input_name = getattr(model, "main_input_name", None)
-        self.passed = PassedSteps(self._scan, guard, explicit=explicit, main_input_name=self._main_input_name)
+        self._cycle = Cycle(self._scan)
+        self.passed = PassedSteps(
+            self._scan, self._cycle, guard, explicit=explicit, main_input_name=self._main_input_name
+        )
         self._current = CurrentStep(self.passed)
         self._spent_before_ns = self.passed.spent_ns
         self._allocations: int | None = None
         """Allocations of the last step with a record, by the counters; None where there are none."""
         self._micro_batches = 0
         """Its micro batches."""
-        self._most_micro_batches = 0
-        """Micro batches of the finished step that had most."""
-        self._without_forward = 0
-        """Steps in a row in which the model's forward pass was not heard."""
+        self._bounds = StepBounds(published, schedule)
+        self._recomputes = False
+        """Whether the model is called inside the backward pass: by a reentrant checkpoint around all of it."""
         self._set_up(self._scan.device, source)
 
     @property
@@ -119,6 +117,7 @@ class Watch:
         self._ledger = Ledger(device)
         self._counted = CountedSteps(self._scan, self._ledger)
         self._host = HostMemory(self._scan, device)
+        self._updates = UpdatesInBackward(self._scan, self._cycle, self._guard, self._current)
         self.window = TraceWindow(
             model=self.model,
             scan=self._scan,
@@ -154,12 +153,16 @@ class Watch:
             self._scan.claim_persistent(self._ledger, anew=False)
         self._host.look()
         wrap, passed = self._guard.wrap, self.passed
-        self._hooks.before_forward(self.model, passed.before_forward(outside_graphs(wrap(self._on_forward))))
-        self._hooks.after_forward(self.model, passed.after_forward(outside_graphs(wrap(self._on_forward_end))))
+        begins = passed.before_forward(outside_graphs(wrap(self._on_forward)))
+        ends = passed.after_forward(outside_graphs(wrap(self._on_forward_end)))
+        self._hooks.before_forward(self.model, begins)
+        self._hooks.after_forward(self.model, ends)
+        self._entries = Entries(self.model, begins, ends, self._guard)
+        self._hooks.callback(self._entries.release)
         before = passed.before_optimizer(wrap(self._on_optimizer))
         after = passed.after_optimizer(wrap(self._on_optimizer_end))
         for optimizer in self._scan.optimizers:
-            self._hooks.around_step(optimizer, before, after)
+            self._hooks.around_steps(optimizer, self._scan.parts_of(optimizer), before, after)
         self._hooks.callback(self.oom.subscribe())
         self._hooks.callback(at_exit(self._exits))
 
@@ -241,11 +244,18 @@ class Watch:
         if runs_without_memory() or self._is_elsewhere(module, (args, kwargs)):
             return
         self.settle()
-        self._bound()
-        if not torch.is_grad_enabled() or backward_is_running():
-            return  # evaluation, or a checkpoint around the model that computes it again
+        step = self._current.step
+        begins = step is None or step.entered_by in (None, id(module)) or not self._entries.are_followed
+        if begins:
+            self._bounds.look(step, self.window, skipped_passes=self.passed.passes)
+        if not self._is_training(module):
+            return
         if self._explicit and self._current.step is None and self.passed.number is None:
             return
+        if begins and not self._explicit and self._updates.look(step, self._hooks):
+            self.settle()
+        if module is self.model:
+            self._entries.model_begins()
         batch = main_input(args, kwargs, self._main_input_name)
         if self._current.step is None and self.passed.takes(batch):
             return
@@ -253,13 +263,33 @@ class Watch:
             self._begin(self.passed.stop())
         step = self._current.step
         assert step is not None
-        if step.recorded is None:
-            self._scan.look_in_forward()
-            self._decide(step, batch)
-        step.forward_begins(batch)
+        if begins:
+            self._forward_begins(step, module, batch)
+        else:
+            step.forward_goes_on()
         if self.window.is_open:
             claim_batch(args, kwargs, self._ledger)
         self.window.forward_begins()
+
+    def _forward_begins(self, step: StepInFlight, module: nn.Module, batch: torch.Tensor | None) -> None:
+        if step.recorded is None:
+            self._scan.look_in_forward()
+            self._decide(step, batch)
+        if self.window.is_open:
+            self._entries.window_opens(module)
+        step.entered_by = step.entered_by or id(module)
+        step.forward_begins(batch)
+
+    def _is_training(self, module: nn.Module) -> bool:
+        """Whether a call of the module is one of a forward pass of the step, and no evaluation.
+
+        A reentrant checkpoint around the whole model calls it twice: without gradients, and again inside the backward
+        pass, which tells that the first of the two calls is the forward pass.
+        """
+        if backward_is_running():
+            self._recomputes = self._recomputes or (module is self.model and torch.is_grad_enabled())
+            return False
+        return torch.is_grad_enabled() or (self._recomputes and module.training)
 
     def _is_elsewhere(self, module: nn.Module, tensors: object) -> bool:
         """Whether this is a replica of the model on another device: `nn.DataParallel` gives each a thread."""
@@ -271,45 +301,34 @@ class Watch:
             self.oom.raised(error)
             self.window.explain(error)
         self.window.leaves_thread()
+        if module is self.model:
+            self._entries.model_ends()
         step = None if self._is_elsewhere(module, output) else self._current.step
-        if step is None or not torch.is_grad_enabled() or backward_is_running() or runs_without_memory():
+        if step is None or runs_without_memory() or not self._is_training(module):
             return
         step.forward_ends()
         self.window.forward_ends(output)
 
-    def _on_optimizer(self, *_: object) -> None:
-        self.settle()
+    def _on_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if self._updates.begins() and not (self.window.is_open and backward_is_running()):
+            self.end()
         if self._current.step is None:
-            if self._explicit or self.passed.left:
+            if self._explicit or self.passed.optimizer_begins():
                 return
             self._begin()
         assert self._current.step is not None
         self._current.step.optimizer_begins()
         if self.window.is_open:
-            self.window.backward_ends()
+            self.window.backward_ends(optimizer if backward_is_running() else None)
 
     def _on_optimizer_end(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self._current.step is None:
-            if self.passed.left:
-                self.passed.optimizer_ends(optimizer)
-            return
-        self._current.step.optimizer_ends(optimizer, inside_backward=backward_is_running())
-        if not self._explicit and self._scan.finished(self._current.step.stepped):
-            self._current.step.marks = self._current.step.ends()
-            self.settle()
-
-    def _bound(self) -> None:
-        """Ends a window that has outgrown what one step may take: its step goes on without."""
         step = self._current.step
         if step is None:
+            self.passed.optimizer_ends(optimizer)
             return
-        most = _TIMES_AS_MANY * self._most_micro_batches
-        if step.micro_batches > max(_ENDLESS, most):
-            self._published.limit(endless_step(step.micro_batches))
-        if self.window.is_open and self.window.outgrown(max(_FORWARD_PASSES, most)):
-            step.recorded = False
-            self.window.abandon()
-            step.lost = True
+        step.optimizer_ends(inside_backward=backward_is_running())
+        if not self._explicit and self._updates.ends(step, optimizer):
+            self.settle()
 
     def settle(self) -> None:
         """Ends the step in flight if it is over.
@@ -327,6 +346,7 @@ class Watch:
             if self.passed.number is not None:
                 self.passed.step_ends()
             return
+        self._cycle.ends()
         marks = step.marks or step.ends()
         seconds, inside = (marks.end_ns - marks.begin_ns) / 1e9, (self.passed.spent_ns - step.spent_ns) / 1e9
         moments, curve = self._seen(step, marks)
@@ -355,17 +375,16 @@ class Watch:
         self._spent_before_ns = spent_ns
         self._allocations = step.allocations() or self._allocations
         self._micro_batches = step.micro_batches
-        self._most_micro_batches = max(self._most_micro_batches, step.micro_batches)
         lost = step.lost or (bool(step.recorded) and moments is None)
         self._schedule.ended(record, passed_seconds=self.passed.seconds, lost=lost)
-        self._say_what_is_not_seen(step)
-        self._published.sees(Unseen.STEP_END)
-        if step.micro_batches:
-            self._published.sees(Unseen.FORWARD)
+        self._bounds.ended(step, self.model)
+        self._entries.step_ends(step.entered_by, window_is_open=self.window.is_open)
         if record.traced:
             self._published.sees(Unseen.TRACE)
         self._published.publish(record)
         self.passed.plan(self._schedule, following=self._published.steps + 1)
+        if self.passed.left:
+            self._entries.steps_are_skipped()
 
     def _seen(self, step: StepInFlight, marks: StepMarks) -> tuple[Mapping[Moment, Breakdown] | None, StepCurve | None]:
         """Ends the window and returns what it says of the step; nothing without one, or where it lost events."""
@@ -379,11 +398,3 @@ class Watch:
             if step.traced_from is None:
                 self._counted.learn(moments, step.forward_added)
             return moments, self._highest.curve(timeline, marks)
-
-    def _say_what_is_not_seen(self, step: StepInFlight) -> None:
-        self._without_forward = 0 if step.micro_batches else self._without_forward + 1
-        self._schedule.untraceable = self._without_forward >= _STEPS_WITHOUT_FORWARD
-        if self._schedule.untraceable:
-            self._published.limit(no_forward(self.model))
-        if self._schedule.given_up or self._schedule.keeps_being_refused:
-            self._published.limit(traces_given_up())

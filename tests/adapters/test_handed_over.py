@@ -75,12 +75,15 @@ class Skips(torch.optim.Optimizer):
         return self.wrapped.step(closure)
 
 
-class HoldsAsBase(Skips):
-    """The same, with the inner optimizer where it can be found."""
+class Hides(Skips):
+    """The same, with the inner optimizer in a function."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
-        super().__init__(inner)
-        self.base = inner
+        self._inner = lambda: inner
+
+    @property
+    def wrapped(self) -> torch.optim.Optimizer:
+        return self._inner()
 
 
 def _adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -155,10 +158,10 @@ FOUND = {
     # optimizer: bytes of its state for each byte of the weights, without step counters
     "layer-wise dummy": (_layer_wise, 2),
     "ScheduleFreeWrapper": (_schedule_free, 1),
-    "no Optimizer.__init__, held as base": (lambda model: HoldsAsBase(_adamw(model)), 2),
+    "no Optimizer.__init__": (lambda model: Skips(_adamw(model)), 2),
 }
 UNKNOWN = {
-    "no Optimizer.__init__, held nowhere known": lambda model: Skips(_adamw(model)),
+    "no Optimizer.__init__, held where nobody can look": lambda model: Hides(_adamw(model)),
     "another model's": lambda model: _adamw(Classifier()),
 }
 

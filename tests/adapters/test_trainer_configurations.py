@@ -34,7 +34,7 @@ from transformers import (
 from transformers.trainer_utils import BestRun, HPSearchBackend
 from transformers.training_args import OptimizerNames
 
-from memtrace import MemTraceCallback
+from memtrace import Category, MemTraceCallback, Moment
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,13 +53,13 @@ Metrics = Mapping[str, float]
 Body = Callable[[Trainer], Any]
 
 
-def llama(**more: Any) -> LlamaForCausalLM:
+def llama(width: int = 16, **more: Any) -> LlamaForCausalLM:
     """The one model: two layers, with dropout so that random numbers count."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         attention_dropout=0.1,
@@ -413,12 +413,13 @@ TABLE: dict[str, Configuration] = {
     "eager attention": Configuration(model=lambda: llama(attn_implementation="eager")),
     "other seeds": _with(data_seed=3, seed=5),
     "tokens counted": _with(include_num_input_tokens_seen="all"),
-    **{f"optimizer {name}": _with(optim=name) for name in _OPTIMIZERS},
     **{
         f"schedule {name}": _with(lr_scheduler_type=name, lr_scheduler_kwargs=kwargs, warmup_steps=1)
         for name, kwargs in _SCHEDULERS.items()
     },
 }
+OPTIMIZERS = {name: Configuration(arguments={"optim": name}, model=lambda: llama(64)) for name in _OPTIMIZERS}
+"""With matrices that are large enough for state of 8 bits."""
 COMPILED: dict[str, Configuration] = {
     "eager": _with(torch_compile=True, torch_compile_backend="eager"),
     "aot_eager": _with(torch_compile=True, torch_compile_backend="aot_eager"),
@@ -429,6 +430,15 @@ COMPILED: dict[str, Configuration] = {
 
 def _weights(model: nn.Module) -> list[list[float]]:
     return [parameter.detach().float().flatten().tolist() for parameter in model.parameters()]
+
+
+def _state_bytes(optimizer: Any) -> int:
+    """Returns the bytes of what the innermost optimizer has in its state and in tables of its own."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    held = [*optimizer.state.values(), *(value for value in vars(optimizer).values() if isinstance(value, dict))]
+    tensors = [value for state in held for value in state.values() if torch.is_tensor(value)]
+    return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def _unchanging(value: Any) -> Any:
@@ -471,6 +481,7 @@ def _run(configuration: Configuration, directory: Path) -> dict[str, Any]:
         "answer": _unchanging(answer),
         "log": _unchanging(trainer.state.log_history),
         "weights": _weights(trainer.model),
+        "state": _state_bytes(trainer.optimizer),
         "steps": trainer.state.global_step,
         "batch size": trainer._train_batch_size,
         "random numbers": torch.rand(3).tolist(),
@@ -488,12 +499,16 @@ def frozen() -> Iterator[None]:
 
 @pytest.fixture
 def watching(monkeypatch: pytest.MonkeyPatch) -> list[MemTraceCallback]:
-    """Puts the callback among Trainer's defaults; returns those that Trainers have made."""
+    """Puts the callback among Trainer's defaults, to trace every step; returns those that Trainers have made."""
+    return _watching(monkeypatch, trace_every=1)
+
+
+def _watching(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[MemTraceCallback]:
     made: list[MemTraceCallback] = []
 
     class Watching(MemTraceCallback):
         def __init__(self) -> None:
-            super().__init__(port=None, device_poll_seconds=0, trace_every=1, strict=True)
+            super().__init__(port=None, device_poll_seconds=0, strict=True, **settings)
             made.append(self)
 
     defaults = [*transformers.trainer.DEFAULT_CALLBACKS, Watching]
@@ -501,7 +516,8 @@ def watching(monkeypatch: pytest.MonkeyPatch) -> list[MemTraceCallback]:
     return made
 
 
-def _same(configuration: Configuration, directory: Path, watching: list[MemTraceCallback]) -> None:
+def _same(configuration: Configuration, directory: Path, watching: list[MemTraceCallback]) -> dict[str, Any]:
+    """Returns what the run with the callback has given."""
     watched = _run(configuration, directory / "watched")
     callbacks = list(watching)
     with pytest.MonkeyPatch.context() as patch:
@@ -514,6 +530,7 @@ def _same(configuration: Configuration, directory: Path, watching: list[MemTrace
         assert callback.tracer is not None
         assert callback.tracer.snapshot().up
         assert any(record.traced for record in callback.tracer.history)
+    return watched
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -524,6 +541,30 @@ def test_trains_as_without_memtrace(
     """Losses, metrics, decisions, random numbers and final weights have the same bits."""
     monkeypatch.setitem(transformers.trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.RAY, _Search)
     _same(TABLE[name], tmp_path, watching)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_by_default(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the settings as they come: all of its state is found, and two losses are all that nobody claims."""
+    watching = _watching(monkeypatch)
+    watched = _same(OPTIMIZERS[name], tmp_path, watching)
+    assert watching[0].tracer is not None
+    record = watching[0].tracer.snapshot().latest_traced
+    assert record is not None
+    weights = 4 * sum(map(len, watched["weights"]))
+    end = record.moments[Moment.STEP_END]
+    assert end[Category.WEIGHTS] == weights
+    assert end[Category.OPTIMIZER_STATE] == watched["state"]
+    assert record.moments[Moment.BACKWARD_END][Category.GRADIENTS] == weights
+    for moment in record.moments.values():
+        assert moment.total_bytes == moment.allocated_bytes
+        assert moment[Category.UNATTRIBUTED] <= 8
+
+
+def test_the_table_of_optimizers_has_state_of_every_kind() -> None:
+    """Names that begin in another way than those without a package are in it."""
+    assert {"adamw_torch_fused", "adafactor", "paged_adamw_8bit", "lion_8bit", "schedule_free_sgd"} <= set(OPTIMIZERS)
 
 
 @pytest.mark.long
@@ -539,5 +580,5 @@ def test_compiled_models_train_as_without_memtrace(name: str, tmp_path: Path, wa
 
 def test_every_configuration_is_its_own() -> None:
     """At least forty, and no two are the same."""
-    assert len(TABLE) + len(COMPILED) >= 40
+    assert len(TABLE) + len(OPTIMIZERS) + len(COMPILED) >= 40
     assert len({repr(configuration) for configuration in TABLE.values()}) == len(TABLE)

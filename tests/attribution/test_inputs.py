@@ -18,6 +18,23 @@ def test_tensors_in_nested_arguments() -> None:
     assert [t.numel() for t in batch_tensors(([a, "text"], {"x": (b, None), "y": {"z": c}}, 7))] == [1, 2, 3]
 
 
+class Unreadable(dict[str, Any]):
+    def values(self) -> Any:
+        raise ConnectionError("the samples are elsewhere")
+
+
+class Halfway(list[Any]):
+    def __iter__(self) -> Any:
+        yield torch.zeros(1)
+        raise StopAsyncIteration
+
+
+def test_a_container_that_cannot_be_gone_through_is_unknown() -> None:
+    """Whatever it raises, and however far it came; what lies beside it is found."""
+    batch = (Unreadable(x=torch.zeros(1)), [Halfway([1]), torch.zeros(7)], {"y": torch.zeros(8)})
+    assert [tensor.numel() for tensor in batch_tensors(batch)] == [7, 8]
+
+
 def test_all_of_them_are_inputs() -> None:
     """By position and by name; a tensor that is given twice counts once, and a weight stays a weight."""
     ledger = Ledger(torch.device("cpu"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import claim_model
-from memtrace.attribution.optimizers import HandedOver, claim_optimizer, find_optimizers
+from memtrace.attribution.optimizers import HandedOver, claim_optimizers, find_optimizers
 from memtrace.attribution.scan import Scan
 from memtrace.categories import Category
 from memtrace.errors import ConfigError
@@ -69,7 +70,7 @@ def trained(name: str, settings: dict[str, Any]) -> tuple[nn.Module, torch.optim
 def claimed(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """What the ledger says after model and optimizer were claimed, without the weights."""
     ledger = Ledger(CPU)
-    claim_optimizer(optimizer, claim_model(model, ledger), ledger)
+    claim_optimizers([optimizer], claim_model(model, ledger), ledger)
     return {"/".join(tag): size for tag, size in ledger.totals().items() if tag.category is not Category.WEIGHTS}
 
 
@@ -130,6 +131,23 @@ class Moments:
     history: list[torch.Tensor]
 
 
+@dataclass
+class Half:
+    """A dataclass with a field that has no value yet."""
+
+    mean: torch.Tensor
+    later: torch.Tensor = field(init=False)
+
+
+class Closed(dict):  # type: ignore[type-arg]
+    """A mapping that cannot be gone through."""
+
+    def items(self) -> Any:
+        raise RuntimeError("closed")
+
+    values = __iter__ = items
+
+
 class Scale:
     """State in an object."""
 
@@ -159,6 +177,9 @@ def floats(count: int) -> torch.Tensor:
         ({"a": {0: floats(1), 1: floats(2)}}, {"a": 12}),
         ({"m": Moments(floats(2), [floats(1), floats(1)])}, {"m.mean": 8, "m.history": 8}),
         ({"scale": Scale(floats(5))}, {"scale.values": 20}),
+        ({"half": Half(floats(3))}, {"half.mean": 12}),
+        ({"closed": Closed(), "other": floats(2)}, {"other": 8}),
+        ({"order": range(10**15), "bits": array("b", bytes(9)), "other": floats(2)}, {"other": 8}),
         ({"step": 7, "name": "text", "rate": 0.5, "none": None, "call": floats}, {}),
     ],
 )
@@ -204,7 +225,7 @@ class TestMasterWeights:
         model, temperature = Matrices(), nn.Parameter(torch.zeros(3))
         optimizer = torch.optim.SGD([*model.parameters(), temperature], lr=0.1)
         ledger = Ledger(CPU)
-        claim_optimizer(optimizer, claim_model(model, ledger), ledger)
+        claim_optimizers([optimizer], claim_model(model, ledger), ledger)
         assert ledger.role_of(temperature) is Category.WEIGHTS
 
     def test_a_copy_of_the_same_precision_is_no_master(self) -> None:
@@ -213,7 +234,7 @@ class TestMasterWeights:
         average = nn.Parameter(model.first.weight.detach().clone())
         optimizer = torch.optim.SGD([*model.parameters(), average], lr=0.1)
         ledger = Ledger(CPU)
-        claim_optimizer(optimizer, claim_model(model, ledger), ledger)
+        claim_optimizers([optimizer], claim_model(model, ledger), ledger)
         assert ledger.role_of(average) is Category.WEIGHTS
 
 
@@ -312,6 +333,42 @@ class TestWrappers:
         model = Matrices()
         base = torch.optim.SGD(model.parameters(), lr=0.1)
         assert find_optimizers(ScheduleFreeWrapper(base), model).stepping == [base]
+
+    def test_whatever_a_wrapper_is_called_and_holds_besides(self) -> None:
+        """Containers that cannot be gone through, attributes that raise, what only looks as if it could be stepped."""
+
+        class Odd(Wrapper):
+            @property
+            def param_groups(self) -> Any:
+                raise RuntimeError("not yet")
+
+        model = Matrices()
+        bare = torch.optim.SGD(model.parameters(), lr=0.1)
+        wrapper = Odd("whatever", [{"deep": bare}])
+        wrapper.closed, wrapper.order, wrapper.itself = Closed(), range(10**15), [wrapper]  # type: ignore[attr-defined]
+        found = find_optimizers(wrapper, model)
+        assert found.stepping == [bare]
+        assert found.holding == [bare]
+        Scan(model, wrapper).claim_persistent(Ledger(CPU))
+
+    def test_what_is_kept_in_attributes_and_groups(self) -> None:
+        """Has the name of the attribute, or of a master copy; parameters and state stay what they are."""
+        model = Matrices()
+        bare = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.9)
+        bare.param_groups[0]["state"] = {model.first.weight: {"ema": floats(7)}}
+        wrapper = Wrapper("inner", bare)
+        wrapper.slow = [[floats(3)], {model.first.weight: floats(4)}]  # type: ignore[attr-defined]
+        wrapper.fp32_copies, wrapper.parameters = (floats(5),), list(model.parameters())  # type: ignore[attr-defined]
+        ledger = Ledger(CPU)
+        Scan(model, wrapper).claim_persistent(ledger)
+        found = {"/".join(tag[:2]): size for tag, size in ledger.totals().items()}
+        assert found == {
+            "weights/trainable": 200,
+            "optimizer_state/lr": 4,
+            "optimizer_state/ema": 28,
+            "optimizer_state/slow": 28,
+            "master_weights/": 20,
+        }
 
     def test_wrappers_in_a_circle(self) -> None:
         """Each is looked into once."""

@@ -42,15 +42,18 @@ class InternalMaster(torch.optim.Optimizer):
 
 
 class StateElsewhere(torch.optim.Optimizer):
-    """Heavy ball whose momentum is in an attribute of its own."""
+    """Heavy ball whose momentum is in an attribute of its own, or where nobody can look."""
 
-    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterator[nn.Parameter], *, hidden: bool = False) -> None:
         super().__init__(parameters, {})
-        self.velocity = {p: torch.zeros_like(p) for group in self.param_groups for p in group["params"]}
+        velocity = {p: torch.zeros_like(p) for group in self.param_groups for p in group["params"]}
+        if not hidden:
+            self.velocity = velocity
+        self._velocities = velocity.items
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        for parameter, velocity in self.velocity.items():
+        for parameter, velocity in self._velocities():
             velocity.mul_(0.9).add_(parameter.grad)
             parameter.sub_(velocity, alpha=0.01)
 
@@ -174,9 +177,17 @@ def test_an_internal_float32_copy_is_a_master():
     assert peak[Category.UNATTRIBUTED] <= 0.01 * peak.total_bytes
 
 
-def test_state_kept_elsewhere_is_unattributed():
-    """What an optimizer keeps outside `state` is shown as claimed by nobody, all of it."""
+def test_state_in_an_attribute_is_found():
+    """What an optimizer keeps outside `state` has the name of the attribute."""
     parameters, record = train(of(StateElsewhere))
+    end = record.moments[Moment.STEP_END]
+    assert state_of(end, parameters) == {"velocity": 4.0}
+    assert end[Category.UNATTRIBUTED] <= 0.01 * 4 * parameters
+
+
+def test_state_that_nobody_can_look_at_is_unattributed():
+    """Shown as claimed by nobody, all of it."""
+    parameters, record = train(of(StateElsewhere, hidden=True))
     unattributed = record.moments[Moment.STEP_END][Category.UNATTRIBUTED]
     assert 4 * parameters <= unattributed <= 1.01 * 4 * parameters
     assert record.moments[Moment.STEP_END].total_bytes == record.moments[Moment.STEP_END].allocated_bytes
@@ -206,7 +217,7 @@ def test_one_optimizer_per_parameter_inside_the_backward_pass():
     assert record.traced
     assert end.total_bytes == end.allocated_bytes
     assert state_of(end, parameters) == ADAM
-    assert end[Category.GRADIENTS] == 4 * 64 * 128, "the first layer's, which is not yet set to None"
+    assert end[Category.GRADIENTS] == 0, "the step ends with its backward pass"
     peak = record.moments[Moment.PEAK]
     assert peak[Category.GRADIENTS] < 4 * parameters
     assert peak[Category.UNATTRIBUTED] <= 0.01 * peak.total_bytes

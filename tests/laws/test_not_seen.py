@@ -10,6 +10,8 @@ import pytest
 import torch
 from prometheus_client import generate_latest
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from memtrace.breakdown import AllocatorReading
 from memtrace.config import TracerConfig
@@ -33,6 +35,9 @@ class Model(nn.Module):
 
     def loss(self, rows: torch.Tensor) -> torch.Tensor:
         return self.layers(rows).square().mean()
+
+    def without_modules(self, rows: torch.Tensor) -> torch.Tensor:
+        return F.linear(rows, self.layers[0].weight).square().mean()
 
 
 class Lossy(CpuEvents):
@@ -70,6 +75,19 @@ def by_another_method(model: Model, optimizer: torch.optim.Optimizer, tracer: Tr
         steps(model.loss, optimizer, 6)
 
 
+def by_no_module(model: Model, optimizer: torch.optim.Optimizer, tracer: Tracer) -> None:
+    with tracer:
+        steps(model.without_modules, optimizer, 6)
+
+
+def checkpointed_whole(model: Model, optimizer: torch.optim.Optimizer, tracer: Tracer) -> None:
+    def call(rows: torch.Tensor) -> torch.Tensor:
+        return checkpoint(model, rows.clone().requires_grad_(), use_reentrant=True)
+
+    with tracer:
+        steps(call, optimizer, 6)
+
+
 def compiled_before(model: Model, optimizer: torch.optim.Optimizer, tracer: Tracer) -> None:
     caller = torch.compile(lambda rows: 2 * model(rows), backend="eager")
     steps(caller, optimizer, 1)
@@ -90,7 +108,9 @@ def many_steps(model: Model, optimizer: torch.optim.Optimizer, tracer: Tracer) -
 
 WAYS = {
     "as usual": (as_usual, CpuEvents, ()),
-    "by another method": (by_another_method, CpuEvents, (Unseen.FORWARD,)),
+    "by another method": (by_another_method, CpuEvents, ()),
+    "by no module": (by_no_module, CpuEvents, (Unseen.FORWARD,)),
+    "whole in a reentrant checkpoint": (checkpointed_whole, CpuEvents, ()),
     "compiled before attach": (compiled_before, CpuEvents, (Unseen.FORWARD,)),
     "by another optimizer": (by_another_optimizer, CpuEvents, (Unseen.STEP_END,)),
     "windows are lost": (many_steps, Lossy, (Unseen.TRACE,)),

@@ -18,6 +18,7 @@ from laws.ways_of_graphs import (
     kept_for_longer,
     part_of_the_graph,
 )
+from laws.ways_of_updates import FORMS, steps_of_another_form
 
 
 def out_of_memory() -> torch.OutOfMemoryError:
@@ -327,6 +328,9 @@ def _ways() -> Iterator[Way]:
         a_hook_that_replaces,
     ):
         yield Way(play.__name__.replace("_", "-"), play)
+    for form in FORMS:
+        name = "updates-by-" + form.__name__.replace("_", "-")
+        yield Way(name, partial(steps_of_another_form, form=form), LIVES[:2])
     for dropped in (False, True):
         name = "optimizer-replaced" + ("-and-dropped" if dropped else "")
         yield Way(name, partial(optimizer_replaced, dropped=dropped), ends=False)

@@ -50,6 +50,52 @@ class TestHookSet:
         optimizer.step()
         assert calls == ["before", "after"]
 
+    def test_around_a_wrapper_and_what_it_wraps(self) -> None:
+        """Its own step is one, whatever it steps inside, and so are all of its parts stepped by the loop; after a step
+        that has raised, too. Always with the wrapper."""
+        wrapper, *parts = (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1) for _ in range(3))
+        calls: list[str] = []
+
+        def told(when: str) -> Any:
+            return lambda optimizer, *_: calls.append(when if optimizer is wrapper else "another one")
+
+        def steps_its_parts() -> float:
+            for part in parts:
+                part.step()
+            return 0.0
+
+        def raises() -> float:
+            parts[0].step()
+            raise LookupError
+
+        with HookSet() as hooks:
+            hooks.around_steps(wrapper, parts, told("before"), told("after"))
+            steps_its_parts()
+            assert [calls.pop(0) for _ in range(3)] == ["before", "before", "after"]
+            wrapper.step(steps_its_parts)
+            with pytest.raises(LookupError):
+                wrapper.step(raises)
+            wrapper.step()
+            steps_its_parts()
+        assert calls == ["before", "after", "before", "before", "after", "before", "before", "after"]
+
+    def test_a_gradient_is_seen_before_hooks_take_it(self) -> None:
+        """Those of the user keep their order, and are all that is there afterwards."""
+        weight, calls = nn.Parameter(torch.ones(1)), []
+
+        def takes(parameter: nn.Parameter) -> None:
+            calls.append("takes")
+            parameter.grad = None
+
+        weight.register_post_accumulate_grad_hook(takes)
+        handle = weight.register_post_accumulate_grad_hook(lambda _: calls.append("second"))
+        with HookSet() as hooks:
+            hooks.after_gradient([weight], lambda parameter: calls.append(parameter.grad.item()))
+            (weight * 3).sum().backward()
+        handle.remove()
+        (weight * 3).sum().backward()
+        assert calls == [3.0, "takes", "second", "takes"]
+
     def test_after_each_gradient_that_can_come(self) -> None:
         """Of parameters that are trained; frozen ones and results have none accumulated."""
         model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))

@@ -28,8 +28,8 @@ class MemoryTracer(Tracer):
     ```
 
     Args:
-        model: the module that is trained.
-        optimizers: one optimizer or several that update it.
+        model: the module that is trained; of several networks `nn.ModuleList([generator, critic])`.
+        optimizers: one optimizer or several that update it. With several a step ends with the cycle: see `Tracer`.
         config: settings; the defaults serve metrics on port 16368 + local rank and write the step log to
             `memtrace-runs/<run_name>`.
         log_dir: where the step log goes when the settings do not say.

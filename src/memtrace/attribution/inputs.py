@@ -10,17 +10,26 @@ import torch
 
 from memtrace.attribution.ledger import Ledger
 from memtrace.categories import Category
+from memtrace.guard import ask
 
 _MAX_DEPTH = 8
+_PLAIN = (list, tuple, dict)
 
 
 def batch_tensors(batch: object, depth: int = 0) -> Iterator[torch.Tensor]:
-    """Yields every tensor in sequences and mappings, in order, as far as eight levels deep: some hold themselves."""
+    """Yields every tensor in sequences and mappings, in order, as far as eight levels deep: some hold themselves.
+
+    What a container of the user's holds that cannot be gone through is unknown.
+    """
     if isinstance(batch, torch.Tensor):
         yield batch
     elif depth < _MAX_DEPTH and isinstance(batch, (list, tuple, Mapping)):
-        for item in batch.values() if isinstance(batch, Mapping) else batch:
+        for item in _items(batch) if type(batch) in _PLAIN else ask(_items, batch) or ():
             yield from batch_tensors(item, depth + 1)
+
+
+def _items(container: list[object] | tuple[object, ...] | Mapping[object, object]) -> list[object]:
+    return list(container.values() if isinstance(container, Mapping) else container)
 
 
 def claim_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any], ledger: Ledger) -> None:

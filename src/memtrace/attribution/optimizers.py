@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -26,18 +26,9 @@ from memtrace.guard import ask
 _MASTER_NAME = re.compile(r"master|fp32|float32|full_precision")
 
 
-_HELD_AS = (
-    "optimizer",  # Accelerate, DeepSpeed, apex
-    "base",  # ScheduleFreeWrapper
-    "optim",  # ZeroRedundancyOptimizer
-    "base_optimizer",  # SAM, Lookahead
-    "inner_optimizer",
-    "_optimizer",
-    "optimizers",
-    "chained_optimizers",  # Megatron
-    "optimizer_dict",  # layer-wise GaLore and APOLLO under Trainer: one for each parameter
-)
-"""Attributes under which wrappers hold what really steps: one optimizer, or several in a list or a dictionary."""
+_NO_PARTS = frozenset({"state", "param_groups", "defaults"})
+"""Attributes of every optimizer of torch, as its hooks are: they hold no other optimizer, and may hold very much."""
+_MAX_DEPTH = 8
 
 
 class HandedOver(tuple[Any, ...]):
@@ -49,8 +40,13 @@ class Optimizers(NamedTuple):
 
     stepping: Sequence[torch.optim.Optimizer]
     """Those whose steps are counted: torch optimizers that update the model, the outermost of each chain."""
+    parts: Mapping[int, Sequence[torch.optim.Optimizer]]
+    """The torch optimizers that one of these wraps, by its identity, the outermost of them that update the model too:
+    where it has other methods than `step` (sharpness-aware minimisation has two), theirs is the one that is called."""
     holding: Sequence[Any]
     """Those with parameter groups and state, wrappers and what they wrap included; each state once."""
+    chained: Sequence[Any]
+    """All of them, wrappers included that are no optimizers."""
     odd: Sequence[str]
     """What is wrong with each one given that does not update the model."""
 
@@ -71,19 +67,34 @@ def find_optimizers(
         parameters: those of the model, where somebody has listed them already.
     """
     trained = _Trained(list(model.parameters()) if parameters is None else parameters)
-    stepping: list[torch.optim.Optimizer] = []
+    stepping: dict[int, torch.optim.Optimizer] = {}
+    parts: dict[int, Sequence[torch.optim.Optimizer]] = {}
     holding: dict[int, Any] = {}
+    chained: dict[int, Any] = {}
     odd: list[str] = []
+
+    def updates(optimizer: torch.optim.Optimizer) -> bool:
+        return owned(optimizer) or trained.by(optimizer)
+
     for one in flat(given):
-        found = list(_stepping(one, lambda optimizer: owned(optimizer) or trained.by(optimizer), set()))
+        chain = list(wrapping_chain(one))
+        trained.take_keyed(chain)
+        found = list(_stepping(one, updates, set()))
         if not found:
             odd.append(_what_is_odd(one, model))
             continue
-        stepping.extend(found)
-        for holder in wrapping_chain(one):
-            if hasattr(holder, "param_groups") and isinstance(getattr(holder, "state", None), Mapping):
-                holding[id(holder.state)] = holder  # the innermost of them: it lives as long as any
-    return Optimizers(list({id(optimizer): optimizer for optimizer in stepping}.values()), list(holding.values()), odd)
+        stepping |= {id(optimizer): optimizer for optimizer in found}
+        chained |= {id(holder): holder for holder in chain}
+        for optimizer in found:
+            seen = {id(optimizer)}
+            below = [part for held in _held(optimizer) for part in _stepping(held, updates, seen)]
+            if below and not any(_is_same(part, optimizer) for part in below):
+                parts[id(optimizer)] = below
+        for optimizer in chain:
+            groups, state = ask(getattr, optimizer, "param_groups", None), ask(getattr, optimizer, "state", None)
+            if groups is not None and isinstance(state, Mapping):
+                holding[id(state)] = optimizer  # the innermost of them: it lives as long as any
+    return Optimizers(list(stepping.values()), parts, list(holding.values()), list(chained.values()), odd)
 
 
 def wrapping_chain(optimizer: object) -> Iterator[Any]:
@@ -118,20 +129,43 @@ def _steps(optimizer: object) -> TypeGuard[torch.optim.Optimizer]:
     return "_optimizer_step_pre_hooks" in getattr(optimizer, "__dict__", ())
 
 
+def _is_same(part: torch.optim.Optimizer, wrapper: torch.optim.Optimizer) -> bool:
+    """Whether a wrapper shares the hooks of what it wraps: whoever steps either of them is heard once."""
+    return part._optimizer_step_pre_hooks is wrapper._optimizer_step_pre_hooks
+
+
 def _held(optimizer: object) -> Iterator[object]:
-    for name in _HELD_AS:
-        for part in flat(ask(getattr, optimizer, name, None)):
-            if hasattr(part, "step") and not isinstance(part, type):
-                yield part
+    """Yields what an object holds that can be stepped: whatever its attribute is called, in containers too."""
+    for part in _attributes(optimizer).values():
+        for one in flat(part):
+            if not isinstance(one, (torch.Tensor, type)) and callable(ask(getattr, one, "step", None)):
+                yield one
 
 
-def flat(given: object) -> Iterator[object]:
-    """Yields what lists, tuples and dictionaries hold, in order, and anything else as it is."""
+def _attributes(optimizer: object) -> Mapping[str, object]:
+    """Returns what an optimizer has beside what those of torch have, by name."""
+    own = getattr(optimizer, "__dict__", {})
+    found = {name: value for name, value in own.items() if name not in _NO_PARTS and "hook" not in name}
+    if "optimizer" not in own:  # the name that wrappers give it where it is no plain attribute
+        found["optimizer"] = ask(getattr, optimizer, "optimizer", None)
+    return found
+
+
+def flat(given: object, depth: int = 0) -> Iterator[object]:
+    """Yields what lists, tuples and dictionaries hold, in order, and anything else as it is; eight levels deep.
+
+    What a container of the user's holds that cannot be gone through is unknown.
+    """
     if isinstance(given, (list, tuple, Mapping)):
-        for part in given.values() if isinstance(given, Mapping) else given:
-            yield from flat(part)
+        if depth < _MAX_DEPTH:
+            for part in ask(_values, given) or ():
+                yield from flat(part, depth + 1)
     elif given is not None:
         yield given
+
+
+def _values(container: list[object] | tuple[object, ...] | Mapping[object, object]) -> list[object]:
+    return list(container.values() if isinstance(container, Mapping) else container)
 
 
 def _what_is_odd(given: object, model: nn.Module) -> str:
@@ -157,40 +191,76 @@ class _Trained:
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
         self._parameters = parameters
         self._known = {id(parameter) for parameter in parameters}
+        self._keyed: set[int] = set()
         self._copies: _Copies | None = None
 
+    def take_keyed(self, holders: Iterable[object]) -> None:
+        """Notes optimizers that are held under a parameter of the model, as those are that update a copy of it."""
+        for holder in holders:
+            for held in _attributes(holder).values():
+                if isinstance(held, Mapping):
+                    items = ask(lambda mapping: list(mapping.items()), held) or ()
+                    self._keyed |= {id(optimizer) for key, optimizer in items if id(key) in self._known}
+
     def by(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the optimizer updates one of them, or higher-precision copies only."""
+        """Whether the optimizer updates one of them, or copies of them only."""
         ours = list(optimizer_parameters(optimizer))
-        if any(id(parameter) in self._known for parameter in ours):
+        if id(optimizer) in self._keyed or any(id(parameter) in self._known for parameter in ours):
             return True
         self._copies = self._copies or _Copies(self._parameters)
         return bool(ours) and all(map(self._copies.may_have, ours))
 
 
-def claim_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], ledger: Ledger) -> None:
-    """Claims the optimizer's parameters that are not among the model's `parameters`, and all tensors in its state.
+def claim_optimizers(
+    optimizers: Iterable[torch.optim.Optimizer], parameters: Sequence[torch.Tensor], ledger: Ledger
+) -> None:
+    """Claims the optimizers' parameters that are not among the model's `parameters`, and all tensors in their states.
 
     Call after `claim_model`: parameters that the ledger knows as weights stay weights.
     """
-    claimed = {id(parameter) for parameter in parameters}
-    copies: _Copies | None = None
-    for parameter in optimizer_parameters(optimizer):
-        if id(parameter) not in claimed and ledger.role_of(parameter) is None:
-            copies = copies or _Copies(parameters)
-            if copies.may_have(parameter):
-                ledger.claim(parameter, Category.MASTER_WEIGHTS)
-            else:
-                ledger.claim(parameter, Category.WEIGHTS, "trainable")
+    claimed, copies = {id(parameter) for parameter in parameters}, _Copies(parameters)
     state: dict[str, list[torch.Tensor]] = {}
-    for of_parameter in optimizer.state.values():
-        for component, tensor in state_tensors(of_parameter):
-            state.setdefault(component, []).append(tensor)
+    for optimizer in optimizers:
+        ours = list(optimizer_parameters(optimizer))
+        others = [parameter for parameter in ours if id(parameter) not in claimed]
+        for parameter in others:
+            if ledger.role_of(parameter) is None:
+                if copies.may_have(parameter, of_any_precision=len(others) == len(ours)):
+                    ledger.claim(parameter, Category.MASTER_WEIGHTS)
+                else:
+                    ledger.claim(parameter, Category.WEIGHTS, "trainable")
+        for of_parameter in optimizer.state.values():
+            for component, tensor in state_tensors(of_parameter):
+                state.setdefault(component, []).append(tensor)
     for component, tensors in state.items():
         if _names_master(component):
             ledger.claim_all(tensors, Category.MASTER_WEIGHTS)
         else:
             ledger.claim_all(tensors, Category.OPTIMIZER_STATE, component)
+
+
+def claim_kept_elsewhere(holders: Iterable[Any], ledger: Ledger) -> None:
+    """Claims what optimizers and their wrappers keep outside of their state and nobody else has claimed.
+
+    That are tensors in containers of any depth, as attributes (slow weights, moments by the names of parameters) or in
+    parameter groups. The name of the attribute is the component. Call when all else is claimed.
+    """
+    for holder in holders:
+        groups = ask(getattr, holder, "param_groups", None) or ()
+        of_groups = [item for group in groups for item in group.items() if item[0] != "params"]
+        for name, value in (*_attributes(holder).items(), *of_groups):
+            for component, tensor in _named_tensors(name, value):
+                if ledger.role_of(tensor) is None:
+                    master = _names_master(component)
+                    category = Category.MASTER_WEIGHTS if master else Category.OPTIMIZER_STATE
+                    ledger.claim(tensor, category, "" if master else component)
+
+
+def _named_tensors(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
+    if name == "state":  # of a parameter group: as the state of an optimizer
+        yield from state_tensors(value)
+    else:
+        yield from ((name, part) for part in flat(value) if isinstance(part, torch.Tensor))
 
 
 @cache
@@ -199,21 +269,40 @@ def _names_master(component: str) -> bool:
 
 
 class _Copies:
-    """What master copies of a model's parameters can look like: asked for many tensors, looked up once."""
+    """What copies of a model's parameters can look like: asked for many tensors, looked up once."""
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
-        self._shapes: dict[int, set[torch.Size]] = {}
-        self._elements: Counter[int] = Counter()
-        for parameter in parameters:
-            if parameter.is_floating_point():
-                size = parameter.element_size()
-                self._shapes.setdefault(size, set()).add(parameter.shape)
-                self._elements[size] += parameter.numel()
+        self._parameters = parameters
 
-    def may_have(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor has higher precision and the shape of a parameter, or is flat over several."""
+    @cached_property
+    def _shapes(self) -> Mapping[int, set[torch.Size]]:
+        """The shapes of the parameters by the bytes of an element."""
+        shapes: dict[int, set[torch.Size]] = {}
+        for parameter in self._parameters:
+            if parameter.is_floating_point():
+                shapes.setdefault(parameter.element_size(), set()).add(parameter.shape)
+        return shapes
+
+    @cached_property
+    def _elements(self) -> Mapping[int, int]:
+        """The elements of the parameters by the bytes of one."""
+        elements: Counter[int] = Counter()
+        for parameter in self._parameters:
+            if parameter.is_floating_point():
+                elements[parameter.element_size()] += parameter.numel()
+        return elements
+
+    def may_have(self, tensor: torch.Tensor, *, of_any_precision: bool = False) -> bool:
+        """Whether the tensor has the shape of a parameter, or is flat over several, and higher precision.
+
+        Args:
+            tensor: what an optimizer updates.
+            of_any_precision: whether the precision may be any: the optimizer updates nothing else.
+        """
         if not tensor.is_floating_point():
             return False
+        if of_any_precision and any(tensor.shape in shapes for shapes in self._shapes.values()):
+            return True
         lower = [size for size in self._shapes if size < tensor.element_size()]
         if any(tensor.shape in self._shapes[size] for size in lower):
             return True

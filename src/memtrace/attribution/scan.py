@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -17,12 +17,19 @@ from memtrace.attribution.held import Held
 from memtrace.attribution.hidden import HiddenBuffers
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import Role, check_model, claim_gradients, claim_model, device_of
-from memtrace.attribution.optimizers import HandedOver, claim_optimizer, find_optimizers, flat, optimizer_parameters
+from memtrace.attribution.optimizers import (
+    HandedOver,
+    claim_kept_elsewhere,
+    claim_optimizers,
+    find_optimizers,
+    flat,
+    optimizer_parameters,
+)
 from memtrace.attribution.storages import canonical_device
 from memtrace.breakdown import EntryKey
 from memtrace.errors import ConfigError
 from memtrace.sources.cublas import workspace_sizes
-from memtrace.sources.torch_private import has_gradient_hooks
+from memtrace.sources.torch_private import has_gradient_hooks, optimizers_in_backward
 
 logger = logging.getLogger("memtrace")
 
@@ -46,9 +53,9 @@ class Scan:
     def __init__(self, model: nn.Module, optimizers: Any, engines: Sequence[Engine] = ()) -> None:
         check_model(model)
         self._model = model
-        given = list(flat(optimizers))
         modules = list(model.modules())
         self._held = Held(modules)
+        given = [*flat(optimizers), *optimizers_in_backward(self._held.parameters())]
         self.engines = [*engines, *find_engines(model, given, modules)]
         found = find_optimizers(
             given,
@@ -61,8 +68,9 @@ class Scan:
             raise ConfigError("a tracer needs at least one optimizer, got none" if not found.odd else odd[0])
         if odd and self.device:  # a model without a device is the greater trouble, and raises first
             logger.warning("memtrace: the optimizer cannot be followed, its state is not counted: %s", "; ".join(odd))
-        self._given, self._stepping = _weakly(given), _weakly(found.stepping)
-        self._states = _weakly(found.holding)
+        self._given, self._states, self._chained = _weakly(given), _weakly(found.holding), _weakly(found.chained)
+        self._stepping = _weakly(found.stepping)
+        self._parts = {wrapper: _weakly(parts) for wrapper, parts in found.parts.items()}
         self._looked_in_forward = False
         self._state_sizes: list[int] = []
         self.workspaces: Sequence[int] | None = None
@@ -73,8 +81,12 @@ class Scan:
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """The optimizers whose steps are counted, without those that are gone."""
+        """The optimizers whose steps are counted, without those that are gone; of wrappers the outermost."""
         return _alive(self._stepping)
+
+    def parts_of(self, optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+        """Returns the optimizers that one of these wraps: where the loop steps all of them, it has stepped itself."""
+        return _alive(self._parts.get(id(optimizer), ()))
 
     @property
     def device(self) -> torch.device:
@@ -120,12 +132,17 @@ class Scan:
         parameters = claim_model(self.held, ledger, self.role_of)
         self._claim_optimizers(parameters, ledger)
         claim_gradients(self._gradient_owners(parameters), ledger)
+        claim_kept_elsewhere(_alive(self._chained), ledger)
 
     def claim_gradients(self, ledger: Ledger) -> None:
         """Claims `.grad` of the model's parameters and of master copies that optimizers hold, and the engines' own."""
         for engine in self.engines:
             engine.claim(ledger)
         claim_gradients(self._gradient_owners(self.held.parameters()), ledger)
+
+    def claim_gradients_of(self, optimizer: torch.optim.Optimizer, ledger: Ledger) -> None:
+        """Claims the gradients that one optimizer is about to use, of the many that step inside a backward pass."""
+        claim_gradients(optimizer_parameters(optimizer), ledger)
 
     def claim_passing(self, ledger: Ledger) -> None:
         """Claims the buckets that engines have for a part of a step only; nothing where there is no engine."""
@@ -179,6 +196,13 @@ class Scan:
             if id(parameter) in self._without_gradient or has_gradient_hooks(parameter):
                 yield parameter
 
+    def taken(self) -> nn.Parameter | None:
+        """Returns a parameter with a hook on its gradient, where there is one and no gradient is left anywhere."""
+        parameters = [parameter for parameter in self.held.parameters() if parameter.requires_grad]
+        if any(parameter.grad is not None for parameter in parameters):
+            return None
+        return next(filter(has_gradient_hooks, parameters), None)
+
     def gathering(self) -> Iterator[tuple[Engine, nn.Module]]:
         """Yields each module whose weights an engine puts together for its forward pass, with the engine."""
         for engine in self.engines:
@@ -194,14 +218,6 @@ class Scan:
         if self.workspaces is None:
             self.workspaces = workspace_sizes(self.device)
         return self.workspaces
-
-    def finished(self, steps: Mapping[int, int]) -> bool:
-        """Returns whether every optimizer has stepped as often as it does in one step of the training.
-
-        Args:
-            steps: calls of `step()` so far, by the identity of the optimizer.
-        """
-        return all(steps.get(id(optimizer), 0) >= self._updates(optimizer) for optimizer in self.optimizers)
 
     @property
     def ends_with_any(self) -> bool:
@@ -230,15 +246,15 @@ class Scan:
         self._held = Held(self._model.modules())
 
     def _claim_optimizers(self, parameters: Sequence[torch.Tensor], ledger: Ledger) -> None:
-        for optimizer in _alive(self._states):
-            claim_optimizer(optimizer, parameters, ledger)
+        claim_optimizers(_alive(self._states), parameters, ledger)
 
     def _gradient_owners(self, parameters: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
         """Returns the model's parameters and what else the optimizers update: master copies have gradients too."""
         tensors = chain(parameters, *map(optimizer_parameters, self.optimizers))
         return {id(tensor): tensor for tensor in tensors}.values()
 
-    def _updates(self, optimizer: torch.optim.Optimizer) -> int:
+    def updates(self, optimizer: torch.optim.Optimizer) -> int:
+        """Returns how often the optimizer steps in one step of the training."""
         for engine in self.engines:
             if engine.owns(optimizer):
                 return engine.updates_per_step(optimizer)

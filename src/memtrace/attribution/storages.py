@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from memtrace.guard import ask
 from memtrace.sources import torch_private
 
 StorageView = tuple[torch.UntypedStorage, int, torch.dtype]
@@ -51,6 +53,8 @@ def canonical_device(device: torch.device) -> torch.device:
 
 
 _MAX_DEPTH = 8
+_NUMBERS = (str, bytes, bytearray, memoryview, range, array)
+"""Sequences of the standard library that hold no tensor; some are very long."""
 
 
 def state_tensors(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -75,16 +79,19 @@ def _walk(value: Any, path: str, depth: int, seen: set[int]) -> Iterator[tuple[s
             yield from _walk(part, below, depth + 1, seen)
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yields what a container or an object holds, with its name; parts without one have an empty name."""
+def _parts(value: Any) -> Sequence[tuple[str, Any]]:
+    """Returns what a container or an object holds, with its name; parts without one have an empty name.
+
+    Numbers in a row hold nothing, and what cannot be gone through is unknown.
+    """
+    return () if isinstance(value, _NUMBERS) else ask(_listed, value) or ()
+
+
+def _listed(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield key if isinstance(key, str) else "", part
-    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        for part in value:
-            yield "", part
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield field.name, getattr(value, field.name)
-    elif hasattr(value, "__dict__") and not callable(value):
-        yield from vars(value).items()
+        return [(key if isinstance(key, str) else "", part) for key, part in value.items()]
+    if isinstance(value, Sequence):
+        return [("", part) for part in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value)]
+    return list(vars(value).items()) if hasattr(value, "__dict__") and not callable(value) else []

@@ -213,7 +213,7 @@ class _Recorder:
         """A step without an engine ends here, as for the live tracer: nobody knows whether gradients are kept."""
         if self._step is None:
             return
-        self._step.optimizer_ends(self._optimizer)
+        self._step.optimizer_ends()
         if not self._scan.engines:
             self.step_is_over()
 

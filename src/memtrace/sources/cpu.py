@@ -20,14 +20,21 @@ class CpuEvents:
     Allocations of threads that the training thread did not start (a DataLoader's pin-memory thread) are not seen.
     Cost: about 4 us for each allocation and each free, recorded and read back, most of it in torch; 0.3 ms a window.
 
-    torch records once a process. A window that refuses another one twice has outlived its step, and gives way at the
-    second try. A recording ends on the thread that has begun it: `close` on another one loses the window, and leaves
-    the recording to the next call on the right thread, or to the first after that has ended. A source that is dropped
-    ends its recording.
+    torch records once a process. A source that was refused has its turn before the one that has refused it opens
+    another window, unless six tries go by. A window that refuses another one twice has outlived its step, and gives
+    way at the second try; where it has not, but its step is the longer one of the two, its source's next one gives way
+    at twice as many.
+
+    A recording ends on the thread that has begun it: `close` on another one loses the window, and leaves the recording
+    to the next call on the right thread, or to the first after that has ended. A source that is dropped ends its
+    recording.
     """
 
     _newest: Callable[[], CpuEvents | None] = staticmethod(lambda: None)
     """The source whose window was opened last in this process."""
+
+    _waiting: Callable[[], CpuEvents | None] = staticmethod(lambda: None)
+    """The source that was refused last and has its turn before others."""
 
     _left_on: threading.Thread | None = None
     """Where a source that is gone has left its recording on: the next window there ends it, or the exit does."""
@@ -40,6 +47,12 @@ class CpuEvents:
         """Whether the open window has given way to another one."""
         self._refused_by: int | None = None
         """When the window was opened that has refused the last one."""
+        self._refusals = 0
+        """How often that one has refused."""
+        self._refuses = _FIRST_REFUSALS
+        """How often a window refuses another one until it gives way."""
+        self._gives_turns = 0
+        """Tries that are still left to the source that waits."""
 
     def __del__(self) -> None:
         self._stop()
@@ -67,19 +80,17 @@ class CpuEvents:
     def _begin(self) -> bool:
         if _records_elsewhere() or (recording_torch_private.profiler_is_recording() and not self._may_take_the_place()):
             return False
-        if recording_torch_private.user_profiler_is_prepared():
+        if recording_torch_private.user_profiler_is_prepared() or self._gives_turn():
             return False
         try:
             recording_torch_private.start_memory_profiler()
         except recording_torch_private.ProfilerUnavailable:
             return False
-        self._begin_ns, self._thread, self._taken, self._refused_by = (
-            time.time_ns(),
-            threading.current_thread(),
-            False,
-            None,
-        )
+        self._begin_ns, self._thread = time.time_ns(), threading.current_thread()
+        self._taken, self._refused_by, self._gives_turns = False, None, _TURNS
         CpuEvents._newest = weakref.ref(self)
+        if CpuEvents._waiting() is self:
+            CpuEvents._waiting = staticmethod(_nobody)
         return True
 
     def fits(self, allocations: int) -> bool:
@@ -136,12 +147,36 @@ class CpuEvents:
         if other is None or other._begin_ns is None or recording_torch_private.user_profiler_is_recording():
             return False
         if self._refused_by != other._begin_ns:
-            self._refused_by = other._begin_ns
+            self._refused_by, self._refusals = other._begin_ns, 0
+        self._refusals += 1
+        if self._refusals < other._refuses:
+            CpuEvents._waiting = weakref.ref(self)
             return False
-        other._taken = True
+        other._taken, other._refuses = True, min(2 * other._refuses, _MOST_REFUSALS)
         other._stop()
-        return not recording_torch_private.profiler_is_recording()
+        if recording_torch_private.profiler_is_recording():
+            return False
+        CpuEvents._waiting = weakref.ref(other)
+        return True
 
+    def _gives_turn(self) -> bool:
+        """Returns whether another source waits that this one has refused, and may still try."""
+        waiting = CpuEvents._waiting()
+        if waiting is None or waiting is self:
+            return False
+        if not self._gives_turns:
+            CpuEvents._waiting = staticmethod(_nobody)
+            return False
+        self._gives_turns -= 1
+        return True
+
+
+def _nobody() -> None:
+    """Stands for the source that waits, where none does."""
+
+
+_FIRST_REFUSALS, _MOST_REFUSALS = 2, 64
+_TURNS = 6
 
 _ONE_AT_A_TIME = threading.Lock()
 """Held while a recording is begun: torch has one for all threads, and each thread sees its own only."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any, Self
@@ -37,14 +37,19 @@ class HookSet:
         """Removes every hook, the last one first."""
         self._stack.close()
 
-    def before_forward(self, module: nn.Module, hook: Callable[..., None], *, prepend: bool = True) -> None:
-        """Calls `hook(module, args, kwargs)` before each forward of the module, before or after all other hooks."""
-        handle = module.register_forward_pre_hook(_module_hook(hook), with_kwargs=True, prepend=prepend)
+    def before_forward(
+        self, module: nn.Module, hook: Callable[..., None], *, prepend: bool = True, breaks_graphs: bool = True
+    ) -> None:
+        """Calls `hook(module, args, kwargs)` before each forward of the module, before or after all other hooks.
+
+        Inside a graph of torch's compiler it is heard at the price of a break, or not at all.
+        """
+        handle = module.register_forward_pre_hook(_module_hook(hook, breaks_graphs), with_kwargs=True, prepend=prepend)
         self._stack.callback(handle.remove)
 
-    def after_forward(self, module: nn.Module, hook: Callable[..., None]) -> None:
+    def after_forward(self, module: nn.Module, hook: Callable[..., None], *, breaks_graphs: bool = True) -> None:
         """Calls `hook(module, args, output)` after each forward of the module, also of one that raised."""
-        handle = module.register_forward_hook(_module_hook(hook), always_call=True)
+        handle = module.register_forward_hook(_module_hook(hook, breaks_graphs), always_call=True)
         self._stack.callback(handle.remove)
 
     def around_step(
@@ -63,13 +68,56 @@ class HookSet:
         self._stack.callback(optimizer.register_step_pre_hook(given(before)).remove)
         self._stack.callback(optimizer.register_step_post_hook(given(after)).remove)
 
+    def around_steps(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parts: Sequence[torch.optim.Optimizer],
+        before: Callable[..., None],
+        after: Callable[..., None],
+    ) -> None:
+        """Calls `before` and `after` as `around_step` does, also where the loop steps what the optimizer wraps.
+
+        All of its parts, each stepped once, are one step of it. Inside of its own step theirs are not told of.
+        """
+        if not parts:
+            self.around_step(optimizer, before, after)
+            return
+        whole = weakref.ref(optimizer)
+        at_work: list[int] = []
+        left = {*map(id, parts)}
+
+        def begins(one: object, *args: object) -> None:
+            if id(one) in at_work:  # it has raised the last time
+                del at_work[at_work.index(id(one)) :]
+            at_work.append(id(one))
+            if len(at_work) == 1:
+                before(whole(), *args)
+
+        def ends(one: object, *args: object) -> None:
+            if id(one) in at_work:
+                del at_work[at_work.index(id(one)) :]
+            if not at_work:
+                left.discard(id(one))
+                if one is whole() or not left:
+                    left.update(each)
+                    after(whole(), *args)
+
+        each = frozenset(left)
+        for one in (optimizer, *parts):
+            self.around_step(one, begins, ends)
+
     def after_gradient(self, parameters: Iterable[nn.Parameter], hook: Callable[[torch.Tensor], None]) -> None:
-        """Calls `hook(parameter)` each time a gradient was accumulated into `.grad`."""
+        """Calls `hook(parameter)` each time a gradient was accumulated into `.grad`, before all other hooks of it.
+
+        Those of others may take it.
+        """
         handles: list[RemovableHandle] = []
         self._stack.callback(_remove, handles)  # one callback for all: a traced step has them on for that step alone
         for parameter in parameters:
             if parameter.requires_grad and parameter.is_leaf:
-                handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                torch_private.call_first(parameter, handle.id)
+                handles.append(handle)
 
     def callback(self, function: Callable[[], Any]) -> None:
         """Calls `function` when the set is closed."""
@@ -93,19 +141,19 @@ def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
     return outside
 
 
-def _module_hook(hook: Callable[..., None]) -> Callable[..., None]:
+def _module_hook(hook: Callable[..., None], may_break: bool) -> Callable[..., None]:
     """Returns the hook as it goes on a module: heard outside of graphs, and nowhere in one that must be whole.
 
-    Where a graph may be in parts, the compiler breaks it at the hook and calls it in between. A caller compiled with
-    `fullgraph=True` allows none, `torch.export` runs the module on tensors without memory, and `torch.jit.trace` on
-    shapes that are tensors: there it does nothing.
+    Where a graph may be in parts, the compiler breaks it at a hook that may, and calls it in between. A caller compiled
+    with `fullgraph=True` allows none, `torch.export` runs the module on tensors without memory, and `torch.jit.trace`
+    on shapes that are tensors: there it does nothing.
     """
     outside, must_be_whole, is_traced = outside_graphs(hook), torch_private.one_graph, torch_private.is_jit_tracing
     is_compiling, breaks_graphs = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
 
     def heard(*args: Any) -> None:
         if is_compiling():
-            if breaks_graphs() and not must_be_whole():
+            if may_break and breaks_graphs() and not must_be_whole():
                 outside(*args)
         elif not is_traced():
             outside(*args)

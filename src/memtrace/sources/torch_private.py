@@ -126,12 +126,40 @@ def after_backward(callback: Callable[[], None]) -> bool:
     return True
 
 
+def optimizers_in_backward(parameters: Iterable[torch.Tensor]) -> list[Any]:
+    """Returns the optimizers that torch steps inside the backward pass, one or more for each of these parameters.
+
+    `torch.distributed.optim._apply_optimizer_in_backward` keeps them on the parameters, where no public call finds them
+    without a module. None where torch has changed: whoever has the optimizers hands them over.
+    """
+    if "torch.distributed.optim.apply_optimizer_in_backward" not in sys.modules:
+        return []
+    return [one for parameter in parameters for one in getattr(parameter, "_in_backward_optimizers", ())]
+
+
 def has_gradient_hooks(parameter: torch.Tensor) -> bool:
     """Returns whether somebody has a hook on the gradient of this leaf, before or after it is accumulated.
 
     No public call tells of hooks. False where torch has changed.
     """
-    return bool(getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return bool(
+        getattr(parameter, "_backward_hooks", None)
+        or getattr(parameter, "_post_accumulate_grad_hooks", None)
+        or optimizers_in_backward((parameter,))
+    )
+
+
+def call_first(parameter: torch.Tensor, number: int) -> None:
+    """Lets the hook with this number be the first that is called after a gradient was accumulated into this leaf.
+
+    The others keep their order. Where torch has changed the hook stays the last one.
+    """
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    if isinstance(hooks, dict) and len(hooks) > 1 and number in hooks:
+        others = [(key, hook) for key, hook in hooks.items() if key != number]
+        for key, _ in others:  # torch calls them in the order of the dictionary below, which `move_to_end` leaves alone
+            del hooks[key]
+        hooks.update(others)
 
 
 frame_compiler: Callable[[], object] = getattr(
