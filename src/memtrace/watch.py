@@ -11,6 +11,7 @@ from torch import nn
 
 from memtrace.attribution.counted import CountedSteps
 from memtrace.attribution.curve import HighestSteps
+from memtrace.attribution.further import FurtherModels
 from memtrace.attribution.host import HostMemory
 from memtrace.attribution.inputs import batch_tensors, claim_batch, count_tokens, main_input
 from memtrace.attribution.ledger import Ledger
@@ -65,6 +66,7 @@ class Watch:
         snapshot: returns the newest state, for reports.
         publish_oom: takes in reports of failed allocations.
         highest: decides which steps have a curve.
+        further: the models beside the trained one.
 
     Raises:
         ConfigError: the model has no parameters, or an optimizer holds none of them.
@@ -84,11 +86,12 @@ class Watch:
         snapshot: Callable[[], Snapshot],
         publish_oom: Publish,
         highest: HighestSteps,
+        further: FurtherModels,
     ) -> None:
         self.model, self._config, self._explicit = model, config, explicit
         self._guard, self._schedule, self._published = guard, schedule, published
         self._snapshot, self._publish_oom, self._highest = snapshot, publish_oom, highest
-        self._scan = Scan(model, optimizers)
+        self._scan = Scan(model, optimizers, further=further)
         self._hooks = HookSet()
         self.sampler: DeviceSampler | None = None
         self._main_input_name = getattr(model, "main_input_name", None)

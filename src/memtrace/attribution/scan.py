@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from memtrace.attribution.engines import Engine, find_engines
+from memtrace.attribution.further import FurtherModels
 from memtrace.attribution.gradients import GradientCount, gradient_bytes
 from memtrace.attribution.held import Held
 from memtrace.attribution.hidden import HiddenBuffers
@@ -19,6 +20,7 @@ from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import Role, check_model, claim_gradients, claim_model, device_of
 from memtrace.attribution.optimizers import HandedOver, claim_optimizer, find_optimizers, flat, optimizer_parameters
 from memtrace.attribution.storages import canonical_device
+from memtrace.attribution.timeline import Lifetime
 from memtrace.breakdown import EntryKey
 from memtrace.errors import ConfigError
 from memtrace.sources.cublas import workspace_sizes
@@ -37,15 +39,23 @@ class Scan:
         optimizers: one optimizer or several, as the user has them: in lists or dictionaries, wrapped or not. Of those
             that a framework has handed over (`HandedOver`), one that cannot be used is logged and left out.
         engines: engines that cannot be found from these, such as simulated ones.
+        further: the models beside the trained one.
 
     Raises:
         ConfigError: there is no optimizer, the model has no parameters, or an optimizer updates neither the model nor
             copies of its parameters.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Any, engines: Sequence[Engine] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Any,
+        engines: Sequence[Engine] = (),
+        further: FurtherModels | None = None,
+    ) -> None:
         check_model(model)
         self._model = model
+        self._further = further or FurtherModels()
         given = list(flat(optimizers))
         modules = list(model.modules())
         self._held = Held(modules)
@@ -115,6 +125,7 @@ class Scan:
         if anew:
             self._look()
         self._gradients = None
+        self._further.claim(ledger, self.role_of, self.held)
         for engine in self.engines:
             engine.claim(ledger)
         parameters = claim_model(self.held, ledger, self.role_of)
@@ -188,6 +199,10 @@ class Scan:
     def hidden(self) -> Sequence[HiddenBuffers]:
         """Returns what engines say about blocks that no Python object refers to."""
         return [hidden for engine in self.engines if (hidden := engine.hidden_buffers()) is not None]
+
+    def recognise(self, lifetimes: Sequence[Lifetime], ledger: Ledger) -> None:
+        """Tags the blocks of a window that nobody claims and that further models hold."""
+        self._further.recognise(lifetimes, ledger, self._model)
 
     def workspace_sizes(self) -> Sequence[int]:
         """Returns the sizes of the blocks that cuBLAS may hold on the device."""
