@@ -119,7 +119,7 @@ class FurtherModels:
             held = Held((module,))
             if any(address in unclaimed for address in _addresses(held, ledger.device)):
                 self._found.append(weakref.ref(module))
-                ledger.claim_all((*held.parameters(), *held.buffers()), Category.WEIGHTS, OTHER_MODEL)
+                ledger.claim_all((*held.parameters(), *held.packed(), *held.buffers()), Category.WEIGHTS, OTHER_MODEL)
 
     def _models(self) -> Iterator[tuple[str, Any]]:
         """Yields each further model, those whose names say most last: the last name of a storage is kept."""
@@ -136,6 +136,7 @@ def _tensors_of(model: Any, depth: int = 0) -> Iterator[torch.Tensor]:
     elif isinstance(model, nn.Module):
         held = Held(model.modules())
         yield from held.parameters()
+        yield from held.packed()
         yield from held.buffers()
     elif depth < _MAX_DEPTH:
         if isinstance(model, (list, tuple, Mapping)):
@@ -156,7 +157,7 @@ def _kept_on(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _addresses(held: Held, device: torch.device) -> Iterator[int]:
-    for tensor in (*held.parameters(), *held.buffers()):
+    for tensor in (*held.parameters(), *held.packed(), *held.buffers()):
         for storage, _, _ in storages_of(tensor, device):
             with suppress(RuntimeError):  # a fake tensor has none
                 yield storage.data_ptr()
