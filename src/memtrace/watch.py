@@ -35,6 +35,7 @@ from memtrace.sources.device_sampler import DeviceSampler
 from memtrace.sources.event_source import event_source
 from memtrace.sources.events import EventSource
 from memtrace.sources.hooks import HookSet, outside_graphs
+from memtrace.sources.process import refreshed
 from memtrace.sources.ranks import identify
 from memtrace.sources.torch_private import backward_is_running, runs_without_memory
 from memtrace.steps import StepInFlight
@@ -148,7 +149,9 @@ class Watch:
         identity = identify(self._device, self._config.run_name)
         device_type, uuid = self._device.type, identity.gpu_uuid
         self.sampler = DeviceSampler(
-            lambda: open_device(device_type, uuid), period_seconds=self._config.device_poll_seconds
+            lambda: open_device(device_type, uuid),
+            period_seconds=self._config.device_poll_seconds,
+            refresh=refreshed if device_type == "cpu" else None,
         )
         self.sampler.start()
         self._schedule.ranks = identity.world_size
