@@ -34,8 +34,8 @@ from memtrace.sources.device import open_device
 from memtrace.sources.device_sampler import DeviceSampler
 from memtrace.sources.event_source import event_source
 from memtrace.sources.events import EventSource
+from memtrace.sources.fresh_readings import refresh_of
 from memtrace.sources.hooks import HookSet, outside_graphs
-from memtrace.sources.process import refreshed
 from memtrace.sources.ranks import identify
 from memtrace.sources.torch_private import backward_is_running, runs_without_memory
 from memtrace.steps import StepInFlight
@@ -151,7 +151,7 @@ class Watch:
         self.sampler = DeviceSampler(
             lambda: open_device(device_type, uuid),
             period_seconds=self._config.device_poll_seconds,
-            refresh=refreshed if device_type == "cpu" else None,
+            refresh=refresh_of(self._device),
         )
         self.sampler.start()
         self._schedule.ranks = identity.world_size

@@ -49,7 +49,7 @@ class DeviceSampler:
         patience_seconds: how long `start` waits for the first reading and `stop` for the last one.
         clock: monotonic seconds.
         refresh: brings a reading up to date as far as that takes microseconds, on the asking thread: of a CPU, what the
-            process holds.
+            process holds. Without a reading it begins with an empty one.
     """
 
     def __init__(
@@ -112,9 +112,11 @@ class DeviceSampler:
         """
         run = self._current_run()
         newest = None if run is None else run.reading()
-        if newest is None or run is None:
+        if run is None or (newest is None and self._refresh is None):
             return None
-        return run.pairs.complete(newest if self._refresh is None else self._refresh(newest))
+        found = DeviceReading() if newest is None else run.pairs.complete(newest)
+        found = found if self._refresh is None else self._refresh(found)
+        return None if found == DeviceReading() else found
 
     def _current_run(self) -> _Run | None:
         """Returns the run that this process has started; a forked child has none."""
