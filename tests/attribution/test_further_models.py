@@ -59,14 +59,15 @@ def open_source() -> CpuEvents:
 
 
 def test_named_models_are_weights_of_their_own():
-    """A module with its buffers, an EMA of shadow parameters, models in a list; the trained model keeps its role."""
+    """A module with its buffers, an EMA of shadow parameters, models in a list; what holds no memory is nothing."""
     source = open_source()
     model, optimizer = make()
     teacher, rewards = make_teacher(), [make_teacher(), len]
     ema = Ema(shadow_params=[p.detach().clone() for p in model.parameters()], model=model, optimizer=optimizer)
     trained = sum(parameter.nbytes for parameter in model.parameters())
     named = {"teacher": teacher, "rewards": rewards[:1], "ema": ema, "again": model}
-    with Tracer(model, optimizer, EVERY_STEP, source=source, further_models=named) as tracer:
+    nothing = {"lazy": nn.LazyLinear(4), "meta": nn.Linear(4, 4, device="meta"), "empty": nn.ModuleList()}
+    with Tracer(model, optimizer, EVERY_STEP, source=source, further_models=named | nothing) as tracer:
         traced, counted = train(tracer, model, optimizer)[0], tracer.latest
     expected = {"trainable": trained, "teacher": HELD + BUFFER, "rewards": HELD + BUFFER, "ema": trained}
     assert weights(traced) == weights(counted) == expected

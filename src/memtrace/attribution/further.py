@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from memtrace.attribution.held import Held
 from memtrace.attribution.ledger import Ledger
@@ -116,10 +116,10 @@ class FurtherModels:
         for module in modules:
             if id(module) in known or "_parameters" not in vars(module):
                 continue  # the latter: its __init__ has not run
-            held = Held((module,))
-            if any(address in unclaimed for address in _addresses(held, ledger.device)):
+            held = _held_by((module,))
+            if any(address in unclaimed for tensor in held for address in _addresses(tensor, ledger.device)):
                 self._found.append(weakref.ref(module))
-                ledger.claim_all((*held.parameters(), *held.packed(), *held.buffers()), Category.WEIGHTS, OTHER_MODEL)
+                ledger.claim_all(held, Category.WEIGHTS, OTHER_MODEL)
 
     def _models(self) -> Iterator[tuple[str, Any]]:
         """Yields each further model, those whose names say most last: the last name of a storage is kept."""
@@ -134,10 +134,7 @@ def _tensors_of(model: Any, depth: int = 0) -> Iterator[torch.Tensor]:
     if isinstance(model, torch.Tensor):
         yield model
     elif isinstance(model, nn.Module):
-        held = Held(model.modules())
-        yield from held.parameters()
-        yield from held.packed()
-        yield from held.buffers()
+        yield from _held_by(model.modules())
     elif depth < _MAX_DEPTH:
         if isinstance(model, (list, tuple, Mapping)):
             parts = model.values() if isinstance(model, Mapping) else model
@@ -156,11 +153,18 @@ def _kept_on(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield shard
 
 
-def _addresses(held: Held, device: torch.device) -> Iterator[int]:
-    for tensor in (*held.parameters(), *held.packed(), *held.buffers()):
-        for storage, _, _ in storages_of(tensor, device):
-            with suppress(RuntimeError):  # a fake tensor has none
-                yield storage.data_ptr()
+def _held_by(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
+    """Returns what modules hold, without the parameters of lazy ones that have no shape yet."""
+    held = Held(modules)
+    tensors = (*held.parameters(), *held.packed(), *held.buffers())
+    return [tensor for tensor in tensors if not is_lazy(tensor)]
+
+
+def _addresses(tensor: torch.Tensor, device: torch.device) -> Iterable[int]:
+    try:
+        return [storage.data_ptr() for storage, _, _ in storages_of(tensor, device)]
+    except RuntimeError:  # a fake tensor has none
+        return ()
 
 
 _TAKEN = frozenset({"trainable", "frozen"})
