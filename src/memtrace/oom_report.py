@@ -33,6 +33,7 @@ class RemedyKind(StrEnum):
     EXPANDABLE_SEGMENTS = "expandable_segments"
     OTHER_PROCESSES = "other_processes"
     UNATTRIBUTED = "unattributed"
+    EVAL_ACCUMULATION = "eval_accumulation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,9 @@ class FailedRequest:
     pending: bool = False
     """Whether no exception had followed when the report was made: torch catches such a failure where it can go on
     with less, as in a search for a convolution's workspace."""
+
+    evaluation: bool = False
+    """Whether it failed between steps with the model in evaluation mode: in an evaluation or a prediction."""
 
     @property
     def bound_bytes(self) -> int | None:

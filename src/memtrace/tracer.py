@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from memtrace.attribution.curve import HighestSteps
+from memtrace.attribution.further import FurtherModels
 from memtrace.attribution.optimizers import HandedOver, flat
 from memtrace.breakdown import StepRecord
 from memtrace.config import TracerConfig
@@ -51,9 +52,12 @@ class Tracer:
         explicit_steps: whether the loop tells where steps begin and end.
         source: where allocator events come from; by default the device's own. One that is open already makes a
             window from birth: see `TraceWindow`.
+        further_models: the models that the training holds beside the trained one (a reference, a teacher, a reward
+            model, an EMA copy), by name: modules, or objects that hold tensors. Their weights have the name as
+            component. Held weakly.
 
     Raises:
-        ConfigError: the model has no parameters, or an optimizer holds none of them.
+        ConfigError: the model has no parameters, an optimizer holds none of them, or a further model holds no tensors.
         LogFormatError: the plan file is no plan.
         OutputError: the plan file cannot be read.
     """
@@ -66,8 +70,10 @@ class Tracer:
         *,
         explicit_steps: bool = False,
         source: EventSource | None = None,
+        further_models: Mapping[str, Any] | FurtherModels | None = None,
     ) -> None:
         self.config = config or TracerConfig()
+        self._further = further_models if isinstance(further_models, FurtherModels) else FurtherModels(further_models)
         self._explicit = explicit_steps
         self._guard = Guard(self._switch_off, strict=self.config.strict)
         self._schedule = TraceSchedule(
@@ -104,6 +110,7 @@ class Tracer:
             snapshot=self.snapshot,
             publish_oom=self._publish_oom,
             highest=self._highest,
+            further=self._further,
         )
 
     def __enter__(self) -> Self:

@@ -180,6 +180,7 @@ class TraceWindow:
         for hidden in self._scan.hidden():
             tag_hidden(timeline.lifetimes, hidden)
         tag_workspaces(timeline.lifetimes, self._scan.workspace_sizes())
+        self._scan.recognise(timeline.lifetimes, self._ledger)
         return timeline
 
     def abandon(self) -> None:

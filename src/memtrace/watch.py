@@ -11,6 +11,7 @@ from torch import nn
 
 from memtrace.attribution.counted import CountedSteps
 from memtrace.attribution.curve import HighestSteps
+from memtrace.attribution.further import FurtherModels
 from memtrace.attribution.host import HostMemory
 from memtrace.attribution.inputs import batch_tensors, claim_batch, count_tokens, main_input
 from memtrace.attribution.ledger import Ledger
@@ -36,6 +37,7 @@ from memtrace.sources.device import open_device
 from memtrace.sources.device_sampler import DeviceSampler
 from memtrace.sources.event_source import event_source
 from memtrace.sources.events import EventSource
+from memtrace.sources.fresh_readings import refresh_of
 from memtrace.sources.hooks import HookSet, outside_graphs
 from memtrace.sources.ranks import identify
 from memtrace.sources.torch_private import backward_is_running, runs_without_memory
@@ -61,6 +63,7 @@ class Watch:
         snapshot: returns the newest state, for reports.
         publish_oom: takes in reports of failed allocations.
         highest: decides which steps have a curve.
+        further: the models beside the trained one.
 
     Raises:
         ConfigError: the model has no parameters, or an optimizer holds none of them.
@@ -80,11 +83,12 @@ class Watch:
         snapshot: Callable[[], Snapshot],
         publish_oom: Publish,
         highest: HighestSteps,
+        further: FurtherModels,
     ) -> None:
         self.model, self._config, self._explicit = model, config, explicit
         self._guard, self._schedule, self._published = guard, schedule, published
         self._snapshot, self._publish_oom, self._highest = snapshot, publish_oom, highest
-        self._scan = Scan(model, optimizers)
+        self._scan = Scan(model, optimizers, further=further)
         self._hooks = HookSet()
         self.sampler: DeviceSampler | None = None
         self._main_input_name = getattr(model, "main_input_name", None)
@@ -144,7 +148,9 @@ class Watch:
         identity = identify(self._device, self._config.run_name)
         device_type, uuid = self._device.type, identity.gpu_uuid
         self.sampler = DeviceSampler(
-            lambda: open_device(device_type, uuid), period_seconds=self._config.device_poll_seconds
+            lambda: open_device(device_type, uuid),
+            period_seconds=self._config.device_poll_seconds,
+            refresh=refresh_of(self._device),
         )
         self.sampler.start()
         self._schedule.ranks = identity.world_size

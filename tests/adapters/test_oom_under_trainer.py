@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from memtrace import MemTraceCallback
 from memtrace.categories import Phase
 from memtrace.oom.document import parse_report
-from memtrace.oom_report import OomReport, Witness
+from memtrace.oom_report import OomReport, RemedyKind, Witness
 from memtrace.strict_json import parse_json
 
 CRASH = """
@@ -130,3 +130,45 @@ def test_second_training_after_a_run_that_ended_well_reports_nothing(tmp_path: P
         make_trainer(tmp_path, callback, max_steps=2, auto_find_batch_size=True, model=make_model()).train()
     assert reports_in(tmp_path) == []
     assert callback.tracer.snapshot().totals.ooms == 0
+
+
+class GathersOnTheDevice(Trainer):
+    """Runs out of memory where the logits of all batches are put together, after `good` of them."""
+
+    good = 2
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.good == 0:
+            ask_for_too_much()  # as the concatenation of all logits does
+        self.good -= 1
+        return super().prediction_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("ends", ["evaluation", "prediction"])
+def test_memory_that_runs_out_in_evaluation_is_named(tmp_path: Path, ends: str) -> None:
+    """The report says that it was no training step, and that Trainer can gather its logits on the host."""
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=2, per_device_eval_batch_size=4, eval_strategy="steps",
+        eval_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    callback = MemTraceCallback(port=None, strict=True, trace_every=0)
+    trainer = GathersOnTheDevice(
+        model=make_model(), args=arguments, train_dataset=Rows(), eval_dataset=Rows(16), callbacks=[callback]
+    )
+    if ends == "prediction":
+        trainer.good = 10**6
+        trainer.train()
+        trainer.good = 1
+        callback.tracer.attach()
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        trainer.train() if ends == "evaluation" else trainer.predict(Rows(16))
+    callback.tracer.report_failure(caught.value)
+    callback.tracer.detach()
+    (report,) = reports_in(tmp_path)
+    assert report.request.evaluation
+    assert report.request.phase is Phase.OUTSIDE
+    assert "in an evaluation or a prediction" in caught.value.__notes__[0]
+    (remedy,) = [one for one in report.remedies if one.kind is RemedyKind.EVAL_ACCUMULATION]
+    assert "eval_accumulation_steps" in remedy.advice
+    assert remedy.saved_bytes >= report.request.requested_bytes
+    assert RemedyKind.UNATTRIBUTED not in {one.kind for one in report.remedies}

@@ -50,10 +50,10 @@ def test_report_with_everything_is_read_back_as_it_was() -> None:
 
 def test_pending_report_is_read_back_as_it_was() -> None:
     """A report that no exception has followed stays one; one of a version that had none of them is not."""
-    pending = replace(FULL, request=replace(FULL.request, pending=True))
+    pending = replace(FULL, request=replace(FULL.request, pending=True, evaluation=True))
     assert parse_report(parse_json(encode(pending), "here"), "here") == pending
     older = json.loads(encode(FULL))
-    del older["request"]["pending"], older["request"]["segment_bytes"]
+    del older["request"]["pending"], older["request"]["evaluation"], older["request"]["segment_bytes"]
     assert parse_report(older, "here").request == replace(FULL.request, segment_bytes=None)
 
 

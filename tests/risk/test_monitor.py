@@ -145,6 +145,40 @@ def test_on_a_cpu_a_leak_is_what_steps_leave_behind_and_the_process_keeps() -> N
     assert growth.bytes_per_step == 10
 
 
+@pytest.mark.parametrize("every", [1, 5])
+def test_on_a_cpu_one_trace_finds_a_leak_and_it_does_not_cease(every: int) -> None:
+    """As by default settings: one step is traced, some have records, and the process grows by pages, every 12 steps."""
+    monitor = RiskMonitor()
+    found = []
+    for step in range(1, 3000, every):
+        record = on_cpu(traced(step, positions=10, leaked=7), process=10_000 + 7 * (step // 12) * 12)
+        if step != 1 + every:
+            end = replace(
+                record.moments[Moment.STEP_END], allocated_bytes=None, entries={EntryKey(Category.WEIGHTS, "", ""): 100}
+            )
+            record = replace(record, traced=False, moments={Moment.STEP_END: end})
+        found.append(monitor.observe(record, headroom_bytes=10**6).growth)
+    assert {growth and growth.bytes_per_step for growth in found[100 // every :]} == {7}
+
+
+def test_on_a_cpu_a_process_that_warms_up_bears_no_leak_out() -> None:
+    """The last logits outlive each step; the first steps make the process grow by as much, and then it stays."""
+    monitor = RiskMonitor()
+    for step in range(1, 200):
+        record = on_cpu(traced(step, positions=10, leaked=10), process=10_000 + 15 * min(step, 16))
+        growth = monitor.observe(record, headroom_bytes=10**6).growth
+        assert growth is None or step < 32
+    assert growth is None
+
+
+def test_on_a_cpu_scalars_that_each_step_leaves_do_not_add_up_in_a_long_run() -> None:
+    """The last loss outlives its step and is replaced; what the process grows by in an hour has other reasons."""
+    monitor = RiskMonitor()
+    for step in range(1, 40_000, 20):
+        record = on_cpu(traced(step, positions=10, weights=100_000, leaked=1), process=10**6 + 2 * step)
+        assert monitor.observe(record, headroom_bytes=10**6).growth is None
+
+
 def test_on_a_cpu_what_the_next_step_replaces_is_no_leak() -> None:
     """Logits that live until the next step are left behind by every step, and the process does not grow."""
     assert grown_on_cpu(left_behind=10, process=0).growth is None

@@ -2,9 +2,11 @@
 
 import gc
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from stub_nvml import StubProcess
@@ -12,7 +14,7 @@ from stub_nvml import StubProcess
 from memtrace.breakdown import AllocatorReading, DeviceReading
 from memtrace.errors import DeviceUnavailable
 from memtrace.sources.device_sampler import THREAD_NAME, DeviceSampler
-from memtrace.sources.process import CpuDevice
+from memtrace.sources.process import CpuDevice, refreshed
 
 HOUR = 3600.0
 GPU = "device GPU-1111 Stub\ntotal 1000\nfree 1000\n"
@@ -354,3 +356,24 @@ class TestFork:
         assert threads == 1
         assert started == parent == 1000
         assert references == 1, "the count of the parent that the child has inherited, and none of its own"
+
+
+def test_what_a_process_holds_is_read_anew_where_that_is_cheap() -> None:
+    """Between two readings of the thread: a leak of short steps shows in each of their records."""
+    held = iter(range(100, 103))
+    sampler = DeviceSampler(
+        CpuDevice,
+        period_seconds=HOUR,
+        patience_seconds=HOUR,
+        refresh=lambda reading: replace(reading, process_bytes=next(held)),
+    )
+    sampler.start()
+    try:
+        readings = [sampler.reading() for _ in range(3)]
+    finally:
+        sampler.stop()
+    assert [reading and reading.process_bytes for reading in readings] == [100, 101, 102]
+    assert len({reading and reading.total_bytes for reading in readings}) == 1
+    before = refreshed(CpuDevice().read()).process_bytes
+    kept = bytearray(os.urandom(1 << 20) * 64)  # touched, so that it is resident
+    assert (refreshed(DeviceReading(process_bytes=1)).process_bytes or 0) - (before or 0) > len(kept) // 2

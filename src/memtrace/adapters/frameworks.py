@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from memtrace.adapters.memory_tracer import MemoryTracer
+from memtrace.attribution.further import FurtherModels
 from memtrace.attribution.optimizers import HandedOver
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
@@ -18,7 +19,11 @@ logger = logging.getLogger("memtrace")
 
 
 def attached_tracer(
-    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer | None], config: TracerConfig, log_dir: Path
+    model: nn.Module,
+    optimizers: Iterable[torch.optim.Optimizer | None],
+    config: TracerConfig,
+    log_dir: Path,
+    further: FurtherModels,
 ) -> MemoryTracer | None:
     """Returns an attached tracer; None where the model cannot be traced, which is logged.
 
@@ -30,6 +35,7 @@ def attached_tracer(
         optimizers: what the framework steps, wrapped or not.
         config: the settings.
         log_dir: where the step log goes when the settings do not say.
+        further: the models beside the trained one.
 
     Raises:
         ConfigError: a file that a setting names cannot be used.
@@ -37,7 +43,7 @@ def attached_tracer(
     """
     given = HandedOver(optimizer for optimizer in optimizers if optimizer is not None)
     try:
-        tracer = MemoryTracer(model, given, config, log_dir=log_dir, explicit_steps=True)
+        tracer = MemoryTracer(model, given, config, log_dir=log_dir, explicit_steps=True, further_models=further)
     except ConfigError as error:
         logger.warning("memtrace: this run is not traced, training goes on: %s", error)
         return None

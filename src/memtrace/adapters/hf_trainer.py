@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from memtrace.adapters.dataset_lengths import largest_batch
 from memtrace.adapters.frameworks import attached_tracer
 from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.adapters.output_directory import log_directory
+from memtrace.adapters.trainer_models import models_of_the_caller
+from memtrace.attribution.further import FurtherModels
 from memtrace.breakdown import StepRecord
 from memtrace.config import TracerConfig
 from memtrace.exporters.table import render_text
@@ -28,15 +31,20 @@ class MemTraceCallback(TrainerCallback):
     and the table of the last traced step is printed once at the end of training. A run that crashed leaves the callback
     usable: the next `on_train_begin` starts anew. Copies and pickles have the settings, and no run.
 
+    Models beside the trained one, such as TRL's `ref_model`, are found among the attributes of the Trainer and of its
+    callbacks: their weights have the attribute's name as component.
+
     Args:
+        further_models: other models beside the trained one, by name: see `tracer.Tracer`. Held weakly.
         **settings: fields of `TracerConfig`.
 
     Raises:
-        ConfigError: a setting is unknown or out of range.
+        ConfigError: a setting is unknown or out of range, or a further model holds no tensors.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, further_models: Mapping[str, Any] | None = None, **settings: Any) -> None:
         self._config = TracerConfig.from_settings(settings)
+        self._further = FurtherModels(further_models)
         self._tracer: MemoryTracer | None = None
 
     @property
@@ -45,7 +53,7 @@ class MemTraceCallback(TrainerCallback):
         return self._tracer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_tracer": None}
+        return {**vars(self), "_tracer": None, "_further": FurtherModels()}
 
     def on_train_begin(  # type: ignore[override]  # Trainer passes model and optimizer by name
         self,
@@ -78,7 +86,8 @@ class MemTraceCallback(TrainerCallback):
         output_dir = Path(args.output_dir or ".")
         writes = config.log_dir is None and (config.step_log or config.oom_reports)
         log_dir = log_directory(output_dir) if writes else output_dir
-        self._tracer = attached_tracer(model, [optimizer], config, log_dir)
+        further = self._further.also(models_of_the_caller(self))
+        self._tracer = attached_tracer(model, [optimizer], config, log_dir, further)
 
     def _expect(self, loader: object, batch_size: int) -> None:
         """Tells the tracer the largest micro batch that the dataset has, where that costs nothing to know."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from memtrace.adapters.frameworks import attached_tracer
 from memtrace.adapters.memory_tracer import MemoryTracer
+from memtrace.attribution.further import FurtherModels
 from memtrace.config import TracerConfig
 from memtrace.guard import Guard
 
@@ -23,14 +25,16 @@ class MemTraceLightningCallback(Callback):
     have the settings, and no run.
 
     Args:
+        further_models: models beside those of the LightningModule, by name: see `tracer.Tracer`. Held weakly.
         **settings: fields of `TracerConfig`.
 
     Raises:
-        ConfigError: a setting is unknown or out of range.
+        ConfigError: a setting is unknown or out of range, or a further model holds no tensors.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, further_models: Mapping[str, Any] | None = None, **settings: Any) -> None:
         self._config = TracerConfig.from_settings(settings)
+        self._further = FurtherModels(further_models)
         self._tracer: MemoryTracer | None = None
         self._step: int | None = None
 
@@ -40,7 +44,7 @@ class MemTraceLightningCallback(Callback):
         return self._tracer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_tracer": None, "_step": None}
+        return {**vars(self), "_tracer": None, "_step": None, "_further": FurtherModels()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches a tracer. What cannot be traced of the model and the optimizers is logged.
@@ -80,7 +84,7 @@ class MemTraceLightningCallback(Callback):
         self._end()
         self._tracer = None
         model, log_dir = trained_module(pl_module), Path(trainer.default_root_dir) / "memtrace"
-        self._tracer = attached_tracer(model, trainer.optimizers, self._config, log_dir)
+        self._tracer = attached_tracer(model, trainer.optimizers, self._config, log_dir, self._further)
 
     def _end(self) -> None:
         self._step = None

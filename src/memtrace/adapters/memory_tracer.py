@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from memtrace.adapters.exports import Exports
+from memtrace.attribution.further import FurtherModels
 from memtrace.config import TracerConfig
 from memtrace.oom_report import OomReport
 from memtrace.snapshot import Snapshot
@@ -35,6 +37,7 @@ class MemoryTracer(Tracer):
         log_dir: where the step log goes when the settings do not say.
         explicit_steps: whether the loop calls `begin_step()` and `end_step()`.
         source: where allocator events come from; by default the device's own.
+        further_models: the models beside the trained one, by name: see `tracer.Tracer`.
 
     Raises:
         ConfigError: a setting, the model or an optimizer cannot be used.
@@ -50,8 +53,11 @@ class MemoryTracer(Tracer):
         log_dir: Path | None = None,
         explicit_steps: bool = False,
         source: EventSource | None = None,
+        further_models: Mapping[str, Any] | FurtherModels | None = None,
     ) -> None:
-        super().__init__(model, optimizers, config, explicit_steps=explicit_steps, source=source)
+        super().__init__(
+            model, optimizers, config, explicit_steps=explicit_steps, source=source, further_models=further_models
+        )
         self._default_log_dir = log_dir
         self._exports: Exports | None = None
 

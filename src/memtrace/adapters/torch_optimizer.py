@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Self
@@ -38,6 +38,7 @@ class MemTraceOptimizer(_Base):
     Args:
         optimizer: any optimizer that updates the model.
         model: the module that is trained.
+        further_models: the models beside it, by name: see `tracer.Tracer`. Held weakly.
         **settings: fields of `TracerConfig`.
 
     Raises:
@@ -60,8 +61,15 @@ class MemTraceOptimizer(_Base):
         # What the wrapped class does with its subclasses is not for this one.
         pass
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, **settings: Any) -> None:
-        tracer = MemoryTracer(model, optimizer, TracerConfig.from_settings(settings))
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        further_models: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        tracer = MemoryTracer(model, optimizer, TracerConfig.from_settings(settings), further_models=further_models)
         object.__setattr__(self, "_memtrace_optimizer", optimizer)
         object.__setattr__(self, "_memtrace_step", None)
         object.__setattr__(self, "_memtrace_tracer", tracer)

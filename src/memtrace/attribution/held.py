@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from memtrace.attribution.quantised import is_packed, packed_tensors
 from memtrace.sources.torch_private import held_by
 
 
@@ -23,18 +24,25 @@ class Held:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         parameters: dict[int, nn.Parameter] = {}
         buffers: dict[int, torch.Tensor] = {}
+        packed: dict[int, torch.Tensor] = {}
         for module in modules:
             own_parameters, own_buffers = held_by(module)
+            quantised = False
             for parameter in own_parameters:
                 if parameter is not None:
                     parameters[id(parameter)] = parameter
+                    quantised = quantised or (not parameter.requires_grad and is_packed(parameter))
             for buffer in own_buffers:
                 if buffer is not None:
                     buffers[id(buffer)] = buffer
+                    quantised = quantised or is_packed(buffer)
+            if quantised:
+                packed.update((id(tensor), tensor) for tensor in packed_tensors(module))
         self._parameters: list[weakref.ref[nn.Parameter]] = [
             weakref.ref(parameter) for parameter in parameters.values()
         ]
         self._buffers: list[weakref.ref[torch.Tensor]] = [weakref.ref(buffer) for buffer in buffers.values()]
+        self._packed: list[weakref.ref[torch.Tensor]] = [weakref.ref(tensor) for tensor in packed.values()]
 
     @property
     def is_whole(self) -> bool:
@@ -48,3 +56,7 @@ class Held:
     def buffers(self) -> list[torch.Tensor]:
         """Returns the buffers that are still there."""
         return [buffer for alive in self._buffers if (buffer := alive()) is not None]
+
+    def packed(self) -> list[torch.Tensor]:
+        """Returns what quantised layers keep of their weights in other places than parameters, buffers among it."""
+        return [tensor for alive in self._packed if (tensor := alive()) is not None]

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
+from memtrace.attribution.held import Held
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.storages import state_tensors
 from memtrace.categories import Category
@@ -32,9 +33,11 @@ class Role(NamedTuple):
 
 
 def claim_model(
-    model: HasParameters, ledger: Ledger, role_of: Callable[[torch.Tensor], Role | None] = lambda _: None
+    model: nn.Module | Held, ledger: Ledger, role_of: Callable[[torch.Tensor], Role | None] = lambda _: None
 ) -> Sequence[nn.Parameter]:
     """Claims every parameter and buffer of the module; tied and shared ones count once.
+
+    What quantised layers keep in buffers and attributes is frozen weights.
 
     Args:
         model: the module, or what it holds.
@@ -45,17 +48,19 @@ def claim_model(
         The parameters, for what else is to be known of them: to list them takes about as long as to claim them.
     """
     trainable, frozen = Role(Category.WEIGHTS, "trainable"), Role(Category.WEIGHTS, "frozen")
-    parameters = list(model.parameters())
+    held = model if isinstance(model, Held) else Held(model.modules())
+    parameters = held.parameters()
     holders: dict[Role, list[torch.Tensor]] = {}
     for parameter in parameters:
         role = role_of(parameter) or (trainable if parameter.requires_grad else frozen)
-        held = holders.setdefault(role, [])
-        held.append(parameter)
+        tensors = holders.setdefault(role, [])
+        tensors.append(parameter)
         if type(parameter) is not nn.Parameter:  # a quantised one keeps its scales as attributes
-            held.extend(tensor for _, tensor in state_tensors(vars(parameter)))
+            tensors.extend(tensor for _, tensor in state_tensors(vars(parameter)))
     for role, tensors in holders.items():
         ledger.claim_all(tensors, role.category, role.component)
-    ledger.claim_all(model.buffers(), Category.BUFFERS)
+    ledger.claim_all(held.packed(), *frozen)
+    ledger.claim_all(held.buffers(), Category.BUFFERS)
     return parameters
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from memtrace.attribution.engines import Engine, find_engines
+from memtrace.attribution.further import FurtherModels
 from memtrace.attribution.gradients import GradientCount, gradient_bytes
 from memtrace.attribution.held import Held
 from memtrace.attribution.hidden import HiddenBuffers
@@ -26,6 +27,7 @@ from memtrace.attribution.optimizers import (
     optimizer_parameters,
 )
 from memtrace.attribution.storages import canonical_device
+from memtrace.attribution.timeline import Lifetime
 from memtrace.breakdown import EntryKey
 from memtrace.errors import ConfigError
 from memtrace.sources.cublas import workspace_sizes
@@ -44,15 +46,23 @@ class Scan:
         optimizers: one optimizer or several, as the user has them: in lists or dictionaries, wrapped or not. Of those
             that a framework has handed over (`HandedOver`), one that cannot be used is logged and left out.
         engines: engines that cannot be found from these, such as simulated ones.
+        further: the models beside the trained one.
 
     Raises:
         ConfigError: there is no optimizer, the model has no parameters, or an optimizer updates neither the model nor
             copies of its parameters.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Any, engines: Sequence[Engine] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Any,
+        engines: Sequence[Engine] = (),
+        further: FurtherModels | None = None,
+    ) -> None:
         check_model(model)
         self._model = model
+        self._further = further or FurtherModels()
         modules = list(model.modules())
         self._held = Held(modules)
         given = [*flat(optimizers), *optimizers_in_backward(self._held.parameters())]
@@ -127,6 +137,7 @@ class Scan:
         if anew:
             self._look()
         self._gradients = None
+        self._further.claim(ledger, self.role_of, self.held)
         for engine in self.engines:
             engine.claim(ledger)
         parameters = claim_model(self.held, ledger, self.role_of)
@@ -212,6 +223,10 @@ class Scan:
     def hidden(self) -> Sequence[HiddenBuffers]:
         """Returns what engines say about blocks that no Python object refers to."""
         return [hidden for engine in self.engines if (hidden := engine.hidden_buffers()) is not None]
+
+    def recognise(self, lifetimes: Sequence[Lifetime], ledger: Ledger) -> None:
+        """Tags the blocks of a window that nobody claims and that further models hold."""
+        self._further.recognise(lifetimes, ledger, self._model)
 
     def workspace_sizes(self) -> Sequence[int]:
         """Returns the sizes of the blocks that cuBLAS may hold on the device."""

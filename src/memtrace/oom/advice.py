@@ -207,9 +207,21 @@ def _other_processes(situation: Situation) -> Iterator[_Proposal]:
     )
 
 
+def _eval_accumulation(situation: Situation) -> Iterator[_Proposal]:
+    if not situation.request.evaluation:
+        return
+    yield (
+        RemedyKind.EVAL_ACCUMULATION,
+        situation.held((Category.UNATTRIBUTED,)) + (situation.request.bound_bytes or 0),
+        "Trainer gathers the logits and labels of the whole set on the device: move them to the host every few batches "
+        "(eval_accumulation_steps=16), keep less of them (preprocess_logits_for_metrics), or only the loss "
+        "(prediction_loss_only=True). Where one batch alone is too large, lower per_device_eval_batch_size.",
+    )
+
+
 def _unattributed(situation: Situation) -> Iterator[_Proposal]:
-    unclaimed = situation.held((Category.UNATTRIBUTED,))
-    if unclaimed < _NOTABLE_LEAK * sum(situation.entries.values()):
+    unclaimed = 0 if situation.request.evaluation else situation.held((Category.UNATTRIBUTED,))
+    if not unclaimed or unclaimed < _NOTABLE_LEAK * sum(situation.entries.values()):
         return
     yield (
         RemedyKind.UNATTRIBUTED,
@@ -228,5 +240,6 @@ _RULES: tuple[_Rule, ...] = (
     _no_foreach,
     _expandable_segments,
     _other_processes,
+    _eval_accumulation,
     _unattributed,
 )

@@ -60,6 +60,7 @@ def report_document(report: OomReport) -> dict[str, Any]:
             "module": report.request.module,
             "message": report.request.message,
             "pending": report.request.pending,
+            "evaluation": report.request.evaluation,
         },
         "composition": {
             "allocated_bytes": report.composition.allocated_bytes,
@@ -151,6 +152,7 @@ def _parse_request(request: Fields) -> FailedRequest:
         module=request.optional("module", Fields.text),
         message=request.text("message"),
         pending=request.optional("pending", Fields.boolean) or False,
+        evaluation=request.optional("evaluation", Fields.boolean) or False,
     )
 
 

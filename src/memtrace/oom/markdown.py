@@ -16,6 +16,7 @@ _PLACES = {
     Phase.OPTIMIZER: "in the optimizer's step",
     Phase.OUTSIDE: "outside of a training step",
 }
+_EVALUATION = "in an evaluation or a prediction"
 _UNKNOWN = "not known"
 
 
@@ -36,7 +37,7 @@ def render_markdown(report: OomReport) -> str:
 def headline(report: OomReport) -> str:
     """Returns one sentence: where memory ran out, and what most of it was for."""
     step = "" if report.step is None else f" at step {report.step}"
-    where = f"{step}, {_PLACES[report.request.phase]}"
+    where = f"{step}, {_EVALUATION if report.request.evaluation else _PLACES[report.request.phase]}"
     what = "a failed allocation" if report.request.pending else "out of memory"
     top = next(iter(report.composition.by_category().items()), None)
     if top is None:

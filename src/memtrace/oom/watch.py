@@ -101,7 +101,7 @@ class OomWatch:
         step, notice = self._current_step(), self._taken_notice()
         if cause is None:
             return
-        told = FailedRequest(witness=Witness.EXCEPTION, phase=_phase(step)) if notice is None else notice.request
+        told = self._failed(Witness.EXCEPTION, step) if notice is None else notice.request
         asked_for, segment = requested_bytes(cause), told.segment_bytes
         if self._ledger.device.type == "cuda" and is_pool_segment(asked_for) and segment in (None, asked_for):
             asked_for, segment = None, asked_for
@@ -124,7 +124,7 @@ class OomWatch:
         if step is None or self._failed_step == step.number:
             return
         if notice is None:
-            self._settle(FailedRequest(witness=Witness.RESTART, phase=_phase(step)), step, None)
+            self._settle(self._failed(Witness.RESTART, step), step, None)
         else:
             self._settle(replace(notice.request, witness=Witness.RESTART, pending=False), step, notice.report)
 
@@ -134,15 +134,19 @@ class OomWatch:
 
     def _allocation_failed(self, requested: int, free: int) -> None:
         step = self._current_step()
-        request = FailedRequest(
-            witness=Witness.ALLOCATOR, phase=_phase(step), segment_bytes=requested, free_bytes=free, pending=True
-        )
+        failed = self._failed(Witness.ALLOCATOR, step)
+        request = replace(failed, segment_bytes=requested, free_bytes=free, pending=True)
         report = None
         if self._clock() >= self._next_look:
             self._next_look = self._clock() + LOOK_SECONDS
             report = self._look(request, step)
             self._publish(report)
         self._notice = _Notice(step=_number(step), request=request, report=report)
+
+    def _failed(self, witness: Witness, step: StepInFlight | None) -> FailedRequest:
+        """Returns what is known of a failed allocation at once: who tells of it, and where the training is."""
+        evaluation = step is None and not self._model.training
+        return FailedRequest(witness=witness, phase=_phase(step), evaluation=evaluation)
 
     def _crashed(self, error: BaseException) -> None:
         self._guard.run(self.raised, error)

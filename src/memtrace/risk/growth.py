@@ -17,7 +17,7 @@ MIN_STEPS = 8
 STILL_GROWING = 0.5
 """The newer half of the window must grow at least this share as fast as the older half: caches fill and stop."""
 MIN_SHARE = 0.001
-"""Growth over the window that is worth a word, as a share of the level: every step leaves a few scalars behind."""
+"""Growth over so many steps that is worth a word, as a share of the level: every step leaves a few scalars behind."""
 BORNE_OUT = 0.5
 """Share of what steps left behind by which the process must have grown."""
 
@@ -49,38 +49,55 @@ class Growth:
 
 
 class GrowthTrend:
-    """Keeps the newest levels and says whether they are a leak."""
+    """Keeps levels and says whether they are a leak.
+
+    They are the newest ones. Where the process has to bear them out, another choice is spread over all steps so far:
+    the process is read once in many short steps, and grows by whole pages.
+    """
 
     def __init__(self) -> None:
         self._levels: deque[Level] = deque(maxlen=WINDOW)
+        self._spread: list[Level] = []
+        self._apart = 1
+        """Steps that lie between two of the spread levels at least."""
 
     def add(self, level: Level) -> None:
         """Takes in the level after one more step. Where the steps are counted anew, the trend begins anew."""
         if self._levels and level.step <= self._levels[-1].step:
             self._levels.clear()
+            self._spread, self._apart = [], 1
         self._levels.append(level)
+        if level.process_bytes is None or (self._spread and level.step - self._spread[-1].step < self._apart):
+            return
+        if len(self._spread) == WINDOW:
+            self._apart = 2 * max(self._apart, (level.step - self._spread[0].step) // WINDOW)
+            self._spread = self._spread[::2]
+        self._spread.append(level)
 
     def growth(self) -> Growth | None:
-        """Returns the growth of the window; None where it has none, has ceased, or goes up and down."""
-        if len(self._levels) < MIN_STEPS:
-            return None
-        first, last = self._levels[0], self._levels[-1]
-        grown_bytes = last.total - first.total
-        if grown_bytes <= 0 or grown_bytes < MIN_SHARE * first.total:  # nearly every step of every run ends here
-            return None
-        levels = tuple(self._levels)
-        half = len(levels) // 2
-        if not _climbs([level.total for level in levels]):
-            return None
-        if _slope(levels[half:]) < STILL_GROWING * _slope(levels[:half]) or not _borne_out(levels):
-            return None
-        grown = {c: last.by_category.get(c, 0) - first.by_category.get(c, 0) for c in Category}
-        steps = last.step - first.step
-        return Growth(
-            category=max(grown, key=grown.__getitem__),
-            bytes_per_step=_slope(levels),
-            seconds_per_step=(last.unix_seconds - first.unix_seconds) / steps,
-        )
+        """Returns the growth; None where there is none, where it has ceased, or where levels go up and down."""
+        return _growth(self._levels) or _growth(self._spread)
+
+
+def _growth(known: Sequence[Level]) -> Growth | None:
+    if len(known) < MIN_STEPS:
+        return None
+    first, last = known[0], known[-1]
+    grown_bytes, steps = last.total - first.total, last.step - first.step
+    if grown_bytes <= 0 or grown_bytes < MIN_SHARE * first.total * max(1.0, steps / WINDOW):  # nearly always
+        return None
+    levels = tuple(known)
+    half = len(levels) // 2
+    if not _climbs([level.total for level in levels]):
+        return None
+    if _slope(levels[half:]) < STILL_GROWING * _slope(levels[:half]) or not _borne_out(levels):
+        return None
+    grown = {c: last.by_category.get(c, 0) - first.by_category.get(c, 0) for c in Category}
+    return Growth(
+        category=max(grown, key=grown.__getitem__),
+        bytes_per_step=_slope(levels),
+        seconds_per_step=(last.unix_seconds - first.unix_seconds) / steps,
+    )
 
 
 def _climbs(totals: Sequence[int]) -> bool:
@@ -91,16 +108,20 @@ def _climbs(totals: Sequence[int]) -> bool:
 
 
 def _borne_out(levels: Sequence[Level]) -> bool:
-    """Whether the process grew with the levels, where it was looked at: by the lowest of each half of the window.
+    """Whether the process grew with the levels, where it was looked at, and still does so at the end of the window.
 
-    Steps leave tensors behind that the next step replaces, such as the last logits; those do not add up.
+    Told by the lowest of each half of the window, and of the two quarters of the newer half. Steps leave tensors behind
+    that the next step replaces, such as the last logits; those do not add up. The first steps of a process make it grow
+    anyhow.
     """
     held = [level.process_bytes for level in levels if level.process_bytes is not None]
     if len(held) < len(levels):
         return True
-    half = len(levels) // 2
-    grown = min(held[half:]) - min(held[:half])
-    return grown >= BORNE_OUT * (levels[half].total - levels[0].total)
+    half, newest = len(levels) // 2, len(levels) * 3 // 4
+    return all(
+        min(held[middle:end]) - min(held[start:middle]) >= BORNE_OUT * (levels[middle].total - levels[start].total)
+        for start, middle, end in ((0, half, len(levels)), (half, newest, len(levels)))
+    )
 
 
 def _slope(levels: Sequence[Level]) -> float:

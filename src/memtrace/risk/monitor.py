@@ -43,7 +43,8 @@ class RiskMonitor:
         """Bytes of libraries' workspaces at the end of the last step."""
         self._left_behind = 0
         """On a CPU, what all steps together have left behind, if none of it has gone since."""
-        self._last_traced: int | None = None
+        self._last_level: int | None = None
+        """On a CPU, the number of the last step whose leftovers were added."""
         self._forecast: tuple[PeakForecast, int] | None = None
         """The newest forecast and the base that it stands on."""
 
@@ -93,19 +94,22 @@ class RiskMonitor:
         """Returns what outlived the step, in a form in which steps can be compared; None where they cannot.
 
         A trace on a CPU begins with what the ledger knows: it has what this step leaves behind, and not what earlier
-        steps did. There the leftovers are added up, and the process must bear them out: see `Level.process_bytes`.
+        steps did. There the leftovers are added up, those of the last trace for each step since, and the process must
+        bear them out: see `Level.process_bytes`.
         """
         end = record.moments.get(Moment.STEP_END)
-        if end is None or end.allocated_bytes is None:
+        if end is None:
             return None
         if record.allocator is not None:
+            if end.allocated_bytes is None:
+                return None
             return Level(step=record.step, unix_seconds=record.unix_seconds, by_category=by_category)
         process = None if record.device_memory is None else record.device_memory.process_bytes
-        if process is None:
+        if process is None or (self._last_level is None and not record.traced):
             return None
-        since = 1 if self._last_traced is None else max(1, record.step - self._last_traced)
-        self._last_traced = record.step
-        self._left_behind += since * end[Category.UNATTRIBUTED]
+        since = 1 if self._last_level is None else max(1, record.step - self._last_level)
+        self._last_level = record.step
+        self._left_behind += since * self._leftover
         return Level(
             step=record.step,
             unix_seconds=record.unix_seconds,

@@ -48,6 +48,8 @@ class DeviceSampler:
             as the device does.
         patience_seconds: how long `start` waits for the first reading and `stop` for the last one.
         clock: monotonic seconds.
+        refresh: brings a reading up to date as far as that takes microseconds, on the asking thread: of a CPU, what the
+            process holds. Without a reading it begins with an empty one.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class DeviceSampler:
         period_seconds: float,
         patience_seconds: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
+        refresh: Callable[[DeviceReading], DeviceReading] | None = None,
     ) -> None:
         self._open_reader = open_reader
+        self._refresh = refresh
         self._period = period_seconds
         self._patience = patience_seconds
         self._clock = clock
@@ -108,7 +112,11 @@ class DeviceSampler:
         """
         run = self._current_run()
         newest = None if run is None else run.reading()
-        return newest if newest is None or run is None else run.pairs.complete(newest)
+        if run is None or (newest is None and self._refresh is None):
+            return None
+        found = DeviceReading() if newest is None else run.pairs.complete(newest)
+        found = found if self._refresh is None else self._refresh(found)
+        return None if found == DeviceReading() else found
 
     def _current_run(self) -> _Run | None:
         """Returns the run that this process has started; a forked child has none."""

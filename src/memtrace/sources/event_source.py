@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 
@@ -13,6 +14,8 @@ from memtrace.sources.events import EventSource, Window
 
 logger = logging.getLogger("memtrace")
 
+_ALLOCATED, _RESERVED = "allocated_bytes.all.current", "reserved_bytes.all.current"
+
 
 def event_source(device: torch.device) -> EventSource:
     """Returns the source of allocator events of a device; one without events for a kind that memtrace cannot read."""
@@ -22,7 +25,10 @@ def event_source(device: torch.device) -> EventSource:
 
 
 class NoEvents:
-    """The source of a device whose allocator nobody can be asked about: the events of the CPU are not its own."""
+    """The source of a device whose allocator keeps no history: the events of the CPU are not its own.
+
+    Its counters are read where torch has them for every kind of accelerator (`torch.accelerator`, from 2.9 on).
+    """
 
     is_open = False
 
@@ -36,8 +42,9 @@ class NoEvents:
             self._said = True
             logger.warning(
                 "memtrace: no step is traced on %s: there are events of cuda and cpu only. What is shown is what the "
-                "model, its optimizers and its batches hold",
+                "model, its optimizers and its batches hold%s",
                 self._device,
+                "" if self.reading() is None else ", and the allocator's counters",
             )
         return False
 
@@ -57,5 +64,27 @@ class NoEvents:
         """Does nothing."""
 
     def reading(self) -> AllocatorReading | None:
-        """Returns None: the counters are not known."""
-        return None
+        """Returns the counters; None where torch has none for this kind of device, or before its first allocation."""
+        kind = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+        ask = None if kind is None else getattr(torch.accelerator, "memory_stats", None)
+        if ask is None or kind is None or kind.type != self._device.type:
+            return None
+        try:
+            stats = ask(self._device.index or 0)
+        except RuntimeError:  # its allocator keeps none
+            return None
+        return None if _ALLOCATED not in stats or _RESERVED not in stats else _reading(stats)
+
+
+def _reading(stats: Mapping[str, int]) -> AllocatorReading:
+    return AllocatorReading(
+        allocated_bytes=stats[_ALLOCATED],
+        reserved_bytes=stats[_RESERVED],
+        requested_bytes=stats.get("requested_bytes.all.current") or None,
+        peak_allocated_bytes=stats.get("allocated_bytes.all.peak"),
+        peak_requested_bytes=stats.get("requested_bytes.all.peak") or None,
+        retries=stats.get("num_alloc_retries"),
+        ooms=stats.get("num_ooms"),
+        allocations=stats.get("allocation.all.allocated"),
+        device_allocations=stats.get("num_device_alloc"),
+    )

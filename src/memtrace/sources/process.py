@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +49,12 @@ class CpuDevice:
 
     def close(self) -> None:
         """Does nothing: no file is held open."""
+
+
+def refreshed(reading: DeviceReading) -> DeviceReading:
+    """Returns a reading of the CPU with the resident set of now; takes about 20 us."""
+    resident = parse_statm(_text(Path("/proc/self/statm")), os.sysconf("SC_PAGE_SIZE"))
+    return replace(reading, process_bytes=reading.process_bytes if resident is None else resident)
 
 
 class Room(NamedTuple):

@@ -1,0 +1,76 @@
+"""The further models that a Trainer holds: reference, teacher, reward and value models, whatever it calls them."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from memtrace.attribution.further import Find
+
+_MAX_FRAMES = 16
+"""Frames from a callback's method to the Trainer's, which calls it through its handler of callbacks."""
+_MAX_MODELS = 8
+"""Further models with a name of their own: each is a component of the weights."""
+
+
+def models_of_the_caller(callback: TrainerCallback) -> Find | None:
+    """Returns what finds the further models of the Trainer that calls this callback now; None where none does.
+
+    Trainer tells a callback of the trained model alone. Its own attributes have the others, as those of TRL's trainers
+    do (`ref_model`, `teacher_model`, `reward_funcs`, `value_model`), and those of its callbacks may: each is known by
+    the name of the attribute. The Trainer is held weakly.
+    """
+    trainer = _caller(callback)
+    if trainer is None:
+        return None
+    alive = weakref.ref(trainer)
+
+    def find() -> Mapping[str, Any]:
+        trainer = alive()
+        return {} if trainer is None else _models(trainer)
+
+    return find
+
+
+def _models(trainer: Trainer) -> dict[str, Any]:
+    """Returns the modules, and lists and dictionaries of modules, among the attributes of a Trainer and its callbacks.
+
+    The trained model may be among them, also as a part of another.
+    """
+    found: dict[str, Any] = {}
+    for holder in (*trainer.callback_handler.callbacks, trainer):
+        for name, value in vars(holder).items():
+            modules = [part for part in _parts(value) if isinstance(part, nn.Module)]
+            if modules and modules != [trainer.model] and (name in found or len(found) < _MAX_MODELS):
+                found[name.lstrip("_") or name] = modules
+    return found
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
+def _caller(callback: TrainerCallback) -> Trainer | None:
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_MAX_FRAMES):
+        if frame is None:
+            return None
+        first = frame.f_code.co_varnames[:1]
+        if first == ("self",) and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+            local = frame.f_locals
+            found = local.get("self")
+            if type(local) is dict:  # until Python 3.13 a copy, which would keep all that it refers to until the return
+                local.clear()
+            if isinstance(found, Trainer) and any(one is callback for one in found.callback_handler.callbacks):
+                return found
+        frame = frame.f_back
+    return None
