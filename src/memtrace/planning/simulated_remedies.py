@@ -10,6 +10,7 @@ from memtrace.planning.plan import Plan
 from memtrace.planning.recipe import find_recipe
 from memtrace.planning.remedies import Remedy, other_shardings
 from memtrace.planning.simulation_request import SimulationRequest, plan_simulated
+from memtrace.sources.operator_results import OperatorResults
 
 
 def simulated_remedies(
@@ -25,6 +26,8 @@ def simulated_remedies(
         say: is called with the name of each change before it is simulated.
     """
     found = []
+    results = OperatorResults(request.target) if request.results is None else request.results
+    request = replace(request, results=results, by_module=False)
     for name, changed in _candidates(request):
         say(name)
         try:
