@@ -28,7 +28,7 @@ def simulated_remedies(
     found = []
     results = OperatorResults(request.target) if request.results is None else request.results
     request = replace(request, results=results, by_module=False)
-    for name, changed in _candidates(request):
+    for name, changed in candidates(request):
         say(name)
         try:
             after = plan_simulated(changed)
@@ -40,7 +40,8 @@ def simulated_remedies(
     return sorted(found, key=lambda remedy: -remedy.saved_bytes)
 
 
-def _candidates(request: SimulationRequest) -> Iterator[tuple[str, SimulationRequest]]:
+def candidates(request: SimulationRequest) -> Iterator[tuple[str, SimulationRequest]]:
+    """Yields a name and a changed request for each remedy that is worth a simulation."""
     model, batch, recipe = request.model, request.batch, request.recipe
     if not model.gradient_checkpointing:
         yield "gradient checkpointing", replace(request, model=replace(model, gradient_checkpointing=True))

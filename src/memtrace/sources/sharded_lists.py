@@ -6,7 +6,7 @@ foreach step of a model with 300 parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,16 +17,37 @@ from memtrace.sources.results import Operator
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-_ELEMENTWISE = frozenset(
-    f"aten::_{name}{ending}"
-    for name in (
-        *(f"foreach_{name}" for name in ("add", "sub", "mul", "div", "neg", "abs", "sqrt", "rsqrt", "reciprocal")),
-        *(f"foreach_{name}" for name in ("lerp", "addcmul", "addcdiv", "maximum", "minimum", "pow", "sign", "copy")),
-        *(f"fused_{name}" for name in ("adam", "adamw", "sgd", "adagrad")),
-    )
-    for ending in ("", "_")
+aten = torch.ops.aten
+
+
+def _foreach(name: str, *overloads: str) -> Iterator[Operator]:
+    for packet in (f"_foreach_{name}", f"_foreach_{name}_"):
+        for overload in overloads:
+            yield getattr(getattr(aten, packet), overload)
+
+
+_ELEMENTWISE: frozenset[Operator] = frozenset(
+    {
+        *(
+            operator
+            for name in ("add", "sub", "mul", "div")
+            for operator in _foreach(name, "Scalar", "List", "ScalarList")
+        ),
+        *(operator for name in ("neg", "abs", "sqrt", "reciprocal", "sign") for operator in _foreach(name, "default")),
+        *_foreach("lerp", "Scalar", "List"),
+        *_foreach("maximum", "List"),
+        aten._foreach_addcmul.Scalar,
+        aten._foreach_addcmul_.Scalar,
+        aten._foreach_addcmul_.ScalarList,
+        aten._foreach_addcdiv_.Scalar,
+        aten._foreach_addcdiv_.ScalarList,
+        aten._foreach_pow.Scalar,
+        aten._fused_adam_.default,
+        aten._fused_adamw_.default,
+    }
 )
-"""Operators on lists whose results have the shape and the sharding of what they are made from."""
+"""Operators whose results have the shape and the sharding of the first list. DTensor takes them all; what it refuses,
+such as a fused SGD, stays refused."""
 
 
 def without_wrappers(operator: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
@@ -35,7 +56,7 @@ def without_wrappers(operator: Operator, args: Sequence[Any], kwargs: Mapping[st
     Every list must have elements of the same shapes and placements as the first one, or single numbers; no tensor may
     stand outside of a list.
     """
-    if operator._schema.name not in _ELEMENTWISE or any(isinstance(value, torch.Tensor) for value in kwargs.values()):
+    if operator not in _ELEMENTWISE or any(isinstance(value, torch.Tensor) for value in kwargs.values()):
         return None
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - takes a second, and is there where a DTensor is
 
