@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -41,8 +42,12 @@ def request(configuration: Any, recipe: str, **model: Any) -> SimulationRequest:
 
 
 def history(run: SimulatedRun) -> list[tuple[int, int]]:
-    """Every allocation and free, in order, without its time."""
-    return [(event.address, event.delta) for event in run.events()]
+    """Every allocation and free, in order, without its time; what is freed at one go has no order of its own."""
+    found: list[tuple[int, int]] = []
+    for frees, events in groupby(run.events(), key=lambda event: event.delta < 0):
+        changes = [(event.address, event.delta) for event in events]
+        found += sorted(changes) if frees else changes
+    return found
 
 
 def history_or_refusal(asked: SimulationRequest) -> tuple[object, object]:
