@@ -10,6 +10,7 @@ from memtrace.planning.plan import Plan
 from memtrace.planning.recipe import find_recipe
 from memtrace.planning.remedies import Remedy, other_shardings
 from memtrace.planning.simulation_request import SimulationRequest, plan_simulated
+from memtrace.sources.operator_results import OperatorResults
 
 
 def simulated_remedies(
@@ -25,7 +26,9 @@ def simulated_remedies(
         say: is called with the name of each change before it is simulated.
     """
     found = []
-    for name, changed in _candidates(request):
+    results = OperatorResults(request.target) if request.results is None else request.results
+    request = replace(request, results=results, by_module=False)
+    for name, changed in candidates(request):
         say(name)
         try:
             after = plan_simulated(changed)
@@ -37,7 +40,8 @@ def simulated_remedies(
     return sorted(found, key=lambda remedy: -remedy.saved_bytes)
 
 
-def _candidates(request: SimulationRequest) -> Iterator[tuple[str, SimulationRequest]]:
+def candidates(request: SimulationRequest) -> Iterator[tuple[str, SimulationRequest]]:
+    """Yields a name and a changed request for each remedy that is worth a simulation."""
     model, batch, recipe = request.model, request.batch, request.recipe
     if not model.gradient_checkpointing:
         yield "gradient checkpointing", replace(request, model=replace(model, gradient_checkpointing=True))

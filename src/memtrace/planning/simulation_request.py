@@ -17,6 +17,7 @@ from memtrace.planning.simulate import model_loss, plan_of, step_kernels, worksp
 from memtrace.planning.simulated_run import SimulatedRun, Training, run_two_steps
 from memtrace.planning.torch_optimizers import StepKernels, make_optimizer
 from memtrace.sources.kernels import Target
+from memtrace.sources.operator_results import OperatorResults
 
 DEFAULT_ADAPTER_RANK = 16
 """Rank of the adapters that the LoRA recipes train, where none is given."""
@@ -39,6 +40,10 @@ class SimulationRequest:
     sharding: Sharding = field(default_factory=Sharding)
     device: Device | None = None
     """The device that the step is planned for, where it is a known one."""
+    by_module: bool = True
+    """Whether a run tells which modules made the activations."""
+    results: OperatorResults | None = field(default=None, compare=False)
+    """What the requests for one target that are made from this one learn of operators, once for all of them."""
 
     def __post_init__(self) -> None:
         if self.accumulation_steps < 1:
@@ -77,6 +82,8 @@ def simulate(request: SimulationRequest) -> SimulatedRun:
             target=request.target,
             sharding=request.sharding,
             workspaces=workspaces_of(request.device),
+            results=request.results,
+            by_module=request.by_module,
         )
     )
 

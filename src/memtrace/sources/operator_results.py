@@ -45,10 +45,10 @@ class Call:
 
 
 class OperatorResults:
-    """The memory of what operators return on one kind of device."""
+    """The memory of what operators return on one kind of device. Simulations of the same target may share it."""
 
     def __init__(self, target: Target) -> None:
-        self._target = target
+        self.target = target
         self._known: dict[Any, Result] = {}
         self._fake = torch_fake.fake_kernels()
 
@@ -113,7 +113,7 @@ class OperatorResults:
             fake_args = map_tensors(lambda _: next(following), args)
             fake_kwargs = map_tensors(lambda _: next(following), kwargs)
             result = operator(*fake_args, **fake_kwargs)
-        return corrected(self._target, operator, layouts, _describe(result, list(fakes), len(fakes)))
+        return corrected(self.target, operator, layouts, _describe(result, list(fakes), len(fakes)))
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -53,6 +54,22 @@ class SimulatedTensor(torch.Tensor):
         return self.item() if self.dim() == 0 else [part.tolist() for part in self.unbind()]
 
 
+class SimulatedStorage(torch.UntypedStorage):
+    """A storage of some size without memory, which tells where it is resized: no operator does."""
+
+    resized: weakref.WeakMethod[Resized]
+
+    def resize_(self, nbytes: int) -> None:
+        """Changes the size, in bytes."""
+        super().resize_(nbytes)
+        resized = self.resized()
+        if resized is not None:
+            resized(self)
+
+
+Resized = Callable[[SimulatedStorage], None]
+
+
 def layout_of(tensor: torch.Tensor) -> Layout:
     """Returns shape, strides and element type of a tensor."""
     return Layout(tensor.shape, tensor.stride(), tensor.dtype)
@@ -63,9 +80,10 @@ def begin_of(tensor: torch.Tensor) -> int:
     return int(tensor.storage_offset())
 
 
-def new_tensor(layout: Layout, nbytes: int, offset: int = 0) -> SimulatedTensor:
-    """Returns a tensor on a new storage of `nbytes` bytes; `offset` counts elements."""
-    storage = torch.UntypedStorage(nbytes, device=_META)  # type: ignore[no-untyped-call]
+def new_tensor(layout: Layout, nbytes: int, resized: Resized, offset: int = 0) -> SimulatedTensor:
+    """Returns a tensor on a new storage of `nbytes` bytes, which tells `resized`; `offset` counts elements."""
+    storage = SimulatedStorage(nbytes, device=_META)  # type: ignore[no-untyped-call]
+    storage.resized = weakref.WeakMethod(resized)
     return tensor_on(storage, layout, offset)
 
 

@@ -16,13 +16,19 @@ from memtrace.sources.kernels import Target, scratch_bytes
 from memtrace.sources.known_values import KnownValues, run
 from memtrace.sources.operator_results import Call, OperatorResults, map_tensors
 from memtrace.sources.results import Constant, Input, NewTensor, Operator, Result, ViewOf
+from memtrace.sources.sharded_lists import without_wrappers, wrapped
 from memtrace.sources.simulated import SimulatedEvents
-from memtrace.sources.simulated_tensor import DEVICE, SimulatedTensor, begin_of, layout_of, new_tensor, tensor_on
+from memtrace.sources.simulated_tensor import (
+    DEVICE,
+    SimulatedStorage,
+    SimulatedTensor,
+    begin_of,
+    layout_of,
+    new_tensor,
+    tensor_on,
+)
 
 _ADD = torch.ops.aten.add.Tensor
-_FSDP = "fsdp"
-"""Namespace of the operators that FSDP2 gathers weights with; it resizes the storages that they fill itself."""
-
 MAX_OPERATORS = 600_000
 """Operators after which a simulation gives up, some 15 seconds: a layer of a transformer takes 300 in two steps."""
 
@@ -48,12 +54,13 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         target: the kind of device whose kernels are simulated.
+        results: what other simulations have learned of that kind, to be used and added to.
 
     Raises:
         PlanError: an operator depends on values that are not known, or nobody knows what it returns.
     """
 
-    def __init__(self, target: Target = Target.CPU) -> None:
+    def __init__(self, target: Target = Target.CPU, results: OperatorResults | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._target = target
         self._guesses = False
@@ -61,11 +68,10 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         """How many have run."""
         self.kinds: set[Operator] = set()
         """Which have run."""
-        self._resized: dict[int, None] = {}
-        """Identities of storages that may be resized without an operator, which nobody tells."""
         self.events = SimulatedEvents(self._address_of)
         self._blocks: dict[int, _Block] = {}
-        self._results = OperatorResults(target)
+        self._results = OperatorResults(target) if results is None else results
+        assert self._results.target is target, "results of another kind of device"
         self._known = KnownValues()
         self._adopted: dict[int, torch.UntypedStorage] = {}
         """What stands for the storages of real tensors that were met, by the identity of the real one."""
@@ -133,14 +139,18 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch_fake.DEVICE_OF:
+        if func is torch_fake.DEVICE_OF:  # two of three calls
             return DEVICE
+        with torch_fake.without_function_modes():
+            return self._dispatched(func, types, args, kwargs)
+
+    def _dispatched(
+        self, func: Operator, types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any] | None
+    ) -> Any:
         if func.namespace == "profiler" or torch_fake.fake_mode_is_on():
             return func(*args, **(kwargs or {}))
-        if self._resized:
-            self._see_resized()
         if any(kind is not SimulatedTensor for kind in types):
-            return NotImplemented  # a wrapper such as DTensor calls again with the tensors that it wraps
+            return self._of_wrappers(func, args, kwargs or {})
         self.operators += 1
         self.kinds.add(func)
         if self.operators > MAX_OPERATORS:
@@ -156,6 +166,21 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         if func is _LIFT:
             return call.inputs[0]
         return self._answer(call)
+
+    def _of_wrappers(self, func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Returns the answer to a call with other tensors than simulated ones, as far as it is not left to them.
+
+        A wrapper such as DTensor calls again with the tensors that it wraps. For lists it is asked for time that grows
+        with the square of their length.
+        """
+        inner = without_wrappers(func, args, kwargs)
+        if inner is None:
+            return NotImplemented
+        answer = self._dispatched(func, (SimulatedTensor,), inner, kwargs)
+        if answer is None:
+            return None
+        with self:
+            return wrapped(answer, args)
 
     def _answer(self, call: Call) -> Any:
         if call.operator in _PLAIN_VALUES:
@@ -173,8 +198,6 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         if scratch:
             self.events.free(self.events.allocate(scratch))
         self._known.follow(call, answer)
-        if call.operator.namespace == _FSDP:
-            self._resized.update((id(tensor.untyped_storage()), None) for tensor in call.inputs)
         return answer
 
     def _by_value(self, call: Call, error: Exception | None) -> Any:
@@ -215,7 +238,7 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         return result.kind(self._build(item, call, tensors) for item in result.items)
 
     def _new(self, description: NewTensor, *, on_device: bool = True) -> SimulatedTensor:
-        tensor = new_tensor(description.layout, description.nbytes, description.offset)
+        tensor = new_tensor(description.layout, description.nbytes, self._resized, description.offset)
         storage = tensor.untyped_storage()
         block = _Block(storage, self._died)
         block.identity = id(storage)
@@ -223,23 +246,18 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         self._blocks[block.identity] = block
         return tensor
 
-    def _see_resized(self) -> None:
-        """Frees and allocates the blocks of storages that FSDP2 has resized to nothing and back."""
-        for identity in self._resized:
-            block = self._blocks[identity]
-            storage = block()
-            if storage is None:
-                continue
-            if block.address is not None and not storage.nbytes():
-                self.events.free(block.address)
-                block.address = None
-            elif block.address is None and storage.nbytes():
-                block.address = self.events.allocate(storage.nbytes())
+    def _resized(self, storage: SimulatedStorage) -> None:
+        """Frees or allocates the block of a storage that was resized to nothing or back, as FSDP2 does."""
+        block = self._blocks[id(storage)]
+        if block.address is not None and not storage.nbytes():
+            self.events.free(block.address)
+            block.address = None
+        elif block.address is None and storage.nbytes():
+            block.address = self.events.allocate(storage.nbytes())
 
     def _died(self, block: weakref.ref[torch.UntypedStorage]) -> None:
         assert isinstance(block, _Block)
         del self._blocks[block.identity]
-        self._resized.pop(block.identity, None)
         self._known.forget(block.identity)
         if block.address is not None:
             self.events.free(block.address)

@@ -44,6 +44,17 @@ def without_dispatch() -> AbstractContextManager[object]:
     return cast("AbstractContextManager[object]", torch._C._DisableTorchDispatch())
 
 
+def without_function_modes() -> AbstractContextManager[object]:
+    """Returns a context in which no function mode hears of calls, above all not of what a dispatch asks tensors for."""
+    return cast("AbstractContextManager[object]", torch._C.DisableTorchFunction())
+
+
+def shard_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns this rank's shard of a DTensor; `to_local()` makes a view of it."""
+    shard: torch.Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+    return shard
+
+
 def is_engine_sum(gradient: torch.Tensor) -> bool:
     """Returns whether autograd adds to this gradient because a tensor was used twice, and holds it alone.
 
@@ -93,5 +104,7 @@ __all__ = [
     "is_engine_sum",
     "no_torch_function",
     "quiet",
+    "shard_of",
     "without_dispatch",
+    "without_function_modes",
 ]
