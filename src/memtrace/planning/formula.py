@@ -15,7 +15,7 @@ from memtrace.breakdown import Breakdown, EntryKey, ordered_entries
 from memtrace.categories import Category, Moment
 from memtrace.planning import assumptions
 from memtrace.planning.plan import ByteRange, Plan
-from memtrace.planning.recipe import DTYPE_BYTES, under_deepspeed
+from memtrace.planning.recipe import DEEPSPEED_CONVERTS, DTYPE_BYTES, under_deepspeed
 from memtrace.planning.request import PlanRequest
 from memtrace.planning.sharding import (
     ZERO3_MAX_LIVE,
@@ -40,7 +40,8 @@ def plan_by_formula(request: PlanRequest) -> Plan:
     they are together in the second of several micro batches. The lower end of `Plan.allocated` is the largest moment
     that surely occurs.
     """
-    if request.sharding.is_zero and request.recipe.casts:
+    converts = request.sharding.is_zero and request.recipe.casts
+    if converts:
         request = replace(request, recipe=under_deepspeed(request.recipe))
     step = _Step(request)
     always, gradients = list(step.always()), list(step.gradients())
@@ -66,7 +67,7 @@ def plan_by_formula(request: PlanRequest) -> Plan:
             moment: Breakdown(moment=moment, entries=ordered_entries(_merge(parts)), estimated=True)
             for moment, parts in {**moments, Moment.PEAK: peak}.items()
         },
-        assumptions=tuple(assumptions.of(request)),
+        assumptions=(*assumptions.of(request), *([DEEPSPEED_CONVERTS] if converts else [])),
         allocated=ByteRange(low=low, high=None if request.activations is None else high),
         host_bytes=step.host_bytes(),
     )

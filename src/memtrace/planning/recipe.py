@@ -189,6 +189,13 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 """Every recipe, by name."""
 
 
+DEEPSPEED_CONVERTS = (
+    "DeepSpeed with bf16 turns all floating-point weights into bfloat16, keeps float32 masters of those that are "
+    "trained, and casts nothing: the recipe is planned so."
+)
+"""What is said of a recipe with autocast under DeepSpeed."""
+
+
 def under_deepspeed(recipe: Recipe) -> Recipe:
     """Returns what DeepSpeed with bf16 makes of a recipe with autocast; any other as it is.
 

@@ -161,7 +161,7 @@ def plan_of(
         moments=run.moments,
         assumptions=(
             *_assumptions(run, recipe, target, optimizer, fused=fused, device=device),
-            *sharding_assumptions(sharding),
+            *sharding_assumptions(sharding, recipe),
         ),
         allocated=ByteRange(low=peak, high=int(high * (1 + CONVOLUTION_PEAK)) if convolves else high),
         reserved_bytes=None if allocator is None else allocator.peak_reserved_bytes,

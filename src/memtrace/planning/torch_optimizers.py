@@ -146,11 +146,11 @@ def _kept_for(parameter: torch.Tensor, layout: OptimizerLayout) -> Iterator[tupl
 
 def _elements(state: State, parameter: torch.Tensor) -> int:
     if state.low_rank and parameter.dim() == 2:
-        rank = min(RANK, *parameter.shape)
+        rank: int = min(RANK, *parameter.shape)
         side: int = min(parameter.shape) if state.component == "projector" else max(parameter.shape)
         return rank * side
     if state.low_rank:
         return 0 if state.component == "projector" else parameter.numel()
     if state.elements == FACTOR:
-        return int(max(parameter.shape, default=1))
+        return max(parameter.shape, default=1)
     return ceil(parameter.numel() * state.elements)
