@@ -61,7 +61,10 @@ allocations are replayed as those of a live step are, and once more through a mo
     memtrace plan --config ./Llama-3-8B --seq-len 2048 --recipe bf16-master --device H100-80GB --what-if --by-module
 
 * Batch: `--batch-size`, `--seq-len` (`--image-size` for images), `--accumulation-steps`. Model: `--attn`, `--dtype`,
-  `--gradient-checkpointing`, `--lora-rank`. `--fused-optimizer` takes torch's fused step, which has no temporaries.
+  `--gradient-checkpointing`, `--lora-rank`, `--lora-targets q_proj,v_proj`. `--fused-optimizer` takes torch's fused step, which has no temporaries.
+* Loop: `--keep-outputs` for `out = model(**batch)`, which keeps the logits into the next step (Trainer drops them once
+  the loss is known), `--padded` for texts of different lengths, whose mask takes attention off its flash path. A plan
+  says which form it assumed where the other would need another amount.
 * `reserved by the allocator` is what the model of the allocator holds at the end. `--kernels cpu` plans for a CPU, as
   [the comparison with the live tracer](accuracy.md) does.
 * `--device` also says what cuBLAS keeps: {WORKSPACES_LATER:,} bytes on Hopper and later, {WORKSPACES_EARLIER:,} before,
@@ -110,10 +113,20 @@ Bytes for each parameter on one rank, with AdamW:
 
 `lora` and `qlora` add float32 adapters to a frozen base: `--trainable-params` says how many there are.
 
+`qlora` packs linear layers in 4 bits (NF4 and FP4 are the same size) with double quantization. Embedding, head and norms
+stay in bfloat16, and so do weights outside of linear layers, such as experts in one tensor. With `--config` they are
+known; by formula `--unquantized-params` says how many there are. One weight at a time is unpacked for its product.
+`qlora-kbit` is the same after `prepare_model_for_kbit_training`, which casts all that stays to float32: with a large
+vocabulary that costs more than it saves. DeepSpeed with bf16 turns `hf-autocast`, `lora` and `qlora` into 16-bit
+weights with float32 masters, and they are planned so. Engines that shard weights get the packed ones as 16-bit tensors
+(`bnb_4bit_quant_storage`).
+
 ## Optimizers
 
 What each keeps for a parameter. States have the type of the tensor that is updated, the master copy where there is one,
-unless the table says otherwise.
+unless the table says otherwise. Every value of Trainer's `optim=` is taken, but those that update weights inside the
+backward pass: for these the error names what to plan as an upper bound. Trainer's `adafactor` is `adafactor-hf` here.
+Paged states lie in managed memory, outside of torch's allocator, and are counted for the host.
 
 {_optimizers()}
 

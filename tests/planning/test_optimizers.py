@@ -5,13 +5,22 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
+from transformers.training_args import OptimizerNames
 
+from memtrace.categories import Category, Moment
 from memtrace.errors import PlanError
-from memtrace.planning.optimizers import LBFGS_HISTORY, MATRIX_SIDE, OPTIMIZERS, find_optimizer
+from memtrace.planning.formula import plan_by_formula
+from memtrace.planning.optimizer_layouts import LBFGS_HISTORY, MATRIX_SIDE, RANK
+from memtrace.planning.optimizers import OPTIMIZERS, find_optimizer
+from memtrace.planning.recipe import find_recipe
+from memtrace.planning.request import PlanRequest
+from memtrace.planning.torch_optimizers import StepKernels, keeps_only, make_optimizer, steps_fused
+from memtrace.planning.trainer_optimizers import NOT_PLANNED
 
 SHAPE = (8, 8)
 DENSE = [
@@ -131,4 +140,60 @@ def test_8_bit_adamw_has_a_scale_for_256_elements() -> None:
 def test_an_unknown_optimizer_is_met_with_the_nearest() -> None:
     """A misspelt optimizer is an error that helps."""
     with pytest.raises(PlanError, match="did you mean 'adamw8bit'"):
-        find_optimizer("adamw_8bit")
+        find_optimizer("adamw8bits")
+
+
+def test_every_name_of_trainer_is_planned_or_refused_with_what_to_plan() -> None:
+    """`optim=` of Trainer, word for word: a layout, and states of just that size in a simulated step, or an error that
+    names another optimizer."""
+    parameter = torch.nn.Parameter(torch.ones(MATRIX_SIDE, 4))
+    side = torch.nn.Parameter(torch.ones(256, 256))
+    for known in OptimizerNames:
+        name = known.value
+        if name in NOT_PLANNED:
+            with pytest.raises(PlanError, match=f"{name} cannot be planned: .*plan (ada|sgd|galore|apollo)"):
+                make_optimizer(name, StepKernels.FUSED)
+            continue
+        layout = find_optimizer(name)
+        if not keeps_only(name):
+            continue
+        optimizer = make_optimizer(name, StepKernels.FUSED)([parameter, side])
+        parameter.grad, side.grad = torch.ones_like(parameter), torch.ones_like(side)
+        optimizer.step()
+        kept = optimizer.state[side]
+        assert set(kept) == (set() if layout.paged else {state.component for state in layout.states})
+        for state in layout.states:
+            if state.component in kept and state.elements >= Fraction(1, 2) and not state.low_rank:
+                assert kept[state.component].numel() == state.elements * side.numel()
+                assert str(kept[state.component].dtype) == f"torch.{state.dtype or 'float32'}"
+        if "low" in str(layout.note) and layout.states[0].low_rank:
+            assert kept[layout.states[0].component].numel() == RANK * 256
+    assert steps_fused("adamw_torch_fused", StepKernels.FOREACH)
+    assert not steps_fused("adamw_torch", StepKernels.FOREACH)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("schedule_free_adamw", {}), ("schedule_free_radam", {}), ("schedule_free_sgd", {})],
+)
+def test_schedule_free_optimizers_keep_what_their_layout_says(name: str, arguments: dict[str, Any]) -> None:
+    """The real optimizers after a step: `z` and the second moment, as large as the weights."""
+    parameter = torch.nn.Parameter(torch.ones(SHAPE))
+    optimizer = optimizer_class(name)([parameter], lr=0.1, **arguments)
+    optimizer.train()  # type: ignore[attr-defined]
+    parameter.grad = torch.ones(SHAPE)
+    optimizer.step()
+    kept = {key: value for key, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
+    assert {key: value.numel() for key, value in kept.items()} == {
+        state.component: state.elements * SHAPE[0] * SHAPE[1] for state in find_optimizer(name).states
+    }
+
+
+def test_paged_states_are_in_host_memory() -> None:
+    """They lie outside of torch's allocator: none on the device, all of them counted for the host."""
+    request = PlanRequest(
+        parameters=10**6, recipe=find_recipe("pure-bf16"), optimizer=find_optimizer("paged_adamw_32bit")
+    )
+    plan = plan_by_formula(request)
+    assert plan.host_bytes == 8 * 10**6
+    assert plan.moments[Moment.STEP_END][Category.OPTIMIZER_STATE] == 0

@@ -101,7 +101,6 @@ def test_one_rank_of_zero_3_alone_gathers_nothing() -> None:
     ("sharding", "recipe", "message"),
     [
         (Sharding(strategy=Strategy.ZERO2, world_size=2, offload=Offload.OPTIMIZER), "bf16-master", "offloading"),
-        (Sharding(strategy=Strategy.ZERO2, world_size=2), "hf-autocast", "bf16-master"),
         (Sharding(strategy=Strategy.DDP, world_size=2), "bf16-master", "--zero 0"),
     ],
 )

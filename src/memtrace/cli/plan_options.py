@@ -43,6 +43,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="parameters that are trained; by default all, or 0.2 %% on top with LoRA",
     )
     group.add_argument(
+        "--unquantized-params",
+        metavar="N",
+        help="of those of the model, what QLoRA leaves in 16 bits: embedding and head",
+    )
+    group.add_argument(
         "--activation-ratio",
         type=float,
         metavar="R",
@@ -108,6 +113,7 @@ def request_of(arguments: argparse.Namespace) -> PlanRequest:
         optimizer=find_optimizer(arguments.optimizer),
         sharding=sharding_of(arguments),
         trainable_parameters=_optional_count(arguments.trainable_params),
+        unquantized_parameters=_optional_count(arguments.unquantized_params),
         activation_ratio=arguments.activation_ratio,
         activation_bytes=None if arguments.activation_bytes is None else parse_bytes(arguments.activation_bytes),
         accumulation_steps=arguments.accumulation_steps,

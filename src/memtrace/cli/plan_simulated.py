@@ -108,8 +108,9 @@ def _search(
         raise PlanError(f"--find-max {what} needs a device to fit: give --device or --capacity")
 
     def with_size(number: int) -> SimulationRequest:
-        field = "samples" if what == "batch-size" else "positions"
-        return replace(request, batch=replace(request.batch, **{field: number}))
+        batch = request.batch
+        resized = replace(batch, samples=number) if what == "batch-size" else replace(batch, positions=number)
+        return replace(request, batch=resized)
 
     operators: dict[int, int] = {}
 

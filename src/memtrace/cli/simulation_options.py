@@ -20,6 +20,7 @@ _POSITIONS = 2048
 _FORMULA_ONLY = (
     "params",
     "trainable_params",
+    "unquantized_params",
     "activation_ratio",
     "activation_bytes",
     "largest_layer_params",
@@ -32,6 +33,9 @@ _SIMULATION_ONLY = {
     "attn": None,
     "dtype": None,
     "lora_rank": None,
+    "lora_targets": None,
+    "keep_outputs": False,
+    "padded": False,
     "fused_optimizer": False,
     "kernels": None,
     "by_module": False,
@@ -61,6 +65,13 @@ def add_simulation_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: the recipe's"
     )
     group.add_argument("--lora-rank", type=int, metavar="N", help="adapters on all linear layers; default 16 with LoRA")
+    group.add_argument(
+        "--lora-targets", metavar="NAMES", help="modules that get adapters, such as q_proj,v_proj; default all-linear"
+    )
+    group.add_argument(
+        "--keep-outputs", action="store_true", help="a loop with out = model(**batch), which keeps the logits"
+    )
+    group.add_argument("--padded", action="store_true", help="texts of different lengths: attention gets a mask")
     group.add_argument("--fused-optimizer", action="store_true", help="torch's fused step, which has no temporaries")
     group.add_argument("--kernels", choices=("cuda", "cpu"), help="whose kernels and allocator; default cuda")
     group.add_argument(
@@ -120,17 +131,27 @@ def simulation_of(arguments: argparse.Namespace) -> SimulationRequest:
             attention=arguments.attn,
             gradient_checkpointing=arguments.gradient_checkpointing,
             adapter_rank=arguments.lora_rank,
+            adapter_targets=targets_of(arguments.lora_targets),
         ),
         batch=BatchSettings(
             samples=1 if arguments.batch_size is None else arguments.batch_size,
             positions=usual if arguments.seq_len is None else arguments.seq_len,
             image_size=arguments.image_size,
+            padded=arguments.padded,
         ),
         accumulation_steps=arguments.accumulation_steps,
+        keeps_outputs=arguments.keep_outputs,
         fused_step=arguments.fused_optimizer,
         target=Target(arguments.kernels or "cuda"),
         sharding=_sharding_of(arguments, configuration),
     )
+
+
+def targets_of(text: str | None) -> tuple[str, ...] | None:
+    """Returns the names of modules in a list such as `q_proj,v_proj`; None for `all-linear` and where there is none."""
+    if text is None or text == "all-linear":
+        return None
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _sharding_of(arguments: argparse.Namespace, configuration: Any) -> Sharding:

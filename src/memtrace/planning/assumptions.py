@@ -23,8 +23,13 @@ def of(request: PlanRequest) -> Iterator[str]:
             f"{request.trainable:,} adapter parameters: 0.2 % of the base, the share that the QLoRA paper calls "
             "commonly used."
         )
-    if recipe.name == "qlora":
-        yield "All base weights are quantized; embeddings and head, which libraries leave in bfloat16, take more."
+    if recipe.quantizes:
+        if request.unquantized_parameters is None:
+            yield (
+                "All base weights are quantized; embedding, head and norms, which libraries leave in "
+                f"{recipe.unquantized}, take more: --unquantized-params says how many they are."
+            )
+        yield "One weight at a time is unpacked for its product: a third of a layer at most."
     if recipe.casts and request.sharding.strategy is Strategy.ZERO3:
         yield "Autocast copies are counted for one unit: the linear layers of ZeRO 3 do not keep them."
     elif recipe.casts and request.sharding.strategy is not Strategy.FSDP:

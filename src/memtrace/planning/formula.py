@@ -7,13 +7,15 @@ adds, what the backward pass adds, what the optimizer's step adds.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from fractions import Fraction
 from math import ceil
 
 from memtrace.breakdown import Breakdown, EntryKey, ordered_entries
 from memtrace.categories import Category, Moment
 from memtrace.planning import assumptions
 from memtrace.planning.plan import ByteRange, Plan
-from memtrace.planning.recipe import DTYPE_BYTES
+from memtrace.planning.recipe import DEEPSPEED_CONVERTS, DTYPE_BYTES, under_deepspeed
 from memtrace.planning.request import PlanRequest
 from memtrace.planning.sharding import (
     ZERO3_MAX_LIVE,
@@ -22,6 +24,10 @@ from memtrace.planning.sharding import (
     Offload,
     Strategy,
 )
+
+LARGEST_MATRIX = Fraction(1, 3)
+"""Share of a transformer layer that its largest matrix has at most: 4 of 12 squares of the hidden size in GPT's layers,
+less in those with a gate."""
 
 Part = tuple[EntryKey, int]
 """One entry of a breakdown."""
@@ -34,9 +40,12 @@ def plan_by_formula(request: PlanRequest) -> Plan:
     they are together in the second of several micro batches. The lower end of `Plan.allocated` is the largest moment
     that surely occurs.
     """
+    converts = request.sharding.is_zero and request.recipe.casts
+    if converts:
+        request = replace(request, recipe=under_deepspeed(request.recipe))
     step = _Step(request)
     always, gradients = list(step.always()), list(step.gradients())
-    forward, gathered = list(step.activations()), list(step.gathered())
+    forward, gathered = list(step.activations()), [*step.gathered(), *step.dequantized()]
     standing = always + (gradients if step.gradients_stay else [])
     waiting = always + gradients
     held_in_forward = waiting if request.accumulation_steps > 1 else standing
@@ -58,7 +67,7 @@ def plan_by_formula(request: PlanRequest) -> Plan:
             moment: Breakdown(moment=moment, entries=ordered_entries(_merge(parts)), estimated=True)
             for moment, parts in {**moments, Moment.PEAK: peak}.items()
         },
-        assumptions=tuple(assumptions.of(request)),
+        assumptions=(*assumptions.of(request), *([DEEPSPEED_CONVERTS] if converts else [])),
         allocated=ByteRange(low=low, high=None if request.activations is None else high),
         host_bytes=step.host_bytes(),
     )
@@ -130,10 +139,17 @@ class _Step:
             elements, dtype = self._request.largest_layer, self._recipe.compute
         if self._recipe.trains_adapters:
             for stored in self._recipe.frozen_base:
-                key = EntryKey(Category.TRANSIENT_WEIGHTS, "all_gather", stored.dtype)
-                yield key, ceil(elements * stored.bytes_each)
+                if stored.sharded:
+                    key = EntryKey(Category.TRANSIENT_WEIGHTS, "all_gather", stored.dtype)
+                    yield key, ceil(elements * stored.bytes_each)
         else:
             yield _part(Category.TRANSIENT_WEIGHTS, "all_gather", dtype, elements)
+
+    def dequantized(self) -> Iterator[Part]:
+        """Yields the whole copy of one 4-bit weight while it is multiplied: one matrix of a layer at a time."""
+        if self._recipe.quantizes:
+            elements = ceil(self._request.largest_layer * LARGEST_MATRIX)
+            yield _part(Category.TRANSIENT_WEIGHTS, "dequantized", self._recipe.compute, elements)
 
     def reduction(self) -> Iterator[Part]:
         """Yields the buffers that the backward pass reduces gradients in, and whole gradients on their way."""
@@ -177,9 +193,10 @@ class _Step:
 
     def host_bytes(self) -> int:
         """Returns the bytes that offloading keeps in the memory of the host; DeepSpeed keeps gradients in float32."""
+        paged = list(self._optimizer_states()) if self._request.optimizer.paged else []
         if self._offload is Offload.NONE:
-            return 0
-        parts = list(self._states())
+            return _total(paged)
+        parts = [*self._states(), *paged]
         if self._offload is Offload.PARAMETERS:
             parts += self._weights()
         dtype = "float32" if self._sharding.is_zero else self._gradient_dtype
@@ -193,9 +210,13 @@ class _Step:
     def _weights(self) -> Iterator[Part]:
         frozen, share = self._request.frozen, self._weight_share
         if self._recipe.trains_adapters:
+            unquantized = self._request.unquantized_parameters or 0
             for stored in self._recipe.frozen_base:
                 key = EntryKey(Category.WEIGHTS, stored.component, stored.dtype)
-                yield key, ceil(share(frozen) * stored.bytes_each)
+                elements = frozen - unquantized
+                yield key, ceil((share(elements) if stored.sharded else elements) * stored.bytes_each)
+            if self._recipe.unquantized and unquantized:
+                yield _part(Category.WEIGHTS, "frozen", self._recipe.unquantized, share(unquantized))
         elif frozen:
             yield _part(Category.WEIGHTS, "frozen", self._recipe.weights, share(frozen))
         trainable = share(self._request.trainable)
@@ -213,6 +234,11 @@ class _Step:
         master = None if self._strategy is Strategy.FSDP else self._request.master
         if master is not None:
             yield _part(Category.MASTER_WEIGHTS, "", master, trainable)
+        if not self._request.optimizer.paged:
+            yield from self._optimizer_states()
+
+    def _optimizer_states(self) -> Iterator[Part]:
+        trainable = self._state_share(self._request.trainable)
         for state in self._request.optimizer.states:
             dtype = state.dtype or self._request.master or self._recipe.updated
             yield _part(Category.OPTIMIZER_STATE, state.component, dtype, ceil(trainable * state.elements))

@@ -48,6 +48,8 @@ class ModelSettings:
     gradient_checkpointing: bool = False
     adapter_rank: int | None = None
     """Rank of LoRA adapters on all linear layers but the head; None for no adapters."""
+    adapter_targets: tuple[str, ...] | None = None
+    """Names of the modules that get adapters, such as `q_proj`; None for all linear layers but the head."""
     chunked_loss: bool = False
     """Whether logits are made for a part of the tokens at a time."""
 
@@ -56,6 +58,11 @@ class ModelSettings:
             raise PlanError(f"attention must be one of {', '.join(ATTENTION)}, got {self.attention!r}")
         if self.adapter_rank is not None and not 1 <= self.adapter_rank <= 4096:
             raise PlanError(f"the rank of adapters must be 1..4096, got {self.adapter_rank}")
+        if self.adapter_targets is not None and not all(self.adapter_targets):
+            raise PlanError(
+                "the modules that get adapters must be names such as q_proj,v_proj, got an empty one in "
+                f"{','.join(self.adapter_targets)!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +74,8 @@ class BatchSettings:
     """Tokens of a text, samples of a sound."""
     image_size: int | None = None
     """Height and width of images; None for what the configuration says."""
+    padded: bool = False
+    """Whether texts are of different lengths, so that a mask says which tokens count."""
 
     def __post_init__(self) -> None:
         sizes = {"batch size": self.samples, "sequence length": self.positions, "image size": self.image_size}
@@ -108,7 +117,7 @@ def build_model(configuration: Any, settings: ModelSettings) -> nn.Module:
     chosen = {} if settings.attention is None else {"attn_implementation": ATTENTION[settings.attention]}
     model: nn.Module = model_class(configuration)._from_config(configuration, **chosen)
     if settings.adapter_rank is not None:
-        model = _with_adapters(model, settings.adapter_rank)
+        model = _with_adapters(model, settings.adapter_rank, settings.adapter_targets)
     if settings.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})  # type: ignore[operator]
@@ -129,6 +138,12 @@ def make_batch(configuration: Any, settings: BatchSettings, dtype: torch.dtype) 
     if name == "input_ids":
         _check_positions(configuration, positions)
         inputs = _words(samples, positions, getattr(configuration.get_text_config(), "vocab_size", None))
+        if settings.padded:
+            return {
+                name: inputs,
+                "attention_mask": _mask(samples, positions),
+                **_labels(kind.__name__, configuration, settings),
+            }
     elif name == "pixel_values":
         inputs = torch.empty(_image_shape(configuration, settings), dtype=dtype, device="meta")
     elif name == "input_features" and hasattr(configuration, "max_source_positions"):
@@ -159,6 +174,19 @@ def _labels(kind: str, configuration: Any, settings: BatchSettings) -> Mapping[s
 def _words(samples: int, positions: int, vocabulary: int | None) -> torch.Tensor:
     word = _FIRST_WORD if vocabulary is None or vocabulary > _FIRST_WORD else 0
     return _integers(word, samples, positions)
+
+
+def _mask(samples: int, positions: int) -> torch.Tensor:
+    """Returns ones, with one token of padding in the first text: how many there are changes nothing.
+
+    Raises:
+        PlanError: it is too large for its values to be known.
+    """
+    if samples * positions > MAX_INTEGERS:
+        raise PlanError(f"a padded batch is planned for at most {MAX_INTEGERS:,} tokens, got {samples * positions:,}")
+    mask = torch.ones((samples, positions), dtype=torch.long)
+    mask[0, -1] = 0
+    return mask
 
 
 def _integers(value: int, *shape: int) -> torch.Tensor:
@@ -195,10 +223,18 @@ def _image_shape(configuration: Any, settings: BatchSettings) -> tuple[int, ...]
     return settings.samples, getattr(vision, "num_channels", 3), height, width
 
 
-def _with_adapters(model: nn.Module, rank: int) -> nn.Module:
+def _with_adapters(model: nn.Module, rank: int, targets: tuple[str, ...] | None) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - an optional dependency
     except ImportError as error:
         raise PlanError("a plan with adapters needs peft: pip install peft") from error
-    adapted: nn.Module = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
+    settings = LoraConfig(r=rank, target_modules="all-linear" if targets is None else list(targets))
+    try:
+        adapted: nn.Module = get_peft_model(model, settings)
+    except ValueError as error:
+        known = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
+        raise PlanError(
+            f"no adapters for {', '.join(targets or ('all-linear',))}: the linear layers of this model are "
+            f"{', '.join(known) or 'none'}"
+        ) from error
     return adapted

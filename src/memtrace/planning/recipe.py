@@ -7,7 +7,7 @@ A recipe fixes weights, master copies, gradients and the type of the arithmetic.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from types import MappingProxyType
 
@@ -31,6 +31,8 @@ class Stored:
     dtype: str
     bytes_each: Fraction
     """Bytes for each parameter."""
+    sharded: bool = True
+    """Whether engines that shard weights share it out; scales are attributes of a weight, which each rank keeps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +58,18 @@ class Recipe:
     """Whether gradients are a buffer that is zeroed, not freed, after the step."""
     frozen_base: tuple[Stored, ...] = ()
     """How the frozen base model is stored, where only adapters are trained."""
+    unquantized: str | None = None
+    """Type of what stays out of 4 bits, where the base is quantized: embedding, head and norms."""
 
     @property
     def trains_adapters(self) -> bool:
         """Whether the parameters that are trained come on top of a frozen model."""
         return bool(self.frozen_base)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the linear layers of the frozen model are held in 4 bits."""
+        return self.unquantized is not None
 
     @property
     def updated(self) -> str:
@@ -76,8 +85,8 @@ _BF16_BASE = (Stored(component="frozen", dtype="bfloat16", bytes_each=Fraction(2
 
 NF4_BASE = (
     Stored(component="frozen", dtype="uint8", bytes_each=Fraction(4, 8)),
-    Stored(component="quantization", dtype="uint8", bytes_each=Fraction(1, 64)),
-    Stored(component="quantization", dtype="float32", bytes_each=Fraction(4, 64 * 256)),
+    Stored(component="frozen", dtype="uint8", bytes_each=Fraction(1, 64), sharded=False),
+    Stored(component="frozen", dtype="float32", bytes_each=Fraction(4, 64 * 256), sharded=False),
 )
 """A base model in NF4 with double quantization: 4 bits a parameter, one 8-bit constant for each block of 64, and one
 float32 constant for each 256 of those: 0.127 bits a parameter for both. Source: Dettmers et al., "QLoRA", section 3,
@@ -160,12 +169,50 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
                 compute="bfloat16",
                 casts=True,
                 frozen_base=NF4_BASE,
+                unquantized="bfloat16",
                 source='Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", section 3',
+            ),
+            Recipe(
+                name="qlora-kbit",
+                summary="qlora after prepare_model_for_kbit_training: embedding, head and norms in float32",
+                weights="float32",
+                gradients="float32",
+                compute="bfloat16",
+                casts=True,
+                frozen_base=NF4_BASE,
+                unquantized="float32",
+                source="peft.prepare_model_for_kbit_training: all 16-bit parameters are cast to float32",
             ),
         )
     }
 )
 """Every recipe, by name."""
+
+
+DEEPSPEED_CONVERTS = (
+    "DeepSpeed with bf16 turns all floating-point weights into bfloat16, keeps float32 masters of those that are "
+    "trained, and casts nothing: the recipe is planned so."
+)
+"""What is said of a recipe with autocast under DeepSpeed."""
+
+
+def under_deepspeed(recipe: Recipe) -> Recipe:
+    """Returns what DeepSpeed with bf16 makes of a recipe with autocast; any other as it is.
+
+    It turns all floating-point weights into 16 bits, updates float32 masters and casts nothing. Source: DeepSpeed,
+    runtime/engine.py, `_configure_distributed_model` (`self.module.bfloat16()`).
+    """
+    if not recipe.casts:
+        return recipe
+    unquantized = recipe.compute if recipe.quantizes else None
+    return replace(
+        recipe,
+        weights=recipe.compute,
+        gradients=recipe.compute,
+        master="float32",
+        casts=False,
+        unquantized=unquantized,
+    )
 
 
 def find_recipe(name: str) -> Recipe:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from memtrace.errors import PlanError
-from memtrace.planning.optimizers import OptimizerLayout
+from memtrace.planning.optimizer_layouts import OptimizerLayout
 from memtrace.planning.recipe import DTYPE_BYTES, LORA_TRAINABLE_RATIO, Recipe
 from memtrace.planning.sharding import Sharding, Strategy
 
@@ -30,6 +30,8 @@ class PlanRequest:
     """Bytes saved for the backward pass, as a share of the weights in the recipe's compute type."""
     activation_bytes: int | None = None
     """The same in bytes. At most one of the two; with neither, activations are not known and not counted."""
+    unquantized_parameters: int | None = None
+    """Of `parameters`, those that stay out of 4 bits: embedding, head and norms. None: not known, and counted as 0."""
     accumulation_steps: int = 1
     """Micro batches for each optimizer step."""
     layers: int = 32
@@ -46,6 +48,10 @@ class PlanRequest:
             _check("trainable parameters", self.trainable_parameters, 0, highest)
         if self.largest_layer_parameters is not None:
             _check("parameters of the largest layer", self.largest_layer_parameters, 1, self.parameters)
+        if self.unquantized_parameters is not None:
+            if not self.recipe.quantizes:
+                raise PlanError(f"unquantized parameters are for the recipe qlora, got {self.recipe.name}")
+            _check("unquantized parameters", self.unquantized_parameters, 0, self.parameters)
         if self.activation_ratio is not None and self.activation_bytes is not None:
             raise PlanError("activations are given both as a ratio and in bytes: one of them is enough")
         if self.activation_ratio is not None and not 0 <= self.activation_ratio <= 10**6:

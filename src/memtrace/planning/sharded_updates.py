@@ -12,6 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.ledger import Ledger
 from memtrace.categories import Category
+from memtrace.planning.quantized import quantized_layers
 from memtrace.planning.recipe import Recipe
 from memtrace.planning.sharding import Sharding
 from memtrace.planning.updates import MakeOptimizer, Updates
@@ -123,8 +124,9 @@ def fully_sharded(model: nn.Module, recipe: Recipe, sharding: Sharding) -> nn.Mo
         policy = MixedPrecisionPolicy(param_dtype=getattr(torch, recipe.compute), reduce_dtype=torch.float32)
     # torch does not free the root's weights after the forward pass unless it is told to: the backward pass begins there
     reshard = None if sharding.reshard_after_forward else False
+    whole = {tensor for layer in quantized_layers(model) for tensor in layer.scale_tensors}
     for unit in [*sharding_units(model), model]:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
     return model
 
 

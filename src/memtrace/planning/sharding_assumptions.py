@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from memtrace.planning.recipe import DEEPSPEED_CONVERTS, Recipe
 from memtrace.planning.sharding import Sharding, Strategy
 
 
-def sharding_assumptions(sharding: Sharding) -> Iterator[str]:
+def sharding_assumptions(sharding: Sharding, recipe: Recipe) -> Iterator[str]:
     """Yields what a simulated plan assumes about the engine that shards the model."""
     if sharding.strategy is Strategy.NONE:
         return
+    if sharding.is_zero and recipe.casts:
+        yield DEEPSPEED_CONVERTS
+    if sharding.shards_weights and recipe.quantizes:
+        yield (
+            f"4-bit weights are packed as {recipe.compute} (bnb_4bit_quant_storage) and shared out; as uint8, the "
+            "default, FSDP2 under accelerate leaves them whole on each rank."
+        )
     yield f"The figures are those of rank {sharding.rank} of {sharding.world_size}."
     if sharding.strategy is Strategy.FSDP:
         yield (

@@ -12,12 +12,13 @@ from memtrace.categories import Moment
 from memtrace.errors import PlanError
 from memtrace.planning.caching_allocator import CachingAllocator, replay
 from memtrace.planning.hardware import Device, find_device, held_against
+from memtrace.planning.optimizers import find_optimizer
 from memtrace.planning.plan import ByteRange, Plan
 from memtrace.planning.recipe import Recipe, find_recipe
 from memtrace.planning.sharding import Sharding, Strategy
 from memtrace.planning.sharding_assumptions import sharding_assumptions
 from memtrace.planning.simulated_run import WORKSPACES, Loss, SimulatedRun, Training, run_two_steps
-from memtrace.planning.torch_optimizers import StepKernels, make_optimizer, steps_fused
+from memtrace.planning.torch_optimizers import StepKernels, keeps_only, make_optimizer, steps_fused
 from memtrace.planning.updates import MakeOptimizer
 from memtrace.sources import cublas, kernels
 from memtrace.sources.kernels import Target
@@ -41,6 +42,7 @@ def plan(
     accumulation_steps: int = 1,
     sharding: Sharding | None = None,
     device: str = "cuda",
+    keep_outputs: bool = False,
 ) -> Plan:
     """Returns what a training step of this model will need, without a GPU and without its memory.
 
@@ -61,6 +63,8 @@ def plan(
             planned. FSDP2 itself is run, on ranks that are not there; DDP and ZeRO are modelled.
         device: `cuda` or `cpu`: whose kernels and whose allocator. The name of a GPU, such as `H200`, stands for `cuda`
             with what the libraries keep on that one, and adds the verdict whether the step fits it.
+        keep_outputs: whether the loop keeps the output of the model into the next step, as `out = model(**batch)` does;
+            under Trainer it does not.
 
     Raises:
         PlanError: there is no such device; the model cannot be made, refuses the batch, or does what cannot be
@@ -83,6 +87,7 @@ def plan(
             recipe=found,
             make_optimizer=make,
             accumulation_steps=accumulation_steps,
+            keeps_outputs=keep_outputs,
             target=target,
             sharding=sharding,
             workspaces=workspaces_of(named),
@@ -156,7 +161,7 @@ def plan_of(
         moments=run.moments,
         assumptions=(
             *_assumptions(run, recipe, target, optimizer, fused=fused, device=device),
-            *sharding_assumptions(sharding),
+            *sharding_assumptions(sharding, recipe),
         ),
         allocated=ByteRange(low=peak, high=int(high * (1 + CONVOLUTION_PEAK)) if convolves else high),
         reserved_bytes=None if allocator is None else allocator.peak_reserved_bytes,
@@ -194,6 +199,10 @@ def _assumptions(
         return
     if fused:
         yield "The optimizer's step is fused, as DeepSpeed's own and Trainer's default are: it has no temporaries."
+    elif optimizer != _CUSTOM and keeps_only(optimizer):
+        yield "The optimizer's states are made, and its step is not run: its kernels update in place."
+        if find_optimizer(optimizer).note:
+            yield str(find_optimizer(optimizer).note)
     elif optimizer == _CUSTOM:
         yield "The optimizer is the given one, and its step is run as it is."
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -20,7 +20,10 @@ from memtrace.categories import Moment
 from memtrace.errors import MemTraceError, PlanError
 from memtrace.guard import Guard
 from memtrace.planning.by_module import ModuleSpans, Span
-from memtrace.planning.recipe import Recipe
+from memtrace.planning.held_types import hold_as
+from memtrace.planning.outputs import Outputs
+from memtrace.planning.quantized import parameter_count
+from memtrace.planning.recipe import Recipe, under_deepspeed
 from memtrace.planning.sharding import Offload, Sharding, Strategy
 from memtrace.planning.updates import MakeOptimizer, Updates, updates_of
 from memtrace.sources import cublas
@@ -67,6 +70,8 @@ class Training:
     accumulation_steps: int
     target: Target
     sharding: Sharding = field(default_factory=Sharding)
+    keeps_outputs: bool = False
+    """Whether the loop names the output of the model, and so keeps its logits into the next step."""
     workspaces: Sequence[int] = WORKSPACES
     """Sizes of the blocks that cuBLAS keeps, in bytes; a CPU has none."""
     results: OperatorResults | None = None
@@ -90,6 +95,8 @@ class SimulatedRun:
     parameters: int
     trainable: int
     batch: BatchShape | None
+    output_bytes: int
+    """Of what the model returned besides its loss."""
     operators: int
     """Operators that the two steps took."""
     kinds: frozenset[Operator]
@@ -112,6 +119,8 @@ def run_two_steps(training: Training) -> SimulatedRun:
         PlanError: the model cannot be made, refuses the batch, or does what cannot be simulated.
     """
     _check_sharding(training)
+    if training.sharding.is_zero:
+        training = replace(training, recipe=under_deepspeed(training.recipe))
     simulation = Simulation(training.target, training.results)
     simulation.events.open()
     with torch.random.fork_rng(devices=[]), ExitStack() as stack:
@@ -122,13 +131,15 @@ def run_two_steps(training: Training) -> SimulatedRun:
             stack.enter_context(CudaFunctions())
             for nbytes in training.workspaces:
                 simulation.events.allocate(nbytes)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = parameter_count(model)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         with refusals("the model cannot be sharded"):
             model = _sharded(model, training, stack)
         with refusals("the optimizer cannot be made"):
             updates = _updates(model, training, stack)
         stack.callback(updates.close)
+        outputs = Outputs(keeps=training.keeps_outputs)
+        stack.callback(model.register_forward_hook(outputs.saw).remove)
         workspaces = training.workspaces if training.target is Target.CUDA else ()
         with _Recorder(model, updates, simulation, workspaces, by_module=training.by_module) as recorder:
             _step(training, model, updates, simulation)
@@ -145,6 +156,7 @@ def run_two_steps(training: Training) -> SimulatedRun:
         parameters=parameters,
         trainable=trainable,
         batch=recorder.batch,
+        output_bytes=outputs.nbytes,
         operators=simulation.operators,
         kinds=frozenset(simulation.kinds),
     )
@@ -258,13 +270,7 @@ def _model_of(training: Training) -> nn.Module:
         model = training.make_model()
     if not isinstance(model, nn.Module):
         raise PlanError(f"make_model must return a torch.nn.Module, got {type(model).__name__}")
-    recipe = training.recipe
-    held = recipe.updated if training.sharding.strategy is Strategy.FSDP else recipe.weights
-    frozen = recipe.frozen_base[0].dtype if recipe.frozen_base else held
-    for parameter in model.parameters():
-        dtype = getattr(torch, held if parameter.requires_grad else frozen)
-        if parameter.is_floating_point() and dtype.is_floating_point and parameter.dtype is not dtype:
-            parameter.data = parameter.data.to(dtype)
+    hold_as(model, training.recipe, training.sharding)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PlanError(f"the model must have parameters that are trained, got a {type(model).__name__} without any")
     return model.train()
@@ -274,11 +280,6 @@ def _check_sharding(training: Training) -> None:
     sharding, recipe = training.sharding, training.recipe
     if sharding.offload is not Offload.NONE:
         raise PlanError("offloading is not simulated: plan it by formula, from --params")
-    if sharding.is_zero and recipe.casts:
-        raise PlanError(
-            f"ZeRO with the recipe {recipe.name} is not simulated: DeepSpeed with bf16 turns all weights into bfloat16 "
-            "and keeps float32 masters, which is the recipe bf16-master"
-        )
     if sharding.strategy not in (Strategy.NONE, Strategy.FSDP) and recipe.gradients_persist:
         raise PlanError(f"{sharding.strategy.label} with the recipe {recipe.name} is not simulated")
     if sharding.strategy is Strategy.DDP and recipe.master is not None:

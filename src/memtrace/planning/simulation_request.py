@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,8 +17,12 @@ from memtrace.planning.sharding import Sharding
 from memtrace.planning.simulate import model_loss, plan_of, step_kernels, workspaces_of
 from memtrace.planning.simulated_run import SimulatedRun, Training, run_two_steps
 from memtrace.planning.torch_optimizers import StepKernels, make_optimizer
-from memtrace.sources.kernels import Target
+from memtrace.sources.kernels import FLASH, Target
 from memtrace.sources.operator_results import OperatorResults
+from memtrace.units import GB
+
+MATTERS = 0.01
+"""Share of the peak from which on the form of the loop is worth a sentence."""
 
 DEFAULT_ADAPTER_RANK = 16
 """Rank of the adapters that the LoRA recipes train, where none is given."""
@@ -34,6 +39,8 @@ class SimulationRequest:
     model: ModelSettings = field(default_factory=ModelSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     accumulation_steps: int = 1
+    keeps_outputs: bool = False
+    """Whether the loop keeps the output of the model into the next step (`out = model(**batch)`); Trainer does not."""
     fused_step: bool = False
     """Whether torch's fused kernel updates the weights, where the optimizer has one: it needs no temporaries."""
     target: Target = Target.CUDA
@@ -71,14 +78,18 @@ def simulate(request: SimulationRequest) -> SimulatedRun:
         PlanError: the model cannot be made, refuses the batch, or does what cannot be simulated.
     """
     dtype = getattr(torch, request.recipe.weights)
+    batch = request.batch
+    if request.model.attention == "flash_attention_2":  # it packs the texts of a padded batch: no mask of all pairs
+        batch = replace(batch, padded=False)
     return run_two_steps(
         Training(
             make_model=lambda: build_model(request.configuration, request.settings),
-            make_batch=lambda: make_batch(request.configuration, request.batch, dtype),
+            make_batch=lambda: make_batch(request.configuration, batch, dtype),
             loss=model_loss,
             recipe=request.recipe,
             make_optimizer=make_optimizer(request.optimizer, request.step_kernels),
             accumulation_steps=request.accumulation_steps,
+            keeps_outputs=request.keeps_outputs,
             target=request.target,
             sharding=request.sharding,
             workspaces=workspaces_of(request.device),
@@ -94,8 +105,9 @@ def plan_simulated(request: SimulationRequest, run: SimulatedRun | None = None) 
     Raises:
         PlanError: as `simulate`.
     """
+    run = run or simulate(request)
     plan = plan_of(
-        run or simulate(request),
+        run,
         request.recipe,
         request.optimizer,
         request.target,
@@ -103,12 +115,36 @@ def plan_simulated(request: SimulationRequest, run: SimulatedRun | None = None) 
         step=request.step_kernels,
         device=request.device,
     )
+    plan = replace(plan, assumptions=(*plan.assumptions, *_loop(request, run, plan)))
     setup = {
         "model": request.configuration.model_type,
         **plan.setup,
         "gradient_checkpointing": str(request.model.gradient_checkpointing).lower(),
     }
     return replace(plan, setup=setup)
+
+
+def _loop(request: SimulationRequest, run: SimulatedRun, plan: Plan) -> Iterator[str]:
+    """Yields which form of the loop was assumed, where the other one would need another amount of memory."""
+    if run.output_bytes > MATTERS * plan.total_bytes:
+        size = f"{run.output_bytes / GB:.2f} GB"
+        if request.keeps_outputs:
+            yield f"The loop keeps the output of the model ({size}, mostly logits) into the next step."
+        else:
+            yield (
+                f"The output of the model ({size}, mostly logits) is dropped once the loss is known, as under Trainer; "
+                "a loop with `out = model(**batch)` keeps it into the next step: --keep-outputs plans that."
+            )
+    texts = request.batch.samples > 1 and request.target is Target.CUDA
+    if request.model.attention == "flash_attention_2" and request.batch.padded:
+        yield "flash_attention_2 packs the texts of a padded batch: it needs no mask of all pairs."
+    elif request.batch.padded:
+        yield "Texts are padded: attention gets a mask of all pairs of tokens, which flash attention does not take."
+    elif texts and FLASH in run.kinds:
+        yield (
+            "All texts are as long as the longest; with a padding mask attention leaves its flash path: --padded plans "
+            "that."
+        )
 
 
 def with_weights(recipe: Recipe, dtype: str) -> Recipe:

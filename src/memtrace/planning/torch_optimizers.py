@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
+from math import ceil
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from memtrace.errors import PlanError
-from memtrace.planning.optimizers import BLOCK_SIZE_8BIT, find_optimizer
+from memtrace.planning.optimizer_layouts import FACTOR, RANK, OptimizerLayout, State
+from memtrace.planning.optimizers import OPTIMIZERS, find_optimizer
+from memtrace.planning.trainer_optimizers import OTHER_NAMES
 from memtrace.planning.updates import MakeOptimizer
 
 _MIN_8BIT_SIZE = 4096
@@ -65,22 +68,23 @@ _NOT_SIMULATED: Mapping[str, str] = MappingProxyType(
 )
 
 
-class BlockwiseAdamW(torch.optim.Optimizer):
-    """What bitsandbytes.optim.AdamW8bit keeps: both moments in 8 bits, with one float32 scale for each block.
+class KeptStates(torch.optim.Optimizer):
+    """What an optimizer keeps by its layout, for one that torch does not have: its kernels take no memory.
 
-    It updates nothing: its kernel works in place and takes no memory.
+    It updates nothing. Paged states are not made: they lie outside of torch's allocator.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
+    def __init__(self, parameters: Sequence[torch.Tensor], layout: OptimizerLayout) -> None:
         super().__init__(parameters, {})
+        self._layout = layout
 
     @torch.no_grad()
     def step(self, closure: object = None) -> None:  # type: ignore[override]
         """Makes the states of parameters that have none yet."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and not self.state[parameter]:
-                    self.state[parameter] = _blockwise_state(parameter)
+                if parameter.grad is not None and not self.state[parameter] and not self._layout.paged:
+                    self.state[parameter] = dict(_kept_for(parameter, self._layout))
 
 
 def make_optimizer(name: str, kernels: StepKernels) -> MakeOptimizer:
@@ -93,15 +97,17 @@ def make_optimizer(name: str, kernels: StepKernels) -> MakeOptimizer:
     Raises:
         PlanError: the name is not known, or the optimizer cannot be simulated.
     """
-    name = find_optimizer(name).name
+    fused = name.casefold() == "adamw_torch_fused"
+    layout = find_optimizer(name)
+    name = layout.name
     if name in _NOT_SIMULATED:
         raise PlanError(f"the optimizer {name} cannot be simulated: {_NOT_SIMULATED[name]}")
-    if name == "adamw8bit":
-        return BlockwiseAdamW
     if name == "adafactor-hf":
         return _transformers_adafactor
+    if name not in _FOREACH:
+        return lambda parameters: KeptStates(parameters, layout)
     build, settings = _FOREACH[name]
-    if kernels is StepKernels.FUSED and name in _FUSED:
+    if (fused or kernels is StepKernels.FUSED) and name in _FUSED:
         return lambda parameters: build(parameters, fused=True, **settings)
     return lambda parameters: build(parameters, foreach=kernels is not StepKernels.LOOP, **settings)
 
@@ -109,7 +115,13 @@ def make_optimizer(name: str, kernels: StepKernels) -> MakeOptimizer:
 def steps_fused(name: str, kernels: StepKernels) -> bool:
     """Returns whether the optimizer with this name takes its step in one kernel, without temporaries."""
     name = name.casefold()
-    return name == "adamw8bit" or (kernels is StepKernels.FUSED and name in _FUSED)
+    return name == "adamw_torch_fused" or (kernels is StepKernels.FUSED and OTHER_NAMES.get(name, name) in _FUSED)
+
+
+def keeps_only(name: str) -> bool:
+    """Returns whether the step of the optimizer with this name is not run: what it keeps is all that is planned."""
+    name = OTHER_NAMES.get(name.casefold(), name.casefold())
+    return name not in _FOREACH and name in OPTIMIZERS and name not in ("adafactor-hf", *_NOT_SIMULATED)
 
 
 def _transformers_adafactor(parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
@@ -122,13 +134,23 @@ def _transformers_adafactor(parameters: Sequence[torch.Tensor]) -> torch.optim.O
     return Adafactor(parameters)  # type: ignore[no-untyped-call]
 
 
-def _blockwise_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    if parameter.numel() < _MIN_8BIT_SIZE:
-        return {name: torch.zeros_like(parameter, dtype=torch.float32) for name in ("state1", "state2")}
-    blocks = -(-parameter.numel() // BLOCK_SIZE_8BIT)
-    return {
-        "state1": torch.zeros_like(parameter, dtype=torch.uint8),
-        "state2": torch.zeros_like(parameter, dtype=torch.uint8),
-        "absmax1": torch.zeros(blocks),
-        "absmax2": torch.zeros(blocks),
-    }
+def _kept_for(parameter: torch.Tensor, layout: OptimizerLayout) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the states of one parameter by name."""
+    small = parameter.numel() < _MIN_8BIT_SIZE and any(state.component == "absmax1" for state in layout.states)
+    for state in layout.states:
+        dtype = parameter.dtype if state.dtype is None else getattr(torch, state.dtype)
+        if small and state.component.startswith("absmax"):
+            continue
+        yield state.component, torch.zeros(_elements(state, parameter), dtype=torch.float32 if small else dtype)
+
+
+def _elements(state: State, parameter: torch.Tensor) -> int:
+    if state.low_rank and parameter.dim() == 2:
+        rank: int = min(RANK, *parameter.shape)
+        side: int = min(parameter.shape) if state.component == "projector" else max(parameter.shape)
+        return rank * side
+    if state.low_rank:
+        return 0 if state.component == "projector" else parameter.numel()
+    if state.elements == FACTOR:
+        return max(parameter.shape, default=1)
+    return ceil(parameter.numel() * state.elements)

@@ -28,9 +28,8 @@ class Target(StrEnum):
     CUDA = "cuda"
 
 
-FUSED_ATTENTION: frozenset[Operator] = frozenset(
-    {aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default}
-)
+FLASH: Operator = aten._scaled_dot_product_flash_attention.default
+FUSED_ATTENTION: frozenset[Operator] = frozenset({FLASH, aten._scaled_dot_product_efficient_attention.default})
 CONVOLUTIONS: frozenset[Operator] = frozenset({aten.convolution.default})
 EMBEDDING_GRADIENTS: frozenset[Operator] = frozenset({aten.embedding_dense_backward.default})
 """Operators whose scratch, or whose choice of a kernel, a plan has to make assumptions about."""
