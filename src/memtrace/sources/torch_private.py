@@ -235,6 +235,14 @@ def held_by(module: torch.nn.Module) -> tuple[Iterable[torch.nn.Parameter | None
         return module.parameters(recurse=False), module.buffers(recurse=False)
 
 
+def children_of(module: torch.nn.Module) -> Iterable[torch.nn.Module | None]:
+    """Returns the modules that a module holds, None among them; as quick as `held_by`, for the same reason."""
+    try:
+        return module._modules.values()
+    except AttributeError:
+        return list(module.children())
+
+
 def fsdp_groups(module: torch.nn.Module) -> list[Any] | None:
     """Returns the parameter groups of a module that `fully_shard` has sharded: no public call shows their tensors.
 
