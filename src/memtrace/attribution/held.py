@@ -8,11 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from memtrace.sources.torch_private import children_of, held_by
-
-_PLAIN = (nn.Parameter, torch.Tensor)
-"""Types whose tensors have an address of their own; others wrap tensors that have."""
-
+from memtrace.sources.torch_private import held_by, holdings
 
 class Held:
     """The parameters and buffers of some modules, each once, in the order in which the model lists them.
@@ -51,27 +47,12 @@ class Held:
     def is_as_walked(self) -> bool:
         """Whether the modules hold the same modules and the same storages as when they were walked over.
 
-        Takes about 0.2 us a module and 0.1 us a tensor.
+        Takes about 0.15 us a module and 0.06 us a tensor.
         """
         return self._looked == self._look()
 
     def _look(self) -> list[int]:
-        """Returns what tells another child from the one before, and another storage: identities and addresses."""
-        seen: list[int] = []
-        for alive in self._modules:
-            module = alive()
-            if module is None:
-                return []
-            children = children_of(module)
-            if children:
-                seen.extend(map(id, children))
-            for tensors in held_by(module):
-                for tensor in tensors:
-                    try:
-                        seen.append(tensor.data_ptr() if type(tensor) in _PLAIN else id(tensor))  # type: ignore[union-attr]
-                    except RuntimeError:  # a layout without an address
-                        seen.append(id(tensor))
-        return seen
+        return holdings(alive() for alive in self._modules)
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that are still there."""

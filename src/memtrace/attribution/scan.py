@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -276,7 +277,8 @@ def _sizes(optimizer: torch.optim.Optimizer) -> Iterator[int]:
     """Yields how many parameters and states an optimizer holds: what changes where it gets more of either."""
     yield from (len(group["params"]) for group in optimizer.param_groups)
     yield len(optimizer.state)
-    yield sum(len(state) for state in optimizer.state.values() if isinstance(state, Sized))
+    with suppress(TypeError):  # a state that has no length
+        yield sum(map(len, optimizer.state.values()))
 
 
 def _weakly(objects: Iterable[Any]) -> list[Callable[[], Any]]:

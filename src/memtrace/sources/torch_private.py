@@ -235,12 +235,29 @@ def held_by(module: torch.nn.Module) -> tuple[Iterable[torch.nn.Parameter | None
         return module.parameters(recurse=False), module.buffers(recurse=False)
 
 
-def children_of(module: torch.nn.Module) -> Iterable[torch.nn.Module | None]:
-    """Returns the modules that a module holds, None among them; as quick as `held_by`, for the same reason."""
+def holdings(modules: Iterable[torch.nn.Module | None]) -> list[int]:
+    """Returns what is another list where one of these modules is gone, or holds another module or another storage.
+
+    Addresses of plain tensors, identities of all else; one loop, for it is run in each step. Empty where torch has
+    changed: then nothing is told.
+    """
+    found: list[int] = []
+    plain = torch.nn.Parameter
     try:
-        return module._modules.values()
-    except AttributeError:
-        return list(module.children())
+        for module in modules:
+            if module is None:
+                found.append(0)
+                continue
+            if module._modules:
+                found.extend(map(id, module._modules.values()))
+            for tensor in module._parameters.values():
+                found.append(tensor.data_ptr() if type(tensor) is plain else id(tensor))
+            if module._buffers:
+                for buffer in module._buffers.values():
+                    found.append(buffer.data_ptr() if type(buffer) is torch.Tensor else id(buffer))
+    except (AttributeError, RuntimeError):  # a layout without an address, too
+        return []
+    return found
 
 
 def fsdp_groups(module: torch.nn.Module) -> list[Any] | None:
