@@ -63,6 +63,12 @@ class Scan:
             raise ConfigError("a tracer needs at least one optimizer, got none" if not found.odd else odd[0])
         if odd and self.device:  # a model without a device is the greater trouble, and raises first
             logger.warning("memtrace: the optimizer cannot be followed, its state is not counted: %s", "; ".join(odd))
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            logger.warning(
+                "memtrace: nn.DataParallel runs replicas of the model on %d devices: only %s is followed",
+                len(model.device_ids),
+                self.device,
+            )
         self._given, self._stepping = _weakly(given), _weakly(found.stepping)
         self._states = _weakly(found.holding)
         self._looked_in_forward = False
