@@ -46,11 +46,13 @@ def test_shards_have_their_closed_form(runs, variant, rank):
     """Shards are masters where bf16 computes and weights where float32 does; state and reduced gradients are theirs."""
     run = runs[rank][variant]
     held, other = ("master_weights", "weights") if "bf16" in variant else ("weights", "master_weights")
+    views = variant == "fsdp1-bf16"  # the last rank's end before the padding
+    unpadded = RANKS * shards(run) - sum(run["numels"]) if views and rank == RANKS - 1 else 0
     for record in run["records"]:  # counted ones too
         moment = record["moments"]["step_end"]
         assert total(moment, held, None, "float32") == 4 * shards(run)
         assert total(moment, other) == 0
-        assert total(moment, "optimizer_state", "exp_avg") == 4 * shards(run)
+        assert total(moment, "optimizer_state", "exp_avg") == 4 * (shards(run) - unpadded)
     for record in traced(run):
         assert total(record["moments"]["backward_end"], "gradients", "", "float32") == 4 * shards(run)
 

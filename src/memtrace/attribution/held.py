@@ -10,6 +10,7 @@ from torch import nn
 
 from memtrace.sources.torch_private import held_by, holdings
 
+
 class Held:
     """The parameters and buffers of some modules, each once, in the order in which the model lists them.
 
