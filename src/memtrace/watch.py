@@ -357,7 +357,7 @@ class Watch:
         seconds, inside = (marks.end_ns - marks.begin_ns) / 1e9, (self.passed.spent_ns - step.spent_ns) / 1e9
         moments, curve = self._seen(step, marks)
         water = self._counted.water(step.reads)
-        if self._scan.learn_new_state(self._ledger) or moments is not None:
+        if self._scan.keep_up(self._ledger) or moments is not None:
             self._host.look()
         spent_ns = self.passed.spent_ns
         record = StepRecord(

@@ -50,15 +50,17 @@ class CountedSteps:
             forward_added: bytes that the largest forward pass has added, by the counters.
             water: what the high-water mark says of the step.
         """
+        self._scan.claim_kept(self._ledger)
         gradients = self._scan.gradient_bytes(self._ledger.device)
-        known = counted_moments(self._ledger.totals(), gradients, before_forward, readings)
+        hidden = self._scan.hidden_bytes()
+        known = counted_moments(self._ledger.totals(), {**gradients, **hidden}, before_forward, readings)
         peak = counted_peak(self._reference, known, forward_added, water)
         return known if peak is None else {**known, Moment.PEAK: peak}
 
 
 def counted_moments(
     ledger_totals: Mapping[Tag, int],
-    gradients: Mapping[EntryKey, int],
+    counted: Mapping[EntryKey, int],
     before_forward: AllocatorReading | None,
     readings: Mapping[Moment, AllocatorReading],
 ) -> dict[Moment, Breakdown]:
@@ -66,7 +68,8 @@ def counted_moments(
 
     Args:
         ledger_totals: bytes of each tag in the ledger. Categories that follow the batch are left out.
-        gradients: the gradients that exist at the end of the step; they replace the ledger's.
+        counted: what was counted at the end of the step and is not taken from the ledger: the gradients that there are
+            then, and buffers that no Python object refers to.
         before_forward: the counters before the last forward pass; None on a device without counters.
         readings: the counters at the moments of the step.
 
@@ -79,7 +82,7 @@ def counted_moments(
         for tag, size in ledger_totals.items()
         if tag.category in PERSISTENT and tag.category is not Category.GRADIENTS
     }
-    moments = {Moment.STEP_END: _estimate(Moment.STEP_END, {**persistent, **gradients}, readings.get(Moment.STEP_END))}
+    moments = {Moment.STEP_END: _estimate(Moment.STEP_END, {**persistent, **counted}, readings.get(Moment.STEP_END))}
     forward_end = readings.get(Moment.FORWARD_END)
     if before_forward is not None and forward_end is not None:
         before, after = before_forward.requested_bytes, forward_end.requested_bytes

@@ -36,6 +36,10 @@ views of is weights, a bucket that gradients are views of for a while is a bucke
 batch."""
 
 
+_LASTING = frozenset({Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.OPTIMIZER_STATE})
+"""Roles that end only where somebody puts another storage in the place of one."""
+
+
 class _Entry(weakref.ref[torch.UntypedStorage]):
     """A weak reference to a storage, with what is known of it; its maker sets the fields, which is quicker."""
 
@@ -67,6 +71,8 @@ class Ledger:
         self._journal: list[TagEvent] | None = None
         self._totals: dict[Tag, int] | None = None
         """What was added up last; None where something has changed since."""
+        self.has_lost = False
+        """Whether a weight, a master weight or optimizer state has died since this was last set to False."""
         ledger = weakref.ref(self)
 
         def forget(entry: _Entry) -> None:
@@ -164,6 +170,11 @@ class Ledger:
         return self._totals
 
     @property
+    def keeps_journal(self) -> bool:
+        """Whether claims and deaths are being noted."""
+        return self._journal is not None
+
+    @property
     def journal_length(self) -> int:
         """How much has been noted since the journal was begun."""
         return 0 if self._journal is None else len(self._journal)
@@ -181,5 +192,7 @@ class Ledger:
         if self._entries.get(entry.identity) is entry:
             del self._entries[entry.identity]
             self._totals = None
+            if entry.tag.category in _LASTING:
+                self.has_lost = True
             if self._journal is not None:
                 self._journal.append(TagEvent(self._now_ns(), entry.address, entry.nbytes, None))

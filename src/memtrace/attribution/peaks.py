@@ -119,7 +119,8 @@ def _follows_batch(key: EntryKey) -> bool:
 
 def _scaled_trace(reference: PeakReference, step_end: Breakdown, forward_added: int) -> Mapping[EntryKey, int]:
     ratio = max(0.0, (forward_added - reference.casts) / reference.forward_added)
-    standing = PERSISTENT - {Category.GRADIENTS}  # at the peak some gradients are there and some are not
+    # At the peak some gradients are there and some are not, and buffers of collectives that no step ends with.
+    standing = PERSISTENT - {Category.GRADIENTS, Category.COMM_BUFFERS}
     entries = {key: size for key, size in step_end.entries.items() if key.category in standing}
     for key, size in reference.peak.entries.items():
         if key.category not in standing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -29,6 +30,7 @@ from memtrace.attribution.optimizers import (
 from memtrace.attribution.storages import canonical_device
 from memtrace.attribution.timeline import Lifetime
 from memtrace.breakdown import EntryKey
+from memtrace.categories import Category
 from memtrace.errors import ConfigError
 from memtrace.sources.cublas import workspace_sizes
 from memtrace.sources.torch_private import has_gradient_hooks, optimizers_in_backward
@@ -81,8 +83,14 @@ class Scan:
         self._given, self._states, self._chained = _weakly(given), _weakly(found.holding), _weakly(found.chained)
         self._stepping = _weakly(found.stepping)
         self._parts = {wrapper: _weakly(parts) for wrapper, parts in found.parts.items()}
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            logger.warning(
+                "memtrace: nn.DataParallel runs replicas of the model on %d devices: only %s is followed",
+                len(model.device_ids),
+                self.device,
+            )
         self._looked_in_forward = False
-        self._state_sizes: list[int] = []
+        self._sizes: list[int] = []
         self.workspaces: Sequence[int] | None = None
         """Sizes of the blocks that cuBLAS may hold, in bytes; None where the device is to be asked."""
         self._gradients: GradientCount | None = None
@@ -138,6 +146,7 @@ class Scan:
             self._look()
         self._gradients = None
         self._further.claim(ledger, self.role_of, self.held)
+        ledger.has_lost = False
         for engine in self.engines:
             engine.claim(ledger)
         parameters = claim_model(self.held, ledger, self.role_of)
@@ -228,6 +237,14 @@ class Scan:
         """Tags the blocks of a window that nobody claims and that further models hold."""
         self._further.recognise(lifetimes, ledger, self._model)
 
+    def hidden_bytes(self) -> dict[EntryKey, int]:
+        """Returns the bytes of those blocks that there are now."""
+        found: dict[EntryKey, int] = {}
+        for hidden in self.hidden():
+            key = EntryKey(*hidden.tag)
+            found[key] = found.get(key, 0) + sum(hidden.first if hidden.current is None else hidden.current)
+        return found
+
     def workspace_sizes(self) -> Sequence[int]:
         """Returns the sizes of the blocks that cuBLAS may hold on the device."""
         if self.workspaces is None:
@@ -244,18 +261,27 @@ class Scan:
         """Whether an optimizer has state for any parameter."""
         return any(optimizer.state for optimizer in _alive(self._states))
 
-    def learn_new_state(self, ledger: Ledger) -> bool:
-        """Claims what the optimizers hold where a step has made new state; a length is all that is compared.
+    def keep_up(self, ledger: Ledger) -> bool:
+        """Claims everything anew where the model or an optimizer holds something else than when it was last claimed.
 
-        Returns whether there is new state.
+        That is: another module, another storage in the place of one, new state, another parameter group. A state whose
+        storage somebody else keeps when it is replaced does not tell.
+
+        Returns whether there is something new.
         """
-        sizes = [len(optimizer.state) for optimizer in _alive(self._states)]
-        if sizes == self._state_sizes:
+        sizes = [size for optimizer in _alive(self._states) for size in _sizes(optimizer)]
+        if sizes == self._sizes and not ledger.has_lost and self._held.is_as_walked:
             return False
-        self._state_sizes = sizes
-        self._gradients = None
-        self._claim_optimizers(self.held.parameters(), ledger)
+        self._sizes = sizes
+        if not ledger.keeps_journal:  # a window has noted what there was before
+            ledger.clear(keep=Category.INPUTS)
+        self.claim_persistent(ledger)
         return True
+
+    def claim_kept(self, ledger: Ledger) -> None:
+        """Claims the buffers of engines that are there at the end of a step; nothing where there is no engine."""
+        for engine in self.engines:
+            engine.claim_kept(ledger)
 
     def _look(self) -> None:
         self._held = Held(self._model.modules())
@@ -282,6 +308,14 @@ class Scan:
             if role is not None:
                 return role
         return None
+
+
+def _sizes(optimizer: torch.optim.Optimizer) -> Iterator[int]:
+    """Yields how many parameters and states an optimizer holds: what changes where it gets more of either."""
+    yield from (len(group["params"]) for group in optimizer.param_groups)
+    yield len(optimizer.state)
+    with suppress(TypeError):  # a state that has no length
+        yield sum(map(len, optimizer.state.values()))
 
 
 def _weakly(objects: Iterable[Any]) -> list[Callable[[], Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -263,6 +263,31 @@ def held_by(module: torch.nn.Module) -> tuple[Iterable[torch.nn.Parameter | None
         return module.parameters(recurse=False), module.buffers(recurse=False)
 
 
+def holdings(modules: Iterable[torch.nn.Module | None]) -> list[int]:
+    """Returns what is another list where one of these modules is gone, or holds another module or another storage.
+
+    Addresses of plain tensors, identities of all else; one loop, for it is run in each step. Empty where torch has
+    changed: then nothing is told.
+    """
+    found: list[int] = []
+    plain = torch.nn.Parameter
+    try:
+        for module in modules:
+            if module is None:
+                found.append(0)
+                continue
+            if module._modules:
+                found.extend(map(id, module._modules.values()))
+            for tensor in module._parameters.values():
+                found.append(tensor.data_ptr() if type(tensor) is plain else id(tensor))
+            if module._buffers:
+                for buffer in module._buffers.values():
+                    found.append(buffer.data_ptr() if type(buffer) is torch.Tensor else id(buffer))
+    except (AttributeError, RuntimeError):  # a layout without an address, too
+        return []
+    return found
+
+
 def fsdp_groups(module: torch.nn.Module) -> list[Any] | None:
     """Returns the parameter groups of a module that `fully_shard` has sharded: no public call shows their tensors.
 
@@ -311,6 +336,55 @@ def _gathered(result: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def fsdp_gathered_parameter(parameter: Any) -> torch.nn.Parameter | None:
     """Returns the gathered form of a parameter of FSDP2 that autograd sees; None before the first forward pass."""
     return getattr(parameter, "_unsharded_param", None)
+
+
+class FlatParameter:
+    """A flat parameter of FSDP1 with its tensors, as they are whenever they are asked for.
+
+    Args:
+        handle: what `FullyShardedDataParallel` keeps for it.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self.parameter: torch.nn.Parameter = handle.flat_param
+        self.device: torch.device = handle.device
+
+    @property
+    def shard(self) -> torch.Tensor:
+        """What the optimizer updates: all of it where nothing is sharded."""
+        shard = getattr(self.parameter, "_local_shard", None)
+        return self.parameter if shard is None else shard
+
+    @property
+    def computes_in(self) -> torch.dtype:
+        """The element type of the gathered copy."""
+        found = getattr(self._handle, "_fwd_bwd_param_dtype", None)
+        return self.parameter.dtype if found is None else found
+
+    @property
+    def views(self) -> Sequence[torch.Tensor]:
+        """The parameters that a module lists in its place, with `use_orig_params`."""
+        return getattr(self.parameter, "_params", None) or ()
+
+    def gathered(self) -> list[torch.Tensor]:
+        """Returns the copies that forward and backward pass read; their storages are empty between them."""
+        names = ("_full_param_padded", "_full_prec_full_param_padded", "_mp_shard")
+        return [tensor for name in names if (tensor := getattr(self.parameter, name, None)) is not None]
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Returns the gradients that there are now, before their reduction or after it."""
+        names = ("grad", "_saved_grad_shard", "_cpu_grad")
+        return [tensor for name in names if (tensor := getattr(self.parameter, name, None)) is not None]
+
+
+def flat_parameter(wrapper: torch.nn.Module) -> FlatParameter | None:
+    """Returns the flat parameter of a `FullyShardedDataParallel` module: no public call shows its tensors.
+
+    None where the module in it has no parameters of its own, and where torch has changed.
+    """
+    handle = getattr(wrapper, "_handle", None)
+    return None if getattr(handle, "flat_param", None) is None else FlatParameter(handle)
 
 
 def running_ddp() -> Any:

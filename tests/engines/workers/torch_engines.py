@@ -1,4 +1,4 @@
-"""Trains with FSDP2 and DDP under memtrace, from before the model is built."""
+"""Trains with FSDP1, FSDP2 and DDP under memtrace, from before the model is built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from model import batch, build_model
 from report import MICRO_BATCHES, checksum, peak_without_memtrace, record_to_json, write_report
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from memtrace.attribution.engines import find_engines
@@ -30,6 +37,12 @@ FSDP: dict[str, dict[str, Any]] = {
     "fsdp-bf16-keep": {"mp_policy": BF16, "reshard_after_forward": False},
     "fsdp-bf16-offload": {"mp_policy": BF16, "offload_policy": CPUOffloadPolicy(pin_memory=False)},
 }
+FLAT_BF16 = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+FSDP1: dict[str, dict[str, Any]] = {
+    "fsdp1": {},
+    "fsdp1-bf16": {"mixed_precision": FLAT_BF16, "use_orig_params": True},
+    "fsdp1-bf16-keep": {"mixed_precision": FLAT_BF16, "sharding_strategy": ShardingStrategy.SHARD_GRAD_OP},
+}
 DDP: dict[str, dict[str, Any]] = {
     "ddp": {"bucket_cap_mb": 0.05},
     "ddp-view": {"bucket_cap_mb": 0.05, "gradient_as_bucket_view": True},
@@ -40,6 +53,12 @@ def build(name: str) -> nn.Module:
     model = build_model()
     if name in DDP:
         return DistributedDataParallel(model, **DDP[name])
+    if name in FSDP1:
+        settings = {"device_id": torch.device("cpu"), **FSDP1[name]}
+        layers = model.bert.encoder.layer
+        for position, layer in enumerate(layers):
+            layers[position] = FullyShardedDataParallel(layer, **settings)
+        return FullyShardedDataParallel(model, **settings)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.bert.encoder.layer:
         fully_shard(layer, mesh=mesh, **FSDP[name])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from memtrace.attribution.engines import ddp, deepspeed, fsdp
+from memtrace.attribution.engines import ddp, deepspeed, fsdp, fsdp1
 from memtrace.attribution.engines.engine import Engine
 
 Finder = Callable[[nn.Module, Sequence[object], Sequence[nn.Module]], Engine | None]
@@ -19,6 +19,7 @@ A finder imports nothing: an engine whose library is not loaded does not train a
 ENGINES: tuple[Finder, ...] = (
     deepspeed.find,
     fsdp.find,
+    fsdp1.find,
     ddp.find,
 )
 

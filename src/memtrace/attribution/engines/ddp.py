@@ -48,12 +48,16 @@ class DdpEngine(Engine):
 
     def __init__(self, wrapper: Any) -> None:
         self._wrapper = wrapper
+        self._rebuilt: HiddenBuffers | None = None
+        """The buckets of now, once the reducer has rebuilt them: it does so once, and to ask it takes long."""
 
     def hidden_buffers(self) -> HiddenBuffers | None:
         """Returns the buckets of the gradients: those the reducer began with, and those it rebuilt in step 2."""
-        if self._wrapper.gradient_as_bucket_view:
-            return None
+        if self._rebuilt is not None or self._wrapper.gradient_as_bucket_view:
+            return self._rebuilt
         first, rebuilt = torch_private.ddp_bucket_bytes(self._wrapper)
         types = {p.dtype for p in self._wrapper.parameters() if p.requires_grad}
         tag = Tag(Category.COMM_BUFFERS, "bucket", dtype_name(types.pop()) if len(types) == 1 else "")
-        return HiddenBuffers(tag=tag, first=first, current=rebuilt or None)
+        hidden = HiddenBuffers(tag=tag, first=first, current=rebuilt or None)
+        self._rebuilt = hidden if rebuilt else None
+        return hidden

@@ -45,6 +45,10 @@ class Engine:
         Run in traced steps only, but often: when autograd saves a tensor, asks for it again or has a gradient.
         """
 
+    def claim_kept(self, ledger: Ledger) -> None:
+        """Claims the buckets that are there at the end of a step. Run once in each step without a trace."""
+        self.claim_passing(ledger)
+
     def claim_gathered(self, module: nn.Module, ledger: Ledger) -> None:
         """Claims the weights that were put together for the forward pass of one of `gathering_modules`."""
 

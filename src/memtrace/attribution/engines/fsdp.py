@@ -79,8 +79,7 @@ class FsdpEngine(Engine):
             ledger.claim_all(parameter.all_gather_outputs, _GATHERED.category, _GATHERED.component)
         for gradient in self.gradients():
             ledger.claim(gradient, Category.GRADIENTS)
-        self._until_look = 0
-        self.claim_passing(ledger)
+        self.claim_kept(ledger)
 
     def claim_passing(self, ledger: Ledger) -> None:
         """Claims the buffers of collectives.
@@ -99,6 +98,11 @@ class FsdpEngine(Engine):
         for context in self._contexts:
             for collective, tensor in torch_private.fsdp_context_buffers(context):
                 ledger.claim(tensor, Category.COMM_BUFFERS, collective)
+
+    def claim_kept(self, ledger: Ledger) -> None:
+        """Claims the buffers of collectives that are kept beyond the end of a step, whichever group has them."""
+        self._until_look = 0
+        self.claim_passing(ledger)
 
     def claim_gathered(self, module: nn.Module, ledger: Ledger) -> None:
         """Claims the full weights of a sharded module, in the precision that it computes in."""
