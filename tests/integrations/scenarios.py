@@ -176,7 +176,7 @@ HEALTHY: tuple[Scenario, ...] = (
         Scrape(at=at, non_torch=noise(at, 1, 1, 1, 5) * GB)
     ], 240),
     silent("a wide band at first", lambda at: [Scrape(at=at, risk=1 if at < 30 else 0)], 60),
-    silent("a risk of a half", one(risk=0.55)),
+    silent("a forecast a little beyond the capacity", one(risk=0.7)),
     silent("a risk that jumps between 0 and 1", lambda at: [Scrape(at=at, risk=noise(at, 0, 1))]),
     silent("layers unfrozen in stages", staged),
     silent("lengths that vary", varying, 240),
