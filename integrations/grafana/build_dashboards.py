@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from fleet import fleet_dashboard
 from grafana_foundation_sdk.builders import dashboard as board
 from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
@@ -30,13 +31,29 @@ from panels import (
     WIDE,
     bars,
     graph,
+    newest_first,
     number,
     rows,
     scatter,
     transformation,
     variable,
 )
-from queries import RUN, chosen, composition, counted, of, of_capacity, of_fullest, of_highest, rate, selected
+from queries import (
+    RUN,
+    by_category_with_total,
+    chosen,
+    composition,
+    counted,
+    highest,
+    highest_of_capacity,
+    of,
+    of_capacity,
+    of_fullest,
+    of_highest,
+    rate,
+    selected,
+    unused_share,
+)
 
 from memtrace import metrics
 from memtrace.categories import COLOURS, Category
@@ -78,10 +95,10 @@ def base(title: str, uid: str, description: str) -> board.Dashboard:
         )
         .with_variable(board.DatasourceVariable("datasource").label("Data source").type("prometheus"))
         .with_variable(variable("job", "Job", "label_values(memtrace_run_info, job)"))
-        .with_variable(variable("run", "Run", f"label_values({of_job}, run)", multi=False))
+        .with_variable(newest_first("run", "Run", f"max by (run) (min_over_time(timestamp({of_job})[$__range:1m]))"))
         .with_variable(variable("instance", "Instance", f"label_values({RUN}, instance)"))
         .with_variable(variable("rank", "Rank", f"label_values({of_instance}, rank)"))
-        .annotation(annotation("Out of memory", f"changes({selected(metrics.OOMS)}[$__rate_interval]) > 0", ALARM))
+        .annotation(annotation("Out of memory", f"changes({of(metrics.OOMS)}[$__rate_interval:15s]) > 0", ALARM))
         .annotation(
             annotation("Alerts", 'ALERTS{alertname=~"Memtrace.*",alertstate="firing",job=~"$job",run=~"$run"}', WATCH)
         )
@@ -125,7 +142,7 @@ def glance() -> Panels:
         number(
             "Peak of a step",
             "The highest of the chosen ranks.",
-            (f"max({of(metrics.STEP_PEAK)})", "peak"),
+            (f"max({highest(metrics.STEP_PEAK)})", "peak"),
             unit="bytes",
             levels=plain,
         ),
@@ -145,6 +162,27 @@ def glance() -> Panels:
             none="no leak",
         ),
         number(
+            "Ranks seen",
+            "How many ranks of the run are scraped, of those that it has.",
+            (f"count(count by (rank) ({of(metrics.UP)}))", "seen"),
+            unit="none",
+            levels=plain,
+        ),
+        number(
+            "Ranks expected",
+            "How many ranks the run says that it has.",
+            (f"max({of(metrics.WORLD_SIZE)})", "expected"),
+            unit="none",
+            levels=plain,
+        ),
+        number(
+            "Since the last step",
+            "The rank that has waited longest.",
+            (f"max(time() - {of(metrics.LAST_STEP)})", "since the last step"),
+            unit="s",
+            levels=[(None, NEUTRAL), (600, WATCH), (2700, ALARM)],
+        ),
+        number(
             "Steps an hour",
             "The pace of the slowest chosen rank.",
             (f"min({chosen(rate(metrics.STEPS))}) * 3600", "steps"),
@@ -156,6 +194,9 @@ def glance() -> Panels:
 
 def peak() -> Panels:
     """Returns the row of the peak: its composition, and the plan beside it."""
+    planned = by_category_with_total(of_fullest(metrics.PLAN))
+    measured = by_category_with_total(of_fullest(metrics.MEMORY, moment="peak"))
+    difference = f"({measured} or 0 * ({planned})) - (({planned}) or 0 * ({measured})) and on () ({planned})"
     return [
         board.Row("What the peak is made of"),
         graph(
@@ -171,11 +212,8 @@ def peak() -> Panels:
         ),
         rows(
             "Plan against measured",
-            "By category at the peak of the fullest chosen rank; empty columns where the run was given no plan.",
-            [
-                (f"sum by (category) ({of_fullest(metrics.PLAN)})", "planned"),
-                (f"sum by (category) ({of_fullest(metrics.MEMORY, moment='peak')})", "measured"),
-            ],
+            "At the peak of the fullest chosen rank, by category and in all; the difference is measured minus planned.",
+            [(planned, "planned"), (measured, "measured"), (difference, "difference")],
             unit="bytes",
             width=8,
             transformations=[
@@ -183,7 +221,7 @@ def peak() -> Panels:
                 transformation(
                     "organize",
                     excludeByName={"Time": True},
-                    renameByName={"Value #A": "planned", "Value #B": "measured"},
+                    renameByName={"Value #A": "planned", "Value #B": "measured", "Value #C": "difference"},
                 ),
             ],
         ),
@@ -196,11 +234,22 @@ def forecast() -> Panels:
     return [
         board.Row("What is to come"),
         graph(
+            "Left at the peak, and risk",
+            "Share of the capacity that the highest peak leaves on the fullest rank; highest risk of the chosen ranks.",
+            [
+                (f"1 - max({highest_of_capacity()})", "left"),
+                (f"max({of(metrics.OOM_RISK)})", "risk"),
+            ],
+            unit="percentunit",
+            width=WIDE,
+            colours={"left": CALM, "risk": ALARM},
+        ),
+        graph(
             "Forecast against capacity",
             "Expected peak of the largest batch to come with its 95 % band, and the peaks so far; the highest of the "
             "chosen ranks.",
             [
-                (f"max({of(metrics.STEP_PEAK)})", "peak of a step"),
+                (f"max({highest(metrics.STEP_PEAK)})", "peak of a step"),
                 (f"max({chosen(expected)})", "expected"),
                 (f"max({chosen(f'{expected} + {band}')})", "expected, upper"),
                 (f"max({chosen(f'{expected} - {band}')})", "expected, lower"),
@@ -271,6 +320,29 @@ def below_the_tensors() -> Panels:
             columns=True,
         ),
         graph(
+            "Reserved by torch and used by no peak",
+            "Share of what torch holds of the device that the peaks do not use, on the rank that wastes most; private "
+            "pools are not counted.",
+            [(f"max({unused_share()})", "unused")],
+            unit="percentunit",
+            width=6,
+            colours={"unused": NEUTRAL},
+        ),
+        graph(
+            "Power",
+            "By rank.",
+            [(f"max by (rank) ({of(metrics.DEVICE_POWER)})", "rank {{rank}}")],
+            unit="watt",
+            width=6,
+        ),
+        graph(
+            "Temperature",
+            "By rank.",
+            [(f"max by (rank) ({of(metrics.DEVICE_TEMPERATURE)})", "rank {{rank}}")],
+            unit="celsius",
+            width=6,
+        ),
+        graph(
             "Utilisation",
             "Share of time in which a kernel ran, by rank.",
             [(f"max by (rank) ({of(metrics.DEVICE_UTILIZATION)})", "rank {{rank}}")],
@@ -330,7 +402,7 @@ def ranks_dashboard() -> board.Dashboard:
             "Peak over the ranks",
             "Highest, middle and lowest peak of the chosen ranks, against the smallest capacity.",
             [
-                (f"max({of(metrics.STEP_PEAK)})", "highest"),
+                (f"max({highest(metrics.STEP_PEAK)})", "highest"),
                 (f"quantile(0.5, {of(metrics.STEP_PEAK)})", "median"),
                 (f"min({of(metrics.STEP_PEAK)})", "lowest"),
                 (f"min({of(metrics.CAPACITY)})", "capacity"),
@@ -389,7 +461,11 @@ def ranks_dashboard() -> board.Dashboard:
     return made
 
 
-DASHBOARDS = {"memtrace-run.json": run_dashboard, "memtrace-ranks.json": ranks_dashboard}
+DASHBOARDS = {
+    "memtrace-fleet.json": fleet_dashboard,
+    "memtrace-run.json": run_dashboard,
+    "memtrace-ranks.json": ranks_dashboard,
+}
 
 
 def main(directory: Path) -> None:

@@ -158,9 +158,21 @@ def rows(
     unit: str,
     transformations: Iterable[words.DataTransformerConfig],
     width: int = HALF,
+    units: Mapping[str, str] | None = None,
+    links: Mapping[str, object] | None = None,
+    none: str | None = None,
 ) -> table.Panel:
-    """Returns a table as of now; the transformations make its rows and columns."""
+    """Returns a table as of now; the transformations make its rows and columns.
+
+    Columns may have units and links of their own; `none` is shown where there is no row.
+    """
     panel = table.Panel().unit(unit).override_by_name("rank", [_setting("unit", "none")])
+    if none is not None:
+        panel = panel.no_value(none)
+    for name, own in (units or {}).items():
+        panel = panel.override_by_name(name, [_setting("unit", own)])
+    for name, link in (links or {}).items():
+        panel = panel.override_by_name(name, [_setting("links", [link])])
     for transformation in transformations:
         panel = panel.with_transformation(transformation)
     return _finish(panel, title, description, targets, width=width, height=GRAPH_HEIGHT, instant=True, as_table=True)
@@ -184,6 +196,22 @@ def variable(name: str, label: str, query: str, *, multi: bool = True) -> board.
         .include_all(multi)
     )
     return made.all_value(".+").current(words.VariableOption(text="All", value="$__all")) if multi else made
+
+
+def newest_first(name: str, label: str, query: str) -> board.QueryVariable:
+    """Returns a variable whose values are those of the label of its name, by what the query says; the highest first.
+
+    Grafana takes the first where nothing is chosen.
+    """
+    return (
+        board.QueryVariable(name)
+        .label(label)
+        .datasource(SOURCE)
+        .query({"query": f"query_result(sort_desc({query}))", "refId": f"variable-{name}", "qryType": 3})
+        .regex(f'/{name}="([^"]*)"/')
+        .refresh(words.VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(words.VariableSort.DISABLED)
+    )
 
 
 def _finish(

@@ -31,10 +31,13 @@ def of(metric: Metric, **labels: str) -> str:
 
 
 def of_fullest(metric: Metric, **labels: str) -> str:
-    """Returns the series of a metric for one of the chosen ranks: that with the highest peak of the time shown."""
+    """Returns the series of a metric for one of the chosen ranks: that with the highest peak of the time shown.
+
+    Where another run has the port later, what that one says is left out.
+    """
     peaks = f"max_over_time({selected(metrics.STEP_PEAK)}[$__range] @ end())"
     fullest = f"topk(1, {peaks} and on ({RANK}) last_over_time({RUN}[$__range] @ end()))"
-    return f"({selected(metric, **labels)} and on ({RANK}) {fullest})"
+    return f"({selected(metric, **labels)} and on ({RANK}) ({RUN} and on ({RANK}) {fullest}))"
 
 
 def of_highest(ranks: int, metric: Metric, **labels: str) -> str:
@@ -42,13 +45,23 @@ def of_highest(ranks: int, metric: Metric, **labels: str) -> str:
     return f"({selected(metric, **labels)} and on ({RANK}) topk({ranks}, {of(metrics.STEP_PEAK)}))"
 
 
+def highest(metric: Metric) -> str:
+    """Returns the highest value of a metric between two points of a graph, for each chosen rank of the run."""
+    return f"max_over_time({of(metric)}[$__interval:15s])"
+
+
 def composition(moment: str) -> list[tuple[str, str]]:
-    """Returns one query a category, in the stacking order; 0 where the rank holds none of it."""
-    none = f"0 * max({of_fullest(metrics.STEP_PEAK)})"
+    """Returns one query a category, in the stacking order; no series where the rank holds none of it."""
     return [
-        (f"sum({of_fullest(metrics.MEMORY, category=category, moment=moment)}) or {none}", category.value)
+        (f"sum({of_fullest(metrics.MEMORY, category=category, moment=moment)}) > 0", category.value)
         for category in Category
     ]
+
+
+def by_category_with_total(expression: str) -> str:
+    """Returns the sums by category, and their total as one more."""
+    total = f'label_replace(sum({expression}), "category", "total", "", "")'
+    return f"sum by (category) ({expression}) or {total}"
 
 
 def rate(metric: Metric) -> str:
@@ -61,9 +74,21 @@ def counted(metric: Metric) -> str:
 
     A rate extrapolates, so that one event comes out as a little more or less than one.
     """
-    return f"sum(round({rate(metric)} * $__interval_ms / 1000))"
+    return f"sum(round({chosen(rate(metric))} * $__interval_ms / 1000))"
 
 
 def of_capacity(metric: Metric) -> str:
     """Returns a metric as a share of the capacity, for each chosen rank."""
     return chosen(f"{selected(metric)} / ({selected(metrics.CAPACITY)} > 0)")
+
+
+def highest_of_capacity() -> str:
+    """Returns the highest peak between two points of a graph as a share of the capacity, for each chosen rank."""
+    return f"{highest(metrics.STEP_PEAK)} / on ({RANK}) group_left () ({selected(metrics.CAPACITY)} > 0)"
+
+
+def unused_share() -> str:
+    """Returns the share of what torch has reserved, private pools apart, that the peak does not use."""
+    reserved, pools = selected(metrics.RESERVED), selected(metrics.PRIVATE_POOL)
+    held = f"({reserved} - ({pools} or 0 * {reserved}) > 0)"
+    return f"clamp_min(1 - {highest(metrics.STEP_PEAK)} / on ({RANK}) group_left () {held}, 0)"

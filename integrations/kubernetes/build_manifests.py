@@ -15,6 +15,8 @@ import yaml
 HERE = Path(__file__).resolve().parent
 RULES = HERE.parent / "prometheus" / "memtrace.rules.yml"
 DASHBOARDS = HERE.parent / "grafana" / "dashboards"
+RELEASE = "kube-prometheus-stack"
+"""Label by which that chart's Prometheus selects rules and monitors: the name of its Helm release."""
 
 
 def prometheus_rule() -> dict[str, Any]:
@@ -22,7 +24,7 @@ def prometheus_rule() -> dict[str, Any]:
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
-        "metadata": {"name": "memtrace", "labels": {"app.kubernetes.io/name": "memtrace"}},
+        "metadata": {"name": "memtrace", "labels": {"app.kubernetes.io/name": "memtrace", "release": RELEASE}},
         "spec": yaml.safe_load(RULES.read_text()),
     }
 

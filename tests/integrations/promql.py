@@ -21,6 +21,10 @@ FOREIGN = {
     "up": TARGET_LABELS,
     "ALERTS": TARGET_LABELS | {"alertname", "alertstate", "severity", "run", "rank"},
     "DCGM_FI_DEV_FB_USED": frozenset({"UUID"}),
+    "memtrace_run_state": TARGET_LABELS | {"run", "run_id", "rank", "state"},
+    "memtrace_run_info": TARGET_LABELS | {"run", "run_id", "rank", "device", "local_rank", "world_size"},
+    "memtrace_run_start_timestamp_seconds": TARGET_LABELS | {"rank"},
+    "memtrace_run_peak_bytes": TARGET_LABELS | {"rank"},
 }
 """Metrics of others that are used, with the labels that are used of them."""
 
@@ -66,9 +70,9 @@ def known() -> dict[str, frozenset[str]]:
     """Returns every metric that may be used, with its labels: the catalogue, the recording rules, a few of others."""
     metrics = {metric.name: TARGET_LABELS | {*IDENTITY_LABELS, *metric.labels} for metric in CATALOGUE}
     recorded = {
-        rule["record"]: TARGET_LABELS | {*IDENTITY_LABELS, "run"}
+        rule["record"]: TARGET_LABELS | {*IDENTITY_LABELS, "run", "run_id", "state"}
         if rule["record"].startswith("rank:")
-        else frozenset({"job", "run"})
+        else frozenset({"job", "run", "run_id"})
         for rule in rules()
         if "record" in rule
     }

@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -51,7 +51,9 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 
 
 @contextmanager
-def prometheus(directory: Path, config: str = "", *, data: Path | None = None) -> Iterator[str]:
+def prometheus(
+    directory: Path, config: str = "", *, data: Path | None = None, options: Sequence[str] = ()
+) -> Iterator[str]:
     """Runs Prometheus with this configuration and, where given, over this data; yields its address.
 
     Its own port takes the place of `{port}` in the configuration.
@@ -67,6 +69,7 @@ def prometheus(directory: Path, config: str = "", *, data: Path | None = None) -
         "--storage.tsdb.retention.time=10y",
         f"--web.listen-address={url.removeprefix('http://')}",
         "--log.level=warn",
+        *options,
     ]
     with server(command, f"{url}/-/ready", directory / "prometheus.log"):
         yield url

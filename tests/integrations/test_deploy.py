@@ -6,8 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from cloudcoil.models.kubernetes.core.v1 import ConfigMap, Pod
 from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule
 from promql import ROOT, RULES
 from pydantic import BaseModel, ValidationError
+from servers import prometheus
 
 INTEGRATIONS = ROOT / "integrations"
 KUBERNETES = INTEGRATIONS / "kubernetes"
@@ -42,6 +45,38 @@ def test_prometheus_accepts_its_configuration() -> None:
     run("promtool", "check", "config", str(INTEGRATIONS / "prometheus" / "prometheus.yml"))
 
 
+def test_every_rank_is_scraped_once() -> None:
+    """One job has the ports of the eight ranks of a machine, each once."""
+    (job,) = load(INTEGRATIONS / "prometheus" / "prometheus.yml")["scrape_configs"]
+    (static,) = job["static_configs"]
+    assert static["targets"] == [f"127.0.0.1:{port}" for port in range(16368, 16376)]
+
+
+def test_the_runbook_is_where_the_alerts_say(tmp_path: Path) -> None:
+    """A real Prometheus serves the page that is built, and each alert's address is an anchor of it."""
+    built = tmp_path / "built"
+    run(sys.executable, str(INTEGRATIONS / "prometheus" / "build_runbook.py"), str(built))
+    name = "memtrace-runbook.html"
+    consoles = INTEGRATIONS / "prometheus" / "consoles"
+    assert (consoles / name).read_text() == (built / name).read_text()
+    command = load(INTEGRATIONS / "compose" / "compose.yml")["services"]["prometheus"]["command"]
+    assert "--web.console.templates=/etc/prometheus/consoles" in command
+    with prometheus(tmp_path, options=(f"--web.console.templates={consoles}",)) as url:
+        for group in load(RULES)["groups"]:
+            for rule in group["rules"]:
+                if "alert" in rule:
+                    address = rule["annotations"]["runbook_url"].replace("{{ $externalURL }}", url)
+                    page, anchor = address.split("#")
+                    assert f'id="{anchor}"' in served(page)
+
+
+@cache
+def served(address: str) -> str:
+    """Returns a page."""
+    with urlopen(address, timeout=60) as answer:
+        return str(answer.read().decode())
+
+
 def test_prometheus_accepts_the_job_behind_tls(tmp_path: Path) -> None:
     """The job that is shipped as a comment is valid once it is none, and a mistake in it would be found."""
     text = (INTEGRATIONS / "prometheus" / "prometheus.yml").read_text()
@@ -51,7 +86,7 @@ def test_prometheus_accepts_the_job_behind_tls(tmp_path: Path) -> None:
     config = tmp_path / "prometheus.yml"
     config.write_text(head + job)
     names = [job["job_name"] for job in load(config)["scrape_configs"]]
-    assert names == ["training", "training-discovered", "training-protected"]
+    assert names == ["training", "training-protected"]
     run("promtool", "check", "config", str(config))
     config.write_text(head + job.replace("ca_file", "ca_fill"))
     with pytest.raises(AssertionError, match="ca_fill"):

@@ -26,14 +26,14 @@ from memtrace.exporters.steplog import read_step_log
 
 JOB = Path(__file__).with_name("training_job.py")
 ALERTMANAGER = ROOT / "integrations" / "alertmanager" / "alertmanager.yml"
-UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000}
+UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 CONFIG = """
 global: {{scrape_interval: 250ms, scrape_timeout: 250ms, evaluation_interval: 250ms}}
 rule_files: [{rules}]
 alerting: {{alertmanagers: [{{static_configs: [{{targets: ["{alertmanager}"]}}]}}]}}
 scrape_configs:
   - job_name: training
-    static_configs: [{{targets: ["127.0.0.1:{port}"]}}]
+    file_sd_configs: [{{files: ["{directory}/memtrace/target-rank*.json"], refresh_interval: 250ms}}]
 """
 
 
@@ -43,7 +43,7 @@ def faster(text: str) -> str:
     def divided(match: re.Match[str]) -> str:
         return f"{int(match[1]) * UNITS[match[2]] // 60}ms"
 
-    return re.sub(r"(?<=[\[ ])(\d+)(ms|s|m|h)(?=[\])\s]|$)", divided, text)
+    return re.sub(r"(?<=[\[ :])(\d+)(ms|s|m|h|d)(?=[\]):\s]|$)", divided, text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ def job(scenario: str, directory: Path) -> Iterator[Job]:
     command = [sys.executable, str(JOB), scenario, str(port), str(directory)]
     try:
         with alertmanager(directory, routing) as alerts:
-            config = CONFIG.format(rules=rules, alertmanager=alerts.removeprefix("http://"), port=port)
+            config = CONFIG.format(rules=rules, alertmanager=alerts.removeprefix("http://"), directory=directory)
             with (
                 prometheus(directory, config) as url,
                 (directory / "log").open("wb") as log,
@@ -140,7 +140,10 @@ def test_a_trainer_killed_near_its_limit_is_told(tmp_path: Path) -> None:
 
 
 def test_a_healthy_run_is_silent(tmp_path: Path) -> None:
-    """Forty steps with room to spare: every rule is evaluated on them, and nothing arrives, during it or after it."""
+    """Forty steps with room to spare: every rule is evaluated on them, and nothing arrives, during it or after it.
+
+    The run takes its target file away as it ends.
+    """
     with job("healthy", tmp_path) as running:
         running.wait_until_it_waits()
         evaluated(running, times=20)
@@ -148,7 +151,7 @@ def test_a_healthy_run_is_silent(tmp_path: Path) -> None:
         assert float(risk["result"][0]["value"][1]) < 0.01
         running.go_on()
         assert running.process.wait(120) == 0
-        evaluated(running, times=20)
+        evaluated(running, times=30)
         assert names(running) == []
         assert "memory may run out" not in running.log()
 

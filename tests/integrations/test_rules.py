@@ -10,6 +10,8 @@ from promql import ROOT, RULES, rules, unknown
 TESTS = RULES.with_name("memtrace.rules.test.yml")
 ALERTS = [rule for rule in rules() if "alert" in rule]
 NAMES = [rule["alert"] for rule in ALERTS]
+DANGER = "(In danger|Not in danger|Perhaps in danger|Ended|Stands still|Has not begun)"
+"""Whether training is in danger; then come page or ticket, and how long is left."""
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 
 
@@ -64,12 +66,15 @@ def test_rule_uses_what_exists(rule: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("rule", ALERTS, ids=NAMES)
 def test_alert_says_what_it_means_and_where_to_read_on(rule: dict[str, dict[str, str]]) -> None:
-    """Severity, summary, description, and a section of the runbook with its three parts."""
+    """Severity, summary, description, and a section of the runbook: its first line, and three parts."""
     assert rule["labels"]["severity"] in {"info", "warning", "critical"}
     assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
     name = str(rule["alert"])
-    assert rule["annotations"]["runbook_url"].endswith(f"runbook.md#{name.lower()}")
+    assert rule["annotations"]["runbook_url"] == "{{ $externalURL }}/consoles/memtrace-runbook.html#" + name.lower()
     section = RUNBOOK.split(f"\n## {name}\n")[1].split("\n## ")[0]
+    urgency = "Page" if rule["labels"]["severity"] == "critical" else "Ticket"
+    first = section.strip().split("\n")[0]
+    assert re.fullmatch(rf"\*\*{DANGER}[^.]*\. {urgency}[^.]*\. .+\.\*\*", first), first
     for part in ("**What it means.**", "**How to look.**", "**What to do.**"):
         assert part in section
 

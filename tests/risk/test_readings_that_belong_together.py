@@ -7,7 +7,7 @@ import random
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -171,15 +171,17 @@ def test_the_risk_is_steady(name: str) -> None:
     assert all(abs(after - before) < 0.15 for before, after in pairwise(known))
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "recorded"])
+@pytest.mark.parametrize("name", ["recorded", "late 0"])
 def test_no_alert_fires(name: str, tmp_path: Path) -> None:
-    """0.8 GB beside torch leave 11.2 GB for 11.18: less likely than not to run out, and nothing else is wrong."""
-    states = [state for state in snapshots(Run(), RUNS[name]) if state.latest and state.latest.step >= FORECAST_FROM]
+    """What is beside torch, 0.80 to 0.85 GB, leaves 11.15 to 11.2 GB for 11.18: as likely as not, for two hours."""
+    known = [state for state in snapshots(Run(), RUNS[name]) if state.latest and state.latest.step >= FORECAST_FROM]
+    states = list(islice(cycle(known), 121))
     columns: dict[str, list[str]] = {}
     for index, state in enumerate(states):
         for line in render_text(state).splitlines():
-            if not line.startswith(("#", "memtrace_last_")):
+            if not line.startswith("#"):
                 series, value = line.rsplit(" ", 1)
+                value = str(index * 60) if "timestamp_seconds" in series else value  # promtool's time begins at 0
                 columns.setdefault(series, ["_"] * len(states))[index] = value
     rules = ROOT / "integrations" / "prometheus" / "memtrace.rules.yml"
     alerts = [

@@ -17,8 +17,9 @@ async function main(): Promise<void> {
   const dashboard = await (await fetch(given.get('dashboard')!)).json();
   const prometheus = given.get('prometheus')!;
   const raw = { from: given.get('from') ?? dashboard.time.from, to: given.get('to') ?? dashboard.time.to };
-  const values = await resolve(dashboard.templating?.list ?? [], given, prometheus);
-  const context: Context = { prometheus, range: rangeUtil.convertRawToRange(raw as any), values };
+  const range = rangeUtil.convertRawToRange(raw as any);
+  const values = await resolve(dashboard.templating?.list ?? [], given, prometheus, range);
+  const context: Context = { prometheus, range, values };
   for (const annotation of dashboard.annotations?.list ?? []) {
     await runTarget({ expr: annotation.expr }, PAGE_WIDTH, context)
       .then((marks) => (report.annotations[annotation.name] = marks.length))

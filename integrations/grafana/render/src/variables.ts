@@ -1,4 +1,5 @@
 // Template variables: their values, as Grafana would find them, and their place in a query.
+import type { TimeRange } from '@grafana/data';
 import { wrong } from './report';
 
 export type Values = Record<string, string[]>;
@@ -34,14 +35,15 @@ export function interpolate(text: string, values: Values): string {
 }
 
 /** Returns the values of all variables of a dashboard; what the page's address says of one goes first. */
-export async function resolve(list: any[], given: URLSearchParams, prometheus: string): Promise<Values> {
+export async function resolve(list: any[], given: URLSearchParams, prometheus: string, range: TimeRange): Promise<Values> {
+  const builtIn: Values = { __range: [`${Math.round((Number(range.to) - Number(range.from)) / 1000)}s`] };
   const values: Values = {};
   for (const variable of list) {
     const chosen = given.getAll(`var-${variable.name}`);
     if (variable.type === 'datasource') {
       values[variable.name] = ['prometheus'];
     } else if (variable.type === 'query') {
-      const options = await labelValues(variable, values, prometheus);
+      const options = await valuesOf(variable, { ...builtIn, ...values }, prometheus, range);
       if (options.length === 0) {
         wrong(`variable ${variable.name} has no values`);
       }
@@ -54,18 +56,31 @@ export async function resolve(list: any[], given: URLSearchParams, prometheus: s
   return values;
 }
 
-async function labelValues(variable: any, values: Values, prometheus: string): Promise<string[]> {
+async function valuesOf(variable: any, values: Values, prometheus: string, range: TimeRange): Promise<string[]> {
   const query = typeof variable.query === 'string' ? variable.query : variable.query.query;
-  const match = /^label_values\((.+),\s*(\w+)\)$/.exec(query);
-  if (match === null) {
+  const labels = /^label_values\((.+),\s*(\w+)\)$/.exec(query);
+  const result = /^query_result\((.+)\)$/.exec(query);
+  if (labels === null && result === null) {
     wrong(`variable ${variable.name}: cannot read ${query}`);
     return [];
   }
-  const selector = encodeURIComponent(interpolate(match[1], values));
-  const answer = await (await fetch(`${prometheus}/api/v1/label/${match[2]}/values?match[]=${selector}`)).json();
+  const parameters = labels
+    ? `label/${labels[2]}/values?match[]=${encodeURIComponent(interpolate(labels[1], values))}`
+    : `query?time=${Number(range.to) / 1000}&query=${encodeURIComponent(interpolate(result![1], values))}`;
+  const answer = await (await fetch(`${prometheus}/api/v1/${parameters}`)).json();
   if (answer.status !== 'success') {
     wrong(`variable ${variable.name}: ${answer.error}`);
     return [];
   }
-  return answer.data;
+  return labels ? answer.data : matched(variable.regex, answer.data.result);
+}
+
+/** Returns what the variable's regular expression finds in each series, as Grafana writes one: `{run="chat"} 1 0`. */
+function matched(regex: string, result: any[]): string[] {
+  const pattern = new RegExp(regex.replace(/^\/|\/$/g, ''));
+  const written = result.map(({ metric, value }: any) => {
+    const labels = Object.entries(metric).map(([name, text]) => `${name}="${text}"`);
+    return `{${labels.join(',')}} ${value[1]} ${value[0]}`;
+  });
+  return [...new Set(written.map((text) => pattern.exec(text)?.[1]).filter((text) => text !== undefined))] as string[];
 }
