@@ -113,11 +113,14 @@ def _of_the_newest_run(found: dict[Path, dict[int, StepRecord]]) -> dict[Path, d
     if not found:
         return found
     last = {log: records[max(records)] for log, records in found.items()}
-    newest = max(last.values(), key=lambda record: record.unix_seconds)
-    begun = min(
-        records[min(records)].unix_seconds for log, records in found.items() if last[log].run_id == newest.run_id
-    )
-    return {log: records for log, records in found.items() if last[log].unix_seconds >= begun}
+    newest = max(last, key=lambda log: last[log].unix_seconds)
+    first, launch = found[newest][min(found[newest])], last[newest].run_id
+    begun = first.unix_seconds - (first.step_seconds or 0.0)
+    return {
+        log: records
+        for log, records in found.items()
+        if (launch and last[log].run_id == launch) or last[log].unix_seconds >= begun
+    }
 
 
 def _recent(log: Path, step: int | None) -> dict[int, StepRecord]:
