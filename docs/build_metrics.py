@@ -6,7 +6,8 @@ from pathlib import Path
 
 from memtrace.categories import DESCRIPTIONS, Category
 from memtrace.exporters.series import MAX_ENTRY_SERIES, OTHER
-from memtrace.metrics import CATALOGUE, EXPORTED_MOMENTS, IDENTITY_LABELS, MAX_SERIES, Metric
+from memtrace.metric import Metric
+from memtrace.metrics import CATALOGUE, EXPORTED_MOMENTS, IDENTITY_LABELS, MAX_SERIES
 
 PAGE = Path(__file__).with_name("metrics.md")
 
@@ -24,12 +25,13 @@ Each rank serves its own metrics at `http://127.0.0.1:16368/metrics`; local rank
   `GPU-...` or `MIG-...` form, as other exporters write it.
 * What is not known has no series. No value is NaN, and 0 means 0.
 * All series of one scrape come from the same instant.
-* A rank has at most {MAX_SERIES} series. `memtrace_memory_bytes`, for the moments {moments} together, and
-  `memtrace_plan_bytes` take at most {MAX_ENTRY_SERIES} of them: beyond that the smallest entries of a category are added up as
+* A rank has at most {MAX_SERIES} series. `memtrace_memory_bytes`, for the moments {moments} together,
+  `memtrace_plan_bytes` and `memtrace_not_seen` take at most {MAX_ENTRY_SERIES} of them: beyond that the smallest entries of a category are added up as
   `component="{OTHER}"`, and sums by category stay right.
 * After a fault of memtrace itself `memtrace_up` is 0 and what would be out of date is gone; the counters stay.
 * In the text file of `textfile_dir` every series has the label `run` too, and there is no `memtrace_run_info`; after the
-  end of the run `memtrace_up` is 0 there and all else is as of that end. See [operations.md](operations.md).
+  end of the run `memtrace_up` is 0 there, `memtrace_run_state` says how it ended, and all else is as of that end. See
+  [operations.md](operations.md).
 
 ## Catalogue
 

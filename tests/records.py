@@ -122,7 +122,9 @@ def full_snapshot() -> Snapshot:
     assert step.allocator is not None
     latest = replace(step, allocator=replace(step.allocator, peak_allocated_bytes=18 * GIB, private_pool_bytes=0))
     risk = RiskReading(step=12, capacity_bytes=76 * GIB, peak=forecast, growth=growth, oom_risk_ratio=0.25)
-    return gpu_snapshot(latest, limit_bytes=60 * GIB, plan=plan, risk=risk, not_seen=(Unseen.FORWARD,))
+    totals = Totals(steps=12, traced_steps=1, retries=2, highest_peak_bytes=20 * GIB)
+    known = {"totals": totals, "plan": plan, "risk": risk, "not_seen": (Unseen.FORWARD,)}
+    return gpu_snapshot(latest, limit_bytes=60 * GIB, **known)
 
 
 def cpu_snapshot(**fields: Any) -> Snapshot:

@@ -55,6 +55,33 @@ def test_a_wrong_setting_is_told(wrong: dict[str, Any], message: str) -> None:
     assert "s3cret" not in str(caught.value)
 
 
+def test_the_environment_sets_what_code_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One variable for each field, by its type; an argument wins, and a wrong value names its variable."""
+    for variable, text in {
+        "PORT": "0",
+        "STEP_LOG": "no",
+        "OVERHEAD_BUDGET": "0.01",
+        "MAX_TOKENS": "",
+        "PLAN": "p",
+    }.items():
+        monkeypatch.setenv(f"MEMTRACE_{variable}", text)
+    config = TracerConfig(address="::1")
+    assert (config.port, config.step_log, config.overhead_budget) == (0, False, 0.01)
+    assert (config.max_tokens, config.plan, config.address) == (None, "p", "::1")
+    assert TracerConfig.from_settings({"port": 7}).port == 7
+    for text, message in {
+        "99999": "MEMTRACE_PORT: port must be 0..65535, got 99999",
+        "x": "MEMTRACE_PORT must be a whole number, got 'x'",
+    }.items():
+        monkeypatch.setenv("MEMTRACE_PORT", text)
+        with pytest.raises(ConfigError) as caught:
+            TracerConfig()
+        assert str(caught.value) == message
+    monkeypatch.setenv("MEMTRACE_PORT", "1")
+    with pytest.raises(ConfigError, match=r"^port must be"):
+        TracerConfig(port=70000)
+
+
 @given(random_settings)
 def test_random_settings_are_right_or_an_error(chosen: dict[str, Any]) -> None:
     """Whatever is set, the outcome is a configuration or a ConfigError."""

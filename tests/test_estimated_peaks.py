@@ -17,7 +17,7 @@ from memtrace.config import TracerConfig
 from memtrace.exporters.live import parse_scrape
 from memtrace.exporters.prometheus import render_text
 from memtrace.exporters.steplog import read_step_log
-from memtrace.metrics import Metric
+from memtrace.metric import Metric
 from memtrace.sources.cpu import CpuEvents
 from memtrace.tracer import Tracer
 

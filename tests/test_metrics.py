@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from memtrace.metrics import CATALOGUE, IDENTITY_LABELS, Metric, MetricType, Unit
+from memtrace.metric import Metric, MetricType, Unit
+from memtrace.metrics import CATALOGUE, IDENTITY_LABELS
 
 DOCS = Path(__file__).parent.parent / "docs"
 

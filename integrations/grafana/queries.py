@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memtrace import metrics
 from memtrace.categories import Category
-from memtrace.metrics import Metric
+from memtrace.metric import Metric
 
 RANK = "job, instance, rank"
 SELECTOR = 'job=~"$job",instance=~"$instance",rank=~"$rank"'

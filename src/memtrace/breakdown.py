@@ -200,6 +200,8 @@ class StepRecord:
     device_memory: DeviceReading | None = None
     peak_counter_reset: bool = False
     """True where somebody has reset the allocator's high-water mark since the step before. memtrace never does."""
+    run_id: str = ""
+    """The launch that the step belongs to; empty in logs of older versions."""
     curve: StepCurve | None = None
     """On a traced step with a peak above that of every one before: all of it. Not part of the step log."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,82 +17,144 @@ DEFAULT_PORT = 16368
 DEFAULT_LOG_MAX_BYTES = 64 * MIB
 """Size at which a step log is rotated."""
 
+_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def _variable(name: str) -> str:
+    return f"MEMTRACE_{name.upper()}"
+
+
+def _setting(name: str, default: Any, *, repr: bool = True) -> Any:
+    """Returns the field of a setting: what the environment says when it is asked for, else `default`."""
+
+    def value() -> Any:
+        text = os.environ.get(_variable(name))
+        return default if text is None else _parse(name, text)
+
+    return field(default_factory=value, repr=repr)
+
+
+def _parse(name: str, text: str) -> Any:
+    """Returns the value that a variable stands for, by the annotation of its field.
+
+    Raises:
+        ConfigError: the text stands for none of that type. A secret is not repeated.
+    """
+    annotation = str(TracerConfig.__annotations__[name])
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if "None" in kinds and text.strip().lower() in ("", "none"):
+        return None
+    try:
+        if "bool" in kinds:
+            return _WORDS[text.strip().lower()]
+        if "int" in kinds:
+            return int(text)
+        return float(text) if "float" in kinds else text
+    except (KeyError, ValueError) as error:
+        expected = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kinds[0]]
+        raise ConfigError(f"{_variable(name)} must be {expected}, got {text!r}") from error
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracerConfig:
     """Settings of a tracer. Every field has a default that is right for an ordinary fine-tune.
 
+    What code does not set is taken from the environment: `MEMTRACE_PORT` is `port`, and so on for each field. There,
+    true and false are written as such or as 1 and 0, and an empty value or `none` is None where the field can be.
+
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is out of its range; it names the variable where it came from one.
     """
 
-    port: int | None = DEFAULT_PORT
+    port: int | None = _setting("port", DEFAULT_PORT)
     """Port of the Prometheus endpoint on the first local rank; each further local rank takes the next one, and a
     port in use is passed over for the next free one. 0 takes any free port. None opens no port."""
-    address: str = "127.0.0.1"
+    address: str = _setting("address", "127.0.0.1")
     """Address that the endpoint listens on. Only this machine can reach the default."""
-    tls_cert_file: str | os.PathLike[str] | None = None
+    tls_cert_file: str | os.PathLike[str] | None = _setting("tls_cert_file", None)
     """Certificate chain of the endpoint, PEM. With `tls_key_file` the endpoint speaks HTTPS only; one of the two
     without the other is an error."""
-    tls_key_file: str | os.PathLike[str] | None = None
+    tls_key_file: str | os.PathLike[str] | None = _setting("tls_key_file", None)
     """Private key of the certificate, PEM, not encrypted."""
-    basic_auth_user: str | None = None
+    basic_auth_user: str | None = _setting("basic_auth_user", None)
     """User name that the endpoint asks for. None asks nobody. Without TLS the password crosses the network in clear."""
-    basic_auth_password: str | None = field(default=None, repr=False)
+    basic_auth_password: str | None = _setting("basic_auth_password", None, repr=False)
     """Password of that user. A file keeps it out of scripts and of logged settings."""
-    basic_auth_password_file: str | os.PathLike[str] | None = None
+    basic_auth_password_file: str | os.PathLike[str] | None = _setting("basic_auth_password_file", None)
     """File whose first line is the password, instead of `basic_auth_password`."""
-    textfile_dir: str | os.PathLike[str] | None = None
+    linger_seconds: float = _setting("linger_seconds", 0.0)
+    """Seconds that the endpoint stays, at most, after the run has ended, in an OOM or by SIGTERM too, until it has been
+    scraped once more: then `memtrace_run_state` says how it ended. The process waits for it, and holds its memory that
+    long: 0, for which it does not, is for machines on which the next run waits for the device."""
+    textfile_dir: str | os.PathLike[str] | None = _setting("textfile_dir", None)
     """Directory in which the metrics are left as `memtrace-<run_name>-rank<R>.prom` when the run begins, runs out of
     memory and ends, for the textfile collector of node_exporter. Runs with names of their own may share it: every
     series has the label `run`. None leaves no file."""
-    log_dir: str | os.PathLike[str] | None = None
+    log_dir: str | os.PathLike[str] | None = _setting("log_dir", None)
     """Directory of the step log. None means `<output_dir>/memtrace` under Trainer and `memtrace-runs/<run_name>` in a
     plain loop. The former is a link to `_memtrace` beside it, so that `push_to_hub` does not upload it."""
-    step_log: bool = True
+    step_log: bool = _setting("step_log", True)
     """Whether to write the step log at all."""
-    log_max_bytes: int = DEFAULT_LOG_MAX_BYTES
+    log_max_bytes: int = _setting("log_max_bytes", DEFAULT_LOG_MAX_BYTES)
     """Size at which a step log is renamed to `steps-rank<R>.jsonl.1`, in place of the one before, and begun anew: a
     rank's logs never take more than twice as much."""
-    oom_reports: int = 5
+    oom_reports: int = _setting("oom_reports", 5)
     """How many reports of failed allocations are kept for each rank, the newest ones, beside the step log. 0 writes
     none."""
-    run_name: str | None = None
+    run_name: str | None = _setting("run_name", None)
     """Name of the run in metrics and logs. None means Trainer's run name, else the name of the script."""
-    trace_every: int | None = None
+    run_id: str | None = _setting("run_id", None)
+    """What tells this launch from others of the same name, the same on all its ranks. None means the launcher's id
+    (torchrun's, Slurm's job and step, PMIx's), else time, machine and process of its start."""
+    trace_every: int | None = _setting("trace_every", None)
     """Traces every so many steps, besides the first one that has optimizer state. 0 traces only that first one and
     those asked for by `trace_next()`; 1 traces every step. None lets `overhead_budget` decide. With a number
     every step has a record, however short it is."""
-    trace_activations: bool = True
+    trace_activations: bool = _setting("trace_activations", True)
     """Whether traced steps follow what autograd saves for the backward pass. False is for models that use
     `torch.func.grad` and its kind, which torch before 2.14 forbids beside hooks on saved tensors: activations are then
     what the forward pass makes and its backward pass frees, without element type; autocast's casts are among them."""
-    overhead_budget: float = 0.005
+    overhead_budget: float = _setting("overhead_budget", 0.005)
     """Share of wall time that memtrace may take: traced steps are spaced so that it is kept, counting what memtrace
     does itself and what a traced step takes longer than its neighbours. 0.005 is half a percent. Of several ranks it is
     what the whole job may lose: a traced step of any is a longer step of all, so they trace in the same steps. Where a
     record of each step takes more than that, as with very short ones, not every step has a record:
     `sampling.TraceSchedule` says which."""
-    max_trace_interval: int = 10_000
+    max_trace_interval: int = _setting("max_trace_interval", 10_000)
     """Steps after which a step is traced whatever it costs, where `overhead_budget` decides; with several ranks the
     largest power of two within it."""
-    device_limit_bytes: int | None = None
+    device_limit_bytes: int | None = _setting("device_limit_bytes", None)
     """What the run may use of the device, in bytes. None means all that the device has."""
-    max_tokens: int | None = None
+    max_tokens: int | None = _setting("max_tokens", None)
     """Tokens (samples x positions, padding included) of the largest micro batch that the run can meet: what the
     forecast of the peak is made for. None takes the lengths of the dataset where Trainer has them at hand, else the
     largest one seen."""
-    plan: str | os.PathLike[str] | None = None
+    plan: str | os.PathLike[str] | None = _setting("plan", None)
     """Plan of this run, as `memtrace plan --json` writes it: exported as `memtrace_plan_bytes` beside the measured."""
-    device_poll_seconds: float = 1.0
+    device_poll_seconds: float = _setting("device_poll_seconds", 1.0)
     """Seconds between two readings of the device by the sampling thread. 0 reads at step ends only."""
-    history: int = 256
+    history: int = _setting("history", 256)
     """How many StepRecords `tracer.history` keeps."""
-    strict: bool = False
+    strict: bool = _setting("strict", False)
     """Whether a fault inside memtrace is raised. False logs it once, switches memtrace off and lets training go on;
     True is for tests of memtrace itself."""
 
     def __post_init__(self) -> None:
+        try:
+            self._check()
+        except ConfigError as error:
+            told = [_variable(each.name) for each in fields(self) if self._is_told_by(each.name, str(error))]
+            if not told:
+                raise
+            raise ConfigError(f"{', '.join(told)}: {error}") from error
+
+    def _is_told_by(self, name: str, message: str) -> bool:
+        """Whether a message is about a setting that has its value from the environment."""
+        text = os.environ.get(_variable(name))
+        about = re.search(rf"\b{name}\b", message) is not None
+        return text is not None and about and getattr(self, name) == _parse(name, text)
+
+    def _check(self) -> None:
         if self.port is not None:
             _check_int("port", self.port, 0, 65535)
         if not isinstance(self.address, str) or not self.address:
@@ -101,8 +164,10 @@ class TracerConfig:
             if path is not None and (not isinstance(path, (str, os.PathLike)) or not os.fspath(path)):
                 raise ConfigError(f"{name} must be a path, got {path!r}")
         self._check_endpoint()
-        if self.run_name is not None and (not isinstance(self.run_name, str) or not self.run_name.strip()):
-            raise ConfigError(f"run_name must be a text that is not blank, got {self.run_name!r}")
+        for name in ("run_name", "run_id"):
+            text = getattr(self, name)
+            if text is not None and (not isinstance(text, str) or not text.strip()):
+                raise ConfigError(f"{name} must be a text that is not blank, got {text!r}")
         if self.trace_every is not None:
             _check_int("trace_every", self.trace_every, 0, 10**9)
         _check_int("max_trace_interval", self.max_trace_interval, 1, 10**9)
@@ -115,6 +180,7 @@ class TracerConfig:
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1, 2**63 - 1)
         _check_number("device_poll_seconds", self.device_poll_seconds, 0, 3600)
+        _check_number("linger_seconds", self.linger_seconds, 0, 600)
         for name in ("step_log", "strict", "trace_activations"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")

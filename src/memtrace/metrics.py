@@ -6,10 +6,8 @@ computes it. Where a value is not known, its series is absent; it is never 0, -1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
-
 from memtrace.categories import Moment
+from memtrace.metric import Metric, MetricType, Unit
 
 MAX_SERIES = 80
 """Upper bound of the series of one rank, whatever the model."""
@@ -21,48 +19,26 @@ IDENTITY_LABELS = ("rank", "gpu_uuid")
 """Labels of every series. `gpu_uuid` is left out, not empty, where the device has no UUID."""
 
 
-class MetricType(StrEnum):
-    """The types of the exposition format that memtrace uses."""
-
-    GAUGE = "gauge"
-    COUNTER = "counter"
-    INFO = "info"
-
-
-class Unit(StrEnum):
-    """What a value counts."""
-
-    BYTES = "bytes"
-    SECONDS = "seconds"
-    RATIO = "ratio"
-    WATTS = "watts"
-    CELSIUS = "celsius"
-    NONE = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    """One metric: the words for it, not its values."""
-
-    name: str
-    """As it is written in the text format, with `_total` or `_info` where the type has a suffix."""
-    type: MetricType
-    unit: Unit = Unit.NONE
-    labels: tuple[str, ...] = ()
-    """Labels besides `IDENTITY_LABELS`."""
-    help: str
-    """One sentence or two, for the HELP line and the documentation."""
-    absent: str = ""
-    """When there is no series; empty where there always is one."""
-
-
 _NO_ALLOCATOR = "on a CPU, which has no caching allocator"
 _NOT_TOLD = "where the driver or the operating system does not tell"
 
 UP = Metric(
     name="memtrace_up",
     type=MetricType.GAUGE,
-    help="1 while memtrace is at work; 0 once a fault of its own has switched it off or the tracer is gone.",
+    help="1 while memtrace is at work; 0 once a fault of its own has switched it off, or the run is over.",
+)
+RUN_STATE = Metric(
+    name="memtrace_run_state",
+    type=MetricType.GAUGE,
+    labels=("state",),
+    help="The run's state, always 1: running, or how it ended: ok, exception, out_of_memory, signal (SIGTERM, SIGINT).",
+)
+RUN_START = Metric(
+    name="memtrace_run_start_timestamp_seconds",
+    type=MetricType.GAUGE,
+    unit=Unit.SECONDS,
+    help="When memtrace was attached, in seconds since 1970.",
+    absent="before that",
 )
 BUILD_INFO = Metric(
     name="memtrace_build_info",
@@ -73,8 +49,8 @@ BUILD_INFO = Metric(
 RUN_INFO = Metric(
     name="memtrace_run_info",
     type=MetricType.INFO,
-    labels=("run", "device", "local_rank", "world_size"),
-    help="Which process of which run this is; always 1.",
+    labels=("run", "run_id", "device", "local_rank", "world_size"),
+    help="Which process of which run this is, and of which launch (run_id); always 1.",
 )
 NOT_SEEN = Metric(
     name="memtrace_not_seen",
@@ -171,6 +147,13 @@ STEP_PEAK = Metric(
     unit=Unit.BYTES,
     help="Most memory allocated at once within a step: the newest step whose peak is known or estimated.",
     absent="before the first traced step; on a GPU before the first step",
+)
+RUN_PEAK = Metric(
+    name="memtrace_run_peak_bytes",
+    type=MetricType.GAUGE,
+    unit=Unit.BYTES,
+    help="The highest memtrace_step_peak_bytes since the run began, whichever steps a scrape has met.",
+    absent="as memtrace_step_peak_bytes",
 )
 STEP_PEAK_ESTIMATED = Metric(
     name="memtrace_step_peak_estimated",
@@ -359,6 +342,8 @@ DEVICE_TEMPERATURE = Metric(
 
 CATALOGUE: tuple[Metric, ...] = (
     UP,
+    RUN_STATE,
+    RUN_START,
     NOT_SEEN,
     BUILD_INFO,
     RUN_INFO,
@@ -376,6 +361,7 @@ CATALOGUE: tuple[Metric, ...] = (
     MEMORY,
     ESTIMATED,
     STEP_PEAK,
+    RUN_PEAK,
     STEP_PEAK_ESTIMATED,
     STEP_PEAK_TOKENS,
     PREDICTED_PEAK,

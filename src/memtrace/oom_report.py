@@ -174,3 +174,5 @@ class OomReport:
     last_traced_peak: Breakdown | None
     remedies: tuple[Remedy, ...]
     """Those that save most first."""
+    run_id: str = ""
+    """The launch that the run belongs to; empty in reports of older versions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from memtrace.breakdown import Breakdown, DeviceReading, StepRecord, ordered_entries
 from memtrace.categories import PERSISTENT, Moment
@@ -11,11 +12,27 @@ from memtrace.limitations import Unseen
 from memtrace.risk_reading import RiskReading
 
 
+class RunState(StrEnum):
+    """Whether a run goes on, or how it ended. A process that was killed outright (SIGKILL) leaves `running` behind."""
+
+    RUNNING = "running"
+    OK = "ok"
+    EXCEPTION = "exception"
+    """With an exception that nobody has caught."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """With such an exception that says that the device's memory has run out."""
+    SIGNAL = "signal"
+    """After a SIGTERM, or interrupted by SIGINT."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunIdentity:
     """Which process of which run this is; constant while it lives."""
 
     run_name: str
+    run_id: str = ""
+    """Of the launch: the same on all its ranks, another one each time that the script is started. Empty before the
+    tracer is attached."""
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
@@ -38,6 +55,8 @@ class Totals:
     """Failed allocations that ended what the loop was doing; the allocator's own count has those that torch catches."""
     retries: int = 0
     peak_counter_resets: int = 0
+    highest_peak_bytes: int | None = None
+    """The highest peak of a step so far; None before one was known."""
 
     def with_passed(self, passed_steps: int) -> Totals:
         """Returns the counters when so many steps in all have been passed over."""
@@ -45,7 +64,10 @@ class Totals:
 
     def after(self, record: StepRecord) -> Totals:
         """Returns the counters after one more step that has a record."""
-        told = record.allocator
+        told, peak = record.allocator, record.moments.get(Moment.PEAK)
+        known = [
+            size for size in (self.highest_peak_bytes, None if peak is None else peak.held_bytes) if size is not None
+        ]
         return Totals(
             steps=self.steps + 1,
             passed_steps=self.passed_steps,
@@ -55,6 +77,7 @@ class Totals:
             ooms=self.ooms,
             retries=self.retries if told is None or told.retries is None else told.retries,
             peak_counter_resets=self.peak_counter_resets + record.peak_counter_reset,
+            highest_peak_bytes=max(known, default=None),
         )
 
     def after_oom(self) -> Totals:
@@ -69,8 +92,8 @@ class Snapshot:
     identity: RunIdentity
     up: bool = True
     """False once a fault inside memtrace switched it off."""
-    ended: bool = False
-    """Whether the run is over: everything is as of its end."""
+    state: RunState = RunState.RUNNING
+    """Whether the run is over, and how it ended: then everything is as of its end."""
     begun_unix_seconds: float | None = None
     """When the tracer was attached, seconds since 1970; None before."""
     totals: Totals = field(default_factory=Totals)

@@ -145,7 +145,7 @@ class Watch:
 
     def attach(self) -> None:
         """Installs the hooks and starts the sampling thread. What raises leaves the rest to `release`."""
-        identity = identify(self._device, self._config.run_name)
+        identity = identify(self._device, self._config.run_name, self._config.run_id)
         device_type, uuid = self._device.type, identity.gpu_uuid
         self.sampler = DeviceSampler(
             lambda: open_device(device_type, uuid),
@@ -359,10 +359,11 @@ class Watch:
         water = self._counted.water(step.reads)
         if self._scan.keep_up(self._ledger) or moments is not None:
             self._host.look()
-        spent_ns = self.passed.spent_ns
+        spent_ns, identity = self.passed.spent_ns, self._published.snapshot.identity
         record = StepRecord(
             step=step.number,
-            rank=self._published.snapshot.identity.rank,
+            rank=identity.rank,
+            run_id=identity.run_id,
             device=str(self._device),
             traced=moments is not None,
             unix_seconds=marks.end_ns / 1e9,

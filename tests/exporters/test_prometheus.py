@@ -19,7 +19,7 @@ from memtrace.categories import Category, Moment
 from memtrace.errors import OutputError
 from memtrace.exporters.prometheus import registry_of, render_text, textfile_path, write_textfile
 from memtrace.metrics import CATALOGUE, EXPORTED_MOMENTS, IDENTITY_LABELS, MAX_SERIES
-from memtrace.snapshot import RunIdentity, Snapshot, Totals
+from memtrace.snapshot import RunIdentity, RunState, Snapshot, Totals
 
 EXPECTED = Path(__file__).parent / "exposition"
 
@@ -220,10 +220,10 @@ def test_every_name_has_a_file_of_its_own(tmp_path: Path, name: str) -> None:
 
 def test_a_finished_run_is_not_up() -> None:
     """Its figures are as of its end, and it does not say that memtrace is at work."""
-    ended = samples(gpu_snapshot(ended=True))
-    changed = {name for (name, labels), value in samples(gpu_snapshot()).items() if ended[name, labels] != value}
-    assert changed == {"memtrace_up"}
-    assert values(gpu_snapshot(ended=True), "memtrace_up") == [0]
+    ended = samples(gpu_snapshot(state=RunState.OK))
+    before = samples(gpu_snapshot())
+    assert {name for (name, _), _ in before.items() ^ ended.items()} == {"memtrace_up", "memtrace_run_state"}
+    assert values(gpu_snapshot(state=RunState.OK), "memtrace_up") == [0]
 
 
 def test_a_textfile_that_cannot_be_written_is_told(tmp_path: Path) -> None:

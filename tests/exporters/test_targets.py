@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 
 import pytest
 
 from memtrace.errors import OutputError
-from memtrace.exporters.targets import TargetFile, target_path
+from memtrace.exporters.targets import TargetFile, clear_stale, target_path
 
 URL = "http://127.0.0.1:16369/metrics"
 
@@ -17,11 +18,32 @@ def test_a_target_file_names_the_endpoint(tmp_path):
     """One target with scheme and path, in the form of file_sd."""
     target = TargetFile(target_path(tmp_path / "run", 1), URL)
     assert target.path.name == "target-rank1.json"
-    assert json.loads(target.path.read_text()) == [
-        {
-            "targets": ["127.0.0.1:16369"],
-            "labels": {"__scheme__": "http", "__metrics_path__": "/metrics"},
-        }
+    (group,) = json.loads(target.path.read_text())
+    assert group["targets"] == ["127.0.0.1:16369"]
+    labels = {name: text for name, text in group["labels"].items() if not name.startswith("__meta_memtrace_")}
+    assert labels == {"__scheme__": "http", "__metrics_path__": "/metrics"}
+    assert group["labels"]["__meta_memtrace_pid"] == str(os.getpid())
+
+
+def test_targets_of_processes_that_are_gone_are_cleared(tmp_path):
+    """That of a live process stays, and one that nobody can judge."""
+    for rank in range(4):
+        TargetFile(target_path(tmp_path, rank), URL)
+    gone, reused, elsewhere = (target_path(tmp_path, rank) for rank in (1, 2, 3))
+    for path, label, text in (
+        (gone, "pid", "4194305"),  # above the highest number that a process can have
+        (reused, "process_start", "1.0"),
+        (elsewhere, "host", "another-machine"),
+    ):
+        groups = json.loads(path.read_text())
+        groups[0]["labels"][f"__meta_memtrace_{label}"] = text
+        path.write_text(json.dumps(groups))
+    (tmp_path / "target-rank9.json").write_text("[]")
+    clear_stale(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "target-rank0.json",
+        "target-rank3.json",
+        "target-rank9.json",
     ]
 
 

@@ -77,6 +77,7 @@ def test_tracer_dropped_without_detach(tmp_path: Path, expected: list[torch.Tens
     for thread in threads:
         thread.join()
     assert sorted(path.name for path in (tmp_path / "log").glob("*.json*")) == [
+        "run-rank0.json",
         "steps-rank0.jsonl",
         "timeline-rank0.json",
     ]
@@ -220,7 +221,8 @@ def test_script_ends_without_detach(tmp_path: Path, how: str, status: int) -> No
         assert done.stderr.count("Traceback") == 1
     else:
         assert done.stderr == ""
-    assert not (tmp_path / "log" / "target-rank0.json").exists()
+    target = tmp_path / "log" / "target-rank0.json"
+    assert json.loads(target.read_text())[0]["targets"] == [] if how == "raises" else not target.exists()
     assert len(list(read_step_log(tmp_path / "log" / "steps-rank0.jsonl"))) == STEPS
     assert up_in_text(tmp_path) == 0
 

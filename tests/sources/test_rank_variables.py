@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memtrace.sources.ranks import LAUNCHERS, Place, identify, launched_as
+from memtrace.process import Process
+from memtrace.sources.ranks import LAUNCHERS, Place, identify, launch_id, launched_as
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
@@ -91,3 +92,20 @@ def test_process_group_knows_better(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.distributed.destroy_process_group()
     assert (found.rank, found.world_size, found.local_rank) == (0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "20010909T014640Z-node-12"),
+        ({"TORCHELASTIC_RUN_ID": "none"}, "20010909T014640Z-node-12"),
+        ({"TORCHELASTIC_RUN_ID": "job", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}, "job"),
+        ({"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": "2"}, "job-restart2"),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1", "SLURM_RESTART_COUNT": "0"}, "slurm-7.1"),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "4294967291"}, "20010909T014640Z-node-12"),
+        ({"PMIX_NAMESPACE": "prterun-node-3@1"}, "prterun-node-3@1"),
+    ],
+)
+def test_a_launch_has_an_id(environment: dict[str, str], expected: str) -> None:
+    """The launcher's where it gives one that no other launch has, else its start."""
+    assert launch_id(environment, Process(host="node", pid=12, start_unix_seconds=1_000_000_000.0)) == expected

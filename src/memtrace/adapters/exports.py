@@ -1,4 +1,4 @@
-"""What a tracer exports while it is attached: metrics endpoint and target file, step log, the text file at the end."""
+"""What a tracer exports while it is attached: metrics endpoint and target file, step log; and how the run has ended."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from typing import Self
 from memtrace.breakdown import StepRecord
 from memtrace.config import TracerConfig
 from memtrace.errors import OutputError
+from memtrace.exporters.claims import Claim
+from memtrace.exporters.page import render_page
 from memtrace.exporters.prometheus import registry_of, textfile_path, write_textfile
+from memtrace.exporters.run_file import RunFile, run_file_path
 from memtrace.exporters.server import Endpoint, MetricsServer, serve
 from memtrace.exporters.steplog import StepLog, step_log_path
-from memtrace.exporters.targets import TargetFile, target_path
+from memtrace.exporters.targets import TargetFile, clear_stale, target_path
 from memtrace.exporters.timeline_file import write_timeline
 from memtrace.oom.files import write_report
 from memtrace.oom_report import OomReport
-from memtrace.snapshot import RunIdentity, Snapshot
+from memtrace.snapshot import RunIdentity, RunState, Snapshot
+from memtrace.sources.termination import TERMINATION
 
 logger = logging.getLogger("memtrace")
 
@@ -39,6 +43,11 @@ class Exports:
         """The last state for the text file, for when the tracer is gone."""
         self._pid = os.getpid()
         self._ended = False
+        self._state = RunState.RUNNING
+        self._linger_seconds = 0.0
+        self._scrapes_before_end = 0
+        self._claim: Claim | None = None
+        self._run_file: RunFile | None = None
         self._server: MetricsServer | None = None
         self._target: TargetFile | None = None
         self._log: StepLog | None = None
@@ -68,24 +77,53 @@ class Exports:
             OutputError: the address, every port tried, or the log directory cannot be used.
         """
         exports = cls(snapshot, identity)
+        exports._linger_seconds = config.linger_seconds
         with ExitStack() as opening:
             opening.callback(exports.close)
+            if config.step_log or config.oom_reports:
+                log_dir = exports._claim_directory(log_dir)
             if config.textfile_dir is not None:
-                path = textfile_path(config.textfile_dir, identity)
-                write_textfile(path, exports._current())  # now, so that a directory that cannot be written is told now
-                exports._textfile = path
+                exports._textfile = textfile_path(config.textfile_dir, identity)
+                exports._leave_textfile()  # now, so that a directory that cannot be written is told now
             if config.step_log:
                 exports._log = StepLog(step_log_path(log_dir, identity.rank), max_bytes=config.log_max_bytes)
                 exports._timeline_directory = log_dir
             endpoint = Endpoint.of(config, identity.local_rank)
             if endpoint is not None:
-                exports._server = serve(registry_of(exports._current), endpoint)
-                if config.step_log:
-                    exports._target = TargetFile(target_path(log_dir, identity.rank), exports._server.url)
+                exports._serve(endpoint)
+            if config.step_log:
+                if exports._server is not None:
+                    clear_stale(log_dir)
+                    exports._target = TargetFile(
+                        target_path(log_dir, identity.rank), exports._server.url, identity.run_id
+                    )
+                exports._run_file = RunFile(run_file_path(log_dir, identity.rank), identity, exports.url)
             if config.oom_reports:
                 exports._oom_directory, exports._oom_reports = log_dir, config.oom_reports
             opening.pop_all()
         return exports
+
+    def _claim_directory(self, wanted: Path) -> Path:
+        """Returns the directory that this run has for itself: the wanted one, or one below it."""
+        self._claim = Claim(wanted, self._seen.identity)
+        if self._claim.directory != wanted:
+            logger.warning(
+                "memtrace: another process writes to %s as rank %d too: this one's files are in %s",
+                wanted,
+                self._seen.identity.rank,
+                self._claim.directory,
+            )
+        return self._claim.directory
+
+    def _serve(self, endpoint: Endpoint) -> None:
+        self._server = serve(registry_of(self._current), endpoint, lambda: render_page(self._current()))
+        if endpoint.port and self._server.port != endpoint.port:
+            logger.warning(
+                "memtrace: port %d is in use: the metrics of rank %d are at port %d",
+                endpoint.port,
+                self._seen.identity.rank,
+                self._server.port,
+            )
 
     @property
     def url(self) -> str | None:
@@ -105,6 +143,12 @@ class Exports:
             self._seen = self._current()
         if self._log is not None:
             self._log.write(record)
+        if self._run_file is not None:
+            try:
+                self._run_file.refresh(record.unix_seconds)
+            except OutputError as error:
+                self._run_file = None
+                logger.warning("memtrace: %s; from now on there is none", error)
         if self._timeline_directory is not None:
             try:
                 write_timeline(self._timeline_directory, record)
@@ -132,9 +176,42 @@ class Exports:
             logger.warning("memtrace: %s", error)
         return path
 
+    def ends(self, state: RunState) -> None:
+        """Leaves signs of how the run ends: at once, since the process may be gone in a moment. The first word counts.
+
+        The endpoint goes on until the outputs are closed, and says it too.
+        """
+        if self._is_ours and self._state is RunState.RUNNING:
+            self._state = state
+            self._scrapes_before_end = 0 if self._server is None else self._server.scrapes.begun
+            for leave in (self._leave_run_file, self._leave_textfile):
+                try:
+                    leave()
+                except OutputError as error:
+                    logger.warning("memtrace: %s", error)
+
+    def terminated(self) -> None:
+        """Takes in a SIGTERM that ends the process."""
+        self.linger(RunState.SIGNAL)
+        self.ends(RunState.SIGNAL)
+        self.end()
+
+    def exits(self) -> None:
+        """Takes in that the interpreter exits."""
+        self.linger(self._state_at_end)
+
+    def linger(self, state: RunState) -> None:
+        """Waits for one more scrape where the settings ask for it, once it is known how the run has ended."""
+        if not self._is_ours or self._server is None or not self._linger_seconds:
+            return
+        self.ends(state)
+        self._server.scrapes.wait_for_one_after(self._scrapes_before_end, self._linger_seconds)
+        self._linger_seconds = 0.0
+
     def close(self) -> None:
         """Closes the outputs and waits for the server's threads; a second call does nothing."""
         try:
+            self.linger(self._state_at_end)
             self._finish(MetricsServer.close)
         except OutputError as error:  # the end of a run is no time to fail it
             logger.warning("memtrace: %s", error)
@@ -152,22 +229,37 @@ class Exports:
     def _finish(self, stop_serving: Callable[[MetricsServer], None]) -> None:
         if not self._is_ours:
             return
+        self._state = self._state_at_end
         self._ended = True
         with ExitStack() as closing:  # from the last one to the first, whatever one of them raises
-            closing.callback(self._leave_textfile, ended=True)
+            if self._claim is not None:
+                closing.callback(self._claim.release)
+            closing.callback(self._leave_textfile)
+            closing.callback(self._leave_run_file)
             if self._log is not None:
                 closing.callback(self._log.close)
             if self._server is not None:
                 closing.callback(stop_serving, self._server)
             if self._target is not None:
-                closing.callback(self._target.close)
+                closing.callback(self._target.close, self._state)
+
+    @property
+    def _state_at_end(self) -> RunState:
+        """How the run has ended where it ends now and nobody has said more."""
+        if self._state is not RunState.RUNNING:
+            return self._state
+        return RunState.SIGNAL if TERMINATION.has_come else RunState.OK
 
     def _current(self) -> Snapshot:
         """Returns the newest state; the last one that was seen once the tracer is gone."""
-        return self._snapshot() or replace(self._seen, up=False)
+        return replace(self._snapshot() or replace(self._seen, up=False), state=self._state)
 
-    def _leave_textfile(self, *, ended: bool = False) -> None:
+    def _leave_textfile(self) -> None:
         if self._textfile is None:
             return
         self._seen = self._snapshot() or self._seen
-        write_textfile(self._textfile, replace(self._seen, ended=ended))
+        write_textfile(self._textfile, replace(self._seen, state=self._state))
+
+    def _leave_run_file(self) -> None:
+        if self._run_file is not None:
+            self._run_file.end(self._state)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,13 @@ from torch import nn
 from memtrace.adapters.exports import Exports
 from memtrace.attribution.further import FurtherModels
 from memtrace.config import TracerConfig
+from memtrace.oom.failure import out_of_memory
 from memtrace.oom_report import OomReport
-from memtrace.snapshot import Snapshot
+from memtrace.snapshot import RunState, Snapshot
+from memtrace.sources.at_exit import at_exit
 from memtrace.sources.events import EventSource
+from memtrace.sources.failures import FAILURES
+from memtrace.sources.termination import TERMINATION
 from memtrace.tracer import Tracer
 
 
@@ -60,6 +66,8 @@ class MemoryTracer(Tracer):
         )
         self._default_log_dir = log_dir
         self._exports: Exports | None = None
+        self._until_end = ExitStack()
+        """What tells of the end of the process, while the exports are open."""
 
     @property
     def log_path(self) -> Path | None:
@@ -83,9 +91,23 @@ class MemoryTracer(Tracer):
         run_dir = self._default_log_dir or Path("memtrace-runs") / self.identity.run_name
         exports = Exports.open(_weak_snapshot(self), self.identity, self.config, self.config.log_path(run_dir))
         # Where the script ends, or drops the tracer, without a detach, the port and the log are given back too.
-        self._end_exports = weakref.finalize(self, exports.end)
+        self._end_exports = weakref.finalize(self, _end, exports, self._until_end)
         self._exports = exports
+        self._until_end.callback(at_exit(exports.exits))  # before the finalizer: what is registered last runs first
+        self._until_end.callback(FAILURES.subscribe(None, self._crashed, cuda=False))
+        self._until_end.callback(TERMINATION.subscribe(exports.terminated))
         self.add_listener(exports.write)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.report_failure(error)
+            self._crashed(error)
+        self.detach()
+
+    def _crashed(self, error: BaseException) -> None:
+        """Notes what has ended the run."""
+        if self._exports is not None:
+            self._guard.finish(partial(self._exports.ends, _state_after(error, self.identity.device)))
 
     def detach(self) -> None:
         """Takes off the hooks, then closes the exports."""
@@ -94,14 +116,30 @@ class MemoryTracer(Tracer):
 
     def _drop_exports(self) -> None:
         exports, self._exports = self._exports, None
-        if exports is not None:
-            self._end_exports.detach()
-            exports.close()
-            self.remove_listener(exports.write)
+        with self._until_end:
+            if exports is not None:
+                self._end_exports.detach()
+                exports.close()
+                self.remove_listener(exports.write)
 
     def _publish_oom(self, report: OomReport) -> Path | None:
         super()._publish_oom(report)
         return None if self._exports is None else self._exports.write_oom(report)
+
+
+def _end(exports: Exports, until_end: ExitStack) -> None:
+    """Ends the exports of a tracer that is gone, without waiting for anything."""
+    with until_end:
+        exports.end()
+
+
+def _state_after(error: BaseException, device: str) -> RunState:
+    """Returns how a run has ended that an exception has ended."""
+    if isinstance(error, KeyboardInterrupt):
+        return RunState.SIGNAL
+    if isinstance(error, GeneratorExit) or (isinstance(error, SystemExit) and error.code in (None, 0)):
+        return RunState.OK
+    return RunState.EXCEPTION if out_of_memory(error, torch.device(device).type) is None else RunState.OUT_OF_MEMORY
 
 
 def _weak_snapshot(tracer: Tracer) -> Callable[[], Snapshot | None]:

@@ -89,9 +89,7 @@ class MemTraceOptimizer(_Base):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self._memtrace_tracer.report_failure(error)
-        self.close()
+        self._memtrace_tracer.__exit__(kind, error, trace)
 
     def __getattr__(self, name: str) -> Any:
         """Returns what neither the shared dictionary nor the class has: what the wrapped optimizer itself finds."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from memtrace.cli.show import find_logs
 from memtrace.errors import ConfigError, LogFormatError, OutputError
 from memtrace.exporters.run_history import OomText, RankHistory, RunHistory, observe
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.steplog import newest_run, read_step_log
 from memtrace.exporters.timeline_file import read_timeline, timeline_path
 from memtrace.units import parse_bytes
 
@@ -75,7 +75,7 @@ def read_run(directory: Path, limit_bytes: int | None, max_tokens: int | None) -
 
 
 def _read_rank(log: Path, limit_bytes: int | None, max_tokens: int | None) -> RankHistory | None:
-    history = observe(read_step_log(log), limit_bytes=limit_bytes, max_tokens=max_tokens)
+    history = observe(newest_run(read_step_log(log)), limit_bytes=limit_bytes, max_tokens=max_tokens)
     if history is None:
         return None
     return replace(history, timeline=read_timeline(timeline_path(log.parent, history.rank)))

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -16,8 +16,10 @@ from memtrace.breakdown import StepRecord
 from memtrace.categories import Moment
 from memtrace.errors import ConfigError, LogFormatError
 from memtrace.exporters.ranks import ranks_table
-from memtrace.exporters.steplog import read_step_log, step_log_path
-from memtrace.exporters.table import TABLE_WIDTH, step_table
+from memtrace.exporters.run_file import run_files
+from memtrace.exporters.steplog import begins_a_run, read_step_log, step_log_path
+from memtrace.exporters.table import TABLE_WIDTH, printable, step_table
+from memtrace.snapshot import RunState
 
 _RECENT = 100
 """Records with a peak that are kept of each log, to find a step that all ranks have."""
@@ -53,7 +55,17 @@ class Show:
         records = choose_records(logs, arguments.step)
         table = step_table(*records.values()) if len(records) == 1 else ranks_table(records)
         console().print(table)
+        for words in _endings(logs, records):
+            console().print(words, style="yellow", markup=False, highlight=False)
         return 0
+
+
+def _endings(logs: Iterable[Path], records: Iterable[int]) -> Iterator[str]:
+    """Yields a line for each rank that neither goes on nor has ended well."""
+    for directory in {log.parent for log in logs}:
+        for status in run_files(directory):
+            if status.rank in records and not status.is_live and status.state is not RunState.OK:
+                yield printable(f"rank {status.rank} of {status.run_name}: {status.words} (launch {status.run_id})")
 
 
 def find_logs(path: Path) -> list[Path]:
@@ -85,7 +97,7 @@ def choose_records(logs: Iterable[Path], step: int | None) -> dict[int, StepReco
         LogFormatError: a log cannot be read, or none has a record.
     """
     recent = {log: _recent(log, step) for log in logs}
-    with_records = {log: records for log, records in recent.items() if records}
+    with_records = _of_the_newest_run({log: records for log, records in recent.items() if records})
     if not with_records:
         raise LogFormatError(f"{', '.join(map(str, recent))}: there is no finished step yet")
     common = set.intersection(*(set(records) for records in with_records.values()))
@@ -93,11 +105,31 @@ def choose_records(logs: Iterable[Path], step: int | None) -> dict[int, StepReco
     return {record.rank: record for record in chosen}
 
 
+def _of_the_newest_run(found: dict[Path, dict[int, StepRecord]]) -> dict[Path, dict[int, StepRecord]]:
+    """Leaves out ranks whose logs are all of earlier launches: the newest one has fewer ranks.
+
+    Told by the launch and by the time, since the machines of one launch may have no id in common.
+    """
+    if not found:
+        return found
+    last = {log: records[max(records)] for log, records in found.items()}
+    newest = max(last, key=lambda log: last[log].unix_seconds)
+    first, launch = found[newest][min(found[newest])], last[newest].run_id
+    begun = first.unix_seconds - (first.step_seconds or 0.0)
+    return {
+        log: records
+        for log, records in found.items()
+        if (launch and last[log].run_id == launch) or last[log].unix_seconds >= begun
+    }
+
+
 def _recent(log: Path, step: int | None) -> dict[int, StepRecord]:
     """Returns records of one log by step: the wanted one, else the newest traced ones, else the newest of all."""
     peaks: deque[StepRecord] = deque(maxlen=_RECENT)
     last: StepRecord | None = None
     for record in read_step_log(log):
+        if last is not None and begins_a_run(record, last):
+            peaks.clear()
         last = record
         if record.step == step or (step is None and record.traced and Moment.PEAK in record.moments):
             peaks.append(record)

@@ -15,7 +15,8 @@ from memtrace import metrics
 from memtrace.categories import Category, Moment
 from memtrace.errors import LogFormatError
 from memtrace.exporters.table import CompositionBar, Scale, category_name, printable
-from memtrace.metrics import EXPORTED_MOMENTS, Metric
+from memtrace.metric import Metric
+from memtrace.metrics import EXPORTED_MOMENTS
 from memtrace.risk import WARN_AT
 from memtrace.units import format_bytes
 

@@ -20,7 +20,8 @@ from prometheus_client.registry import Collector
 
 from memtrace.errors import OutputError
 from memtrace.exporters.series import READERS, Labels
-from memtrace.metrics import CATALOGUE, RUN_INFO, Metric, MetricType
+from memtrace.metric import Metric, MetricType
+from memtrace.metrics import CATALOGUE, RUN_INFO
 from memtrace.snapshot import RunIdentity, Snapshot
 
 _MAX_NAME = 100

@@ -10,22 +10,25 @@ import memtrace
 from memtrace import metrics
 from memtrace.breakdown import AllocatorReading, DeviceReading, EntryKey, StepRecord
 from memtrace.categories import Category, Moment
-from memtrace.metrics import EXPORTED_MOMENTS, Metric
+from memtrace.metric import Metric
+from memtrace.metrics import EXPORTED_MOMENTS
 from memtrace.risk_reading import PeakForecast, RiskReading
-from memtrace.snapshot import Snapshot
+from memtrace.snapshot import RunState, Snapshot
 
 MAX_NOT_SEEN = 2
-"""Series of `memtrace_not_seen` at most, the newest ones; the log has all."""
+"""Series of `memtrace_not_seen` at most, the newest ones; fewer where every category is planned and held at every
+moment. The log has all."""
 
 OTHER = "other"
 """Component under which the smallest entries of a category are added up when there are too many."""
 
-MAX_ENTRY_SERIES = 36
-"""Series of `memtrace_memory_bytes`, all moments together, and of `memtrace_plan_bytes`: what `MAX_SERIES` leaves."""
+MAX_ENTRY_SERIES = 35
+"""Series of `memtrace_memory_bytes`, all moments together, of `memtrace_plan_bytes` and `memtrace_not_seen`: what
+`MAX_SERIES` leaves."""
 
-MAX_PLAN_SERIES = len(Category)
-"""Series of `memtrace_plan_bytes`: one for each category at most. What a plan does not need of them, or a run without
-one, is for what was measured."""
+MAX_PLAN_SERIES = len(Category) - 1
+"""Series of `memtrace_plan_bytes`: one for each category at most but `unattributed`, which nobody plans. What a plan
+does not need of them, or a run without one, is for what was measured."""
 
 Labels = dict[str, str]
 Sample = tuple[Labels, float | None]
@@ -83,23 +86,25 @@ def _ended(record: StepRecord | None) -> float | None:
 
 def _run_info(snapshot: Snapshot) -> Iterator[Sample]:
     run = snapshot.identity
-    labels = {"run": run.run_name, "device": run.device}
+    labels = {"run": run.run_name, "run_id": run.run_id, "device": run.device}
     yield labels | {"local_rank": str(run.local_rank), "world_size": str(run.world_size)}, 1
 
 
 def _memory(snapshot: Snapshot) -> Iterator[Sample]:
-    if not snapshot.up:
-        return
-    found = {moment: snapshot.newest_breakdown(moment) for moment in EXPORTED_MOMENTS}
-    sizes = {
+    others = sum(1 for read in (_plan, _not_seen) for _ in read(snapshot))
+    for (moment, key), size in fold(_held(snapshot), MAX_ENTRY_SERIES - others).items():
+        yield _entry_labels(moment, key), size
+
+
+def _held(snapshot: Snapshot) -> dict[tuple[Moment, EntryKey], int]:
+    """Returns the bytes of the newest breakdown of each moment that has series; none once memtrace is off."""
+    found = {moment: snapshot.newest_breakdown(moment) for moment in EXPORTED_MOMENTS if snapshot.up}
+    return {
         (moment, key): size
         for moment, breakdown in found.items()
         if breakdown is not None
         for key, size in breakdown.entries.items()
     }
-    planned = sum(1 for _ in _plan(snapshot))
-    for (moment, key), size in fold(sizes, MAX_ENTRY_SERIES - planned).items():
-        yield _entry_labels(moment, key), size
 
 
 def _entry_labels(moment: Moment, key: EntryKey) -> Labels:
@@ -148,23 +153,26 @@ def _growth(snapshot: Snapshot) -> Iterator[Sample]:
 
 
 def _not_seen(snapshot: Snapshot) -> Iterator[Sample]:
-    for unseen in snapshot.not_seen[-MAX_NOT_SEEN:]:
+    needed = len({(moment, key.category) for moment, key in _held(snapshot)}) + sum(1 for _ in _plan(snapshot))
+    room = min(MAX_NOT_SEEN, MAX_ENTRY_SERIES - needed)
+    for unseen in snapshot.not_seen[-room:] if room > 0 else ():
         yield {"what": unseen.value}, 1
 
 
 def _plan(snapshot: Snapshot) -> Iterator[Sample]:
     peak = snapshot.plan.get(Moment.PEAK)
-    sizes = {} if peak is None else {(Moment.PEAK, key): size for key, size in peak.entries.items()}
+    entries = {} if peak is None else peak.entries
+    sizes = {(Moment.PEAK, key): size for key, size in entries.items() if key.category is not Category.UNATTRIBUTED}
     for (moment, key), size in fold(sizes, MAX_PLAN_SERIES).items():
         yield _entry_labels(moment, key), size
 
 
 READERS: Mapping[Metric, Reader] = MappingProxyType(
     {
-        metrics.UP: _one(lambda snapshot: snapshot.up and not snapshot.ended),
-        metrics.NOT_SEEN: lambda snapshot: [
-            ({"what": unseen.value}, 1) for unseen in snapshot.not_seen[-MAX_NOT_SEEN:]
-        ],
+        metrics.UP: _one(lambda snapshot: snapshot.up and snapshot.state is RunState.RUNNING),
+        metrics.RUN_STATE: lambda snapshot: [({"state": snapshot.state}, 1)],
+        metrics.RUN_START: _one(lambda snapshot: snapshot.begun_unix_seconds),
+        metrics.NOT_SEEN: _not_seen,
         metrics.BUILD_INFO: lambda snapshot: [({"version": memtrace.__version__}, 1)],
         metrics.RUN_INFO: _run_info,
         metrics.WORLD_SIZE: _one(lambda snapshot: snapshot.identity.world_size),
@@ -181,6 +189,7 @@ READERS: Mapping[Metric, Reader] = MappingProxyType(
         metrics.MEMORY: _memory,
         metrics.ESTIMATED: _estimated,
         metrics.STEP_PEAK: _current(_step_peak),
+        metrics.RUN_PEAK: _one(lambda snapshot: snapshot.totals.highest_peak_bytes),
         metrics.STEP_PEAK_ESTIMATED: _current(_step_peak_estimated),
         metrics.STEP_PEAK_TOKENS: _current(_step_peak_tokens),
         metrics.PREDICTED_PEAK: _forecast(lambda peak: peak.predicted_bytes),

@@ -8,8 +8,10 @@ import hmac
 import os
 import re
 import ssl
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -74,15 +76,60 @@ class Endpoint:
         return cls(address=config.address, port=port, tls=tls, credentials=credentials)
 
 
+class Scrapes:
+    """Counts scrapes, those that have begun and those that were answered whole."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._begun = 0
+        self._answered = 0
+        """The last one to begin among those that were answered."""
+
+    def begin(self) -> int:
+        """Returns the number of a scrape that begins now: before its figures are read."""
+        with self._changed:
+            self._begun += 1
+            return self._begun
+
+    def answered(self, number: int) -> None:
+        """Notes that the client of a scrape has got all of it."""
+        with self._changed:
+            self._answered = max(self._answered, number)
+            self._changed.notify_all()
+
+    @property
+    def begun(self) -> int:
+        """How many scrapes have begun."""
+        return self._begun
+
+    def wait_for_one_after(self, begun: int, seconds: float) -> bool:
+        """Waits at most so long until a scrape after so many was answered; returns whether one was."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._answered > begun, seconds)
+
+
+class _Answer(list[bytes]):
+    """The body of a scrape, which notes when all of it has been written."""
+
+    def __init__(self, body: Iterable[bytes], written: Callable[[], None]) -> None:
+        super().__init__(body)
+        self._written = written
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from super().__iter__()
+        self._written()
+
+
 class MetricsServer:
     """A running endpoint; a context manager that closes it.
 
     Made by `serve()`.
     """
 
-    def __init__(self, server: BoundedServer, scheme: str) -> None:
+    def __init__(self, server: BoundedServer, scheme: str, scrapes: Scrapes) -> None:
         self._server = server
         self._scheme = scheme
+        self._scrapes = scrapes
         server.start()
 
     @property
@@ -95,6 +142,11 @@ class MetricsServer:
         """Address of the metrics, for people and scrape configurations."""
         host = str(self._server.server_address[0])
         return f"{self._scheme}://{f'[{host}]' if ':' in host else host}:{self.port}{METRICS_PATH}"
+
+    @property
+    def scrapes(self) -> Scrapes:
+        """Counts the scrapes."""
+        return self._scrapes
 
     def end(self) -> None:
         """Gives the port back and tells the threads to end; waits for nothing, so that a finalizer may call it."""
@@ -111,8 +163,8 @@ class MetricsServer:
         self.close()
 
 
-def serve(registry: CollectorRegistry, endpoint: Endpoint) -> MetricsServer:
-    """Serves a registry until the returned server is closed.
+def serve(registry: CollectorRegistry, endpoint: Endpoint, page: Callable[[], str] | None = None) -> MetricsServer:
+    """Serves a registry until the returned server is closed, and at `/` the page where there is one.
 
     A port in use is passed over for the next free one.
 
@@ -121,18 +173,23 @@ def serve(registry: CollectorRegistry, endpoint: Endpoint) -> MetricsServer:
         OutputError: the address or the port cannot be used, or none of `PORT_TRIES` ports is free.
     """
     tls = None if endpoint.tls is None else _tls_context(endpoint.tls)
-    app = metrics_app(registry)
+    scrapes = Scrapes()
+    app = metrics_app(registry, page, scrapes)
     if endpoint.credentials is not None:
         app = require(endpoint.credentials, app)
-    return MetricsServer(_listen(endpoint, app, tls), "http" if tls is None else "https")
+    return MetricsServer(_listen(endpoint, app, tls), "http" if tls is None else "https", scrapes)
 
 
-def metrics_app(registry: CollectorRegistry) -> WsgiApp:
-    """Returns the application: GET and HEAD of `/metrics`, in the format that the client asks for."""
+def metrics_app(
+    registry: CollectorRegistry, page: Callable[[], str] | None = None, scrapes: Scrapes | None = None
+) -> WsgiApp:
+    """Returns the application: GET and HEAD of `/metrics`, in the format that the client asks for, and of `/`."""
     expose: WsgiApp = make_wsgi_app(registry)
+    scrapes = scrapes or Scrapes()
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if environ["PATH_INFO"] != METRICS_PATH:
+        shows_page = page is not None and environ["PATH_INFO"] in ("", "/")
+        if environ["PATH_INFO"] != METRICS_PATH and not shows_page:
             return _page(start_response, "404 Not Found")
         method = environ["REQUEST_METHOD"]
         if method not in ("GET", "HEAD"):
@@ -140,8 +197,14 @@ def metrics_app(registry: CollectorRegistry) -> WsgiApp:
         # The client library fails on a version that is not a number, and then the plain format is right.
         if not all(map(_VERSION.fullmatch, _ACCEPTED_VERSION.findall(environ.get("HTTP_ACCEPT", "")))):
             environ = environ | {"HTTP_ACCEPT": ""}
+        if shows_page:
+            assert page is not None
+            body = page().encode(errors="replace")
+            start_response("200 OK", [("Content-Type", "text/html; charset=utf-8"), ("Content-Length", str(len(body)))])
+            return [body] if method == "GET" else []
         if method == "GET":
-            return expose(environ, start_response)
+            number = scrapes.begin()
+            return _Answer(expose(environ, start_response), partial(scrapes.answered, number))
         return _head(expose, environ, start_response)
 
     return app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -131,6 +131,25 @@ def read_step_log(path: str | os.PathLike[str]) -> Iterator[StepRecord]:
     older = rotated_path(newer)
     for part in (older, newer) if older.is_file() else (newer,):
         yield from _read_part(part, may_be_missing=part is newer and older.is_file())
+
+
+def begins_a_run(record: StepRecord, before: StepRecord) -> bool:
+    """Returns whether a record of a log is of another run than the one before it.
+
+    That is where the launch is another one, and where the count of steps goes back, as in logs of older versions, or
+    where a script trains twice.
+    """
+    return record.run_id != before.run_id or record.step <= before.step
+
+
+def newest_run(records: Iterable[StepRecord]) -> list[StepRecord]:
+    """Returns the records of the run that a log ends with."""
+    found: list[StepRecord] = []
+    for record in records:
+        if found and begins_a_run(record, found[-1]):
+            found.clear()
+        found.append(record)
+    return found
 
 
 def _read_part(path: Path, *, may_be_missing: bool) -> Iterator[StepRecord]:

@@ -45,6 +45,7 @@ def report_document(report: OomReport) -> dict[str, Any]:
     return {
         "schema": OOM_SCHEMA,
         "run": report.run_name,
+        **({"run_id": report.run_id} if report.run_id else {}),
         "rank": report.rank,
         "world_size": report.world_size,
         "device": report.device,
@@ -122,6 +123,7 @@ def parse_report(document: Any, source: str) -> OomReport:
     traced = report.optional("last_traced", Fields.object)
     return OomReport(
         run_name=report.text("run"),
+        run_id=report.optional("run_id", Fields.text) or "",
         rank=report.integer("rank"),
         world_size=report.integer("world_size"),
         device=report.text("device"),

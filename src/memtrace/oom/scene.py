@@ -50,6 +50,7 @@ def describe(scene: Scene) -> OomReport:
     )
     report = OomReport(
         run_name=identity.run_name,
+        run_id=identity.run_id,
         rank=identity.rank,
         world_size=identity.world_size,
         device=identity.device,

@@ -20,6 +20,9 @@ OnCrash = Callable[[BaseException], None]
 _ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
 
 
+_Failed = weakref.WeakMethod[OnAllocationFailure] | None
+
+
 class FailureRelay:
     """Tells its subscribers of failures. There is one a process, since torch and Python have one place for each.
 
@@ -29,7 +32,7 @@ class FailureRelay:
     """
 
     def __init__(self) -> None:
-        self._subscribers: dict[int, tuple[weakref.WeakMethod[OnAllocationFailure], weakref.WeakMethod[OnCrash]]] = {}
+        self._subscribers: dict[int, tuple[_Failed, weakref.WeakMethod[OnCrash]]] = {}
         self._count = 0
         self._pid = os.getpid()
         self._observing: bool | None = None
@@ -37,12 +40,13 @@ class FailureRelay:
         self._before: _ExceptHook = sys.excepthook
 
     def subscribe(
-        self, on_allocation_failure: OnAllocationFailure, on_crash: OnCrash, *, cuda: bool
+        self, on_allocation_failure: OnAllocationFailure | None, on_crash: OnCrash, *, cuda: bool
     ) -> Callable[[], None]:
-        """Tells two bound methods of failures from now on; returns what ends that.
+        """Tells bound methods of failures from now on; returns what ends that.
 
         Args:
             on_allocation_failure: is told of failed device allocations, where torch has an observer for them.
+                None: nobody is.
             on_crash: is told of an exception that ends the process.
             cuda: whether the subscriber's device is a CUDA device, which must be initialised.
         """
@@ -58,7 +62,8 @@ class FailureRelay:
             sys.excepthook = self._chained
         self._count += 1
         number = self._count
-        self._subscribers[number] = (weakref.WeakMethod(on_allocation_failure), weakref.WeakMethod(on_crash))
+        on_failure = None if on_allocation_failure is None else weakref.WeakMethod(on_allocation_failure)
+        self._subscribers[number] = (on_failure, weakref.WeakMethod(on_crash))
         return partial(self._unsubscribe, number)
 
     def _unsubscribe(self, number: int) -> None:
@@ -74,7 +79,7 @@ class FailureRelay:
         """Drops subscribers that are gone, and those of the process that this one was forked from."""
         forked = self._pid != os.getpid()
         self._subscribers = {
-            number: methods for number, methods in self._subscribers.items() if not forked and methods[0]() is not None
+            number: methods for number, methods in self._subscribers.items() if not forked and methods[1]() is not None
         }
         self._unchain_if_idle()
 
@@ -82,7 +87,7 @@ class FailureRelay:
         if self._pid != os.getpid():
             return
         for on_failure, _ in list(self._subscribers.values()):
-            tell = on_failure()
+            tell = None if on_failure is None else on_failure()
             if tell is not None:
                 tell(device, requested, free)
 

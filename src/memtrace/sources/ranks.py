@@ -6,10 +6,12 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from memtrace.process import Process
 from memtrace.snapshot import RunIdentity
 
 
@@ -51,14 +53,19 @@ LAUNCHERS = (
 """The first one that tells a place is believed: those further down may have started the launcher above them."""
 
 
-def identify(device: torch.device, run_name: str | None) -> RunIdentity:
-    """Returns rank, local rank and world size, the device and its UUID. Issues no collective."""
+_NO_STEP = 2**32 - 16
+"""From here on Slurm's step numbers are of batch scripts and interactive shells, which launch more than once."""
+
+
+def identify(device: torch.device, run_name: str | None, run_id: str | None = None) -> RunIdentity:
+    """Returns rank, local rank and world size, the device and its UUID, the launch. Issues no collective."""
     place = launched_as(os.environ)
     rank, world_size = place.rank, place.world_size
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return RunIdentity(
         run_name=run_name or script_name(),
+        run_id=run_id or launch_id(os.environ, Process.of(os.getpid() if world_size == 1 else os.getppid())),
         rank=rank,
         local_rank=place.local_rank,
         world_size=world_size,
@@ -77,6 +84,32 @@ def launched_as(environment: Mapping[str, str]) -> Place:
             continue
         return Place(rank=rank, world_size=world_size, local_rank=local_rank)
     return Place(local_rank=local_rank)
+
+
+def launch_id(environment: Mapping[str, str], launcher: Process) -> str:
+    """Returns what all ranks of one launch have in common, and no other launch.
+
+    That is the id of the launcher: of torchrun, unless nobody gave it one, of a step of Slurm, of PMIx; else when,
+    where and as which process the launch began. Each restart of the same launch has its number added.
+
+    Args:
+        environment: the variables of the process.
+        launcher: what began the launch on this machine: the process itself where it is alone. Without an id of the
+            launcher, several machines have one each.
+    """
+    elastic, namespace = environment.get("TORCHELASTIC_RUN_ID", ""), environment.get("PMIX_NAMESPACE", "")
+    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
+    if elastic not in ("", "none"):
+        found = elastic
+    elif job is not None and step is not None and step < _NO_STEP:
+        found = f"slurm-{job}.{step}"
+    elif namespace:
+        found = namespace
+    else:
+        start = datetime.fromtimestamp(launcher.start_unix_seconds, UTC)
+        found = f"{start:%Y%m%dT%H%M%SZ}-{launcher.host}-{launcher.pid}"
+    restarts = [_number(environment, name) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    return "-restart".join([found, *(str(count) for count in restarts if count)])
 
 
 def gpu_uuid(device: torch.device) -> str | None:

@@ -1,0 +1,184 @@
+"""The run file: which process writes to a run directory, and how the run ended; it outlives the process.
+
+`{"schema": "memtrace.run/1", "run": "...", "run_id": "...", "rank": 0, "world_size": 1, "host": "...", "pid": 12,
+"process_start": 1.0, "begun": 1.0, "refreshed": 1.0, "state": "running", "url": "..."}`, times in seconds since 1970. A
+run whose state is `running` and whose process is gone was killed outright.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from memtrace.errors import LogFormatError, OutputError
+from memtrace.process import Process
+from memtrace.snapshot import RunIdentity, RunState
+from memtrace.strict_json import Fields, parse_json
+
+RUN_SCHEMA = "memtrace.run/1"
+REFRESH_SECONDS = 30.0
+"""How often a run that goes on renews its file, with a step at that."""
+STALE_SECONDS = 3600.0
+"""A run of another machine that has not renewed its file for so long is taken for gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatus:
+    """What a run file holds."""
+
+    run_name: str
+    run_id: str
+    rank: int
+    world_size: int
+    process: Process
+    begun_unix_seconds: float
+    refreshed_unix_seconds: float
+    state: RunState = RunState.RUNNING
+    url: str | None = None
+    """Address of the metrics; None where none are served."""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the run goes on, as far as can be told from here."""
+        if self.state is not RunState.RUNNING:
+            return False
+        alive = self.process.is_alive()
+        return time.time() - self.refreshed_unix_seconds < STALE_SECONDS if alive is None else alive
+
+    @property
+    def words(self) -> str:
+        """How the run is, for people."""
+        if self.state is RunState.RUNNING:
+            return "running" if self.is_live else "gone without a sign of its end: killed, or its machine is lost"
+        ways = {
+            RunState.OK: "ended",
+            RunState.EXCEPTION: "ended by an exception",
+            RunState.OUT_OF_MEMORY: "ended out of memory",
+            RunState.SIGNAL: "ended by a signal",
+        }
+        return ways[self.state]
+
+
+def run_file_path(directory: str | os.PathLike[str], rank: int) -> Path:
+    """Returns where a rank's run file is in the log directory of a run."""
+    return Path(directory) / f"run-rank{rank}.json"
+
+
+class RunFile:
+    """Writes a run file, whole or not at all each time.
+
+    Args:
+        path: the file, in a directory that is there.
+        identity: which process of which run this is.
+        url: address of the metrics; None where none are served.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, identity: RunIdentity, url: str | None) -> None:
+        now = time.time()
+        self._path = path
+        self.status = RunStatus(
+            run_name=identity.run_name,
+            run_id=identity.run_id,
+            rank=identity.rank,
+            world_size=identity.world_size,
+            process=Process.of(os.getpid()),
+            begun_unix_seconds=now,
+            refreshed_unix_seconds=now,
+            url=url,
+        )
+        self._write()
+
+    def refresh(self, unix_seconds: float) -> None:
+        """Says that the run still goes on, where it was not said lately.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        if unix_seconds - self.status.refreshed_unix_seconds >= REFRESH_SECONDS:
+            self.status = replace(self.status, refreshed_unix_seconds=unix_seconds)
+            self._write()
+
+    def end(self, state: RunState) -> None:
+        """Says how the run has ended, unless another run has taken the file over.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        with suppress(LogFormatError):
+            found = read_run_file(self._path)
+            if found is not None and (found.process, found.run_id) != (self.status.process, self.status.run_id):
+                return
+        self.status = replace(self.status, state=state, refreshed_unix_seconds=time.time())
+        self._write()
+
+    def _write(self) -> None:
+        draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        try:
+            draft.write_text(json.dumps(_document(self.status)) + "\n", encoding="utf-8")
+            draft.replace(self._path)
+        except OSError as error:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+            raise OutputError(f"the run file {self._path} cannot be written: {error.strerror or error}") from error
+
+
+def read_run_file(path: str | os.PathLike[str]) -> RunStatus | None:
+    """Returns what a run file holds; None where there is none.
+
+    Raises:
+        LogFormatError: the file cannot be read, or is no run file.
+    """
+    source = str(path)
+    try:
+        text = Path(path).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LogFormatError(f"{source}: the run file cannot be read: {error.strerror or error}") from error
+    run = Fields.of(parse_json(text, source), source)
+    run.schema(RUN_SCHEMA)
+    return RunStatus(
+        run_name=run.text("run"),
+        run_id=run.text("run_id"),
+        rank=run.integer("rank"),
+        world_size=run.integer("world_size"),
+        process=Process(host=run.text("host"), pid=run.integer("pid"), start_unix_seconds=run.number("process_start")),
+        begun_unix_seconds=run.number("begun"),
+        refreshed_unix_seconds=run.number("refreshed"),
+        state=run.word("state", RunState),
+        url=run.optional("url", Fields.text),
+    )
+
+
+def run_files(directory: Path) -> Iterator[RunStatus]:
+    """Yields what the run files of a directory hold; those that cannot be read are left out."""
+    for path in sorted(directory.glob("run-rank*.json")):
+        with suppress(LogFormatError):
+            status = read_run_file(path)
+            if status is not None:
+                yield status
+
+
+def _document(status: RunStatus) -> dict[str, object]:
+    return {
+        "schema": RUN_SCHEMA,
+        "run": status.run_name,
+        "run_id": status.run_id,
+        "rank": status.rank,
+        "world_size": status.world_size,
+        "host": status.process.host,
+        "pid": status.process.pid,
+        "process_start": status.process.start_unix_seconds,
+        "begun": status.begun_unix_seconds,
+        "refreshed": status.refreshed_unix_seconds,
+        "state": status.state.value,
+        "url": status.url,
+    }

@@ -1,0 +1,118 @@
+"""SIGTERM: how a run that is told to end leaves a sign of it, and ends as it would have without memtrace.
+
+A handler of Python runs on the main thread, once that is between two of its instructions: a process that waits for its
+GPU, or for other ranks, would not end by it. So this one is `faulthandler`'s, which runs in C at once and writes a
+traceback to a pipe; a thread reads the pipe. What Python knows as the handler of the signal stays as it was.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import select
+import signal
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+OnTermination = Callable[[], None]
+"""Called on a thread of memtrace's own, right before the process ends."""
+
+_SIGNAL = signal.SIGTERM
+_ROOM = 65536
+
+
+class Termination:
+    """Tells its subscribers of SIGTERM. There is one a process, since the signal has one handler.
+
+    Where nobody handles the signal, the process ends of it once the subscribers have been told. A handler that was
+    there before is called at once, as ever, and decides: then only `has_come` tells of it. One that is set later takes
+    the signal over, and nothing tells. An ignored signal stays ignored. Subscribers are held weakly and must not raise.
+    A forked child has the handler of before.
+    """
+
+    def __init__(self) -> None:
+        self._subscribers: dict[int, weakref.WeakMethod[OnTermination]] = {}
+        self._count = 0
+        self._before: Any = None
+        self._pipe: tuple[int, int] | None = None
+        os.register_at_fork(after_in_child=self._forked)
+
+    def subscribe(self, on_termination: OnTermination) -> Callable[[], None]:
+        """Tells a bound method of the signal from now on; returns what ends that."""
+        if not self._subscribers:
+            self._begin()
+        self._count += 1
+        number = self._count
+        self._subscribers[number] = weakref.WeakMethod(on_termination)
+
+        def unsubscribe() -> None:
+            if self._subscribers.pop(number, None) is not None and not self._subscribers:
+                self._end()
+
+        return unsubscribe
+
+    @property
+    def has_come(self) -> bool:
+        """Whether the signal has come to a handler of the user's while there were subscribers."""
+        pipe = self._pipe
+        if pipe is None or self._before == signal.SIG_DFL:
+            return False
+        written = select.poll()
+        written.register(pipe[0], select.POLLIN)
+        return bool(written.poll(0))
+
+    def _begin(self) -> None:
+        self._before = signal.getsignal(_SIGNAL)
+        if self._before == signal.SIG_IGN:
+            return
+        reading, writing = self._pipe = os.pipe()
+        os.set_blocking(writing, False)
+        by_default = self._before == signal.SIG_DFL
+        faulthandler.register(_SIGNAL, file=writing, all_threads=False, chain=not by_default)
+        if by_default:
+            threading.Thread(target=self._wait, args=(reading,), name="memtrace-termination", daemon=True).start()
+
+    def _end(self) -> None:
+        pipe, self._pipe = self._pipe, None
+        if pipe is None:
+            return
+        self._hand_back()
+        os.close(pipe[1])  # which ends the thread
+        if self._before != signal.SIG_DFL:
+            os.close(pipe[0])
+
+    def _hand_back(self) -> None:
+        """Restores the handler of before, unless somebody has set another one meanwhile, in place of ours."""
+        if signal.getsignal(_SIGNAL) == self._before:
+            faulthandler.unregister(_SIGNAL)
+
+    def _wait(self, reading: int) -> None:
+        """Reads the pipe until it is closed, or until the signal has come."""
+        try:
+            if os.read(reading, _ROOM):
+                for known in list(self._subscribers.values()):
+                    tell = known()
+                    if tell is not None:
+                        tell()
+                self._hand_back()
+                os.kill(os.getpid(), _SIGNAL)
+        finally:
+            with suppress(OSError):
+                os.close(reading)
+
+    def _forked(self) -> None:
+        """Gives a child the handler of before: it has the pipe too, and would end its parent."""
+        pipe, self._pipe = self._pipe, None
+        self._subscribers = {}
+        if pipe is not None:
+            self._hand_back()
+            for end in pipe:
+                with suppress(OSError):
+                    os.close(end)
+
+
+TERMINATION = Termination()
+"""The one of this process."""

@@ -1,0 +1,37 @@
+"""A directory in which a script has run more than once shows its newest run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from records import traced_step
+
+from memtrace.cli.report import read_run
+from memtrace.cli.show import choose_records, find_logs
+from memtrace.exporters.steplog import StepLog, step_log_path
+
+
+def write(directory: Path, rank: int, run_id: str, steps: range, begun: float) -> None:
+    with StepLog(step_log_path(directory, rank)) as log:
+        for step in steps:
+            log.write(traced_step(step=step, rank=rank, run_id=run_id, unix_seconds=begun + step))
+
+
+def test_a_rerun_does_not_mix_with_the_run_before(tmp_path: Path) -> None:
+    """Not by its higher steps, not by a rank that the newer run does not have; in logs of older versions too."""
+    for first, second in (("a", "b"), ("", "")):
+        directory = tmp_path / f"run{first}"
+        for rank in (0, 1):
+            write(directory, rank, first, range(1, 10), begun=1000.0)
+        write(directory, 0, second, range(1, 4), begun=5000.0)
+        chosen = choose_records(find_logs(directory), None)
+        assert {rank: (record.step, record.run_id) for rank, record in chosen.items()} == {0: (3, second)}
+        history = read_run(directory, None, None).ranks[0]
+        assert [step.record.step for step in history.steps] == [1, 2, 3]
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_is_another_run(tmp_path: Path) -> None:
+    """The count of steps goes on; the launch tells."""
+    write(tmp_path, 0, "a", range(1, 6), begun=1000.0)
+    write(tmp_path, 0, "b", range(6, 8), begun=2000.0)
+    assert [step.record.step for step in read_run(tmp_path, None, None).ranks[0].steps] == [6, 7]
