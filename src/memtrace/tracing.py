@@ -215,7 +215,8 @@ class TraceWindow:
         # Most gradients are there when the backward pass has ended: torch calls a parameter's hooks in each step from
         # then on, also when there are none any more.
         passing = self._scan.passing_gradients() if self._trace_activations else self._scan.gradient_leaves()
-        self._hooks.after_gradient(passing, self._guard.wrap(self._gradient))
+        first = not self._scan.engines  # an engine's hooks make of it what is there at the end of the backward pass
+        self._hooks.after_gradient(passing, self._guard.wrap(self._gradient), first=first)
         for engine, module in self._scan.gathering():
             gathered = partial(self._gathered, engine)
             self._hooks.before_forward(module, self._guard.wrap(gathered), prepend=False)

@@ -67,7 +67,7 @@ class UpdatesInBackward:
         if taken is not None:
             self._listens = True
             step.marks = step.ends()
-            hooks.after_gradient([taken], self._guard.wrap(self._taken))
+            hooks.after_gradient([taken], self._guard.wrap(self._taken), first=True)
         return self._listens
 
     def _awaits_end(self, step: StepInFlight) -> bool:

@@ -90,7 +90,7 @@ class TestHookSet:
         weight.register_post_accumulate_grad_hook(takes)
         handle = weight.register_post_accumulate_grad_hook(lambda _: calls.append("second"))
         with HookSet() as hooks:
-            hooks.after_gradient([weight], lambda parameter: calls.append(parameter.grad.item()))
+            hooks.after_gradient([weight], lambda parameter: calls.append(parameter.grad.item()), first=True)
             (weight * 3).sum().backward()
         handle.remove()
         (weight * 3).sum().backward()

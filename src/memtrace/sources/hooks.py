@@ -106,17 +106,23 @@ class HookSet:
         for one in (optimizer, *parts):
             self.around_step(one, begins, ends)
 
-    def after_gradient(self, parameters: Iterable[nn.Parameter], hook: Callable[[torch.Tensor], None]) -> None:
-        """Calls `hook(parameter)` each time a gradient was accumulated into `.grad`, before all other hooks of it.
+    def after_gradient(
+        self, parameters: Iterable[nn.Parameter], hook: Callable[[torch.Tensor], None], *, first: bool = False
+    ) -> None:
+        """Calls `hook(parameter)` each time a gradient was accumulated into `.grad`.
 
-        Those of others may take it.
+        Args:
+            parameters: those whose gradients are told.
+            hook: what is called.
+            first: whether before all other hooks of it, which may take the gradient.
         """
         handles: list[RemovableHandle] = []
         self._stack.callback(_remove, handles)  # one callback for all: a traced step has them on for that step alone
         for parameter in parameters:
             if parameter.requires_grad and parameter.is_leaf:
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-                torch_private.call_first(parameter, handle.id)
+                if first:
+                    torch_private.call_first(parameter, handle.id)
                 handles.append(handle)
 
     def callback(self, function: Callable[[], Any]) -> None:
