@@ -38,7 +38,9 @@ class Termination:
         self._count = 0
         self._before: Any = None
         self._pipe: tuple[int, int] | None = None
-        os.register_at_fork(after_in_child=self._forked)
+        self._mask: set[int | signal.Signals] | None = None
+        """What the forking thread had blocked, while it forks."""
+        os.register_at_fork(before=self._forks, after_in_parent=self._unblock, after_in_child=self._forked)
 
     def subscribe(self, on_termination: OnTermination) -> Callable[[], None]:
         """Tells a bound method of the signal from now on; returns what ends that."""
@@ -103,8 +105,18 @@ class Termination:
             with suppress(OSError):
                 os.close(reading)
 
+    def _forks(self) -> None:
+        """Holds the signal back until a child has the handler of before: with ours it would end its parent instead."""
+        if self._pipe is not None:
+            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {_SIGNAL})
+
+    def _unblock(self) -> None:
+        mask, self._mask = self._mask, None
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
     def _forked(self) -> None:
-        """Gives a child the handler of before: it has the pipe too, and would end its parent."""
+        """Gives a child the handler of before."""
         pipe, self._pipe = self._pipe, None
         self._subscribers = {}
         if pipe is not None:
@@ -112,6 +124,7 @@ class Termination:
             for end in pipe:
                 with suppress(OSError):
                     os.close(end)
+        self._unblock()
 
 
 TERMINATION = Termination()
