@@ -59,9 +59,11 @@ class UpdatesInBackward:
         """Looks, now and then, for hooks that take gradients where no optimizer is stepped.
 
         Call before each forward pass. Where there are some, the step is over, and each from now on with its backward
-        pass.
+        pass. Not where an engine has the gradients: it keeps them elsewhere, while it accumulates.
         """
-        if self._is_stepped or self._listens or step is None or not step.micro_batches or step.micro_batches % _IN_VAIN:
+        if self._is_stepped or self._listens or self._scan.engines:
+            return False
+        if step is None or not step.micro_batches or step.micro_batches % _IN_VAIN:
             return False
         taken = self._scan.taken()
         if taken is not None:

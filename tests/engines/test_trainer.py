@@ -5,6 +5,7 @@ DeepSpeed has the settings of the document that memtrace began with; FSDP2 comes
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -127,7 +128,7 @@ def killed(tmp_path_factory) -> dict[str, Any]:
         seen["survivor"] = scrape(ranks.target("ddp", 0))
         ranks.go_on("ddp")
         seen["status"] = ranks.ended(0)
-        seen["survivor has a target"] = ranks.target("ddp", 0).exists()
+        seen["target of the survivor"] = ranks.target("ddp", 0).read_text()
         seen["stale"] = ranks.target("ddp", 1).read_text()
         seen["logs"] = [ranks.records("ddp", rank) for rank in range(RANKS)]
     with running(["ddp"], directory) as ranks:
@@ -142,11 +143,13 @@ def killed(tmp_path_factory) -> dict[str, Any]:
 
 
 def test_a_killed_rank_leaves_the_others_right(killed):
-    """Metrics and log of the survivor are as before; when it fails without its peer, its target file goes with it."""
+    """Metrics and log of the survivor are as before; when it fails without its peer, its target file says so."""
     assert 'memtrace_steps_total{rank="0"} 2.0' in killed["survivor"]
     assert 'memtrace_up{rank="0"} 1.0' in killed["survivor"]
     assert killed["status"] != 0, "all-reduce without rank 1 must fail"
-    assert not killed["survivor has a target"]
+    (target,) = json.loads(killed["target of the survivor"])
+    assert target["targets"] == []
+    assert target["labels"]["__meta_memtrace_state"] == "exception"
     for rank, log in enumerate(killed["logs"]):
         assert [(record["step"], record["rank"]) for record in log] == [(1, rank), (2, rank)]
 
