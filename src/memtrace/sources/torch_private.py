@@ -266,23 +266,28 @@ def held_by(module: torch.nn.Module) -> tuple[Iterable[torch.nn.Parameter | None
 def holdings(modules: Iterable[torch.nn.Module | None]) -> list[int]:
     """Returns what is another list where one of these modules is gone, or holds another module or another storage.
 
-    Addresses of plain tensors, identities of all else; one loop, for it is run in each step. Empty where torch has
-    changed: then nothing is told.
+    Addresses of plain tensors, identities of all else. It is run in each step: what a loop does for each module is
+    little, and most of what it takes is the processor's wait for objects that the step has not touched for long. Empty
+    where torch has changed: then nothing is told.
     """
-    found: list[int] = []
-    plain = torch.nn.Parameter
+    children: list[torch.nn.Module | None] = []
+    tensors: list[torch.Tensor | None] = []
+    parameter, plain = torch.nn.Parameter, torch.Tensor
     try:
         for module in modules:
             if module is None:
-                found.append(0)
+                children.append(None)
                 continue
-            if module._modules:
-                found.extend(map(id, module._modules.values()))
-            for tensor in module._parameters.values():
-                found.append(tensor.data_ptr() if type(tensor) is plain else id(tensor))
-            if module._buffers:
-                for buffer in module._buffers.values():
-                    found.append(buffer.data_ptr() if type(buffer) is torch.Tensor else id(buffer))
+            if modules_in_it := module._modules:
+                children += modules_in_it.values()
+            if parameters := module._parameters:
+                tensors += parameters.values()
+            if buffers := module._buffers:
+                tensors += buffers.values()
+        addresses = [
+            tensor.data_ptr() if type(tensor) is parameter or type(tensor) is plain else id(tensor)
+            for tensor in tensors
+        ]
     except (AttributeError, RuntimeError):  # a layout without an address, too
         return []
-    return found
+    return [*map(id, children), *addresses]
