@@ -112,7 +112,7 @@ class Publication:
         self._history.append(record)
         self._snapshot = replace(
             self._snapshot,
-            totals=self._snapshot.totals.with_passed(self._passed()).after(record),
+            totals=self.snapshot.totals.after(record),
             latest=record,
             latest_traced=record if record.traced else self._snapshot.latest_traced,
         )

@@ -51,12 +51,14 @@ class StepEncoder:
         return f'{_encode(_step_head(record))[:-1]},"moments":{{{moments}}}{host}}}'
 
     def _breakdown(self, moment: Moment, breakdown: Breakdown) -> str:
+        allocated = "null" if breakdown.allocated_bytes is None else breakdown.allocated_bytes
+        estimated = ',"estimated":true' if breakdown.estimated else ""
         entries = self._encoded(moment, breakdown.entries)
-        return f'{_encode(_breakdown_head(breakdown))[:-1]},"entries":{entries}}}'
+        return f'{{"allocated_bytes":{allocated}{estimated},"entries":{entries}}}'
 
     def _encoded(self, place: str, entries: Mapping[EntryKey, int]) -> str:
         before, text = self._entries.get(place, ({}, "[]"))
-        if before != entries:
+        if before is not entries and before != entries:
             text = _encode(entry_documents(entries))
             self._entries[place] = (entries, text)
         return text

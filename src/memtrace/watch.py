@@ -13,7 +13,7 @@ from memtrace.attribution.counted import CountedSteps
 from memtrace.attribution.curve import HighestSteps
 from memtrace.attribution.further import FurtherModels
 from memtrace.attribution.host import HostMemory
-from memtrace.attribution.inputs import batch_tensors, claim_batch, count_tokens, main_input
+from memtrace.attribution.inputs import claim_batch, count_tokens, main_input
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.storages import canonical_device
@@ -24,6 +24,7 @@ from memtrace.categories import Moment
 from memtrace.config import TracerConfig
 from memtrace.cycle import Cycle
 from memtrace.entries import Entries
+from memtrace.forward_passes import ForwardPasses
 from memtrace.garbage import uncollected
 from memtrace.guard import Guard
 from memtrace.limitations import Unseen, too_large
@@ -103,8 +104,7 @@ class Watch:
         self._micro_batches = 0
         """Its micro batches."""
         self._bounds = StepBounds(published, schedule)
-        self._recomputes = False
-        """Whether the model is called inside the backward pass: by a reentrant checkpoint around all of it."""
+        self._passes = ForwardPasses(model)
         self._set_up(self._scan.device, source)
 
     @property
@@ -247,14 +247,14 @@ class Watch:
             self._schedule.refused(step.number)
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if runs_without_memory() or self._is_elsewhere(module, (args, kwargs)):
+        if runs_without_memory() or self._passes.is_elsewhere(module, (args, kwargs), self._device):
             return
         self.settle()
         step = self._current.step
         begins = step is None or step.entered_by in (None, id(module)) or not self._entries.are_followed
         if begins:
             self._bounds.look(step, self.window, skipped_passes=self.passed.passes)
-        if not self._is_training(module):
+        if not self._passes.is_training(module):
             return
         if self._explicit and self._current.step is None and self.passed.number is None:
             return
@@ -286,22 +286,6 @@ class Watch:
         step.entered_by = step.entered_by or id(module)
         step.forward_begins(batch)
 
-    def _is_training(self, module: nn.Module) -> bool:
-        """Whether a call of the module is one of a forward pass of the step, and no evaluation.
-
-        A reentrant checkpoint around the whole model calls it twice: without gradients, and again inside the backward
-        pass, which tells that the first of the two calls is the forward pass.
-        """
-        if backward_is_running():
-            self._recomputes = self._recomputes or (module is self.model and torch.is_grad_enabled())
-            return False
-        return torch.is_grad_enabled() or (self._recomputes and module.training)
-
-    def _is_elsewhere(self, module: nn.Module, tensors: object) -> bool:
-        """Whether this is a replica of the model on another device: `nn.DataParallel` gives each a thread."""
-        first = None if module is self.model else next(batch_tensors(tensors), None)
-        return first is not None and first.device != self._device
-
     def _on_forward_end(self, module: nn.Module, output: object, error: BaseException | None) -> None:
         if error is not None:
             self.oom.raised(error)
@@ -309,8 +293,8 @@ class Watch:
         self.window.leaves_thread()
         if module is self.model:
             self._entries.model_ends()
-        step = None if self._is_elsewhere(module, output) else self._current.step
-        if step is None or runs_without_memory() or not self._is_training(module):
+        step = None if self._passes.is_elsewhere(module, output, self._device) else self._current.step
+        if step is None or runs_without_memory() or not self._passes.is_training(module):
             return
         step.forward_ends()
         self.window.forward_ends(output)

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from memtrace.attribution.engines import find_engines
 from memtrace.config import TracerConfig
-from memtrace.sources import torch_private
+from memtrace.sources import engines_torch_private
 from memtrace.tracer import Tracer
 
 BLOCK = 10
@@ -76,10 +76,10 @@ def test_roles_follow_the_parameters(mesh: DeviceMesh) -> None:
     (engine,) = find_engines(model, [])
     model(torch.ones(1, 4))
     engine.claim_gathered(model[0], SimpleNamespace(claim_all=lambda *_: None))  # type: ignore[arg-type]
-    (group,) = torch_private.fsdp_groups(model[0]) or ()
+    (group,) = engines_torch_private.fsdp_groups(model[0]) or ()
     known = group.fsdp_params[0]
     assert str(engine.role_of(known.sharded_param)).count("weights")
-    assert engine.role_of(torch_private.fsdp_gathered_parameter(known)).component == "all_gather"
+    assert engine.role_of(engines_torch_private.fsdp_gathered_parameter(known)).component == "all_gather"
     assert engine.role_of(nn.Parameter(torch.ones(1))) is None
 
 
@@ -106,7 +106,7 @@ def module_with(state: object) -> Any:
 )
 def test_groups_of_all_versions_are_read(state: State, groups: list[int] | None) -> None:
     """One group at most up to torch 2.11, several from then on; None where torch has changed."""
-    assert torch_private.fsdp_groups(module_with(state)) == groups
+    assert engines_torch_private.fsdp_groups(module_with(state)) == groups
 
 
 @pytest.mark.parametrize("name", ["reduce_scatter_states", "reduce_scatter_state"])
@@ -115,9 +115,9 @@ def test_buffers_of_all_versions_are_read(name: str) -> None:
     buffer = torch.ones(1)
     state = SimpleNamespace(reduce_scatter_input=buffer)
     context = SimpleNamespace(**{name: [state] if name.endswith("s") else state})
-    assert [*torch_private.fsdp_context_buffers(context)] == [("reduce_scatter", buffer)]
+    assert [*engines_torch_private.fsdp_context_buffers(context)] == [("reduce_scatter", buffer)]
     nothing = SimpleNamespace(**{name: [] if name.endswith("s") else None})
-    assert [*torch_private.fsdp_context_buffers(nothing)] == []
+    assert [*engines_torch_private.fsdp_context_buffers(nothing)] == []
 
 
 def test_groups_that_cannot_be_read_are_said(

@@ -24,6 +24,13 @@ class CountedSteps:
         self._scan, self._ledger = scan, ledger
         self._reference: PeakReference | None = None
         self._last: AllocatorReading | None = None
+        self._totals: Mapping[Tag, int] = {}
+        """The ledger's totals at the end of the step before."""
+        self._counted: Mapping[EntryKey, int] = {}
+        """What was counted then and is not taken from the ledger."""
+        self._persistent: Mapping[EntryKey, int] = {}
+        self._at_end: Mapping[EntryKey, int] = {}
+        """The entries that follow from both: mostly those of the next step, too."""
 
     def water(self, readings: Sequence[AllocatorReading]) -> HighWater:
         """Returns what the readings of a step say of its peak; called for every step, in order."""
@@ -51,25 +58,37 @@ class CountedSteps:
             water: what the high-water mark says of the step.
         """
         self._scan.claim_kept(self._ledger)
-        gradients = self._scan.gradient_bytes(self._ledger.device)
-        hidden = self._scan.hidden_bytes()
-        known = counted_moments(self._ledger.totals(), {**gradients, **hidden}, before_forward, readings)
+        self._look()
+        known = counted_moments(self._persistent, self._at_end, before_forward, readings)
         peak = counted_peak(self._reference, known, forward_added, water)
         return known if peak is None else {**known, Moment.PEAK: peak}
 
+    def _look(self) -> None:
+        """Looks what there is at the end of a step: the gradients and hidden buffers of now, all else by the ledger."""
+        totals = self._ledger.totals()
+        counted = {**self._scan.gradient_bytes(self._ledger.device), **self._scan.hidden_bytes()}
+        if totals is not self._totals or counted != self._counted:
+            self._totals, self._counted = totals, counted
+            self._persistent = {
+                EntryKey(*tag): size
+                for tag, size in totals.items()
+                if tag.category in PERSISTENT and tag.category is not Category.GRADIENTS
+            }
+            self._at_end = ordered_entries({**self._persistent, **counted})
+
 
 def counted_moments(
-    ledger_totals: Mapping[Tag, int],
-    counted: Mapping[EntryKey, int],
+    persistent: Mapping[EntryKey, int],
+    at_end: Mapping[EntryKey, int],
     before_forward: AllocatorReading | None,
     readings: Mapping[Moment, AllocatorReading],
 ) -> dict[Moment, Breakdown]:
     """Returns the breakdowns of a counted step, marked as estimated.
 
     Args:
-        ledger_totals: bytes of each tag in the ledger. Categories that follow the batch are left out.
-        counted: what was counted at the end of the step and is not taken from the ledger: the gradients that there are
-            then, and buffers that no Python object refers to.
+        persistent: what the ledger has of the categories that do not follow the batch, gradients left out.
+        at_end: the same with what was counted at the end of the step: the gradients that there are then, and buffers
+            that no Python object refers to. Ordered.
         before_forward: the counters before the last forward pass; None on a device without counters.
         readings: the counters at the moments of the step.
 
@@ -77,25 +96,21 @@ def counted_moments(
         Always step_end; forward_end where there are counters: what the forward pass added is its activations.
         Nothing is taken as the remainder of anything: the entries may add up to less than was allocated.
     """
-    persistent = {
-        EntryKey(*tag): size
-        for tag, size in ledger_totals.items()
-        if tag.category in PERSISTENT and tag.category is not Category.GRADIENTS
-    }
-    moments = {Moment.STEP_END: _estimate(Moment.STEP_END, {**persistent, **counted}, readings.get(Moment.STEP_END))}
+    moments = {Moment.STEP_END: _estimate(Moment.STEP_END, at_end, readings.get(Moment.STEP_END))}
     forward_end = readings.get(Moment.FORWARD_END)
     if before_forward is not None and forward_end is not None:
         before, after = before_forward.requested_bytes, forward_end.requested_bytes
         if before is not None and after is not None:
             added = {EntryKey(Category.ACTIVATIONS, "", ""): max(after - before, 0)}
-            moments[Moment.FORWARD_END] = _estimate(Moment.FORWARD_END, {**persistent, **added}, forward_end)
+            entries = ordered_entries({**persistent, **added})
+            moments[Moment.FORWARD_END] = _estimate(Moment.FORWARD_END, entries, forward_end)
     return moments
 
 
 def _estimate(moment: Moment, entries: Mapping[EntryKey, int], reading: AllocatorReading | None) -> Breakdown:
     return Breakdown(
         moment=moment,
-        entries=ordered_entries(entries),
+        entries=entries,
         allocated_bytes=None if reading is None else reading.requested_bytes,
         estimated=True,
     )

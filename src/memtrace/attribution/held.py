@@ -61,7 +61,7 @@ class Held:
         return self._looked == self._look()
 
     def _look(self) -> list[int]:
-        return holdings(alive() for alive in self._modules)
+        return holdings([alive() for alive in self._modules])
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that are still there."""

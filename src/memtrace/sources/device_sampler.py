@@ -24,6 +24,7 @@ THREAD_NAME = "memtrace-device-sampler"
 MIN_STALE_SECONDS = 10.0
 STALE_PERIODS = 5
 
+_NOTHING = DeviceReading()
 MAX_PAIR_SECONDS = 300.0
 """How long the newest reading that is known to belong to one of the allocator's stands for those after it."""
 
@@ -116,7 +117,7 @@ class DeviceSampler:
             return None
         found = DeviceReading() if newest is None else run.pairs.complete(newest)
         found = found if self._refresh is None else self._refresh(found)
-        return None if found == DeviceReading() else found
+        return None if found == _NOTHING else found
 
     def _current_run(self) -> _Run | None:
         """Returns the run that this process has started; a forked child has none."""

@@ -16,7 +16,7 @@ from torch import nn
 from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.hidden import HiddenBuffers
 from memtrace.categories import Category
-from memtrace.sources import torch_private
+from memtrace.sources import engines_torch_private
 from memtrace.sources.events import Tag, dtype_name
 
 
@@ -31,7 +31,7 @@ def find(model: nn.Module, optimizers: Sequence[object], modules: Sequence[nn.Mo
         return None
     if isinstance(model, wrapper):
         return DdpEngine(model)
-    running = torch_private.running_ddp()
+    running = engines_torch_private.running_ddp()
     if running is not None and any(module is model for module in running.modules()):
         return DdpEngine(running)
     return None
@@ -55,7 +55,7 @@ class DdpEngine(Engine):
         """Returns the buckets of the gradients: those the reducer began with, and those it rebuilt in step 2."""
         if self._rebuilt is not None or self._wrapper.gradient_as_bucket_view:
             return self._rebuilt
-        first, rebuilt = torch_private.ddp_bucket_bytes(self._wrapper)
+        first, rebuilt = engines_torch_private.ddp_bucket_bytes(self._wrapper)
         types = {p.dtype for p in self._wrapper.parameters() if p.requires_grad}
         tag = Tag(Category.COMM_BUFFERS, "bucket", dtype_name(types.pop()) if len(types) == 1 else "")
         hidden = HiddenBuffers(tag=tag, first=first, current=rebuilt or None)

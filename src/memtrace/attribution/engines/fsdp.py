@@ -19,7 +19,7 @@ from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import Role
 from memtrace.categories import Category
-from memtrace.sources import torch_private
+from memtrace.sources import engines_torch_private
 
 logger = logging.getLogger("memtrace")
 
@@ -48,7 +48,7 @@ class FsdpEngine(Engine):
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
-        groups = [torch_private.fsdp_groups(module) for module in modules]
+        groups = [engines_torch_private.fsdp_groups(module) for module in modules]
         self._groups = [group for found in groups for group in found or ()]
         if None in groups:
             logger.warning(
@@ -90,13 +90,13 @@ class FsdpEngine(Engine):
         """
         if self._until_look <= 0:
             self._until_look = len(self._groups)
-            self._contexts = torch_private.fsdp_contexts(self._groups)
+            self._contexts = engines_torch_private.fsdp_contexts(self._groups)
             for group in self._groups:
-                for collective, tensor in torch_private.fsdp_group_buffers(group):
+                for collective, tensor in engines_torch_private.fsdp_group_buffers(group):
                     ledger.claim(tensor, Category.COMM_BUFFERS, collective)
         self._until_look -= 1
         for context in self._contexts:
-            for collective, tensor in torch_private.fsdp_context_buffers(context):
+            for collective, tensor in engines_torch_private.fsdp_context_buffers(context):
                 ledger.claim(tensor, Category.COMM_BUFFERS, collective)
 
     def claim_kept(self, ledger: Ledger) -> None:
@@ -106,7 +106,7 @@ class FsdpEngine(Engine):
 
     def claim_gathered(self, module: nn.Module, ledger: Ledger) -> None:
         """Claims the full weights of a sharded module, in the precision that it computes in."""
-        for group in torch_private.fsdp_groups(module) or ():
+        for group in engines_torch_private.fsdp_groups(module) or ():
             self._works(group)
             for parameter in group.fsdp_params:
                 self._look_at(group, parameter)
@@ -125,7 +125,7 @@ class FsdpEngine(Engine):
             return None
         if parameter is known.sharded_param:
             return _role_of_shard(known)
-        if parameter is not torch_private.fsdp_gathered_parameter(known):
+        if parameter is not engines_torch_private.fsdp_gathered_parameter(known):
             return None  # another one at the address of one that is gone
         self._works(group)
         return _GATHERED
@@ -137,7 +137,7 @@ class FsdpEngine(Engine):
     def gradient_leaves(self) -> Iterator[nn.Parameter]:
         """Yields the gathered parameters that autograd sees; they exist from the first forward pass on."""
         for parameter in self._parameters():
-            gathered = torch_private.fsdp_gathered_parameter(parameter)
+            gathered = engines_torch_private.fsdp_gathered_parameter(parameter)
             if gathered is not None:
                 yield gathered
 
@@ -155,7 +155,7 @@ class FsdpEngine(Engine):
 
     def _look_at(self, group: Any, parameter: Any) -> None:
         self._known[id(parameter.sharded_param)] = group, parameter
-        gathered = torch_private.fsdp_gathered_parameter(parameter)
+        gathered = engines_torch_private.fsdp_gathered_parameter(parameter)
         if gathered is not None:
             self._known[id(gathered)] = group, parameter
 

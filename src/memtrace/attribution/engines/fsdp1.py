@@ -18,8 +18,8 @@ from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import Role
 from memtrace.categories import Category
-from memtrace.sources import torch_private
-from memtrace.sources.torch_private import FlatParameter
+from memtrace.sources import engines_torch_private
+from memtrace.sources.engines_torch_private import FlatParameter
 
 _GATHERED = Role(Category.TRANSIENT_WEIGHTS, "all_gather")
 
@@ -69,7 +69,7 @@ class FlatFsdpEngine(Engine):
         """Claims the flat parameter that a wrapper has put together for the module in it."""
         for wrapper in self._wrappers:
             if wrapper.module is module:
-                flat = torch_private.flat_parameter(wrapper)
+                flat = engines_torch_private.flat_parameter(wrapper)
                 if flat is not None:
                     ledger.claim_all(flat.gathered(), _GATHERED.category, _GATHERED.component)
 
@@ -98,7 +98,7 @@ class FlatFsdpEngine(Engine):
 
     def _look(self) -> None:
         """Learns the flat parameters anew: FSDP1 makes another shard when the model is moved."""
-        found = map(torch_private.flat_parameter, self._wrappers)
+        found = map(engines_torch_private.flat_parameter, self._wrappers)
         self._flat = [flat for flat in found if flat is not None]
         self._known = {id(tensor): (tensor, flat) for flat in self._flat for tensor in (flat.parameter, *flat.views)}
 
