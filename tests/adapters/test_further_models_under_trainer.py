@@ -102,7 +102,8 @@ def test_the_models_of_a_trainer_have_the_names_of_its_attributes(tmp_path):
         seen = weights(callback.tracer.latest)
         assert seen.pop("trainable") == BYTES
         assert seen == {
-            "ref_model": BYTES, "reward_funcs": 2 * BYTES, "value_model": BYTES, "ema_model": BYTES, "judge": BYTES, "teacher": BYTES
+            "ref_model": BYTES, "reward_funcs": 2 * BYTES, "value_model": BYTES, "ema_model": BYTES,
+            "judge": BYTES, "teacher": BYTES,
         }  # fmt: skip
         return [weakref.ref(thing) for thing in (trainer, trainer.ref_model, model, student.teacher)]
 

@@ -90,7 +90,7 @@ class Termination:
             faulthandler.unregister(_SIGNAL)
 
     def _wait(self, reading: int) -> None:
-        """Reads the pipe until it is closed, or until the signal has come: the process ends then, whatever is raised."""
+        """Reads the pipe until it is closed or the signal has come; then the process ends, whatever is raised."""
         has_come = False
         try:
             has_come = bool(os.read(reading, _ROOM))
