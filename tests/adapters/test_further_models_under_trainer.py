@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 import weakref
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
@@ -50,8 +51,35 @@ class KeepsCopy(TrainerCallback):
         self.ema_model = frozen()
 
 
+class Jealous(nn.Linear):
+    """A model that is compared with nothing."""
+
+    __hash__ = nn.Linear.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("compared")
+
+
+class Closed(list):
+    """A list that cannot be gone through."""
+
+    def __iter__(self) -> Iterator[object]:
+        raise LookupError("closed")
+
+
+class Proxy:
+    """Stands for something that is not there yet."""
+
+    @property
+    def __class__(self) -> type:
+        raise RuntimeError("unbound")
+
+
 def test_the_models_of_a_trainer_have_the_names_of_its_attributes(tmp_path):
-    """As TRL's trainers hold them, lists of reward functions among them; the run keeps none of them afterwards."""
+    """As TRL's trainers hold them, lists of reward functions among them; the run keeps none of them afterwards.
+
+    What cannot be looked at is no model, nor is a long list, which is data.
+    """
 
     def run() -> list[weakref.ref]:
         model = Net()
@@ -68,11 +96,14 @@ def test_the_models_of_a_trainer_have_the_names_of_its_attributes(tmp_path):
         )
         trainer.ref_model, trainer.reward_funcs, trainer._value_model = frozen(), [frozen(), len, frozen()], frozen()
         trainer.wrapped = nn.ModuleList([model])
+        trainer.closed, trainer.proxy, trainer.samples = Closed([frozen()]), Proxy(), [frozen()] * 1000
+        trainer.judge = [Jealous(WIDTH, WIDTH)]
         trainer.train()
         seen = weights(callback.tracer.latest)
         assert seen.pop("trainable") == BYTES
         assert seen == {
-            "ref_model": BYTES, "reward_funcs": 2 * BYTES, "value_model": BYTES, "ema_model": BYTES, "teacher": BYTES
+            "ref_model": BYTES, "reward_funcs": 2 * BYTES, "value_model": BYTES, "ema_model": BYTES,
+            "judge": BYTES, "teacher": BYTES,
         }  # fmt: skip
         return [weakref.ref(thing) for thing in (trainer, trainer.ref_model, model, student.teacher)]
 

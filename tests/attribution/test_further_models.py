@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_training import EVERY_STEP, WIDTH, make
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memtrace import Category, ConfigError, Moment
 from memtrace.breakdown import StepRecord
@@ -90,6 +91,32 @@ def test_a_model_that_nobody_names_is_found():
         gc.collect()
         assert gone() is None, "it is held weakly"
         assert "other_model" not in weights(train(tracer, model, optimizer, steps=1)[-1])
+
+
+class Closed(nn.Linear):
+    """A module that lets nobody look, once it is made."""
+
+    is_made = False
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__dict__" and Closed.is_made:
+            raise LookupError("closed")
+        return super().__getattribute__(name)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_search_passes_modules_that_cannot_be_looked_at(monkeypatch):
+    """Fake tensors, whose addresses torch warns of, what is no tensor, an `__init__` half run: none is a fault."""
+    source = open_source()
+    model, optimizer = make()
+    teacher, closed, odd, unborn = make_teacher(), Closed(2, 2), nn.Linear(2, 2), nn.Linear.__new__(nn.Linear)
+    odd._buffers["count"] = 7
+    monkeypatch.setattr(Closed, "is_made", True)
+    with FakeTensorMode():
+        fake = nn.Linear(2, 2)
+    with Tracer(model, optimizer, EVERY_STEP, source=source) as tracer:
+        assert weights(train(tracer, model, optimizer)[0])["other_model"] == HELD + BUFFER
+    del teacher, closed, odd, unborn, fake
 
 
 def test_a_copy_that_is_made_anew_is_known_by_its_name():

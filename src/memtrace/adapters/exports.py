@@ -204,15 +204,16 @@ class Exports:
         """Waits for one more scrape where the settings ask for it, once it is known how the run has ended."""
         if not self._is_ours or self._server is None or not self._linger_seconds:
             return
+        seconds, self._linger_seconds = self._linger_seconds, 0.0  # first: who interrupts it does not wait again
         self.ends(state)
-        self._server.scrapes.wait_for_one_after(self._scrapes_before_end, self._linger_seconds)
-        self._linger_seconds = 0.0
+        self._server.scrapes.wait_for_one_after(self._scrapes_before_end, seconds)
 
     def close(self) -> None:
         """Closes the outputs and waits for the server's threads; a second call does nothing."""
         try:
-            self.linger(self._state_at_end)
-            self._finish(MetricsServer.close)
+            with ExitStack() as closing:  # also where Ctrl-C ends the wait
+                closing.callback(self._finish, MetricsServer.close)
+                self.linger(self._state_at_end)
         except OutputError as error:  # the end of a run is no time to fail it
             logger.warning("memtrace: %s", error)
 

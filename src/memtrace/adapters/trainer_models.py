@@ -13,11 +13,14 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from memtrace.attribution.further import Find
+from memtrace.guard import ask
 
 _MAX_FRAMES = 16
 """Frames from a callback's method to the Trainer's, which calls it through its handler of callbacks."""
 _MAX_MODELS = 8
 """Further models with a name of their own: each is a component of the weights."""
+_MOST_PARTS = 256
+"""Parts of a list or dictionary that is looked into. A dataset may be a list of millions."""
 
 
 def models_of_the_caller(callback: TrainerCallback) -> Find | None:
@@ -46,17 +49,21 @@ def _models(trainer: Trainer) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for holder in (*trainer.callback_handler.callbacks, trainer):
-        for name, value in vars(holder).items():
-            modules = [part for part in _parts(value) if isinstance(part, nn.Module)]
-            if modules and modules != [trainer.model] and (name in found or len(found) < _MAX_MODELS):
+        for name, value in list((ask(vars, holder) or {}).items()):  # another thread may set one meanwhile
+            modules = [part for part in ask(_parts, value) or () if issubclass(type(part), nn.Module)]
+            is_trained = len(modules) == 1 and modules[0] is trainer.model
+            if modules and not is_trained and (name in found or len(found) < _MAX_MODELS):
                 found[name.lstrip("_") or name] = modules
     return found
 
 
 def _parts(value: Any) -> list[Any]:
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    return list(value.values()) if isinstance(value, dict) else [value]
+    """Returns the parts of a short list or dictionary, of a long one none: that is a dataset; else the value itself."""
+    if not issubclass(type(value), (list, tuple, dict)):
+        return [value]
+    if len(value) > _MOST_PARTS:
+        return []
+    return list(value.values()) if issubclass(type(value), dict) else list(value)
 
 
 def _caller(callback: TrainerCallback) -> Trainer | None:

@@ -19,6 +19,7 @@ from memtrace.attribution.timeline import Lifetime
 from memtrace.categories import Category
 from memtrace.errors import ConfigError
 from memtrace.garbage import uncollected
+from memtrace.guard import ask
 
 OTHER_MODEL = "other_model"
 """Component of the weights of further models that nobody has named."""
@@ -114,9 +115,7 @@ class FurtherModels:
         with uncollected():
             modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
         for module in modules:
-            if id(module) in known or "_parameters" not in vars(module):
-                continue  # the latter: its __init__ has not run
-            held = _held_by((module,))
+            held = () if id(module) in known else ask(_held_by_one, module) or ()
             if any(address in unclaimed for tensor in held for address in _addresses(tensor, ledger.device)):
                 self._found.append(weakref.ref(module))
                 ledger.claim_all(held, Category.WEIGHTS, OTHER_MODEL)
@@ -160,11 +159,18 @@ def _held_by(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
     return [tensor for tensor in tensors if not is_lazy(tensor)]
 
 
+def _held_by_one(module: nn.Module) -> list[torch.Tensor]:
+    """Returns what any module of the process holds; nothing where its `__init__` has not run."""
+    return _held_by((module,)) if "_parameters" in vars(module) else []
+
+
 def _addresses(tensor: torch.Tensor, device: torch.device) -> Iterable[int]:
-    try:
-        return [storage.data_ptr() for storage, _, _ in storages_of(tensor, device)]
-    except RuntimeError:  # a fake tensor has none
-        return ()
+    """Returns the addresses of a tensor's storages: none for a fake one, for which torch warns or raises."""
+    return ask(_addresses_of, tensor, device) or ()
+
+
+def _addresses_of(tensor: torch.Tensor, device: torch.device) -> Iterable[int]:
+    return [storage.data_ptr() for storage, _, _ in storages_of(tensor, device)]
 
 
 _TAKEN = frozenset({"trainable", "frozen"})

@@ -29,8 +29,8 @@ class Termination:
 
     Where nobody handles the signal, the process ends of it once the subscribers have been told. A handler that was
     there before is called at once, as ever, and decides: then only `has_come` tells of it. One that is set later takes
-    the signal over, and nothing tells. An ignored signal stays ignored. Subscribers are held weakly and must not raise.
-    A forked child has the handler of before.
+    the signal over, and nothing tells. An ignored signal stays ignored. Subscribers are held weakly; where one
+    raises, the others are not told, and the process ends all the same. A forked child has the handler of before.
     """
 
     def __init__(self) -> None:
@@ -92,16 +92,18 @@ class Termination:
             faulthandler.unregister(_SIGNAL)
 
     def _wait(self, reading: int) -> None:
-        """Reads the pipe until it is closed, or until the signal has come."""
+        """Reads the pipe until it is closed or the signal has come; then the process ends, whatever is raised."""
+        has_come = False
         try:
-            if os.read(reading, _ROOM):
-                for known in list(self._subscribers.values()):
-                    tell = known()
-                    if tell is not None:
-                        tell()
+            has_come = bool(os.read(reading, _ROOM))
+            for known in list(self._subscribers.values()) if has_come else ():
+                tell = known()
+                if tell is not None:
+                    tell()
+        finally:
+            if has_come:
                 self._hand_back()
                 os.kill(os.getpid(), _SIGNAL)
-        finally:
             with suppress(OSError):
                 os.close(reading)
 
