@@ -19,7 +19,8 @@ Panels = Sequence[board.Row | Builder[words.Panel]]
 def base(title: str, uid: str, description: str) -> board.Dashboard:
     """Returns a dashboard with what both have: variables, annotations, links between them."""
     of_job = 'memtrace_run_info{job=~"$job"}'
-    of_instance = 'memtrace_run_info{job=~"$job",run=~"$run",instance=~"$instance"}'
+    of_run = 'memtrace_run_info{job=~"$job",run=~"$run"}'
+    of_instance = 'memtrace_run_info{job=~"$job",run=~"$run",run_id=~"$run_id",instance=~"$instance"}'
     return (
         board.Dashboard(title)
         .uid(uid)
@@ -39,11 +40,20 @@ def base(title: str, uid: str, description: str) -> board.Dashboard:
         .with_variable(board.DatasourceVariable("datasource").label("Data source").type("prometheus"))
         .with_variable(variable("job", "Job", "label_values(memtrace_run_info, job)"))
         .with_variable(newest_first("run", "Run", f"max by (run) (min_over_time(timestamp({of_job})[$__range:1m]))"))
+        .with_variable(
+            newest_first(
+                "run_id", "Launch", f"max by (run_id) (min_over_time(timestamp({of_run})[$__range:1m]))", multi=True
+            )
+        )
         .with_variable(variable("instance", "Instance", f"label_values({RUN}, instance)"))
         .with_variable(variable("rank", "Rank", f"label_values({of_instance}, rank)"))
         .annotation(annotation("Out of memory", f"changes({of(metrics.OOMS)}[$__rate_interval:15s]) > 0", ALARM))
         .annotation(
-            annotation("Alerts", 'ALERTS{alertname=~"Memtrace.*",alertstate="firing",job=~"$job",run=~"$run"}', WATCH)
+            annotation(
+                "Alerts",
+                'ALERTS{alertname=~"Memtrace.*",alertstate="firing",job=~"$job",run=~"$run",run_id=~"$run_id|"}',
+                WATCH,
+            )
         )
     )
 

@@ -270,6 +270,19 @@ def below_the_tensors() -> Panels:
             colours={"unused": NEUTRAL},
         ),
         graph(
+            "Memory of the process",
+            "What each rank's process holds of its GPU; on a CPU of the host's memory, its resident set. The dashed "
+            "line is all that there is.",
+            [
+                (f"max by (rank) ({of(metrics.DEVICE_PROCESS)})", "rank {{rank}}"),
+                (f"max({of(metrics.DEVICE_TOTAL)})", "total"),
+            ],
+            unit="bytes",
+            width=6,
+            colours={"total": CAPACITY_COLOUR},
+            lines=["total"],
+        ),
+        graph(
             "Power",
             "By rank.",
             [(f"max by (rank) ({of(metrics.DEVICE_POWER)})", "rank {{rank}}")],
