@@ -168,7 +168,7 @@ def rows(
     Columns may have units and links of their own, and texts in place of whole numbers; `none` is shown where there is
     no row.
     """
-    panel = table.Panel().unit(unit).override_by_name("rank", [_setting("unit", "none")])
+    panel = table.Panel().unit(unit).min_width(90).override_by_name("rank", [_setting("unit", "none")])
     if none is not None:
         panel = panel.no_value(none)
     for name, own in (units or {}).items():

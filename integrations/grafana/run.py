@@ -146,7 +146,7 @@ def peak() -> Panels:
             "is what tensors may take in all.",
             [*composition("peak"), (f"max({of_fullest(metrics.CAPACITY)})", "capacity")],
             unit="bytes",
-            width=16,
+            width=HALF,
             colours=COLOUR_OF | {"capacity": CAPACITY_COLOUR},
             stacked=True,
             lines=["capacity"],
@@ -156,7 +156,7 @@ def peak() -> Panels:
             "At the peak of the fullest chosen rank, by category and in all; the difference is measured minus planned.",
             [(planned, "planned"), (measured, "measured"), (difference, "difference")],
             unit="bytes",
-            width=8,
+            width=HALF,
             transformations=[
                 transformation("merge"),
                 transformation(
