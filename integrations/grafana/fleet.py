@@ -7,6 +7,10 @@ from grafana_foundation_sdk.builders import table
 from panels import WIDE, graph, rows, transformation, variable
 
 from memtrace import metrics
+from memtrace.snapshot import RunState
+
+STATES = (RunState.OK, RunState.RUNNING, RunState.SIGNAL, RunState.EXCEPTION, RunState.OUT_OF_MEMORY, "gone")
+"""From good to bad; a run has that of its worst rank. The last one neither answers nor has said that it ends."""
 
 
 def fleet_dashboard() -> board.Dashboard:
@@ -22,14 +26,15 @@ def fleet_dashboard() -> board.Dashboard:
         .with_variable(board.DatasourceVariable("datasource").label("Data source").type("prometheus"))
         .with_variable(variable("job", "Job", "label_values(memtrace_run_info, job)"))
     )
-    by_run, of_run = "by (job, run)", 'job=~"$job"'
-    name = f"on (job, instance, rank) group_left (run) memtrace_run_info{{{of_run}}}"
+    by_run, of_run = "by (job, run, run_id)", 'job=~"$job"'
+    name = f"on (job, instance, rank) group_left (run, run_id) memtrace_run_info{{{of_run}}}"
     share = f"{metrics.STEP_PEAK.name}{{{of_run}}} / ({metrics.CAPACITY.name}{{{of_run}}} > 0)"
     columns = {
+        "state": state(by_run, of_run, name),
         "risk": f"max {by_run} ({metrics.OOM_RISK.name}{{{of_run}}} * {name})",
         "left at the peak": f"1 - max {by_run} ({share} * {name})",
         "since the last step": f"max {by_run} ((time() - {metrics.LAST_STEP.name}{{{of_run}}}) * {name})",
-        "ranks seen": f"count {by_run} (count by (job, run, rank) (memtrace_run_info{{{of_run}}}))",
+        "ranks seen": f"count {by_run} (count by (job, run, run_id, rank) (memtrace_run_info{{{of_run}}}))",
         "ranks expected": f"max {by_run} ({metrics.WORLD_SIZE.name}{{{of_run}}} * {name})",
         "alerts firing": f'count {by_run} (ALERTS{{alertname=~"Memtrace.*",alertstate="firing",{of_run}}})',
     }
@@ -52,13 +57,13 @@ def fleet_dashboard() -> board.Dashboard:
         graph(
             "Left at the peak",
             "Share of the capacity, of the fullest rank of each run.",
-            [(columns["left at the peak"], "{{run}}")],
+            [(columns["left at the peak"], "{{run}} {{run_id}}")],
             unit="percentunit",
         ),
         graph(
             "Out-of-memory risk",
             "The highest of the ranks of each run.",
-            [(columns["risk"], "{{run}}")],
+            [(columns["risk"], "{{run}} {{run_id}}")],
             unit="percentunit",
         ),
     ]
@@ -67,12 +72,23 @@ def fleet_dashboard() -> board.Dashboard:
     return made
 
 
+def state(by_run: str, of_run: str, name: str) -> str:
+    """Returns the number of each run's state, that of its worst rank; what has ended is remembered by the rules."""
+    live, ended = [], []
+    for number, is_so in enumerate(STATES[:-1], 1):
+        live.append(f'{number} * {metrics.RUN_STATE.name}{{{of_run},state="{is_so}"}}')
+        if is_so is not RunState.RUNNING:
+            ended.append(f'{number} * (rank:memtrace_ended:timestamp_seconds{{{of_run},state="{is_so}"}} > bool 0)')
+    gone = f"{len(STATES)} * (rank:memtrace_gone:seconds{{{of_run}}} >= bool 0)"
+    return f"max {by_run} (({' or '.join(live)}) * {name} or {' or '.join(ended)} or {gone})"
+
+
 def fleet_table(columns: dict[str, str]) -> table.Panel:
     """Returns the table of all runs, the highest risk first; a click on a run leads to its dashboard."""
-    named = {f"Value #{letter}": column for letter, column in zip("ABCDEF", columns, strict=True)}
+    named = {f"Value #{letter}": column for letter, column in zip("ABCDEFG", columns, strict=True)}
     return rows(
         "Runs by risk",
-        "Each run that is scraped, with its worst rank.",
+        "Each launch with its worst rank; how it ended stays for an hour.",
         [(expression, "") for expression in columns.values()],
         unit="none",
         width=WIDE,
@@ -83,12 +99,14 @@ def fleet_table(columns: dict[str, str]) -> table.Panel:
         ],
         units={"risk": "percentunit", "left at the peak": "percentunit", "since the last step": "s"},
         links={"run": run_link()},
+        texts={"state": dict(enumerate(STATES, 1))},
     )
 
 
 def run_link() -> dict[str, object]:
     """Returns a link to the dashboard of the run in a row."""
-    url = "/d/memtrace-run?var-job=${__data.fields.job}&var-run=${__data.fields.run}&${__url_time_range}"
+    chosen = "&".join(f"var-{name}=${{__data.fields.{name}}}" for name in ("job", "run", "run_id"))
+    url = f"/d/memtrace-run?{chosen}&${{__url_time_range}}"
     return {"title": "The run", "url": url}
 
 

@@ -160,19 +160,24 @@ def rows(
     width: int = HALF,
     units: Mapping[str, str] | None = None,
     links: Mapping[str, object] | None = None,
+    texts: Mapping[str, Mapping[int, str]] | None = None,
     none: str | None = None,
 ) -> table.Panel:
     """Returns a table as of now; the transformations make its rows and columns.
 
-    Columns may have units and links of their own; `none` is shown where there is no row.
+    Columns may have units and links of their own, and texts in place of whole numbers; `none` is shown where there is
+    no row.
     """
-    panel = table.Panel().unit(unit).override_by_name("rank", [_setting("unit", "none")])
+    panel = table.Panel().unit(unit).min_width(90).override_by_name("rank", [_setting("unit", "none")])
     if none is not None:
         panel = panel.no_value(none)
     for name, own in (units or {}).items():
         panel = panel.override_by_name(name, [_setting("unit", own)])
     for name, link in (links or {}).items():
         panel = panel.override_by_name(name, [_setting("links", [link])])
+    for name, of_number in (texts or {}).items():
+        options = {str(number): {"text": text, "index": number} for number, text in of_number.items()}
+        panel = panel.override_by_name(name, [_setting("mappings", [{"type": "value", "options": options}])])
     for transformation in transformations:
         panel = panel.with_transformation(transformation)
     return _finish(panel, title, description, targets, width=width, height=GRAPH_HEIGHT, instant=True, as_table=True)
@@ -198,10 +203,10 @@ def variable(name: str, label: str, query: str, *, multi: bool = True) -> board.
     return made.all_value(".+").current(words.VariableOption(text="All", value="$__all")) if multi else made
 
 
-def newest_first(name: str, label: str, query: str) -> board.QueryVariable:
+def newest_first(name: str, label: str, query: str, *, multi: bool = False) -> board.QueryVariable:
     """Returns a variable whose values are those of the label of its name, by what the query says; the highest first.
 
-    Grafana takes the first where nothing is chosen.
+    Grafana takes the first where nothing is chosen; with `multi`, several can be.
     """
     return (
         board.QueryVariable(name)
@@ -211,6 +216,7 @@ def newest_first(name: str, label: str, query: str) -> board.QueryVariable:
         .regex(f'/{name}="([^"]*)"/')
         .refresh(words.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(words.VariableSort.DISABLED)
+        .multi(multi)
     )
 
 

@@ -8,7 +8,7 @@ from memtrace.metric import Metric
 
 RANK = "job, instance, rank"
 SELECTOR = 'job=~"$job",instance=~"$instance",rank=~"$rank"'
-RUN = 'memtrace_run_info{job=~"$job",run=~"$run"}'
+RUN = 'memtrace_run_info{job=~"$job",run=~"$run",run_id=~"$run_id"}'
 
 
 def selected(metric: Metric, **labels: str) -> str:

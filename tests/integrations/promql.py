@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from memtrace.metrics import CATALOGUE, IDENTITY_LABELS
+from memtrace.metrics import CATALOGUE, IDENTITY_LABELS, RUN_STATE
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "integrations" / "prometheus" / "memtrace.rules.yml"
@@ -19,14 +19,12 @@ TARGET_LABELS = frozenset({"job", "instance"})
 """What Prometheus itself puts on every series."""
 FOREIGN = {
     "up": TARGET_LABELS,
-    "ALERTS": TARGET_LABELS | {"alertname", "alertstate", "severity", "run", "rank"},
+    "ALERTS": TARGET_LABELS | {"alertname", "alertstate", "severity", "run", "run_id", "rank"},
     "DCGM_FI_DEV_FB_USED": frozenset({"UUID"}),
-    "memtrace_run_state": TARGET_LABELS | {"run", "run_id", "rank", "state"},
-    "memtrace_run_info": TARGET_LABELS | {"run", "run_id", "rank", "device", "local_rank", "world_size"},
-    "memtrace_run_start_timestamp_seconds": TARGET_LABELS | {"rank"},
-    "memtrace_run_peak_bytes": TARGET_LABELS | {"rank"},
 }
 """Metrics of others that are used, with the labels that are used of them."""
+OF_TEXT_FILES = {RUN_STATE.name: frozenset({"run"})}
+"""Labels that a metric has besides in the files of a textfile collector, where the rules read it there, too."""
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"' + r"|'(?:[^'\\]|\\.)*'")
 _GROUPING = re.compile(r"\b(by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)")
@@ -76,7 +74,8 @@ def known() -> dict[str, frozenset[str]]:
         for rule in rules()
         if "record" in rule
     }
-    return metrics | recorded | FOREIGN
+    in_files = {name: metrics[name] | labels for name, labels in OF_TEXT_FILES.items()}
+    return metrics | in_files | recorded | FOREIGN
 
 
 def unknown(expression: str) -> list[str]:

@@ -28,6 +28,7 @@ GIB = 2**30
 TOTAL = 80 * GIB
 INTERVAL = 15.0
 ALERT = 'alertname="MemtraceOutOfMemory",alertstate="firing",severity="critical"'
+RUN_ID = "4711"
 ALERT_STEPS = 40  # the ten minutes that the rule looks back
 LARGEST = LargestBatch(tokens=1100, positions=512, source=ShapeSource.DATASET)
 
@@ -41,6 +42,7 @@ def snapshots(rank: int, world_size: int, steps: int, end: float) -> Iterator[Sn
     plan = {Moment.PEAK: _scaled(max(records, key=_peak).moments[Moment.PEAK], SCALE * 0.9)}
     identity = RunIdentity(
         run_name="llama-3-8b-chat",
+        run_id=RUN_ID,
         rank=rank,
         local_rank=rank,
         world_size=world_size,
@@ -77,7 +79,7 @@ def open_metrics(ranks: int, steps: int, end: float, job: str = "training") -> I
         for snapshot in snapshots(rank, ranks, steps, end):
             assert snapshot.latest is not None
             if snapshot.totals.ooms and snapshot.totals.traced_steps <= steps * 2 // 3 + ALERT_STEPS:
-                run = f'{target},run="{snapshot.identity.run_name}",rank="{rank}"'
+                run = f'{target},run="{snapshot.identity.run_name}",run_id="{RUN_ID}",rank="{rank}"'
                 yield f"ALERTS{{{ALERT},{run}}} 1 {snapshot.latest.unix_seconds:.3f}"
             for line in render_text(snapshot).splitlines():
                 if not line.startswith("#"):

@@ -78,8 +78,8 @@ def test_dashboard_keeps_the_rules_of_the_linter(path: Path) -> None:
     shown = dashboard(path)
     variables = {variable["name"]: variable for variable in shown["templating"]["list"]}
     fleet = path.stem == "memtrace-fleet"
-    assert list(variables) == ["datasource", "job"] + ([] if fleet else ["run", "instance", "rank"])
-    for name in set(variables) - {"datasource", "run"}:
+    assert list(variables) == ["datasource", "job"] + ([] if fleet else ["run", "run_id", "instance", "rank"])
+    for name in set(variables) - {"datasource", "run", "run_id"}:
         assert variables[name]["allValue"] == ".+"
         assert variables[name]["multi"]
     ids = [panel["id"] for panel in shown["panels"]]
@@ -185,20 +185,21 @@ def test_annotations_follow_the_choice(history: str, tmp_path: Path) -> None:
 
 
 def shared_port(end: float) -> Iterator[str]:
-    """Yields two runs that had one port, six minutes apart, and one on another host meanwhile.
+    """Yields two runs that had one port, six minutes apart, one on another host, and the second one's namesake.
 
     Data that are written afterwards have no marks of staleness: a series counts as there for five minutes more.
     """
-    for run, instance, begin, count, peak in (
-        ("first", "a:1", 64, 20, 10),
-        ("second", "a:1", 20, 20, 30),
-        ("elsewhere", "b:1", 64, 64, 50),
+    for run, run_id, instance, begin, count, peak in (
+        ("first", "1", "a:1", 64, 20, 10),
+        ("second", "2", "a:1", 20, 20, 30),
+        ("elsewhere", "3", "b:1", 64, 64, 50),
+        ("second", "4", "c:1", 24, 24, 70),
     ):
         target = f'job="training",instance="{instance}"'
         for index in range(count):
             at = f"{end - 15 * (begin - index):.3f}"
             highest = peak + (index == 7)
-            yield f'memtrace_run_info{{{target},rank="0",run="{run}",device="cuda:0"}} 1 {at}'
+            yield f'memtrace_run_info{{{target},rank="0",run="{run}",run_id="{run_id}",device="cuda:0"}} 1 {at}'
             series = {"step_peak_bytes": highest, "capacity_bytes": 100, "oom_risk_ratio": peak / 100}
             series |= {"ooms_total": peak, "allocator_retries_total": peak + index, "steps_total": peak + index}
             for name, value in series.items():
@@ -220,27 +221,33 @@ def test_panels_show_the_chosen_run_and_no_other(tmp_path: Path) -> None:
     values = {"__range": "3600s", "__rate_interval": "60s", "__interval": "15s", "__interval_ms": "15000"}
     with prometheus(tmp_path, data=data) as url:
 
-        def shown(expression: str, run: str) -> set[float]:
-            chosen = values | {"run": run}
+        def shown(expression: str, run: str, run_id: str) -> set[float]:
+            chosen = values | {"run": run, "run_id": run_id}
             filled = re.sub(r"\$(\w+)", lambda match: chosen.get(match[1], ".+"), expression)
             found = ask(url, "query_range", query=filled, start=f"{now - 1200}", end=f"{now}", step="15")["result"]
             return {float(value) for series in found for _, value in series["values"]}
 
         names = {p["title"]: [t["expr"] for t in p["targets"]] for p in panels(OF_RUN)}
         weights = [*Category].index(Category.WEIGHTS)
-        for run, peak in (("first", 10), ("second", 30), ("elsewhere", 50)):
-            assert shown(names["Peak of a step"][0], run) == {peak, peak + 1}
-            assert shown(names["Out-of-memory risk"][0], run) == {peak / 100}
-            assert shown(names["Composition of the peak"][weights], run) == {peak}
-            assert shown(names["What outlives steps"][weights], run) == {peak}
-            assert shown(names["Peak against tokens"][1], run) == {peak, peak + 1}
-            assert max(shown(names["Ranks seen"][0], run), default=1) == 1
-            assert shown(names["Retries and failures of the allocator"][1], run) <= {0, peak}
-            (variable,) = (v for v in dashboard(OF_RUN)["templating"]["list"] if v["name"] == "run")
-            query = variable["query"]["query"].removeprefix("query_result(")[:-1]
-            expression = query.replace("$job", ".+").replace("$__range", "3600s")
+        for run, run_id, peak in (
+            ("first", "1", 10),
+            ("second", "2", 30),
+            ("elsewhere", "3", 50),
+            ("second", "4", 70),
+        ):
+            assert shown(names["Peak of a step"][0], run, run_id) == {peak, peak + 1}
+            assert shown(names["Out-of-memory risk"][0], run, run_id) == {peak / 100}
+            assert shown(names["Composition of the peak"][weights], run, run_id) == {peak}
+            assert shown(names["What outlives steps"][weights], run, run_id) == {peak}
+            assert shown(names["Peak against tokens"][1], run, run_id) == {peak, peak + 1}
+            assert max(shown(names["Ranks seen"][0], run, run_id), default=1) == 1
+            assert shown(names["Retries and failures of the allocator"][1], run, run_id) <= {0, peak}
+        variables = {v["name"]: v for v in dashboard(OF_RUN)["templating"]["list"]}
+        for name, newest in (("run", "second"), ("run_id", "2")):
+            query = variables[name]["query"]["query"].removeprefix("query_result(")[:-1]
+            expression = query.replace("$job", ".+").replace("$__range", "3600s").replace("$run", "second")
             offered = ask(url, "query", query=expression, time=f"{now - 16}")["result"]
-            assert offered[0]["metric"]["run"] == "second"
+            assert offered[0]["metric"][name] == newest
 
 
 def draw(path: Path, prometheus_url: str, picture: Path, parameters: str = "") -> Drawing:

@@ -230,6 +230,6 @@ def _cpu_seconds(url: str) -> float:
 
 
 def _with_all(expression: str) -> str:
-    values = {"job": ".+", "run": "llama-3-8b-chat", "instance": ".+", "rank": ".+", "__range": "3600s"}
+    values = {"job": ".+", "run": "llama-3-8b-chat", "run_id": ".+", "instance": ".+", "rank": ".+", "__range": "3600s"}
     values |= {"__rate_interval": "4m", "__interval": "15s", "__interval_ms": "15000"}
     return re.sub(r"\$(\w+)", lambda match: values[match[1]], expression)
