@@ -338,6 +338,8 @@ def test_a_leak_is_unattributed() -> None:
 
 def test_what_cublas_keeps_has_a_name() -> None:
     """The workspaces of the loop's thread and of autograd's are there after every step, by the sizes of this device."""
+    gc.collect()
+    left = torch.cuda.memory_allocated()  # by the tests before, in this process
     run = Run()
     with Tracer(run.model, run.optimizer, EVERY_STEP) as tracer:
         for _ in range(3):
@@ -345,7 +347,7 @@ def test_what_cublas_keeps_has_a_name() -> None:
     one, other, *_ = workspace_sizes(torch.device("cuda", torch.cuda.current_device()))
     end = tracer.history[-1].moments[Moment.STEP_END]
     assert end[Category.WORKSPACES] >= one + other
-    assert end[Category.UNATTRIBUTED] < one
+    assert end[Category.UNATTRIBUTED] < left + one
 
 
 def test_a_ring_that_is_too_small_costs_the_trace_alone() -> None:

@@ -341,7 +341,8 @@ class Watch:
         seconds, inside = (marks.end_ns - marks.begin_ns) / 1e9, (self.passed.spent_ns - step.spent_ns) / 1e9
         moments, curve = self._seen(step, marks)
         water = self._counted.water(step.reads)
-        if self._scan.keep_up(self._ledger) or moments is not None:
+        end = step.readings.get(Moment.STEP_END)
+        if self._scan.keep_up(self._ledger, None if end is None else end.requested_bytes) or moments is not None:
             self._host.look()
         spent_ns, identity = self.passed.spent_ns, self._published.snapshot.identity
         record = StepRecord(

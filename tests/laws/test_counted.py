@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from memtrace.attribution.held import Held
+from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.scan import Scan
 from memtrace.categories import Category, Moment
 from memtrace.config import TracerConfig
 from memtrace.tracer import Tracer
@@ -174,6 +177,21 @@ def test_nothing_is_claimed_anew_where_nothing_has_changed(monkeypatch: pytest.M
             optimizer.step()
             optimizer.zero_grad()
         assert [record.traced for record in tracer.history] == [False, True, False, False, False, False]
+
+
+def test_a_model_is_looked_at_where_the_allocator_counts_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking at each module and tensor takes longer than all else of a counted step."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters())
+    scan, ledger = Scan(model, optimizer), Ledger(torch.device("cpu"))
+    assert [scan.keep_up(ledger, size) for size in (1000, 1000)] == [True, False]
+    looked = []
+    monkeypatch.setattr(Held, "is_as_walked", property(lambda _: not looked.append(1)))
+    for size, looks in ((1000, 0), (1001, 1), (1001, 1), (None, 2), (None, 3), (1001, 4)):
+        assert not scan.keep_up(ledger, size)
+        assert len(looked) == looks
+    model.layers[0].weight.data = torch.ones(WIDTH, WIDTH)  # the storage of before dies
+    assert scan.keep_up(ledger, 1001)
 
 
 def test_replicas_of_data_parallel_are_said_not_to_be_followed(caplog: pytest.LogCaptureFixture) -> None:

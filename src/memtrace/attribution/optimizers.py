@@ -225,7 +225,7 @@ def claim_optimizers(
         others = [parameter for parameter in ours if id(parameter) not in claimed]
         for parameter in others:
             if ledger.role_of(parameter) is None:
-                if copies.may_have(parameter, of_any_precision=len(others) == len(ours)):
+                if copies.may_have(parameter, or_the_same=len(others) == len(ours)):
                     ledger.claim(parameter, Category.MASTER_WEIGHTS)
                 else:
                     ledger.claim(parameter, Category.WEIGHTS, "trainable")
@@ -292,16 +292,16 @@ class _Copies:
                 elements[parameter.element_size()] += parameter.numel()
         return elements
 
-    def may_have(self, tensor: torch.Tensor, *, of_any_precision: bool = False) -> bool:
+    def may_have(self, tensor: torch.Tensor, *, or_the_same: bool = False) -> bool:
         """Whether the tensor has the shape of a parameter, or is flat over several, and higher precision.
 
         Args:
             tensor: what an optimizer updates.
-            of_any_precision: whether the precision may be any: the optimizer updates nothing else.
+            or_the_same: whether the precision may be the parameter's: the optimizer updates nothing else.
         """
         if not tensor.is_floating_point():
             return False
-        if of_any_precision and any(tensor.shape in shapes for shapes in self._shapes.values()):
+        if or_the_same and tensor.shape in self._shapes.get(tensor.element_size(), ()):
             return True
         lower = [size for size in self._shapes if size < tensor.element_size()]
         if any(tensor.shape in self._shapes[size] for size in lower):

@@ -91,6 +91,7 @@ class Scan:
             )
         self._looked_in_forward = False
         self._sizes: list[int] = []
+        self._requested: int | None = None
         self.workspaces: Sequence[int] | None = None
         """Sizes of the blocks that cuBLAS may hold, in bytes; None where the device is to be asked."""
         self._gradients: GradientCount | None = None
@@ -261,16 +262,24 @@ class Scan:
         """Whether an optimizer has state for any parameter."""
         return any(optimizer.state for optimizer in _alive(self._states))
 
-    def keep_up(self, ledger: Ledger) -> bool:
+    def keep_up(self, ledger: Ledger, requested_bytes: int | None = None) -> bool:
         """Claims everything anew where the model or an optimizer holds something else than when it was last claimed.
 
         That is: another module, another storage in the place of one, new state, another parameter group. A state whose
         storage somebody else keeps when it is replaced does not tell.
 
-        Returns whether there is something new.
+        Args:
+            ledger: where to claim.
+            requested_bytes: what was allocated at the end of the step, where the allocator counts it. The model is not
+                looked at where that is as before and nothing has died: nothing was added then, and what was swapped
+                with something as large is seen by the next trace.
+
+        Returns:
+            Whether there is something new.
         """
+        steady, self._requested = requested_bytes is not None and requested_bytes == self._requested, requested_bytes
         sizes = [size for optimizer in _alive(self._states) for size in _sizes(optimizer)]
-        if sizes == self._sizes and not ledger.has_lost and self._held.is_as_walked:
+        if sizes == self._sizes and not ledger.has_lost and (steady or self._held.is_as_walked):
             return False
         self._sizes = sizes
         if not ledger.keeps_journal:  # a window has noted what there was before
