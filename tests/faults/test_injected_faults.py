@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 
 import memtrace
 from memtrace import MemoryTracer, MemTraceCallback, TracerConfig
+from memtrace.guard import ask
 
 PACKAGE = str(Path(memtrace.__file__).parent)
 
@@ -116,7 +117,7 @@ class Injection:
     def __call__(self, name: str, frame: FrameType) -> None:
         if self.raised or name in SHELLS or (self._name is not None and name != self._name):
             return
-        if self._within is not None and not is_within(frame, self._within):
+        if is_asked(frame) or (self._within is not None and not is_within(frame, self._within)):
             return
         if frame.f_code.co_flags & inspect.CO_GENERATOR:
             if any(frame is known for known in self._generators):
@@ -126,6 +127,13 @@ class Injection:
         if self._left == 0:
             self.raised = True
             raise Fault(name)
+
+
+def is_asked(frame: FrameType | None) -> bool:
+    """Whether the frame was called for what is the user's and may raise anything: that is no fault of memtrace."""
+    while frame is not None and frame.f_code is not ask.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def is_within(frame: FrameType | None, name: str) -> bool:

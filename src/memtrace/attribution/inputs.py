@@ -24,11 +24,12 @@ def batch_tensors(batch: object, depth: int = 0) -> Iterator[torch.Tensor]:
     if isinstance(batch, torch.Tensor):
         yield batch
     elif depth < _MAX_DEPTH and isinstance(batch, (list, tuple, Mapping)):
-        for item in _items(batch) if type(batch) in _PLAIN else ask(_items, batch) or ():
+        for item in contents(batch) if type(batch) in _PLAIN else ask(contents, batch) or ():
             yield from batch_tensors(item, depth + 1)
 
 
-def _items(container: list[object] | tuple[object, ...] | Mapping[object, object]) -> list[object]:
+def contents(container: list[object] | tuple[object, ...] | Mapping[object, object]) -> list[object]:
+    """Returns what a container holds; it may be the user's own, and raise anything."""
     return list(container.values() if isinstance(container, Mapping) else container)
 
 

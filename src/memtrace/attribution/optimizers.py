@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import nn
 
+from memtrace.attribution.inputs import contents
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.storages import state_tensors
 from memtrace.categories import Category
@@ -158,14 +159,10 @@ def flat(given: object, depth: int = 0) -> Iterator[object]:
     """
     if isinstance(given, (list, tuple, Mapping)):
         if depth < _MAX_DEPTH:
-            for part in ask(_values, given) or ():
+            for part in ask(contents, given) or ():
                 yield from flat(part, depth + 1)
     elif given is not None:
         yield given
-
-
-def _values(container: list[object] | tuple[object, ...] | Mapping[object, object]) -> list[object]:
-    return list(container.values() if isinstance(container, Mapping) else container)
 
 
 def _what_is_odd(given: object, model: nn.Module) -> str:

@@ -23,6 +23,9 @@ OnTermination = Callable[[], None]
 _SIGNAL = signal.SIGTERM
 _ROOM = 65536
 
+MAX_SECONDS = 2.0
+"""How long subscribers may take together: a file system that hangs must not keep the process."""
+
 
 class Termination:
     """Tells its subscribers of SIGTERM. There is one a process, since the signal has one handler.
@@ -96,16 +99,22 @@ class Termination:
         has_come = False
         try:
             has_come = bool(os.read(reading, _ROOM))
-            for known in list(self._subscribers.values()) if has_come else ():
-                tell = known()
-                if tell is not None:
-                    tell()
+            if has_come:
+                telling = threading.Thread(target=self._tell, name="memtrace-terminated", daemon=True)
+                telling.start()
+                telling.join(MAX_SECONDS)
         finally:
             if has_come:
                 self._hand_back()
                 os.kill(os.getpid(), _SIGNAL)
             with suppress(OSError):
                 os.close(reading)
+
+    def _tell(self) -> None:
+        for known in list(self._subscribers.values()):
+            tell = known()
+            if tell is not None:
+                tell()
 
     def _forks(self) -> None:
         """Holds the signal back until a child has the handler of before: with ours it would end its parent instead."""
