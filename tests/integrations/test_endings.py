@@ -26,8 +26,11 @@ scrape_configs:
 OWN_THRESHOLDS = """\
       - {record: memtrace_threshold:headroom_low:ratio, expr: vector(-1), labels: {run: near-limit}}
       - {record: memtrace_threshold:oom_risk:ratio, expr: vector(2), labels: {run: near-limit}}
+      - {record: memtrace_threshold:overhead:ratio, expr: vector(9), labels: {run: near-limit}}
+      - {record: memtrace_threshold:overhead:ratio, expr: vector(9), labels: {run: out-of-memory}}
+      - {record: memtrace_threshold:overhead:ratio, expr: vector(9), labels: {run: healthy}}
 """
-"""That run is meant to be near its limit: thresholds of its own keep the alerts that say so silent."""
+"""One run is meant to be near its limit, and all of them trace short steps at a cost that is the machine's."""
 
 
 def with_own_thresholds(rules: str) -> str:
