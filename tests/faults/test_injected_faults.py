@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 import memtrace
 from memtrace import MemoryTracer, MemTraceCallback, TracerConfig
 from memtrace.guard import ask
+from memtrace.sources.termination import TERMINATION
 
 PACKAGE = str(Path(memtrace.__file__).parent)
 
@@ -88,14 +89,20 @@ def run(log_dir: Path, on_call: OnCall) -> list[torch.Tensor]:
     model, optimizer = make()
     config = TracerConfig(port=None, log_dir=log_dir, trace_every=2, run_name="fault", device_poll_seconds=0)
     tracer = MemoryTracer(model, optimizer, config)
-    log = None
+    files: list[Any] = []
     with watched(on_call):
         tracer.attach()
-        log = tracer._exports and tracer._exports._log
+        if tracer._exports is not None:
+            claim = tracer._exports._claim
+            files = [tracer._exports._log, None if claim is None else claim._lock]
         run_steps(model, optimizer, batches(STEPS))
         tracer.detach()
-    if log is not None:  # a fault in closing leaves the file to the end of the process
-        log.close()
+    tracer._until_end.close()  # a fault in detaching leaves these to the collector: pytest keeps the log's tracebacks
+    TERMINATION._subscribers.clear()
+    TERMINATION._end()  # a fault in taking this off leaves it to the end of the process
+    for file in files:  # and a fault in closing those to the end of the process
+        if file is not None:
+            file.close()
     return state_of(model)
 
 

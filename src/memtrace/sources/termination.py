@@ -84,10 +84,12 @@ class Termination:
         pipe, self._pipe = self._pipe, None
         if pipe is None:
             return
-        self._hand_back()
-        os.close(pipe[1])  # which ends the thread
-        if self._before != signal.SIG_DFL:
-            os.close(pipe[0])
+        try:
+            self._hand_back()
+        finally:
+            os.close(pipe[1])  # which ends the thread
+            if self._before != signal.SIG_DFL:
+                os.close(pipe[0])
 
     def _hand_back(self) -> None:
         """Restores the handler of before, unless somebody has set another one meanwhile, in place of ours."""
