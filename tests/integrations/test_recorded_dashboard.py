@@ -24,8 +24,6 @@ def open_metrics(end: float) -> Iterator[str]:
     for line in SCRAPE.read_text(encoding="utf-8").splitlines():
         series, value = line.rsplit(" ", 1)
         name, labels = series.removesuffix("}").split("{")
-        if name == "memtrace_run_info":  # recorded before launches had one
-            labels += ',run_id="1"'
         for sample in range(SAMPLES, 0, -1):
             yield f"{name}{{{TARGET},{labels}}} {value} {end - INTERVAL * sample:.3f}"
     yield "# EOF"
