@@ -1,8 +1,8 @@
 """A real fine-tune in a process of its own: `python training_job.py SCENARIO PORT DIRECTORY`.
 
 Scenarios: `growing` (batches grow toward a limit), `leak` (a list keeps a tensor of every step), `near_limit` (steps on
-end, just within the limit), `out_of_memory` (a step asks for too much), `healthy`. To wait for the test, a job
-waits for the file `go` in its directory, and says so with a file `waiting`.
+end, just within the limit), `healthy`. Where a job has to wait for the test, it waits for the file `go` in its
+directory, and says so with a file `waiting`.
 """
 
 from __future__ import annotations
@@ -68,15 +68,6 @@ class KeepsOutputs(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class RunsOut(Trainer):
-    """Asks for more than there is, once the test has let it go on."""
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
-        if (Path(str(self.args.output_dir)) / "go").exists():
-            torch.empty(2**60)
-        return super().compute_loss(model, inputs, return_outputs=return_outputs, **more)
-
-
 def train(
     directory: Path,
     callbacks: list[TrainerCallback],
@@ -137,9 +128,6 @@ def main(scenario: str, port: int, directory: Path) -> None:
         peak = max(record.moments["peak"].total_bytes for record in first.tracer.history if record.traced)
         settings |= {"device_limit_bytes": resident() + peak}
         train(directory, [MemTraceCallback(**settings), Hold(directory, 5)], (TOO_LONG,), 5)
-    elif scenario == "out_of_memory":
-        settings["device_limit_bytes"] = resident() + 2048 * MIB
-        train(directory, [MemTraceCallback(**settings), Hold(directory, 5)], (64,), 5, RunsOut)
     else:
         settings |= {"max_tokens": 512, "device_limit_bytes": resident() + 2048 * MIB, "trace_every": None}
         train(directory, [MemTraceCallback(**settings), Hold(directory, HEALTHY_STEPS)], GROWING, HEALTHY_STEPS)
