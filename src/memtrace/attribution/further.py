@@ -87,7 +87,7 @@ class FurtherModels:
     def recognise(self, lifetimes: Sequence[Lifetime], ledger: Ledger, trained: nn.Module) -> None:
         """Tags the blocks of a window that nobody claims and that modules hold, and knows these modules from then on.
 
-        The search goes through all objects of the process once, about 0.1 us each. It is made where more than a
+        The search goes through all objects of the process once. It is made where more than a
         hundredth of what outlives the window is unclaimed, and again where that has doubled since.
 
         Args:

@@ -56,7 +56,7 @@ class Held:
     def is_as_walked(self) -> bool:
         """Whether the modules hold the same modules and the same storages as when they were walked over.
 
-        Takes about 0.15 us a module and 0.06 us a tensor.
+        It goes through all of them, which is most of what a counted step costs where it is asked.
         """
         return self._looked == self._look()
 

@@ -11,7 +11,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import prometheus_client
@@ -23,6 +22,7 @@ from memtrace.exporters.series import READERS, Labels
 from memtrace.metric import Metric, MetricType
 from memtrace.metrics import CATALOGUE, RUN_INFO
 from memtrace.snapshot import RunIdentity, Snapshot
+from memtrace.whole_file import write_whole
 
 _MAX_NAME = 100
 """Characters of a run's name in the name of a file."""
@@ -99,14 +99,10 @@ def write_textfile(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
         OutputError: the file cannot be written.
     """
     target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(prometheus_client.generate_latest(registry_of(lambda: snapshot, name_run=True)))
-        draft.replace(target)
+        write_whole(target, prometheus_client.generate_latest(registry_of(lambda: snapshot, name_run=True)))
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
         raise OutputError(f"the metrics file {target} cannot be written: {error.strerror or error}") from error
 
 

@@ -19,6 +19,7 @@ from memtrace.errors import LogFormatError, OutputError
 from memtrace.process import Process
 from memtrace.snapshot import RunIdentity, RunState
 from memtrace.strict_json import Fields, parse_json
+from memtrace.whole_file import write_whole
 
 RUN_SCHEMA = "memtrace.run/1"
 REFRESH_SECONDS = 30.0
@@ -120,13 +121,9 @@ class RunFile:
         self._write()
 
     def _write(self) -> None:
-        draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            draft.write_text(json.dumps(_document(self.status)) + "\n", encoding="utf-8")
-            draft.replace(self._path)
+            write_whole(self._path, json.dumps(_document(self.status)) + "\n")
         except OSError as error:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
             raise OutputError(f"the run file {self._path} cannot be written: {error.strerror or error}") from error
 
 

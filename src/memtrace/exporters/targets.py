@@ -20,6 +20,7 @@ from memtrace.errors import LogFormatError, OutputError
 from memtrace.process import Process
 from memtrace.snapshot import RunState
 from memtrace.strict_json import Fields, parse_json
+from memtrace.whole_file import write_whole
 
 _EVERY_ADDRESS = ("0.0.0.0", "::")
 """What an endpoint that listens everywhere calls itself; others reach it by the name of the machine."""
@@ -66,7 +67,7 @@ class TargetFile:
         self._text = _document([target], self._labels)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._write(self._text)
+            write_whole(path, self._text)
         except OSError as error:
             raise OutputError(f"target file {path} cannot be written: {error.strerror}") from error
 
@@ -84,17 +85,7 @@ class TargetFile:
             if state is RunState.OK:
                 self._path.unlink()
             else:
-                self._write(_document([], self._labels | {f"{_META}state": state.value}))
-
-    def _write(self, text: str) -> None:
-        partial = self._path.with_name(f".{self._path.name}.{os.getpid()}")  # no glob for target files matches it
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self._path)
-        except OSError:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
+                write_whole(self._path, _document([], self._labels | {f"{_META}state": state.value}))
 
 
 def clear_stale(directory: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from memtrace.breakdown import StepCurve, StepRecord
 from memtrace.categories import Category, Moment
 from memtrace.errors import LogFormatError, OutputError
 from memtrace.strict_json import Fields, parse_json
+from memtrace.whole_file import write_whole
 
 TIMELINE_SCHEMA = "memtrace.timeline/1"
 
@@ -51,13 +51,9 @@ def write_timeline(directory: str | os.PathLike[str], record: StepRecord) -> Non
         "moments": {moment.value: round(second, 7) for moment, second in record.curve.moments.items()},
         "categories": {category.value: list(sizes) for category, sizes in record.curve.by_category.items()},
     }
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
-        draft.replace(path)
+        write_whole(path, json.dumps(document, separators=(",", ":")) + "\n")
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
         raise OutputError(f"the timeline {path} cannot be written: {error.strerror or error}") from error
 
 

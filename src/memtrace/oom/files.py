@@ -14,6 +14,7 @@ from memtrace.errors import OutputError
 from memtrace.oom.document import encode
 from memtrace.oom.markdown import render_markdown
 from memtrace.oom_report import OomReport
+from memtrace.whole_file import write_whole
 
 _PENDING = "-pending"
 
@@ -44,12 +45,7 @@ def write_report(directory: str | os.PathLike[str], report: OomReport, *, keep: 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for file, text in ((path.with_suffix(".json"), encode(report)), (path, render_markdown(report))):
-            draft = file.with_name(f".{file.name}.tmp")
-            try:
-                draft.write_text(text, encoding="utf-8", errors="replace")
-                draft.replace(file)
-            finally:
-                draft.unlink(missing_ok=True)
+            write_whole(file, text)
         _make_room(path, report, keep)
     except OSError as error:
         raise OutputError(f"the OOM report {path} cannot be written: {error.strerror or error}") from error

@@ -1,6 +1,8 @@
 """The optimizers that Trainer knows by name (`optim=`) and torch does not have, and those that cannot be planned.
 
-Source: transformers 5.23, trainer_optimizer.py, and the optimizers' own packages where a row names one.
+Source: transformers 5.23, trainer_optimizer.py, and the optimizers' own packages where a row names one. The rows of
+schedulefree are held against the real optimizers by a test; the others are read, most of their packages install nowhere
+that this is tested.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ _BLOCK_4BIT = 256
 """Elements that share a scale: Trainer gives torchao `block_size=256`."""
 
 _LOW_RANK_NOTE = (
-    f"Low-rank states are counted for square matrices of {MATRIX_SIDE} x {MATRIX_SIDE} and rank {RANK}; embeddings and "
-    "vectors keep theirs whole."
+    f"Low-rank states are counted for square matrices of {MATRIX_SIDE} x {MATRIX_SIDE} and rank {RANK}; a "
+    "simulated plan projects every matrix that is trained, embeddings too."
 )
 _STEP_NOTE = "Temporaries of this optimizer's step are not counted."
 _PAGED_NOTE = (

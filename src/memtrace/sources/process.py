@@ -54,7 +54,7 @@ class CpuDevice:
 
 
 def refreshed(reading: DeviceReading) -> DeviceReading:
-    """Returns a reading of the CPU with the resident set of now; takes about 10 us."""
+    """Returns a reading of the CPU with the resident set of now."""
     resident = parse_statm(_statm(), _PAGE_BYTES)
     return replace(reading, process_bytes=reading.process_bytes if resident is None else resident)
 
