@@ -21,7 +21,20 @@ random_settings = st.dictionaries(names, anything, max_size=4)
     ("wrong", "message"),
     [
         ({"port": 70000}, "port must be 0..65535, got 70000"),
-        ({"port": "16368"}, "port must be 0..65535, got '16368'"),
+        ({"port": "16368"}, "port must be 0..65535, got '16368': write 16368"),
+        ({"port": "none"}, "port must be 0..65535, got 'none'"),
+        (
+            {"device_limit_bytes": 12e9},
+            "device_limit_bytes must be 1..9223372036854775807, got 12000000000.0: write 12000000000",
+        ),
+        (
+            {"device_limit_bytes": "24GiB"},
+            "device_limit_bytes must be 1..9223372036854775807, got '24GiB': write 25769803776",
+        ),
+        ({"max_tokens": "24GiB"}, "max_tokens must be 1..9223372036854775807, got '24GiB'"),
+        ({"overhead_budget": "0.01"}, "overhead_budget must be 0..1, got '0.01': write 0.01"),
+        ({"quiet": "yes"}, "quiet must be True or False, got 'yes': write True"),
+        ({"config": None}, "unknown setting 'config': write the fields themselves, such as port=0"),
         ({"port": True}, "port must be 0..65535, got True"),
         ({"address": ""}, "address must be a host name or an IP address, got ''"),
         ({"adress": "0.0.0.0"}, "unknown setting 'adress': did you mean 'address'?"),
@@ -30,7 +43,7 @@ random_settings = st.dictionaries(names, anything, max_size=4)
         ({"textfile_dir": ""}, "textfile_dir must be a path, got ''"),
         ({"log_max_bytes": 10}, "log_max_bytes must be 65536..9223372036854775807, got 10"),
         ({"run_name": " "}, "run_name must be a text that is not blank, got ' '"),
-        ({"strict": 1}, "strict must be True or False, got 1"),
+        ({"strict": 1}, "strict must be True or False, got 1: write True"),
         ({"tls_cert_file": "c.pem"}, "tls_cert_file is set without tls_key_file: TLS needs both, plain HTTP neither"),
         ({"tls_key_file": "k.pem"}, "tls_key_file is set without tls_cert_file: TLS needs both, plain HTTP neither"),
         ({"basic_auth_user": "u"}, "basic_auth_user is set without a password: basic auth needs both"),
@@ -77,6 +90,10 @@ def test_the_environment_sets_what_code_does_not(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(ConfigError) as caught:
             TracerConfig()
         assert str(caught.value) == message
+    monkeypatch.setenv("MEMTRACE_DEVICE_LIMIT_BYTES", "24GiB")
+    with pytest.raises(ConfigError, match=r"MEMTRACE_DEVICE_LIMIT_BYTES .*: write 25769803776$"):
+        TracerConfig(port=1)
+    monkeypatch.delenv("MEMTRACE_DEVICE_LIMIT_BYTES")
     monkeypatch.setenv("MEMTRACE_PORT", "1")
     with pytest.raises(ConfigError, match=r"^port must be"):
         TracerConfig(port=70000)

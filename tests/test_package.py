@@ -18,6 +18,7 @@ PUBLIC = [
     "ConfigError",
     "MemTraceCallback",
     "MemTraceError",
+    "MemTraceLightningCallback",
     "MemTraceOptimizer",
     "MemoryTracer",
     "Moment",
@@ -67,6 +68,11 @@ def test_callback_is_the_only_name_that_needs_transformers() -> None:
     [
         ("torch", "from memtrace import MemoryTracer", "memtrace.MemoryTracer needs torch"),
         ("torch", "from memtrace import plan", "memtrace.plan needs torch"),
+        (
+            "lightning",
+            "from memtrace import MemTraceLightningCallback",
+            "memtrace.MemTraceLightningCallback needs lightning",
+        ),
         ("transformers", "from memtrace import MemTraceCallback", "memtrace.MemTraceCallback needs transformers"),
         ("torch", "from memtrace.cli import main; main(['plan', '--config', 'x.json'])", "memtrace plan needs torch"),
         ("plotly", "from memtrace.cli import main; main(['report', '.'])", "memtrace report needs plotly"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memtrace.adapters.hf_trainer import MemTraceCallback
+    from memtrace.adapters.lightning import MemTraceLightningCallback
     from memtrace.adapters.memory_tracer import MemoryTracer
     from memtrace.adapters.torch_optimizer import MemTraceOptimizer
     from memtrace.breakdown import Breakdown, StepRecord
@@ -26,6 +27,7 @@ _HOMES = {
     "ConfigError": "memtrace.errors",
     "MemTraceCallback": "memtrace.adapters.hf_trainer",
     "MemTraceError": "memtrace.errors",
+    "MemTraceLightningCallback": "memtrace.adapters.lightning",
     "MemTraceOptimizer": "memtrace.adapters.torch_optimizer",
     "MemoryTracer": "memtrace.adapters.memory_tracer",
     "Moment": "memtrace.categories",
@@ -40,6 +42,7 @@ __all__ = [
     "ConfigError",
     "MemTraceCallback",
     "MemTraceError",
+    "MemTraceLightningCallback",
     "MemTraceOptimizer",
     "MemoryTracer",
     "Moment",

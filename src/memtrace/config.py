@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from memtrace.errors import ConfigError
-from memtrace.units import KIB, MIB
+from memtrace.units import KIB, MIB, parse_bytes
 
 DEFAULT_PORT = 16368
 """First port of the metrics server; the local rank is added to it."""
@@ -52,7 +54,8 @@ def _parse(name: str, text: str) -> Any:
         return float(text) if "float" in kinds else text
     except (KeyError, ValueError) as error:
         expected = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kinds[0]]
-        raise ConfigError(f"{_variable(name)} must be {expected}, got {text!r}") from error
+        meant = _meant_int(name, text) if "int" in kinds else None
+        raise ConfigError(f"{_variable(name)} must be {expected}, got {text!r}{_write(meant)}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +138,9 @@ class TracerConfig:
     """Seconds between two readings of the device by the sampling thread. 0 reads at step ends only."""
     history: int = _setting("history", 256)
     """How many StepRecords `tracer.history` keeps."""
+    quiet: bool = _setting("quiet", False)
+    """Whether memtrace keeps its words to itself: the line that says where metrics and log are, and the table at the
+    end, both on stderr of the first process of each machine. Warnings go to the logger `memtrace` all the same."""
     strict: bool = _setting("strict", False)
     """Whether a fault inside memtrace is raised. False logs it once, switches memtrace off and lets training go on;
     True is for tests of memtrace itself."""
@@ -181,9 +187,11 @@ class TracerConfig:
             _check_int("max_tokens", self.max_tokens, 1, 2**63 - 1)
         _check_number("device_poll_seconds", self.device_poll_seconds, 0, 3600)
         _check_number("linger_seconds", self.linger_seconds, 0, 600)
-        for name in ("step_log", "strict", "trace_activations"):
+        for name in ("quiet", "step_log", "strict", "trace_activations"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                value = getattr(self, name)
+                meant = _WORDS.get(str(value).strip().lower())
+                raise ConfigError(f"{name} must be True or False, got {value!r}{_write(meant)}")
 
     def _check_endpoint(self) -> None:
         """Checks that TLS and basic auth are each set whole or not at all. No message tells a secret."""
@@ -209,13 +217,28 @@ class TracerConfig:
         Raises:
             ConfigError: a name is not a field (the message proposes the nearest one) or a value is out of range.
         """
+        cls._check_names(settings)
+        return cls(**settings)
+
+    @classmethod
+    def _check_names(cls, settings: Iterable[str]) -> None:
         known = [field.name for field in fields(cls)]
         for name in settings:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+                if name == "config":
+                    hint = "write the fields themselves, such as port=0"
                 raise ConfigError(f"unknown setting {name!r}: {hint}")
-        return cls(**settings)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        """Returns these settings, with others in the place of those that the keyword arguments name.
+
+        Raises:
+            ConfigError: as `from_settings` does.
+        """
+        self._check_names(settings)
+        return replace(self, **settings) if settings else self
 
     def with_run_name(self, name: str | None) -> Self:
         """Returns these settings with another name of the run."""
@@ -228,9 +251,34 @@ class TracerConfig:
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name} must be {low}..{high}, got {value!r}")
+        meant = _meant_int(name, value)
+        hint = _write(meant) if meant is not None and low <= meant <= high else ""
+        raise ConfigError(f"{name} must be {low}..{high}, got {value!r}{hint}")
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ConfigError(f"{name} must be {low}..{high}, got {value!r}")
+        meant = None
+        if isinstance(value, str):
+            with suppress(ValueError):
+                meant = float(value)
+        hint = _write(meant) if meant is not None and low <= meant <= high else ""
+        raise ConfigError(f"{name} must be {low}..{high}, got {value!r}{hint}")
+
+
+def _meant_int(name: str, value: object) -> int | None:
+    """Returns the whole number that a text, a size such as 24GiB, or a float such as 12e9 means; None for none."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return int(value)
+        if name.endswith("_bytes"):
+            with suppress(ConfigError):
+                return parse_bytes(value)
+    return None
+
+
+def _write(meant: object) -> str:
+    """Returns what to write, as the end of a message; nothing where that is not known."""
+    return "" if meant is None else f": write {meant}"

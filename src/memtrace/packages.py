@@ -9,6 +9,7 @@ from memtrace.errors import MissingPackageError
 
 INSTALL = {
     "accelerate": "pip install 'torch-memtrace[transformers]'",
+    "lightning": "pip install 'torch-memtrace[lightning]'",
     "plotly": "pip install 'torch-memtrace[report]'",
     "torch": "pip install torch, or the build for your device that https://pytorch.org/get-started names",
     "transformers": "pip install 'torch-memtrace[transformers]'",

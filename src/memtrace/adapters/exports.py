@@ -223,6 +223,11 @@ class Exports:
             self._finish(MetricsServer.end)
 
     @property
+    def ends_well(self) -> bool:
+        """Whether the run, if it ends now, has ended well: not by an exception or a signal, and in this process."""
+        return self._is_ours and self._state_at_end is RunState.OK
+
+    @property
     def _is_ours(self) -> bool:
         """Whether this process has opened the outputs, and has not closed them."""
         return not self._ended and self._pid == os.getpid()

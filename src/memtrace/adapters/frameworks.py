@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from memtrace.adapters.memory_tracer import MemoryTracer
+from memtrace.adapters.said import say_where, show_table
 from memtrace.attribution.further import FurtherModels
 from memtrace.attribution.optimizers import HandedOver
 from memtrace.config import TracerConfig
@@ -43,10 +45,30 @@ def attached_tracer(
     """
     given = HandedOver(optimizer for optimizer in optimizers if optimizer is not None)
     try:
-        tracer = MemoryTracer(model, given, config, log_dir=log_dir, explicit_steps=True, further_models=further)
+        tracer = MemoryTracer(
+            model,
+            given,
+            replace(config, quiet=True),  # a framework's run ends where its callback says so, which shows the table
+            default_log_dir=log_dir,
+            explicit_steps=True,
+            further_models=further,
+        )
     except ConfigError as error:
         logger.warning("memtrace: this run is not traced, training goes on: %s", error)
         return None
     tracer.attach()
-    logger.info("memtrace: metrics at %s, step log %s", tracer.url, tracer.log_path)
+    if not config.quiet and tracer.identity.local_rank == 0:
+        say_where(tracer.url, tracer.log_path)
     return tracer
+
+
+def end_run(tracer: MemoryTracer, config: TracerConfig) -> None:
+    """Detaches the tracer of a run that has come to its end, and shows the table on the first process of each machine.
+
+    Args:
+        tracer: what `attached_tracer` has returned.
+        config: the settings that it was given.
+    """
+    tracer.detach()
+    if not config.quiet and tracer.identity.local_rank == 0:
+        tracer.guarded(show_table, tracer.snapshot())

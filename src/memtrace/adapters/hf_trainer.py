@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from memtrace.adapters.dataset_lengths import largest_batch
-from memtrace.adapters.frameworks import attached_tracer
+from memtrace.adapters.frameworks import attached_tracer, end_run
 from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.adapters.output_directory import log_directory
 from memtrace.adapters.trainer_models import models_of_the_caller
 from memtrace.attribution.further import FurtherModels
-from memtrace.breakdown import StepRecord
 from memtrace.config import TracerConfig
-from memtrace.exporters.table import render_text
 from memtrace.guard import Guard, ask
 
 
@@ -110,22 +106,12 @@ class MemTraceCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Detaches, and prints the table on the first process of each machine."""
-        if self._tracer is None:
-            return
-        snapshot = self._tracer.snapshot()
-        self._tracer.detach()
-        record = snapshot.latest_traced or snapshot.latest
-        if record is not None and state.is_local_process_zero:
-            self._tracer.guarded(_show, record)
+        """Detaches, and shows the table on the first process of each machine."""
+        if self._tracer is not None:
+            end_run(self._tracer, self._config)
 
 
 def _run_name(args: TrainingArguments) -> str | None:
     """Returns the name that the user gave the run; None where Trainer has filled in the output directory's path."""
     name = getattr(args, "run_name", None)
     return name if name and name != args.output_dir else Path(args.output_dir or ".").resolve().name or None
-
-
-def _show(record: StepRecord) -> None:
-    """Writes the table to stderr above a progress bar that is still being drawn."""
-    tqdm.write(render_text(record), file=sys.stderr)

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from memtrace.adapters.frameworks import attached_tracer
+from memtrace.adapters.frameworks import attached_tracer, end_run
 from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.attribution.further import FurtherModels
 from memtrace.config import TracerConfig
@@ -71,8 +71,10 @@ class MemTraceLightningCallback(Callback):
             self._tracer.end_step()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Detaches."""
-        self._end()
+        """Detaches, and shows the table on the first process of each machine."""
+        self._step = None
+        if self._tracer is not None:
+            end_run(self._tracer, self._config)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Reports the exception if memory has run out, and detaches, since training ends here."""

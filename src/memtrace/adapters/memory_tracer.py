@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from memtrace.adapters import dropped
 from memtrace.adapters.exports import Exports
+from memtrace.adapters.said import say_where, show_table
 from memtrace.attribution.further import FurtherModels
 from memtrace.config import TracerConfig
+from memtrace.errors import ConfigError
 from memtrace.oom.failure import out_of_memory
 from memtrace.oom_report import OomReport
 from memtrace.snapshot import RunState, Snapshot
@@ -35,18 +38,23 @@ class MemoryTracer(Tracer):
     print(tracer.latest.moments[Moment.PEAK][Category.ACTIVATIONS])
     ```
 
+    On stderr of the first process of each machine one line says where metrics and step log are, and the table of the
+    last traced step follows at the end: after `detach()`, or where the process ends without it. A run that an exception
+    or a signal has ended has no table. `quiet=True` silences both.
+
     Args:
         model: the module that is trained; of several networks `nn.ModuleList([generator, critic])`.
         optimizers: one optimizer or several that update it. With several a step ends with the cycle: see `Tracer`.
         config: settings; the defaults serve metrics on port 16368 + local rank and write the step log to
             `memtrace-runs/<run_name>`.
-        log_dir: where the step log goes when the settings do not say.
+        default_log_dir: where the step log goes when the settings do not say.
         explicit_steps: whether the loop calls `begin_step()` and `end_step()`.
         source: where allocator events come from; by default the device's own.
         further_models: the models beside the trained one, by name: see `tracer.Tracer`.
+        **settings: fields of `TracerConfig`, in the place of those of `config`.
 
     Raises:
-        ConfigError: a setting, the model or an optimizer cannot be used.
+        ConfigError: a setting is unknown or out of range, or the model or an optimizer cannot be used.
         OutputError: on attach, where the port, the address or the log directory cannot be used.
     """
 
@@ -56,15 +64,21 @@ class MemoryTracer(Tracer):
         optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         config: TracerConfig | None = None,
         *,
-        log_dir: Path | None = None,
+        default_log_dir: Path | None = None,
         explicit_steps: bool = False,
         source: EventSource | None = None,
         further_models: Mapping[str, Any] | FurtherModels | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(
-            model, optimizers, config, explicit_steps=explicit_steps, source=source, further_models=further_models
+            model,
+            optimizers,
+            _settings(config, settings),
+            explicit_steps=explicit_steps,
+            source=source,
+            further_models=further_models,
         )
-        self._default_log_dir = log_dir
+        self._default_log_dir = default_log_dir
         self._exports: Exports | None = None
         self._until_end = ExitStack()
         """What tells of the end of the process, while the exports are open."""
@@ -83,6 +97,7 @@ class MemoryTracer(Tracer):
         """Installs the hooks and opens the exports; a tracer that is attached already is left as it is."""
         if self._exports is not None:
             return
+        dropped.begins(self)
         super().attach()
         if self.attached:
             self._guard.set_up(self._open_exports, undo=super().detach)
@@ -96,7 +111,24 @@ class MemoryTracer(Tracer):
         self._until_end.callback(at_exit(exports.exits))  # before the finalizer: what is registered last runs first
         self._until_end.callback(FAILURES.subscribe(None, self._crashed, cuda=False))
         self._until_end.callback(TERMINATION.subscribe(exports.terminated))
+        self._until_end.callback(at_exit(self._process_ends))  # before the exports do
         self.add_listener(exports.write)
+        if self._watch is not None:
+            self._until_end.enter_context(dropped.collect_in_forward(self, self._watch.model))
+        if self._speaks:
+            say_where(exports.url, exports.log_path)
+
+    @property
+    def _speaks(self) -> bool:
+        return not self.config.quiet and self.identity.local_rank == 0
+
+    def _process_ends(self) -> None:
+        """Shows the table where the process ends before the tracer is detached."""
+        self._guard.finish(self._show_table)
+
+    def _show_table(self) -> None:
+        if self._speaks and self._exports is not None and self._exports.ends_well:
+            show_table(self.snapshot())
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
@@ -110,8 +142,10 @@ class MemoryTracer(Tracer):
             self._guard.finish(partial(self._exports.ends, _state_after(error, self.identity.device)))
 
     def detach(self) -> None:
-        """Takes off the hooks, then closes the exports."""
+        """Takes off the hooks, shows the table, then closes the exports."""
         super().detach()
+        dropped.ends(self)
+        self._guard.finish(self._show_table)
         self._guard.finish(self._drop_exports)
 
     def _drop_exports(self) -> None:
@@ -125,6 +159,18 @@ class MemoryTracer(Tracer):
     def _publish_oom(self, report: OomReport) -> Path | None:
         super()._publish_oom(report)
         return None if self._exports is None else self._exports.write_oom(report)
+
+
+def _settings(config: object, settings: Mapping[str, Any]) -> TracerConfig:
+    """Returns the settings of a configuration and of keyword arguments together.
+
+    Raises:
+        ConfigError: the configuration is none, a setting is unknown or out of range.
+    """
+    if config is not None and not isinstance(config, TracerConfig):
+        kind = type(config).__name__
+        raise ConfigError(f"config must be a TracerConfig, got {kind}: write settings as keywords, such as port=0")
+    return (config or TracerConfig()).with_settings(settings)
 
 
 def _end(exports: Exports, until_end: ExitStack) -> None:

@@ -33,10 +33,11 @@ class MemTraceOptimizer(_Base):
     such attribute, and what a learning-rate scheduler puts over `step`. Pickling and copying give the bare optimizer,
     since a copy has no model to trace.
 
-    The tracer runs until `close()` or the end of the process.
+    The tracer runs until `close()` or the end of the process, where the table is shown: see `MemoryTracer`.
 
     Args:
-        optimizer: any optimizer that updates the model.
+        optimizer: any optimizer that updates the model. A wrapper, as a notebook cell has it that is run again, is
+            closed, and what it wraps is wrapped.
         model: the module that is trained.
         further_models: the models beside it, by name: see `tracer.Tracer`. Held weakly.
         **settings: fields of `TracerConfig`.
@@ -54,7 +55,7 @@ class MemTraceOptimizer(_Base):
 
     def __new__(cls, optimizer: torch.optim.Optimizer, model: nn.Module, **settings: Any) -> Self:
         """Returns an object of a class made for the given optimizer."""
-        wrapper: Self = object.__new__(_wrapping(cls, optimizer))
+        wrapper: Self = object.__new__(_wrapping(cls, _bare(optimizer)))
         return wrapper
 
     def __init_subclass__(cls, **_: Any) -> None:
@@ -69,7 +70,11 @@ class MemTraceOptimizer(_Base):
         further_models: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        tracer = MemoryTracer(model, optimizer, TracerConfig.from_settings(settings), further_models=further_models)
+        config = TracerConfig.from_settings(settings)
+        if isinstance(optimizer, MemTraceOptimizer):
+            optimizer.close()
+            optimizer = optimizer._memtrace_optimizer
+        tracer = MemoryTracer(model, optimizer, config, further_models=further_models)
         object.__setattr__(self, "_memtrace_optimizer", optimizer)
         object.__setattr__(self, "_memtrace_step", None)
         object.__setattr__(self, "_memtrace_tracer", tracer)
@@ -148,12 +153,20 @@ class _Step:
         object.__setattr__(wrapper, "_memtrace_step", None)
 
 
+def _bare(optimizer: Any) -> Any:
+    """Returns the optimizer itself, where a wrapper of ours is given."""
+    return optimizer._memtrace_optimizer if isinstance(optimizer, MemTraceOptimizer) else optimizer
+
+
 def _wrapping(cls: type[Any], optimizer: object) -> type[Any]:
     """Returns a class that is both the wrapper and the class of the optimizer.
 
     Raises:
         ConfigError: there can be none, or the object has no dictionary to share.
     """
+    if isinstance(optimizer, type):
+        name = optimizer.__name__
+        raise ConfigError(f"MemTraceOptimizer wraps an optimizer, got the class {name}: write {name}(...) itself")
     kind = type(optimizer)
     advice = "hand it to MemoryTracer(model, optimizer) instead, and step it as it is"
     if not hasattr(optimizer, "__dict__"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -77,11 +77,28 @@ def check_model(model: nn.Module) -> None:
         ConfigError: it is no module, or has no parameters.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"the model must be a torch.nn.Module, got {type(model).__name__}: were model and optimizer swapped?"
-        )
+        raise ConfigError(f"the model must be a torch.nn.Module, got {_instead_of_a_model(model)}")
     if next(model.parameters(), None) is None:
         raise ConfigError(f"the model must have parameters, got a {type(model).__name__} without any")
+
+
+def _instead_of_a_model(given: object) -> str:
+    """Returns what was given in place of a model, and what to write."""
+    if isinstance(given, type):
+        return f"the class {given.__name__}: write the module itself, {given.__name__}(...)"
+    kind = type(given).__name__
+    if hasattr(given, "param_groups"):
+        return (
+            f"{kind}, an optimizer: model and optimizer are swapped, write MemoryTracer(model, optimizer) or "
+            "MemTraceOptimizer(optimizer, model)"
+        )
+    if isinstance(given, Sequence) and given and all(isinstance(one, nn.Module) for one in given):
+        return f"{kind} of modules: write nn.ModuleList([...])"
+    if isinstance(given, Iterator) or (isinstance(given, Sequence) and any(map(torch.is_tensor, given))):
+        return f"{kind}: write model, not model.parameters()"
+    if isinstance(given, Mapping):
+        return f"{kind}: write model, not model.state_dict()"
+    return f"{kind}: write the module that is trained"
 
 
 def device_of(model: HasParameters) -> torch.device:

@@ -168,12 +168,23 @@ def flat(given: object, depth: int = 0) -> Iterator[object]:
 def _what_is_odd(given: object, model: nn.Module) -> str:
     stepping = [optimizer for optimizer in wrapping_chain(given) if _steps(optimizer)]
     if not stepping:
-        return f"an optimizer must be a torch.optim.Optimizer, got {type(given).__name__}"
+        return f"an optimizer must be a torch.optim.Optimizer, got {_instead_of_an_optimizer(given)}"
     count = sum(1 for optimizer in stepping for _ in optimizer_parameters(optimizer))
     return (
         f"{type(given).__name__} must hold parameters of the model or higher-precision copies of them; "
         f"none of its {count} parameters belongs to the given {type(model).__name__}: was it made for another model?"
     )
+
+
+def _instead_of_an_optimizer(given: object) -> str:
+    """Returns what was given in place of an optimizer, and what to write."""
+    if isinstance(given, type):
+        return f"the class {given.__name__}: write the optimizer itself, {given.__name__}(model.parameters(), ...)"
+    if isinstance(given, Iterator) or torch.is_tensor(given):
+        return f"{type(given).__name__}: write the optimizer, not model.parameters()"
+    if isinstance(given, nn.Module):
+        return f"{type(given).__name__}, a module: write MemTraceOptimizer(optimizer, model)"
+    return f"{type(given).__name__}: write the optimizer that is stepped"
 
 
 def optimizer_parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

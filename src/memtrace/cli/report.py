@@ -65,13 +65,15 @@ def read_run(directory: Path, limit_bytes: int | None, max_tokens: int | None) -
     Raises:
         LogFormatError: there is no log, a log or a timeline cannot be read, or no step has ended yet.
     """
-    histories = [_read_rank(log, limit_bytes, max_tokens) for log in find_logs(directory)]
+    logs = find_logs(directory)
+    histories = [_read_rank(log, limit_bytes, max_tokens) for log in logs]
     ranks = [history for history in histories if history is not None]
     if not ranks:
         raise LogFormatError(f"{directory}: there is no finished step yet")
-    home = directory if directory.is_dir() else directory.parent
+    home = logs[0].parent
     reports = [_read_report(path) for path in sorted(home.glob("oom-rank*.md"))]
-    return RunHistory(name=_name(directory.resolve()), ranks=ranks, oom_reports=reports)
+    named = home if directory.is_dir() else directory
+    return RunHistory(name=_name(named.resolve()), ranks=ranks, oom_reports=reports)
 
 
 def _read_rank(log: Path, limit_bytes: int | None, max_tokens: int | None) -> RankHistory | None:
@@ -82,8 +84,8 @@ def _read_rank(log: Path, limit_bytes: int | None, max_tokens: int | None) -> Ra
 
 
 def _name(directory: Path) -> str:
-    """Returns the name of the run: that of the directory, or of the one above where it is Trainer's `memtrace`."""
-    if directory.name == "memtrace":
+    """Returns the name of the run: that of the directory, or of the one above where it is Trainer's."""
+    if directory.name in ("memtrace", "_memtrace"):
         return directory.parent.name
     return directory.stem if directory.is_file() else directory.name
 

@@ -8,6 +8,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -34,7 +35,9 @@ class Show:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declares the log and what to show of it."""
-        parser.add_argument("log", type=Path, metavar="LOG|RUN_DIR", help="a step log, or the directory that has them")
+        parser.add_argument(
+            "log", type=Path, metavar="LOG|RUN_DIR", help="a step log, or the directory that has them, or the one above"
+        )
         parser.add_argument(
             "--step", type=int, metavar="N", help="step to show; by default the last one whose peak is known"
         )
@@ -71,19 +74,36 @@ def _endings(logs: Iterable[Path], records: Iterable[int]) -> Iterator[str]:
 def find_logs(path: Path) -> list[Path]:
     """Returns the step logs that a path stands for: the file, or those of a directory in the order of the ranks.
 
+    A directory without any stands for the one directory in it that has some: Trainer's output directory, for example.
+
     Raises:
-        LogFormatError: a directory has none, or cannot be read.
+        LogFormatError: a directory has none, or several below it have, or it cannot be read.
     """
     if not path.is_dir():
         return [path]
+    found = _logs_in(path)
+    if found:
+        return found
+    below: dict[Path, list[Path]] = {}
+    for each in sorted(path.iterdir()):
+        with suppress(LogFormatError):
+            if each.is_dir() and (logs := _logs_in(each)):
+                below.setdefault(each.resolve(), logs)
+    if not below:
+        raise LogFormatError(f"{path}: there is no step log in this directory or one below, no steps-rank<R>.jsonl")
+    if len(below) > 1:
+        runs = ", ".join(str(logs[0].parent) for logs in below.values())
+        raise LogFormatError(f"{path}: several directories below it have step logs, name one of them: {runs}")
+    return next(iter(below.values()))
+
+
+def _logs_in(directory: Path) -> list[Path]:
     try:
-        names = [entry.name for entry in path.iterdir()]
+        names = [entry.name for entry in directory.iterdir()]
     except OSError as error:
-        raise LogFormatError(f"{path}: the directory cannot be read: {error.strerror}") from error
+        raise LogFormatError(f"{directory}: the directory cannot be read: {error.strerror}") from error
     ranks = {int(found[1]) for name in names if (found := _LOG_NAME.fullmatch(name))}
-    if not ranks:
-        raise LogFormatError(f"{path}: there is no step log in this directory, no file steps-rank<R>.jsonl")
-    return [step_log_path(path, rank) for rank in sorted(ranks)]
+    return [step_log_path(directory, rank) for rank in sorted(ranks)]
 
 
 def choose_records(logs: Iterable[Path], step: int | None) -> dict[int, StepRecord]:

@@ -37,17 +37,18 @@ class Axis:
 
 
 def figures(run: RunHistory) -> Iterator[tuple[str, str, go.Figure]]:
-    """Yields title, explanation and picture, for each that the run has data for."""
+    """Yields title, explanation and picture, for each that the run has data for: of steps at least two make a line."""
     rank = run.fullest
     axis = Axis(max(rank.highest_peak, *(history.highest_peak for history in run.ranks)))
     peaks = rank.with_peak
-    if peaks:
+    if len(peaks) > 1:
         yield (
             "What the peak is made of",
             f"Rank {rank.rank}, the fullest, at the moment of each step at which most is allocated.",
             _composition(peaks, Moment.PEAK, axis, capacity=True),
         )
         yield "Forecast", _whose_forecast(peaks[-1]), _forecast(peaks, axis)
+    if any(step.record.batch is not None for step in peaks):
         yield "Peak against tokens", "Each point is a step; the cross is what is foreseen.", _tokens(peaks, axis)
     if rank.timeline is not None:
         yield (
@@ -61,12 +62,13 @@ def figures(run: RunHistory) -> Iterator[tuple[str, str, go.Figure]]:
             "What is allocated at each moment of the last step whose peak is known.",
             _moments(peaks[-1], axis),
         )
-    yield (
-        "What outlives steps",
-        f"Rank {rank.rank} at the end of each step. A steady rise is a leak.",
-        _composition(rank.steps, Moment.STEP_END, axis, capacity=False),
-    )
-    if rank.last.record.allocator is not None:
+    if sum(Moment.STEP_END in step.record.moments for step in rank.steps) > 1:
+        yield (
+            "What outlives steps",
+            f"Rank {rank.rank} at the end of each step. A steady rise is a leak.",
+            _composition(rank.steps, Moment.STEP_END, axis, capacity=False),
+        )
+    if sum(step.record.allocator is not None for step in rank.steps) > 1:
         yield (
             "Allocator",
             "What torch holds of the device, and what of it is in use at the end of a step.",

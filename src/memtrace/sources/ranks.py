@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from memtrace.guard import ask
 from memtrace.process import Process
 from memtrace.snapshot import RunIdentity
 
@@ -65,13 +67,20 @@ def identify(device: torch.device, run_name: str | None, run_id: str | None = No
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return RunIdentity(
         run_name=run_name or script_name(),
-        run_id=run_id or launch_id(os.environ, Process.of(os.getpid() if world_size == 1 else os.getppid())),
+        run_id=run_id or _this_launch(world_size),
         rank=rank,
         local_rank=place.local_rank,
         world_size=world_size,
         device=str(device),
         gpu_uuid=gpu_uuid(device),
     )
+
+
+def _this_launch(world_size: int) -> str:
+    """Returns the id of this launch; in a notebook each execution of a cell is one."""
+    launch = launch_id(os.environ, Process.of(os.getpid() if world_size == 1 else os.getppid()))
+    shell = _shell()
+    return launch if shell is None else f"{launch}-cell{shell.execution_count}"
 
 
 def launched_as(environment: Mapping[str, str]) -> Place:
@@ -124,8 +133,35 @@ def gpu_uuid(device: torch.device) -> str | None:
 
 
 def script_name() -> str:
-    """Returns the name of the running script without its ending; `run` in an interactive session."""
-    return Path(sys.argv[0]).stem or "run" if sys.argv and sys.argv[0] not in ("", "-c", "-m") else "run"
+    """Returns the name of the running script without its ending; `run` in an interactive session.
+
+    In a notebook it is the notebook's name, `notebook` where nobody tells it, with the number of the cell's execution,
+    as in `[12]`: a cell that is run again has a run of its own.
+    """
+    script = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] not in ("", "-c", "-m") else ""
+    shell = _shell()
+    if shell is None:
+        return script or "run"
+    name = _notebook_name() if script in _KERNELS else script
+    return f"{name}-{shell.execution_count}"
+
+
+_KERNELS = frozenset({"", "ipykernel_launcher", "colab_kernel_launcher", "__main__", "ipython", "ipython3"})
+"""Scripts that are no script of the user's: what starts a kernel or a shell."""
+
+
+def _shell() -> Any:
+    """Returns IPython's shell, in which cells run; None elsewhere."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ask(getattr(ipython, "get_ipython", lambda: None))
+    return shell if isinstance(getattr(shell, "execution_count", None), int) else None
+
+
+def _notebook_name() -> str:
+    """Returns the name of the notebook as Jupyter or VS Code tell it, else `notebook`."""
+    told = getattr(sys.modules.get("__main__"), "__vsc_ipynb_file__", None) or os.environ.get("JPY_SESSION_NAME", "")
+    path = Path(str(told))
+    return path.stem if path.suffix == ".ipynb" else "notebook"
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

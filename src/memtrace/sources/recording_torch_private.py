@@ -9,11 +9,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import inspect
+import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import chain, compress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,9 +61,11 @@ def start_memory_profiler() -> None:
             "",  # trace id
         )
         activities = {torch.profiler.ProfilerActivity.CPU}
-        torch.autograd._prepare_profiler(config, activities)  # type: ignore[attr-defined]
-        torch.autograd._enable_profiler(config, activities)  # type: ignore[attr-defined]
+        with _kineto_silenced():
+            torch.autograd._prepare_profiler(config, activities)  # type: ignore[attr-defined]
+            torch.autograd._enable_profiler(config, activities)  # type: ignore[attr-defined]
         torch.autograd._enable_record_function(False)  # type: ignore[attr-defined]
+        _silence_allocator()
     except (AttributeError, TypeError) as error:
         raise ProfilerUnavailable(f"torch {torch.__version__} cannot record memory events: {error}") from error
 
@@ -73,6 +77,7 @@ def stop_memory_profiler() -> tuple[Events, int]:
         What happened to the blocks of a CPU, and by how many bytes the profiler's own count of them has changed.
     """
     torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]
+    _give_back_log_level()
     result = torch.autograd._disable_profiler()  # type: ignore[attr-defined]
     return _events(result.experimental_event_tree())
 
@@ -80,6 +85,59 @@ def stop_memory_profiler() -> tuple[Events, int]:
 def give_up_memory_profiler() -> None:
     """Forgets a recording that somebody else's profiler has replaced, without touching theirs."""
     torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]
+    _give_back_log_level()
+
+
+_UNTOLD = {"KINETO_LOG_LEVEL": "6"}
+"""What Kineto has not been told yet: nothing once it has made its first recording for memtrace."""
+_ERRORS = 2
+"""torch's C++ level of errors, above that of warnings."""
+_LEVEL_BEFORE: dict[str, int] = {}
+"""torch's C++ level as the user has it, while memtrace has raised it."""
+
+
+@contextmanager
+def _kineto_silenced() -> Iterator[None]:
+    """Keeps Kineto from writing two lines a recording, unless the user has chosen its level.
+
+    It takes its level from the environment when the first recording of the process begins, and from nothing else. The
+    user's own profiler writes less, too, where memtrace came first: Kineto has one level.
+    """
+    told = {name: level for name, level in _UNTOLD.items() if name not in os.environ}
+    _UNTOLD.clear()
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name in told:
+            os.environ.pop(name, None)
+
+
+@cache
+def _log_level() -> ctypes.c_int | None:
+    """Returns the level from which on torch's C++ code logs, to be read and set; None where it cannot be had."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+        return ctypes.c_int.in_dll(library, "FLAGS_caffe2_log_level")
+    except (OSError, ValueError):
+        return None
+
+
+def _silence_allocator() -> None:
+    """Keeps the CPU allocator from warning of each thousandth free of a block that is older than the recording.
+
+    There is no other way to tell it: for as long as memtrace records, torch's C++ code logs errors only.
+    """
+    level = _log_level()
+    if level is not None and level.value < _ERRORS:
+        _LEVEL_BEFORE.setdefault("c10", level.value)
+        level.value = _ERRORS
+
+
+def _give_back_log_level() -> None:
+    level = _log_level()
+    if level is not None and "c10" in _LEVEL_BEFORE:
+        level.value = _LEVEL_BEFORE.pop("c10")
 
 
 def _events(nodes: list[Any]) -> tuple[Events, int]:
