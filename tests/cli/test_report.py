@@ -76,3 +76,15 @@ def test_a_single_log_will_do(tmp_path: Path) -> None:
     shutil.copy(RUNS / "t5-sgd-momentum.jsonl", log)
     assert main(["report", str(log), "-o", str(tmp_path / "out.html")]) == 0
     assert "1 rank " in (tmp_path / "out.html").read_text()
+
+
+@pytest.mark.parametrize(("steps", "pictures"), [(1, 2), (2, 5)])
+def test_a_run_with_one_traced_step_has_no_empty_pictures(steps: int, pictures: int, tmp_path: Path) -> None:
+    """A line needs two points: of a single step the page shows its moments, and its tokens beside its peak."""
+    records = [log for log in (RUNS / "t5-sgd-momentum.jsonl").read_text().splitlines() if '"peak"' in log]
+    (tmp_path / "steps-rank0.jsonl").write_text("".join(f"{record}\n" for record in records[:steps]))
+    page = tmp_path / "out.html"
+    assert main(["report", str(tmp_path), "-o", str(page)]) == 0
+    figures = page.read_text().split("<h2>")[1:]
+    assert sum("Plotly.newPlot" in figure for figure in figures) == pictures
+    assert ("Forecast" in page.read_text()) == (steps > 1)

@@ -156,3 +156,19 @@ def test_output_that_is_no_terminal_is_wide_and_plain(tmp_path: Path) -> None:
     printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     assert "\x1b" not in printed
     assert "\n".join(line.rstrip() for line in printed.splitlines()) == render_text(traced_step(), TABLE_WIDTH)
+
+
+def test_the_directory_above_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trainer's output directory stands for the log in it, also where that is a link; of several one must be named."""
+    write(step_log_path(tmp_path / "out" / "_memtrace", 0), traced_step())
+    (tmp_path / "out" / "memtrace").symlink_to("_memtrace", target_is_directory=True)
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    for command in (["show"], ["watch", "--once"], ["report", "-o", str(tmp_path / "page.html")]):
+        assert main([*command, str(tmp_path / "out")]) == 0
+    assert "<h1>out</h1>" in (tmp_path / "page.html").read_text()
+    write(step_log_path(tmp_path / "out" / "other", 0), traced_step())
+    capsys.readouterr()
+    assert main(["show", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "several directories below it have step logs, name one of them: " in said
+    assert f"{tmp_path / 'out' / '_memtrace'}, {tmp_path / 'out' / 'other'}" in said

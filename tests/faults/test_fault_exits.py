@@ -35,7 +35,9 @@ def expected() -> list[torch.Tensor]:
 
 
 def config(tmp_path: Path) -> TracerConfig:
-    return TracerConfig(port=0, log_dir=tmp_path / "log", textfile_dir=tmp_path / "text", run_name="r", trace_every=2)
+    return TracerConfig(
+        port=0, log_dir=tmp_path / "log", textfile_dir=tmp_path / "text", run_name="r", trace_every=2, quiet=True
+    )
 
 
 def port_of(tracer: MemoryTracer) -> int:

@@ -26,7 +26,13 @@ HUGE = 2**60
 def begin(directory: Path, **settings: object) -> tuple[MemoryTracer, torch.nn.Module, torch.optim.Optimizer]:
     """Trains one step under a tracer that nobody detaches."""
     model, optimizer = make()
-    known = {"port": 0, "log_dir": directory / "log", "textfile_dir": directory / "text", "run_name": "r"}
+    known = {
+        "port": 0,
+        "log_dir": directory / "log",
+        "textfile_dir": directory / "text",
+        "run_name": "r",
+        "quiet": True,
+    }
     tracer = MemoryTracer(model, optimizer, TracerConfig.from_settings(known | {"trace_every": 2} | settings))
     tracer.attach()
     run_steps(model, optimizer, batches(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -124,6 +125,29 @@ class TestWindow:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[]"
+
+    def test_torch_writes_nothing_of_it(self) -> None:
+        """Neither Kineto's lines nor the allocator's warning; level and environment are as before.
+
+        Where the user has chosen Kineto's level, it stays.
+        """
+        code = (
+            "import os, torch; from memtrace.sources import recording_torch_private as torch_private;"
+            "from memtrace.sources.cpu import CpuEvents; level = torch_private._log_level(); before = level.value;"
+            f"tensor = torch.empty({SIZE}, dtype=torch.uint8); source = CpuEvents(); environment = dict(os.environ);"
+            "assert source.open(); print(level.value); del tensor; source.close();"
+            "print(before, level.value, dict(os.environ) == environment)"
+        )
+        environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+        silent, chosen = (
+            subprocess.run(
+                [sys.executable, "-c", code], env=environment | own, capture_output=True, text=True, check=True
+            )
+            for own in ({}, {"KINETO_LOG_LEVEL": "0"})
+        )
+        assert (silent.stdout, silent.stderr) == ("2\n1 1 True\n", "")
+        assert chosen.stdout == silent.stdout
+        assert "profiler_start" in chosen.stderr
 
     def test_a_block_that_outlives_the_window(self, source: CpuEvents) -> None:
         """Its free is seen in the next window, where there is one."""
