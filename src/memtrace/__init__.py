@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from memtrace.errors import ConfigError, MemTraceError
     from memtrace.planning.simulate import plan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Breakdown": "memtrace.breakdown",
