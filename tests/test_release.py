@@ -25,10 +25,18 @@ BARE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH
 TOOLS = os.environ.get("PYTHONPATH", "")
 PACKAGES = Path(sysconfig.get_path("purelib"))
 
-LLAMA = """{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
-"intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
-"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0, "rms_norm_eps": 1e-05, "tie_word_embeddings": false,
-"torch_dtype": "bfloat16"}"""
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
 
 
 def run(*command: object, **environment: str) -> str:
@@ -200,7 +208,7 @@ def test_the_commands_of_the_readme(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "memtrace").symlink_to(ROOT / "tests" / "fixtures" / "gpu" / "llama-3-8b")
     (tmp_path / "Llama-3-8B").mkdir()
-    (tmp_path / "Llama-3-8B" / "config.json").write_text(LLAMA)
+    (tmp_path / "Llama-3-8B" / "config.json").write_text(json.dumps(LLAMA))
     commands = [line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines()]
     run_elsewhere = ["make demo", "make test", "pip install"]
     assert [begin for begin in run_elsewhere if not any(command.startswith(begin) for command in commands)] == []
