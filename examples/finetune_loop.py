@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding, DataCollatorWithPadding
 
 from memtrace import MemTraceOptimizer
-from memtrace.exporters.table import render_text
 
 
 class MasterWeights:
@@ -47,7 +46,7 @@ class MasterWeights:
 
 
 def main() -> None:
-    """Trains, and prints accuracy before and after and the table of the last traced step."""
+    """Trains, and prints accuracy before and after; memtrace says where its metrics are, and shows its table."""
     options = parse_options()
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +65,6 @@ def main() -> None:
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(masters.copies, lr=options.learning_rate)
     if not options.no_memtrace:
         optimizer = MemTraceOptimizer(optimizer, model)
-        print(f"metrics while it trains: {optimizer.tracer.url}, step log: {optimizer.tracer.log_path}")
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)
 
     before = accuracy(model, evaluation_loader, device)
@@ -87,10 +85,7 @@ def main() -> None:
     print(f"accuracy on held-out docstrings, {len(MODULES)} classes: {before:.1%} before, {after:.1%} after")
 
     if isinstance(optimizer, MemTraceOptimizer):
-        record = optimizer.tracer.snapshot().latest_traced
-        optimizer.close()
-        if record is not None:
-            print(render_text(record))
+        optimizer.close()  # shows the table of the last traced step
 
 
 def endless(loader: DataLoader) -> Iterator[BatchEncoding]:

@@ -10,7 +10,6 @@ module a docstring comes from. Runs as it is on a GPU or a CPU, where it takes a
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,8 +33,6 @@ from memtrace import MemTraceCallback
 def main() -> None:
     """Trains, evaluates before and after, and says where the records are."""
     options = parse_options()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("memtrace").setLevel(logging.INFO)  # says where the metrics are while it trains
     set_seed(options.seed)
     trainer = build_trainer(options)
 

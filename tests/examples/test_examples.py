@@ -54,8 +54,9 @@ def test_trainer_example_logs_every_step_and_shows_the_table(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def loop_output(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What the plain loop prints with memtrace."""
-    return run_example("finetune_loop.py", cwd=tmp_path_factory.mktemp("loop")).stdout
+    """What the plain loop prints with memtrace, and what memtrace says."""
+    done = run_example("finetune_loop.py", cwd=tmp_path_factory.mktemp("loop"))
+    return done.stdout + done.stderr
 
 
 def test_loop_example_shows_master_weights_and_the_other_four(loop_output: str) -> None:
@@ -66,7 +67,8 @@ def test_loop_example_shows_master_weights_and_the_other_four(loop_output: str) 
 
 def test_memtrace_can_be_left_out_and_changes_no_result(loop_output: str, tmp_path: Path) -> None:
     """With `--no-memtrace` the loop reaches the same accuracies, prints no table and leaves no log."""
-    without = run_example("finetune_loop.py", "--no-memtrace", cwd=tmp_path).stdout
+    done = run_example("finetune_loop.py", "--no-memtrace", cwd=tmp_path)
+    without = done.stdout + done.stderr
     accuracies = HELD_OUT.search(loop_output)
     assert accuracies
     assert accuracies[0] in without

@@ -23,9 +23,10 @@ from memtrace.guard import Guard, ask
 class MemTraceCallback(TrainerCallback):
     """Traces what Trainer trains, from `on_train_begin` to `on_train_end`.
 
-    Metrics are served from then on, the step log goes to `<output_dir>/memtrace`, which `push_to_hub` does not upload,
-    and the table of the last traced step is printed once at the end of training. A run that crashed leaves the callback
-    usable: the next `on_train_begin` starts anew. Copies and pickles have the settings, and no run.
+    Metrics are served from then on, the step log goes to `<output_dir>/memtrace`, which `push_to_hub` does not upload.
+    One line says where they are, and the table of the last traced step is shown at the end of training; `quiet=True`
+    silences both. A run that crashed leaves the callback usable: the next `on_train_begin` starts anew. Copies and
+    pickles have the settings, and no run.
 
     Models beside the trained one, such as TRL's `ref_model`, are found among the attributes of the Trainer and of its
     callbacks: their weights have the attribute's name as component.

@@ -20,9 +20,9 @@ class MemTraceLightningCallback(Callback):
     """Traces what Lightning's Trainer trains, from `on_train_start` to the end of training.
 
     A step is an optimizer step: all batches that are accumulated for it. Metrics are served while training runs, the
-    step log goes to `<default_root_dir>/memtrace`. Lightning runs forward and backward pass in the closure of the
-    optimizer's step, so that gradients of one step live until the backward pass of the next one. Copies and pickles
-    have the settings, and no run.
+    step log goes to `<default_root_dir>/memtrace`; a line says so, and the table is shown at the end. Lightning runs
+    forward and backward pass in the closure of the optimizer's step, so that gradients of one step live until the
+    backward pass of the next one. Copies and pickles have the settings, and no run.
 
     Args:
         further_models: models beside those of the LightningModule, by name: see `tracer.Tracer`. Held weakly.
