@@ -93,7 +93,7 @@ def attach() -> list[Row]:
     def once() -> Times:
         with tempfile.TemporaryDirectory() as directory:
             begin = Times.now()
-            with MemoryTracer(model, optimizer, TracerConfig(port=0, log_dir=directory, strict=True)):
+            with MemoryTracer(model, optimizer, TracerConfig(port=0, log_dir=directory, strict=True, quiet=True)):
                 return Times.since(begin)
 
     once()  # loads what only attaching needs
@@ -141,7 +141,7 @@ def counted() -> list[Row]:
     optimizer = torch.optim.AdamW(model.parameters())
     batch = torch.ones(4, 8)
     with tempfile.TemporaryDirectory() as directory:
-        config = TracerConfig(port=0, log_dir=directory, strict=True, trace_every=0, history=COUNTED_STEPS)
+        config = TracerConfig(port=0, log_dir=directory, strict=True, quiet=True, trace_every=0, history=COUNTED_STEPS)
         with MemoryTracer(model, optimizer, config, source=WithCounters()) as tracer:
             for _ in range(2 * COUNTED_STEPS):
                 model(batch).sum().backward()
@@ -283,7 +283,7 @@ def memory() -> list[Row]:
     from memtrace import MemoryTracer, TracerConfig
 
     with tempfile.TemporaryDirectory() as directory:
-        config = TracerConfig(port=0, log_dir=directory, strict=True)
+        config = TracerConfig(port=0, log_dir=directory, strict=True, quiet=True)
         with MemoryTracer(training.model, training.optimizer, config) as tracer:
             while not tracer.snapshot().totals.traced_steps:
                 training.step()

@@ -70,7 +70,7 @@ def _nobody(training: Training, log_dir: Path) -> Iterator[Watch]:
 def _memtrace(**settings: object) -> Callable[[Training, Path], AbstractContextManager[Watch]]:
     @contextmanager
     def attach(training: Training, log_dir: Path) -> Iterator[Watch]:
-        config = TracerConfig.from_settings({"log_dir": log_dir, **settings})
+        config = TracerConfig.from_settings({"log_dir": log_dir, "quiet": True, **settings})
         with MemoryTracer(training.model, training.optimizer, config) as tracer:
             yield Memtrace(tracer)
 
