@@ -32,7 +32,7 @@ help: ## list these commands
 
 demo: $(DEMO) ## fine-tune a small real model on this machine and show what its memory was for
 	rm -rf $(DEMO_DIR)
-	KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_trainer.py --output-dir $(DEMO_DIR) --held-out 20
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune_trainer.py --output-dir $(DEMO_DIR) --held-out 20
 	$(BIN)/memtrace show $(DEMO_DIR)/memtrace
 
 bench: venv ## what a training step costs with memtrace and with its neighbours; a quiet machine, about 20 minutes
