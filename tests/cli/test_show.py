@@ -166,9 +166,11 @@ def test_the_directory_above_will_do(tmp_path: Path, capsys: pytest.CaptureFixtu
     for command in (["show"], ["watch", "--once"], ["report", "-o", str(tmp_path / "page.html")]):
         assert main([*command, str(tmp_path / "out")]) == 0
     assert "<h1>out</h1>" in (tmp_path / "page.html").read_text()
-    write(step_log_path(tmp_path / "out" / "other", 0), traced_step())
+    for number in range(6):
+        write(step_log_path(tmp_path / "out" / f"run-{number}", 0), traced_step())
+        os.utime(tmp_path / "out" / f"run-{number}", (number, number))
     capsys.readouterr()
     assert main(["show", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert "several directories below it have step logs, name one of them: " in said
-    assert f"{tmp_path / 'out' / '_memtrace'}, {tmp_path / 'out' / 'other'}" in said
+    named = ", ".join(str(tmp_path / "out" / name) for name in ("_memtrace", "run-5", "run-4", "run-3", "run-2"))
+    end = f"several directories below it have step logs, name one of them: {named}, and others\n"
+    assert capsys.readouterr().err.endswith(end)

@@ -24,6 +24,8 @@ from memtrace.snapshot import RunState
 
 _RECENT = 100
 """Records with a peak that are kept of each log, to find a step that all ranks have."""
+_NAMED = 5
+"""Directories that a message names, the newest ones."""
 _LOG_NAME = re.compile(r"steps-rank(\d{1,9})\.jsonl(?:\.1)?")
 
 
@@ -92,9 +94,18 @@ def find_logs(path: Path) -> list[Path]:
     if not below:
         raise LogFormatError(f"{path}: there is no step log in this directory or one below, no steps-rank<R>.jsonl")
     if len(below) > 1:
-        runs = ", ".join(str(logs[0].parent) for logs in below.values())
+        newest = sorted((logs[0].parent for logs in below.values()), key=_modified, reverse=True)
+        runs = ", ".join(map(str, newest[:_NAMED])) + (", and others" if len(newest) > _NAMED else "")
         raise LogFormatError(f"{path}: several directories below it have step logs, name one of them: {runs}")
     return next(iter(below.values()))
+
+
+def _modified(directory: Path) -> float:
+    """Returns when a file of the directory was last made or renamed; 0 where it is gone."""
+    try:
+        return directory.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _logs_in(directory: Path) -> list[Path]:
