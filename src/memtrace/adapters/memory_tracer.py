@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memtrace.adapters import dropped
+from memtrace.adapters import forgotten
 from memtrace.adapters.exports import Exports
 from memtrace.adapters.said import say_where, show_table
 from memtrace.attribution.further import FurtherModels
@@ -97,7 +97,7 @@ class MemoryTracer(Tracer):
         """Installs the hooks and opens the exports; a tracer that is attached already is left as it is."""
         if self._exports is not None:
             return
-        dropped.begins(self)
+        forgotten.begins(self)
         super().attach()
         if self.attached:
             self._guard.set_up(self._open_exports, undo=super().detach)
@@ -114,7 +114,7 @@ class MemoryTracer(Tracer):
         self._until_end.callback(at_exit(self._process_ends))  # before the exports do
         self.add_listener(exports.write)
         if self._watch is not None:
-            self._until_end.enter_context(dropped.collect_in_forward(self, self._watch.model))
+            self._until_end.enter_context(forgotten.collect_in_forward(self, self._watch.model))
         if self._speaks:
             say_where(exports.url, exports.log_path)
 
@@ -144,7 +144,7 @@ class MemoryTracer(Tracer):
     def detach(self) -> None:
         """Takes off the hooks, shows the table, then closes the exports."""
         super().detach()
-        dropped.ends(self)
+        forgotten.ends(self)
         self._guard.finish(self._show_table)
         self._guard.finish(self._drop_exports)
 
