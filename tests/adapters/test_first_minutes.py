@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -210,7 +211,9 @@ def test_when_nothing_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: p
     with MemoryTracer(model, optimizer, **settings):
         train(model, optimizer)
     assert "optimizer_state" in capsys.readouterr().err
-    for gone in (None, SimpleNamespace()):
+    closed = io.StringIO()
+    closed.close()
+    for gone in (None, closed):
         monkeypatch.setattr(sys, "stderr", gone)
         with MemTraceOptimizer(optimizer, model, **settings):
             train(model, optimizer)
