@@ -30,7 +30,8 @@ class DocstringClassifier(pl.LightningModule):
 
     def __init__(self, learning_rate: float) -> None:
         super().__init__()
-        self.network = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=len(MODULES))
+        network = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=len(MODULES))
+        self.network = network.train()
         self.learning_rate = learning_rate
 
     def training_step(self, batch: BatchEncoding, batch_idx: int) -> torch.Tensor:

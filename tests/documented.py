@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from textwrap import dedent
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?<=\n\n)((?: {4}.*\n|\n(?= {4}))+)")
@@ -107,12 +107,10 @@ def difference(said: str, shown: str) -> str | None:
 
 
 def _lines(text: str) -> Iterator[str]:
-    for line in text.splitlines():
-        for pattern, instead in VARIES:
-            line = pattern.sub(instead, line)
-        line = " ".join(line.split())
-        if line:
-            yield line
+    for pattern, instead in VARIES:
+        text = pattern.sub(instead, text)
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    yield from filter(None, lines)
 
 
 def _same(line: str, found: str) -> bool:
