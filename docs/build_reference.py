@@ -48,11 +48,12 @@ def _command(command: Command) -> str:
 
 def _group(group: argparse._ArgumentGroup) -> str:
     rows = "\n".join(
-        f"| {_cell(f'`{_spelled(action)}`')} | {_cell(_sentence(action))} |" for action in group._group_actions
+        f"| `{_spelled(action).replace('|', ' or ')}` | {_sentence(action)} |" for action in group._group_actions
     )
     title = str(group.title)
     heading = "" if title in ("positional arguments", "options") else f"### {title[0].upper()}{title[1:]}\n\n"
-    return f"{heading}| | |\n|---|---|\n{rows}"
+    kind = "argument" if title == "positional arguments" else "option"
+    return f"{heading}| {kind} | meaning |\n|---|---|\n{rows}"
 
 
 def _spelled(action: argparse.Action) -> str:
@@ -69,10 +70,6 @@ def _sentence(action: argparse.Action) -> str:
     if not text and action.default not in (None, argparse.SUPPRESS):
         text = f"default {action.default}"
     return text
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def render_settings() -> str:

@@ -15,6 +15,7 @@ from textwrap import dedent
 ROOT = Path(__file__).parents[1]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
 _INDENTED = re.compile(r"(?<=\n\n)((?: {4}.*\n|\n(?= {4}))+)")
 
 VARIES = (
@@ -47,8 +48,7 @@ class Block:
         """Each command of a console block with the output that follows it there; an indented one has no output."""
         if not self.language:
             return [(line, "") for line in self.text.splitlines() if line]
-        parts = re.split(r"^\$ ", self.text, flags=re.MULTILINE)[1:]
-        return [(command, output) for command, _, output in (part.partition("\n") for part in parts)]
+        return _COMMAND.findall(self.text)
 
 
 def blocks_of(path: Path) -> list[Block]:
