@@ -14,7 +14,7 @@ from textwrap import dedent
 
 ROOT = Path(__file__).parents[1]
 
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
 _INDENTED = re.compile(r"(?<=\n\n)((?: {4}.*\n|\n(?= {4}))+)")
 
@@ -55,7 +55,7 @@ def blocks_of(path: Path) -> list[Block]:
     """Returns the blocks of a page, in its order."""
     text = path.read_text(encoding="utf-8")
     page = path.relative_to(ROOT).as_posix()
-    found = [(match.start(), match[1], match[2]) for match in _FENCE.finditer(text)]
+    found = [(match.start(), match[2], dedent(match[3])) for match in _FENCE.finditer(text)]
     without = _FENCE.sub(lambda match: re.sub(r"[^\n]", "~", match[0]), text)  # a fence holds no indented block
     found += [(match.start(), "", dedent(match[1]).strip("\n") + "\n") for match in _INDENTED.finditer(without)]
     return [

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from documented import ROOT, Block, blocks_of, difference, run_command
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "integrations" / "README.md", ROOT / "examples" / "README.md"])
@@ -38,13 +39,12 @@ ELSEWHERE = {
 NO_CODE = {
     ("docs/how-it-works.md", "events   what the allocator did:"): "a drawing",
     ("docs/risk.md", "memtrace_oom_risk_ratio = max("): "a formula",
-    ("docs/operations.md", "write_relabel_configs:"): "a part of Prometheus's configuration",
-    ("docs/operations.md", "- {record: memtrace_threshold:"): "two rules; tests/integrations has rules with thresholds",
 }
 """Indented blocks that are no commands, by page and beginning."""
 
-LANGUAGES = {"console", "python", "promql"}
-"""What a fence may hold: commands, Python that is run here, and expressions, which tests/integrations/test_rules.py reads."""
+LANGUAGES = {"console", "python", "yaml", "promql"}
+"""What a fence may hold: commands, Python and settings, which are run and read here, and expressions, which
+tests/integrations/test_rules.py reads."""
 
 STATUS = {
     "memtrace plan --params 8e9 --activation-ratio 0.3 --device H100-80GB --what-if": 2,
@@ -138,6 +138,17 @@ def test_python_runs(page: str, a_script: dict[str, Any]) -> None:
             with redirect_stdout(StringIO()) as printed:
                 exec(compile(lines, str(ROOT / page), "exec"), a_script)
             assert printed.getvalue().strip() or "print(" not in block.text
+
+
+def test_yaml_is_read_and_names_what_exists() -> None:
+    """Each is a document; the thresholds in it are those of the shipped rules."""
+    documents = [
+        yaml.safe_load(block.text) for page in PAGES for block in blocks_of(page) if block.language == "yaml"
+    ]
+    assert documents
+    rules = (ROOT / "integrations" / "prometheus" / "memtrace.rules.yml").read_text()
+    named = [rule["record"] for document in documents if isinstance(document, list) for rule in document]
+    assert [name for name in named if f"record: {name}" not in rules] == []
 
 
 def test_every_block_is_run_or_named() -> None:
