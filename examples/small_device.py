@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
 
 from memtrace.units import parse_bytes
+
+_M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h: blocks from this size on are got from the system one by one, and given back when freed."""
 
 
 def allow_only(size: str) -> None:
@@ -24,6 +28,7 @@ def allow_only(size: str) -> None:
         return
     import resource  # noqa: PLC0415 - Windows has none
 
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)  # else what is freed would still count
     torch.ones(1 << 20, requires_grad=True).sum().backward()  # torch's threads have their stacks from now on
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     data = int(status["VmData"].split()[0]) * 1024
