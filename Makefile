@@ -25,7 +25,7 @@ BY_GROUP := --dist loadgroup --no-loadscope-reorder
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-gpu record-gpu-traces bench-plan test grafana-render test-long test-newest lint format venv dist debian-test constraints clean
+.PHONY: docs help demo bench bench-gpu record-gpu-traces bench-plan test grafana-render test-long test-newest lint format venv dist debian-test constraints clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,11 @@ $(NEWEST)/.installed: pyproject.toml constraints.txt requirements-newest.txt
 	@grep -v '^torch==' constraints.txt >$(NEWEST)/constraints.txt
 	$(NEWEST)/bin/pip install --quiet --constraint $(NEWEST)/constraints.txt --requirement requirements-newest.txt
 	@touch $@
+
+docs: venv ## the documentation as a site, in .cache/site
+	$(BIN)/python docs/build_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open .cache/site/index.html"
 
 lint: venv ## ruff, mypy and the contract of the layers
 	$(BIN)/ruff check

