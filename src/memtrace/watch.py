@@ -363,6 +363,7 @@ class Watch:
             device_memory=self.sampler.reading() if self.sampler is not None else None,
             peak_counter_reset=water.was_reset,
             curve=curve,
+            replaced_bytes=self.window.leftovers.gone(),
         )
         self._spent_before_ns = spent_ns
         self._allocations = step.allocations() or self._allocations
@@ -389,4 +390,5 @@ class Watch:
             moments = timeline.moments(marks)
             if step.traced_from is None:
                 self._counted.learn(moments, step.forward_added)
+            self.window.leftovers.follow(timeline, marks)
             return moments, self._highest.curve(timeline, marks)
