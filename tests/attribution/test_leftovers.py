@@ -134,7 +134,7 @@ def test_a_list_of_the_last_outputs_is_full_after_a_while(settings: dict[str, An
 @pytest.mark.parametrize("settings", [EVERY_STEP, SOME, DEFAULT], ids=["every step", "some", "default"])
 @pytest.mark.parametrize("steps", [12, 150])
 def test_what_stays_is_growth(settings: dict[str, Any], steps: int) -> None:
-    """One output a step stays beside one that is replaced: the first counts, the second one does not, early and late."""
+    """One output a step stays beside one that is replaced: the first one counts alone, early and late."""
     found = growth(all_of_them, steps, **settings)
     assert found is not None
     assert found.bytes_per_step == pytest.approx(OUTPUT_BYTES, rel=0.001)
