@@ -14,6 +14,7 @@ from memtrace.attribution.inputs import shape_of, tokens_of
 from memtrace.attribution.scan import Scan
 from memtrace.categories import Phase
 from memtrace.cycle import Cycle
+from memtrace.dropped import DroppedGradients
 from memtrace.guard import Guard
 from memtrace.sampling import TraceSchedule
 from memtrace.sources.torch_private import (
@@ -52,12 +53,22 @@ class PassedSteps:
         scan: knows whether there is one optimizer or more.
         cycle: knows when a step is over.
         guard: knows what memtrace has taken so far, apart from these hooks.
+        dropped: knows whether the loop has dropped what a step was for.
         explicit: whether the loop tells where steps begin and end.
         main_input_name: of the argument that gives a batch its shape; None where the model does not say.
     """
 
-    def __init__(self, scan: Scan, cycle: Cycle, guard: Guard, *, explicit: bool, main_input_name: str | None) -> None:
-        self._scan, self._cycle, self._guard = scan, cycle, guard
+    def __init__(
+        self,
+        scan: Scan,
+        cycle: Cycle,
+        guard: Guard,
+        dropped: DroppedGradients,
+        *,
+        explicit: bool,
+        main_input_name: str | None,
+    ) -> None:
+        self._scan, self._cycle, self._guard, self._dropped = scan, cycle, guard, dropped
         self._explicit, self._main_input_name = explicit, main_input_name or ""
         self.left = 0
         """How many steps are still to be passed over, the one at work included."""
@@ -102,7 +113,7 @@ class PassedSteps:
         """
 
         named, explicit = self._main_input_name, self._explicit
-        outside, forward = Phase.OUTSIDE, Phase.FORWARD
+        outside, forward, dropped = Phase.OUTSIDE, Phase.FORWARD, self._dropped
         records_gradients, timed_every = torch.is_grad_enabled, _TIMED_EVERY
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -114,6 +125,7 @@ class PassedSteps:
                 if (
                     type(batch) is torch.Tensor
                     and self.passes < self._looked_at
+                    and not (self.passes and dropped.are_dropped)
                     and records_gradients()
                     and (self._phase is outside or current_autograd_node() is None)
                 ):
@@ -179,10 +191,11 @@ class PassedSteps:
         this optimizer has to step. One whose own `step` calls that of its base class may be told of twice. Of those
         that step inside a backward pass, where each parameter may have one, the first is all there is to know.
         """
-        outside, backward = Phase.OUTSIDE, Phase.BACKWARD
+        outside, backward, dropped = Phase.OUTSIDE, Phase.BACKWARD, self._dropped
 
         def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if self._alone and self.left > 1 and self.number is not None:
+            if self._alone and self.left > 1 and self.number is not None and not dropped.in_a_row:
+                dropped.has_come = False
                 self.left -= 1
                 self.done += 1
                 self._next += 1
@@ -235,7 +248,7 @@ class PassedSteps:
         Returns:
             False where none is: there are no such steps now, or its batch is larger than any with a record.
         """
-        if self._over:
+        if self._over or (self.passes and self._dropped.are_dropped and self._dropped.end_step()):
             self.step_ends()
         if not self.left:
             return False
@@ -266,6 +279,7 @@ class PassedSteps:
         self._phase = Phase.OUTSIDE
         if not self._explicit and self.number is not None:
             over = self._cycle.stepped(optimizer)
+            self._dropped.stepped()
             if self.updated():
                 return
             self._over = self._updated

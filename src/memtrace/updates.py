@@ -6,6 +6,7 @@ import torch
 
 from memtrace.attribution.scan import Scan
 from memtrace.cycle import Cycle
+from memtrace.dropped import DroppedGradients
 from memtrace.guard import Guard
 from memtrace.passing import CurrentStep
 from memtrace.sources.hooks import HookSet
@@ -29,10 +30,12 @@ class UpdatesInBackward:
         cycle: knows which optimizers a step waits for.
         guard: runs all that is called by torch.
         current: the step at work.
+        dropped: knows whether the loop has dropped what a step was for.
     """
 
-    def __init__(self, scan: Scan, cycle: Cycle, guard: Guard, current: CurrentStep) -> None:
+    def __init__(self, scan: Scan, cycle: Cycle, guard: Guard, current: CurrentStep, dropped: DroppedGradients) -> None:
         self._scan, self._cycle, self._guard, self._current = scan, cycle, guard, current
+        self._dropped = dropped
         self._is_stepped = self._listens = False
 
     def begins(self) -> bool:
@@ -49,6 +52,7 @@ class UpdatesInBackward:
     def ends(self, step: StepInFlight, optimizer: torch.optim.Optimizer) -> bool:
         """Notes that an optimizer has stepped; returns whether the step of the training is over now."""
         over = self._cycle.stepped(optimizer)
+        self._dropped.stepped()
         if self._awaits_end(step):
             return False
         if over or step.updated:
@@ -56,16 +60,21 @@ class UpdatesInBackward:
         return over
 
     def look(self, step: StepInFlight | None, hooks: HookSet) -> bool:
-        """Looks, now and then, for hooks that take gradients where no optimizer is stepped.
+        """Looks whether the step is over though no optimizer has stepped; call before each forward pass.
 
-        Call before each forward pass. Where there are some, the step is over, and each from now on with its backward
-        pass. Not where an engine has the gradients: it keeps them elsewhere, while it accumulates.
+        It is where the loop has dropped its gradients. Now and then, as long as no optimizer is stepped, memtrace looks
+        for hooks that take gradients: where there are some, the step is over, and each from now on with its backward
+        pass.
+        Not where an engine has the gradients: it keeps them elsewhere, while it accumulates.
         """
+        if step is not None and self._dropped.are_dropped and self._dropped.end_step():
+            step.marks = step.ends()
+            return True
         if self._is_stepped or self._listens or self._scan.engines:
             return False
         if step is None or not step.micro_batches or step.micro_batches % _IN_VAIN:
             return False
-        taken = self._scan.taken()
+        taken = self._scan.taken(besides=self._dropped.parameter)
         if taken is not None:
             self._listens = True
             step.marks = step.ends()

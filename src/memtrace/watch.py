@@ -23,6 +23,7 @@ from memtrace.breakdown import AllocatorReading, Breakdown, StepCurve, StepRecor
 from memtrace.categories import Moment
 from memtrace.config import TracerConfig
 from memtrace.cycle import Cycle
+from memtrace.dropped import DroppedGradients
 from memtrace.entries import Entries
 from memtrace.forward_passes import ForwardPasses
 from memtrace.garbage import uncollected
@@ -94,8 +95,9 @@ class Watch:
         self.sampler: DeviceSampler | None = None
         self._main_input_name = getattr(model, "main_input_name", None)
         self._cycle = Cycle(self._scan)
+        self._dropped, name = DroppedGradients(self._scan), self._main_input_name
         self.passed = PassedSteps(
-            self._scan, self._cycle, guard, explicit=explicit, main_input_name=self._main_input_name
+            self._scan, self._cycle, guard, self._dropped, explicit=explicit, main_input_name=name
         )
         self._current = CurrentStep(self.passed)
         self._spent_before_ns = self.passed.spent_ns
@@ -121,7 +123,7 @@ class Watch:
         self._ledger = Ledger(device)
         self._counted = CountedSteps(self._scan, self._ledger)
         self._host = HostMemory(self._scan, device)
-        self._updates = UpdatesInBackward(self._scan, self._cycle, self._guard, self._current)
+        self._updates = UpdatesInBackward(self._scan, self._cycle, self._guard, self._current, self._dropped)
         self.window = TraceWindow(
             model=self.model,
             scan=self._scan,
@@ -169,6 +171,8 @@ class Watch:
         after = passed.after_optimizer(wrap(self._on_optimizer_end))
         for optimizer in self._scan.optimizers:
             self._hooks.around_steps(optimizer, self._scan.parts_of(optimizer), before, after)
+        if not self._explicit:
+            self._dropped.follow(self.model, self._hooks)
         self._hooks.callback(self.oom.subscribe())
         self._hooks.callback(at_exit(self._exits))
 
