@@ -221,9 +221,9 @@ def test_the_parameter_that_stands_for_all_is_let_go() -> None:
     model = network()
     optimizer = torch.optim.AdamW(model.parameters())
     with Tracer(model, optimizer, SETTINGS["counted"]):
-        old = weakref.ref(model[-1].bias)
+        old = weakref.ref(model[0].weight)
         optimizer.param_groups.clear()
-        model[-1].bias = nn.Parameter(torch.zeros(WIDTH))
+        model[0].weight = nn.Parameter(torch.zeros(WIDTH, WIDTH))
         assert old() is None
 
 

@@ -37,20 +37,22 @@ class DroppedGradients:
         self._name = ""
         self._identity = self._version = 0
         self.has_come = False
-        """Whether the parameter has had a gradient since an optimizer has stepped."""
+        """Whether the parameter has had a gradient since an optimizer has begun to step."""
         self._in_this_step = False
         self.in_a_row = 0
         """Steps in a row in which gradients were dropped, the one at work included."""
 
     def follow(self, model: nn.Module, hooks: HookSet) -> None:
-        """Looks at the last parameter that is trained from now on, until the hooks are closed."""
-        parameter = None
+        """Looks at the first parameter that is trained, until the hooks are closed.
+
+        Its gradient is mostly among the last of a backward pass, so that one that fails on its way has none.
+        """
         for module in model.modules():
-            for name, own in module._parameters.items():
-                if own is not None and own.requires_grad and own.is_leaf:
-                    self._holder, self._name, parameter = weakref.ref(module), name, own
-        if parameter is not None:
-            hooks.after_gradient((parameter,), self._comes, first=True)
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad and parameter.is_leaf:
+                    self._holder, self._name = weakref.ref(module), name
+                    hooks.after_gradient((parameter,), self._comes, first=True)
+                    return
 
     @property
     def parameter(self) -> nn.Parameter | None:

@@ -172,11 +172,11 @@ class PassedSteps:
     def before_optimizer(self, otherwise: Hook) -> Hook:
         """Returns the hook before each step of an optimizer."""
 
-        explicit, stepping = self._explicit, Phase.OPTIMIZER
+        explicit, stepping, dropped = self._explicit, Phase.OPTIMIZER, self._dropped
 
         def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.left and not self._over:
-                self._phase = stepping
+                self._phase, dropped.has_come = stepping, False
                 if self.number is None and not explicit:
                     self.number, self._unheard = self._next, True
             else:
@@ -195,7 +195,6 @@ class PassedSteps:
 
         def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self._alone and self.left > 1 and self.number is not None and not dropped.in_a_row:
-                dropped.has_come = False
                 self.left -= 1
                 self.done += 1
                 self._next += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -23,7 +24,6 @@ from memtrace.breakdown import AllocatorReading, Breakdown, StepCurve, StepRecor
 from memtrace.categories import Moment
 from memtrace.config import TracerConfig
 from memtrace.cycle import Cycle
-from memtrace.dropped import DroppedGradients
 from memtrace.entries import Entries
 from memtrace.forward_passes import ForwardPasses
 from memtrace.garbage import uncollected
@@ -95,9 +95,8 @@ class Watch:
         self.sampler: DeviceSampler | None = None
         self._main_input_name = getattr(model, "main_input_name", None)
         self._cycle = Cycle(self._scan)
-        self._dropped, name = DroppedGradients(self._scan), self._main_input_name
         self.passed = PassedSteps(
-            self._scan, self._cycle, guard, self._dropped, explicit=explicit, main_input_name=name
+            self._scan, self._cycle, guard, explicit=explicit, main_input_name=self._main_input_name
         )
         self._current = CurrentStep(self.passed)
         self._spent_before_ns = self.passed.spent_ns
@@ -117,13 +116,14 @@ class Watch:
     def _set_up(self, device: torch.device, source: EventSource | None = None) -> None:
         """Sets up what belongs to one device."""
         self._device = device
-        self._anchor = next((p for p in self._scan.held.parameters() if canonical_device(p.device) == device), None)
-        """A parameter that tells when the model is moved; None where an engine keeps all of them elsewhere."""
+        here = (p for p in self._scan.held.parameters() if canonical_device(p.device) == device)
+        self._anchor = next(map(weakref.ref, here), lambda: None)
+        """A parameter that tells when the model is moved; of none where an engine keeps all of them elsewhere."""
         self._source = source or event_source(device)
         self._ledger = Ledger(device)
         self._counted = CountedSteps(self._scan, self._ledger)
         self._host = HostMemory(self._scan, device)
-        self._updates = UpdatesInBackward(self._scan, self._cycle, self._guard, self._current, self._dropped)
+        self._updates = UpdatesInBackward(self._scan, self._cycle, self._guard, self._current)
         self.window = TraceWindow(
             model=self.model,
             scan=self._scan,
@@ -172,7 +172,7 @@ class Watch:
         for optimizer in self._scan.optimizers:
             self._hooks.around_steps(optimizer, self._scan.parts_of(optimizer), before, after)
         if not self._explicit:
-            self._dropped.follow(self.model, self._hooks)
+            self.passed.dropped.follow(self.model, self._hooks)
         self._hooks.callback(self.oom.subscribe())
         self._hooks.callback(at_exit(self._exits))
 
@@ -209,7 +209,7 @@ class Watch:
             self._begin(number)
 
     def _begin(self, number: int | None = None) -> None:
-        if self._anchor is not None and self._anchor.device != self._device:
+        if (anchor := self._anchor()) is not None and anchor.device != self._device:
             self._follow()
         number = number or self._published.steps + 1
         prepares = self._scan.prepares_gradients

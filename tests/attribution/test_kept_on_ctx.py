@@ -9,7 +9,6 @@ import pytest
 import torch
 from small_training import EVERY_STEP, assert_law_1, born
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from memtrace.breakdown import StepRecord
 from memtrace.categories import Category, Moment
@@ -21,7 +20,7 @@ KEPT = ROWS * WIDTH * 4
 
 
 class OnCtx(torch.autograd.Function):
-    """Keeps three tensors that no other operator saves, in three ways; torch frees none of them with the graph's own."""
+    """Keeps three tensors that no operator saves, in three ways; torch frees none of them with the graph's own."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -85,8 +84,8 @@ def traced(function: type[torch.autograd.Function], step: Callable[..., None]) -
 
 @pytest.mark.parametrize("step", [dropped, kept], ids=lambda step: step.__name__)
 def test_what_is_kept_on_ctx_counts_as_what_is_saved(step: Callable[..., None]) -> None:
-    """Both are the same activations when the forward pass has ended. What is on the `ctx` of a graph that the loop keeps
-    after the step is nobody's then."""
+    """Both are the same activations when the forward pass has ended. What is on the `ctx` of a graph that the loop
+    keeps after the step is nobody's then."""
     record, other = traced(OnCtx, step), traced(Saving, step)
     for moment in (Moment.FORWARD_END, Moment.PEAK):
         assert record.moments[moment][Category.ACTIVATIONS] >= 3 * KEPT
