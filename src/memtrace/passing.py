@@ -53,22 +53,14 @@ class PassedSteps:
         scan: knows whether there is one optimizer or more.
         cycle: knows when a step is over.
         guard: knows what memtrace has taken so far, apart from these hooks.
-        dropped: knows whether the loop has dropped what a step was for.
         explicit: whether the loop tells where steps begin and end.
         main_input_name: of the argument that gives a batch its shape; None where the model does not say.
     """
 
-    def __init__(
-        self,
-        scan: Scan,
-        cycle: Cycle,
-        guard: Guard,
-        dropped: DroppedGradients,
-        *,
-        explicit: bool,
-        main_input_name: str | None,
-    ) -> None:
-        self._scan, self._cycle, self._guard, self._dropped = scan, cycle, guard, dropped
+    def __init__(self, scan: Scan, cycle: Cycle, guard: Guard, *, explicit: bool, main_input_name: str | None) -> None:
+        self._scan, self._cycle, self._guard = scan, cycle, guard
+        self.dropped = DroppedGradients(scan)
+        """Knows whether the loop has dropped what a step was for."""
         self._explicit, self._main_input_name = explicit, main_input_name or ""
         self.left = 0
         """How many steps are still to be passed over, the one at work included."""
@@ -113,7 +105,7 @@ class PassedSteps:
         """
 
         named, explicit = self._main_input_name, self._explicit
-        outside, forward, dropped = Phase.OUTSIDE, Phase.FORWARD, self._dropped
+        outside, forward, dropped = Phase.OUTSIDE, Phase.FORWARD, self.dropped
         records_gradients, timed_every = torch.is_grad_enabled, _TIMED_EVERY
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -172,7 +164,7 @@ class PassedSteps:
     def before_optimizer(self, otherwise: Hook) -> Hook:
         """Returns the hook before each step of an optimizer."""
 
-        explicit, stepping, dropped = self._explicit, Phase.OPTIMIZER, self._dropped
+        explicit, stepping, dropped = self._explicit, Phase.OPTIMIZER, self.dropped
 
         def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.left and not self._over:
@@ -191,7 +183,7 @@ class PassedSteps:
         this optimizer has to step. One whose own `step` calls that of its base class may be told of twice. Of those
         that step inside a backward pass, where each parameter may have one, the first is all there is to know.
         """
-        outside, backward, dropped = Phase.OUTSIDE, Phase.BACKWARD, self._dropped
+        outside, backward, dropped = Phase.OUTSIDE, Phase.BACKWARD, self.dropped
 
         def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self._alone and self.left > 1 and self.number is not None and not dropped.in_a_row:
@@ -247,7 +239,7 @@ class PassedSteps:
         Returns:
             False where none is: there are no such steps now, or its batch is larger than any with a record.
         """
-        if self._over or (self.passes and self._dropped.are_dropped and self._dropped.end_step()):
+        if self._over or (self.passes and self.dropped.are_dropped and self.dropped.end_step()):
             self.step_ends()
         if not self.left:
             return False
@@ -278,7 +270,7 @@ class PassedSteps:
         self._phase = Phase.OUTSIDE
         if not self._explicit and self.number is not None:
             over = self._cycle.stepped(optimizer)
-            self._dropped.stepped()
+            self.dropped.stepped()
             if self.updated():
                 return
             self._over = self._updated

@@ -6,7 +6,6 @@ import torch
 
 from memtrace.attribution.scan import Scan
 from memtrace.cycle import Cycle
-from memtrace.dropped import DroppedGradients
 from memtrace.guard import Guard
 from memtrace.passing import CurrentStep
 from memtrace.sources.hooks import HookSet
@@ -30,12 +29,11 @@ class UpdatesInBackward:
         cycle: knows which optimizers a step waits for.
         guard: runs all that is called by torch.
         current: the step at work.
-        dropped: knows whether the loop has dropped what a step was for.
     """
 
-    def __init__(self, scan: Scan, cycle: Cycle, guard: Guard, current: CurrentStep, dropped: DroppedGradients) -> None:
+    def __init__(self, scan: Scan, cycle: Cycle, guard: Guard, current: CurrentStep) -> None:
         self._scan, self._cycle, self._guard, self._current = scan, cycle, guard, current
-        self._dropped = dropped
+        self._dropped = current.passed.dropped
         self._is_stepped = self._listens = False
 
     def begins(self) -> bool:
