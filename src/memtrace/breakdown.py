@@ -205,6 +205,9 @@ class StepRecord:
     curve: StepCurve | None = None
     """On a traced step with a peak above that of every one before: all of it. Not part of the step log."""
 
+    replaced_bytes: int = 0
+    """On a CPU, bytes that earlier traced steps have left behind and that are gone since the record before."""
+
     @property
     def non_torch_bytes(self) -> int | None:
         """What this process holds on the device beyond what the allocator reserved; None where that is not known."""

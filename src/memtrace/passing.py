@@ -14,6 +14,7 @@ from memtrace.attribution.inputs import shape_of, tokens_of
 from memtrace.attribution.scan import Scan
 from memtrace.categories import Phase
 from memtrace.cycle import Cycle
+from memtrace.dropped import DroppedGradients
 from memtrace.guard import Guard
 from memtrace.sampling import TraceSchedule
 from memtrace.sources.torch_private import (
@@ -58,6 +59,8 @@ class PassedSteps:
 
     def __init__(self, scan: Scan, cycle: Cycle, guard: Guard, *, explicit: bool, main_input_name: str | None) -> None:
         self._scan, self._cycle, self._guard = scan, cycle, guard
+        self.dropped = DroppedGradients(scan)
+        """Knows whether the loop has dropped what a step was for."""
         self._explicit, self._main_input_name = explicit, main_input_name or ""
         self.left = 0
         """How many steps are still to be passed over, the one at work included."""
@@ -102,7 +105,7 @@ class PassedSteps:
         """
 
         named, explicit = self._main_input_name, self._explicit
-        outside, forward = Phase.OUTSIDE, Phase.FORWARD
+        outside, forward, dropped = Phase.OUTSIDE, Phase.FORWARD, self.dropped
         records_gradients, timed_every = torch.is_grad_enabled, _TIMED_EVERY
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -114,6 +117,7 @@ class PassedSteps:
                 if (
                     type(batch) is torch.Tensor
                     and self.passes < self._looked_at
+                    and not (self.passes and dropped.are_dropped)
                     and records_gradients()
                     and (self._phase is outside or current_autograd_node() is None)
                 ):
@@ -160,11 +164,11 @@ class PassedSteps:
     def before_optimizer(self, otherwise: Hook) -> Hook:
         """Returns the hook before each step of an optimizer."""
 
-        explicit, stepping = self._explicit, Phase.OPTIMIZER
+        explicit, stepping, dropped = self._explicit, Phase.OPTIMIZER, self.dropped
 
         def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.left and not self._over:
-                self._phase = stepping
+                self._phase, dropped.has_come = stepping, False
                 if self.number is None and not explicit:
                     self.number, self._unheard = self._next, True
             else:
@@ -179,10 +183,10 @@ class PassedSteps:
         this optimizer has to step. One whose own `step` calls that of its base class may be told of twice. Of those
         that step inside a backward pass, where each parameter may have one, the first is all there is to know.
         """
-        outside, backward = Phase.OUTSIDE, Phase.BACKWARD
+        outside, backward, dropped = Phase.OUTSIDE, Phase.BACKWARD, self.dropped
 
         def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if self._alone and self.left > 1 and self.number is not None:
+            if self._alone and self.left > 1 and self.number is not None and not dropped.in_a_row:
                 self.left -= 1
                 self.done += 1
                 self._next += 1
@@ -235,7 +239,7 @@ class PassedSteps:
         Returns:
             False where none is: there are no such steps now, or its batch is larger than any with a record.
         """
-        if self._over:
+        if self._over or (self.passes and self.dropped.are_dropped and self.dropped.end_step()):
             self.step_ends()
         if not self.left:
             return False
@@ -266,6 +270,7 @@ class PassedSteps:
         self._phase = Phase.OUTSIDE
         if not self._explicit and self.number is not None:
             over = self._cycle.stepped(optimizer)
+            self.dropped.stepped()
             if self.updated():
                 return
             self._over = self._updated

@@ -101,6 +101,7 @@ def parse_step(document: Any, source: str) -> StepRecord:
         device_memory=parse_reading(DeviceReading, step.optional("device_memory", Fields.object)),
         peak_counter_reset=step.optional("peak_counter_reset", Fields.boolean) or False,
         run_id=step.optional("run_id", Fields.text) or "",
+        replaced_bytes=step.optional("replaced_bytes", Fields.integer) or 0,
     )
 
 
@@ -131,6 +132,8 @@ def _step_head(record: StepRecord) -> dict[str, Any]:
     }
     if record.traced_from_micro_batch is not None:
         head["traced_from_micro_batch"] = record.traced_from_micro_batch
+    if record.replaced_bytes:
+        head["replaced_bytes"] = record.replaced_bytes
     if record.run_id:
         head["run_id"] = record.run_id
     return head | {"peak_counter_reset": True} if record.peak_counter_reset else head

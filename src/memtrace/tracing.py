@@ -14,6 +14,7 @@ from memtrace.attribution.engines import Engine
 from memtrace.attribution.hidden import known_hidden, tag_hidden, tag_workspaces
 from memtrace.attribution.inputs import batch_tensors
 from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.leftovers import Leftovers
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.timeline import Timeline, replay
 from memtrace.categories import Category
@@ -54,6 +55,8 @@ class TraceWindow:
         self._source, self._ledger, self._guard = source, ledger, guard
         self._current_step = current_step
         self._trace_activations = trace_activations
+        self.leftovers = Leftovers(ledger.device, ledger.coordinates)
+        """What traced steps have left behind."""
         self._hooks = HookSet()
         self._leftover = HookSet()
         """A hook that takes off what a window abandoned inside a backward pass had to leave."""
@@ -138,6 +141,7 @@ class TraceWindow:
         """
         if self.is_open:
             self._saved.forward_ended(batch_tensors(output))
+            self.leftovers.note(batch_tensors(output))
         if self._saved.covers_user_hooks or self._transformed:
             self._saved.pop()
 
@@ -209,6 +213,7 @@ class TraceWindow:
 
     def _install(self) -> None:
         self._tags = ActivationTags(self._scan.held, self._ledger.device, self._ledger.coordinates)
+        self.leftovers.begin()
         self._forward_passes = 0
         if self._replaces != bool(self._scan.engines):
             self._saved = self._listener()

@@ -33,11 +33,12 @@ class UpdatesInBackward:
 
     def __init__(self, scan: Scan, cycle: Cycle, guard: Guard, current: CurrentStep) -> None:
         self._scan, self._cycle, self._guard, self._current = scan, cycle, guard, current
+        self._dropped = current.passed.dropped
         self._is_stepped = self._listens = False
 
     def begins(self) -> bool:
         """Notes that an optimizer begins its step; returns whether the step at work was over before that."""
-        self._is_stepped = True
+        self._is_stepped, self._dropped.has_come = True, False
         step = self._current.step
         if step is None or step.marks is None:
             return False
@@ -49,6 +50,7 @@ class UpdatesInBackward:
     def ends(self, step: StepInFlight, optimizer: torch.optim.Optimizer) -> bool:
         """Notes that an optimizer has stepped; returns whether the step of the training is over now."""
         over = self._cycle.stepped(optimizer)
+        self._dropped.stepped()
         if self._awaits_end(step):
             return False
         if over or step.updated:
@@ -56,16 +58,21 @@ class UpdatesInBackward:
         return over
 
     def look(self, step: StepInFlight | None, hooks: HookSet) -> bool:
-        """Looks, now and then, for hooks that take gradients where no optimizer is stepped.
+        """Looks whether the step is over though no optimizer has stepped; call before each forward pass.
 
-        Call before each forward pass. Where there are some, the step is over, and each from now on with its backward
-        pass. Not where an engine has the gradients: it keeps them elsewhere, while it accumulates.
+        It is where the loop has dropped its gradients. Now and then, as long as no optimizer is stepped, memtrace looks
+        for hooks that take gradients: where there are some, the step is over, and each from now on with its backward
+        pass.
+        Not where an engine has the gradients: it keeps them elsewhere, while it accumulates.
         """
+        if step is not None and self._dropped.are_dropped and self._dropped.end_step():
+            step.marks = step.ends()
+            return True
         if self._is_stepped or self._listens or self._scan.engines:
             return False
         if step is None or not step.micro_batches or step.micro_batches % _IN_VAIN:
             return False
-        taken = self._scan.taken()
+        taken = self._scan.taken(besides=self._dropped.parameter)
         if taken is not None:
             self._listens = True
             step.marks = step.ends()

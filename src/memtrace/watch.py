@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -115,8 +116,9 @@ class Watch:
     def _set_up(self, device: torch.device, source: EventSource | None = None) -> None:
         """Sets up what belongs to one device."""
         self._device = device
-        self._anchor = next((p for p in self._scan.held.parameters() if canonical_device(p.device) == device), None)
-        """A parameter that tells when the model is moved; None where an engine keeps all of them elsewhere."""
+        here = (p for p in self._scan.held.parameters() if canonical_device(p.device) == device)
+        self._anchor = next(map(weakref.ref, here), lambda: None)
+        """A parameter that tells when the model is moved; of none where an engine keeps all of them elsewhere."""
         self._source = source or event_source(device)
         self._ledger = Ledger(device)
         self._counted = CountedSteps(self._scan, self._ledger)
@@ -169,6 +171,8 @@ class Watch:
         after = passed.after_optimizer(wrap(self._on_optimizer_end))
         for optimizer in self._scan.optimizers:
             self._hooks.around_steps(optimizer, self._scan.parts_of(optimizer), before, after)
+        if not self._explicit:
+            self.passed.dropped.follow(self.model, self._hooks)
         self._hooks.callback(self.oom.subscribe())
         self._hooks.callback(at_exit(self._exits))
 
@@ -205,7 +209,7 @@ class Watch:
             self._begin(number)
 
     def _begin(self, number: int | None = None) -> None:
-        if self._anchor is not None and self._anchor.device != self._device:
+        if (anchor := self._anchor()) is not None and anchor.device != self._device:
             self._follow()
         number = number or self._published.steps + 1
         prepares = self._scan.prepares_gradients
@@ -363,6 +367,7 @@ class Watch:
             device_memory=self.sampler.reading() if self.sampler is not None else None,
             peak_counter_reset=water.was_reset,
             curve=curve,
+            replaced_bytes=self.window.leftovers.gone(),
         )
         self._spent_before_ns = spent_ns
         self._allocations = step.allocations() or self._allocations
@@ -389,4 +394,5 @@ class Watch:
             moments = timeline.moments(marks)
             if step.traced_from is None:
                 self._counted.learn(moments, step.forward_added)
+            self.window.leftovers.follow(timeline, marks)
             return moments, self._highest.curve(timeline, marks)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from entries import sum_of, total, traced
+from entries import assert_counted_as_traced, sum_of, total, traced
 from planned import HEADER, plan_rows
 from tables import check_table, per_parameter
 
@@ -41,6 +41,13 @@ def test_categories_add_up(runs, variant, rank):
     for step in steps:
         for moment in step["moments"].values():
             assert sum_of(moment) == moment["allocated_bytes"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_counted_steps_end_as_traced_ones(runs, rank, variant):
+    """With all that outlives a step, the buckets among it, to the byte."""
+    assert_counted_as_traced(runs[rank][variant])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -217,12 +217,16 @@ class Scan:
             if id(parameter) in self._without_gradient or has_gradient_hooks(parameter):
                 yield parameter
 
-    def taken(self) -> nn.Parameter | None:
-        """Returns a parameter with a hook on its gradient, where there is one and no gradient is left anywhere."""
+    def taken(self, *, besides: nn.Parameter | None = None) -> nn.Parameter | None:
+        """Returns a parameter with a hook on its gradient, where there is one and no gradient is left anywhere.
+
+        Args:
+            besides: one with a hook of memtrace.
+        """
         parameters = [parameter for parameter in self.held.parameters() if parameter.requires_grad]
         if any(parameter.grad is not None for parameter in parameters):
             return None
-        return next(filter(has_gradient_hooks, parameters), None)
+        return next((p for p in parameters if p is not besides and has_gradient_hooks(p)), None)
 
     def gathering(self) -> Iterator[tuple[Engine, nn.Module]]:
         """Yields each module whose weights an engine puts together for its forward pass, with the engine."""

@@ -73,6 +73,8 @@ class Timeline:
 
     Counted from the sizes of the events, never from the lifetimes.
     """
+    unknown_frees: Sequence[int] = ()
+    """Addresses of blocks that were freed and that nobody knew of, where the source cannot list what was there."""
 
     def position(self, time_ns: int) -> int:
         """Returns the number of changes up to and including this time."""
@@ -104,6 +106,18 @@ class Timeline:
         if marks.backward_end_ns is not None:
             positions[Moment.BACKWARD_END] = self.position(marks.backward_end_ns)
         return positions
+
+    def left_behind(self, marks: StepMarks) -> list[Lifetime]:
+        """Returns the blocks that the window has seen made, that outlive the step and that nobody claims."""
+        classify = _Classifier(self, marks)
+        end = self.position(marks.end_ns)
+        return [
+            life
+            for life in self.lifetimes
+            if 0 <= life.begin < end
+            and (life.end is None or life.end >= end)
+            and classify(life, end).category is Category.UNATTRIBUTED
+        ]
 
     def held(self, marks: StepMarks, positions: Sequence[int]) -> dict[EntryKey, list[int]]:
         """Returns the bytes of each entry at each of the positions, which ascend."""
@@ -229,6 +243,7 @@ class _Replay:
         self._changes: list[int] = []
         """By how much each change changed the total."""
         self._initial = 0
+        self._unknown_frees: list[int] = []
         self._may_reveal = window.live_at_begin is None
         tags = {known.address: known.tag for known in base}
         listed = window.live_at_begin
@@ -267,6 +282,7 @@ class _Replay:
             lifetimes=self._lifetimes,
             change_ns=self._times if ascending else [*accumulate(self._times, max)],
             totals=list(accumulate(self._changes, initial=self._initial)),
+            unknown_frees=self._unknown_frees,
         )
 
     def _reveal(self, address: int, nbytes: int, tag: Tag | None) -> Lifetime:
@@ -291,6 +307,8 @@ class _Replay:
             # ledger's size counts, and a block that nobody knew stays out.
             if life is not None:
                 self._close(life, time_ns, -life.nbytes)
+            else:
+                self._unknown_frees.append(address)
             return
         self._close(life or self._reveal(address, -delta, None), time_ns, delta)
 

@@ -42,7 +42,11 @@ class RiskMonitor:
         self._workspaces = 0
         """Bytes of libraries' workspaces at the end of the last step."""
         self._left_behind = 0
-        """On a CPU, what all steps together have left behind, if none of it has gone since."""
+        """On a CPU, what all steps together have left behind, less what is known to have gone since."""
+        self._traced_leftover = 0
+        """On a CPU, what the last traced step has left behind."""
+        self._replaced = 0
+        """What has gone since then of what steps had left behind."""
         self._last_level: int | None = None
         """On a CPU, the number of the last step whose leftovers were added."""
         self._forecast: tuple[PeakForecast, int] | None = None
@@ -94,8 +98,9 @@ class RiskMonitor:
         """Returns what outlived the step, in a form in which steps can be compared; None where they cannot.
 
         A trace on a CPU begins with what the ledger knows: it has what this step leaves behind, and not what earlier
-        steps did. There the leftovers are added up, those of the last trace for each step since, and the process must
-        bear them out: see `Level.process_bytes`.
+        steps did. There the leftovers are added up, those of the last trace for each step since, less the share of them
+        that is replaced from step to step, as far as that is seen; and the process must bear them out: see
+        `Level.process_bytes`.
         """
         end = record.moments.get(Moment.STEP_END)
         if end is None:
@@ -107,9 +112,16 @@ class RiskMonitor:
         process = None if record.device_memory is None else record.device_memory.process_bytes
         if process is None or (self._last_level is None and not record.traced):
             return None
-        since = 1 if self._last_level is None else max(1, record.step - self._last_level)
+        steps = 1 if self._last_level is None else max(1, record.step - self._last_level)
         self._last_level = record.step
-        self._left_behind += since * self._leftover
+        self._replaced += record.replaced_bytes
+        kept = max(0, self._traced_leftover - self._replaced)
+        if record.traced:
+            self._traced_leftover, self._replaced = self._leftover, 0
+            added = (steps - 1) * kept + self._leftover
+        else:
+            added = steps * kept
+        self._left_behind = max(0, self._left_behind + added - record.replaced_bytes)
         return Level(
             step=record.step,
             unix_seconds=record.unix_seconds,

@@ -75,6 +75,8 @@ class CreatedNodes:
         self._on_saved = self._on_asked = _nothing
 
     def _created(self, node: Any) -> None:
+        for tensor in torch_private.kept_on(node):
+            self._on_saved(tensor)
         if torch_private.saved_tensor_hooks() is None:
             for tensor in torch_private.saved_by(node):
                 self._on_saved(tensor)

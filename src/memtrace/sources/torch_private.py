@@ -80,6 +80,16 @@ def saved_by(node: Any) -> Iterator[torch.Tensor]:
             yield from (part for part in value if isinstance(part, torch.Tensor))
 
 
+def kept_on(node: Any) -> Iterator[torch.Tensor]:
+    """Yields the tensors that a Function of the user has put on its `ctx`, by themselves or in plain containers."""
+    for value in list(vars(node).values()) if isinstance(node, torch.autograd.function.FunctionCtx) else ():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif type(value) in (list, tuple, dict):
+            parts = list(value.values() if type(value) is dict else value)
+            yield from (part for part in parts if isinstance(part, torch.Tensor))
+
+
 _saved_names: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
 """The attributes of each type of node that hold tensors."""
 

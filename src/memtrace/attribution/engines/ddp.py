@@ -45,6 +45,7 @@ class DdpEngine(Engine):
     """
 
     name = "DDP"
+    leaves_gradients = True
 
     def __init__(self, wrapper: Any) -> None:
         self._wrapper = wrapper

@@ -27,6 +27,9 @@ class Engine:
     """Whether gradients are converted between the last one and the optimizer's step: the backward pass ends with the
     last gradient then, not where the optimizer begins."""
 
+    leaves_gradients: bool = False
+    """Whether gradients are in `.grad` of the model's parameters until the loop drops them."""
+
     shards: bool = False
     """Whether the states, or the weights too, are spread over the ranks."""
 

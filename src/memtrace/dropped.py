@@ -1,0 +1,92 @@
+"""Gradients that are dropped before an optimizer has used them: the step that they were made for is over."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from memtrace.attribution.scan import Scan
+from memtrace.sources.hooks import HookSet
+
+_IN_A_ROW = 3
+"""Steps with dropped gradients in a row after which they are a part of each step."""
+
+
+class DroppedGradients:
+    """Ends steps that no optimizer ends: a `GradScaler` that finds an overflow steps none, and the loop goes on.
+
+    One parameter stands for all. Its gradient has come and is gone before the next forward pass, while no optimizer has
+    stepped and its value is as it was: then the loop has dropped what the step was for. Where gradients are updated
+    inside the backward pass, or a first half of a step has moved the parameters (sharpness-aware minimisation), its
+    value has changed. A loop that drops gradients in every step (of a backward pass for the inputs alone) is seen to do
+    so after three steps.
+
+    Not seen: gradients that are set to zero in place, or only between the forward and the backward pass; one optimizer
+    of several that is skipped.
+
+    Args:
+        scan: knows the parameters and the engines.
+    """
+
+    def __init__(self, scan: Scan) -> None:
+        self._scan = scan
+        self._holder: Callable[[], nn.Module | None] = _nobody
+        self._name = ""
+        self._identity = self._version = 0
+        self.has_come = False
+        """Whether the parameter has had a gradient since an optimizer has begun to step."""
+        self._in_this_step = False
+        self.in_a_row = 0
+        """Steps in a row in which gradients were dropped, the one at work included."""
+
+    def follow(self, model: nn.Module, hooks: HookSet) -> None:
+        """Looks at the first parameter that is trained, until the hooks are closed.
+
+        Its gradient is mostly among the last of a backward pass, so that one that fails on its way has none.
+        """
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad and parameter.is_leaf:
+                    self._holder, self._name = weakref.ref(module), name
+                    hooks.after_gradient((parameter,), self._comes, first=True)
+                    return
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The parameter that stands for all; None where there is none any more."""
+        holder = self._holder()
+        return None if holder is None else holder._parameters.get(self._name)
+
+    @property
+    def are_dropped(self) -> bool:
+        """Whether gradients have come and are gone, and nothing was done with them."""
+        if not self.has_come:
+            return False
+        parameter = self.parameter
+        if parameter is None or id(parameter) != self._identity or parameter.grad is not None:
+            return False
+        return parameter._version == self._version and all(engine.leaves_gradients for engine in self._scan.engines)
+
+    def end_step(self) -> bool:
+        """Takes it that gradients were dropped; returns whether the step at work is over by that."""
+        self.has_come = False
+        self.in_a_row += not self._in_this_step
+        self._in_this_step = True
+        return self.in_a_row <= _IN_A_ROW
+
+    def stepped(self) -> None:
+        """Notes that an optimizer has stepped."""
+        if not self._in_this_step:
+            self.in_a_row = 0
+        self.has_come = self._in_this_step = False
+
+    def _comes(self, parameter: torch.Tensor) -> None:
+        self.has_come = True
+        self._identity, self._version = id(parameter), parameter._version
+
+
+def _nobody() -> None:
+    """Stands for a module where there is none."""
