@@ -113,17 +113,18 @@ def bucket_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Pa
         yield bucket
 
 
-def fully_sharded(model: nn.Module, recipe: Recipe, sharding: Sharding) -> nn.Module:
+def fully_sharded(model: nn.Module, recipe: Recipe, sharding: Sharding, *, trained: bool = True) -> nn.Module:
     """Shards the model with FSDP2, layer by layer, as one rank of fake ones.
 
-    Weights in float32 are the masters where the recipe computes in a lower type: FSDP2 gathers copies in that type.
+    Weights in float32 are the masters where the recipe computes in a lower type: FSDP2 gathers copies in that type. A
+    model that is not trained frees all of them after its forward pass, as accelerate tells FSDP2 to.
     """
     mesh = init_device_mesh(DEVICE.type, (sharding.world_size,))
     policy = MixedPrecisionPolicy()
     if recipe.compute != recipe.updated:
         policy = MixedPrecisionPolicy(param_dtype=getattr(torch, recipe.compute), reduce_dtype=torch.float32)
     # torch does not free the root's weights after the forward pass unless it is told to: the backward pass begins there
-    reshard = None if sharding.reshard_after_forward else False
+    reshard = True if not trained else None if sharding.reshard_after_forward else False
     whole = {tensor for layer in quantized_layers(model) for tensor in layer.scale_tensors}
     for unit in [*sharding_units(model), model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from memtrace.categories import Moment
 from memtrace.errors import PlanError
 from memtrace.planning.caching_allocator import CachingAllocator, replay
+from memtrace.planning.further import FurtherModel, further_setup, further_sharding
 from memtrace.planning.hardware import Device, find_device, held_against
 from memtrace.planning.optimizers import find_optimizer
 from memtrace.planning.plan import ByteRange, Plan
@@ -43,6 +45,7 @@ def plan(
     sharding: Sharding | None = None,
     device: str = "cuda",
     keep_outputs: bool = False,
+    further_models: Mapping[str, Callable[[], nn.Module]] | None = None,
 ) -> Plan:
     """Returns what a training step of this model will need, without a GPU and without its memory.
 
@@ -65,14 +68,19 @@ def plan(
             with what the libraries keep on that one, and adds the verdict whether the step fits it.
         keep_outputs: whether the loop keeps the output of the model into the next step, as `out = model(**batch)` does;
             under Trainer it does not.
+        further_models: functions that make the models beside the trained one, by name: a reference, a teacher, a
+            frozen encoder. They are called as `make_model` is; the types of their parameters are as they leave them.
+            `loss` is given the models by name, as `loss(model, batch, reference=...)`, and runs them as the loop does;
+            without `loss` they are held and do not run.
 
     Raises:
-        PlanError: there is no such device; the model cannot be made, refuses the batch, or does what cannot be
+        PlanError: there is no such device; a model cannot be made, refuses the batch, or does what cannot be
             simulated.
     """
     named = _named(device)
     if accumulation_steps < 1:
         raise PlanError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
+    held = [FurtherModel(name=name) for name in further_models or {}]
     target, found = Target.CUDA if named else Target(device), find_recipe(recipe)
     sharding = sharding or Sharding()
     if isinstance(optimizer, str):
@@ -83,7 +91,8 @@ def plan(
         Training(
             make_model=make_model,
             make_batch=make_batch,
-            loss=loss or model_loss,
+            loss=loss or (lambda model, batch, **_: model_loss(model, batch)),
+            further=dict(further_models or {}),
             recipe=found,
             make_optimizer=make,
             accumulation_steps=accumulation_steps,
@@ -94,7 +103,16 @@ def plan(
         )
     )
     made = plan_of(run, found, name, target, sharding, device=named)
+    if held:
+        said = (*made.assumptions, *_said_of(held, run), *further_sharding(held, sharding))
+        made = replace(made, setup={**made.setup, **further_setup(held)}, assumptions=said)
     return made if named is None else held_against(made, named.name, named.usable_bytes, sharding.world_size)
+
+
+def _said_of(models: Sequence[FurtherModel], run: SimulatedRun) -> Iterator[str]:
+    for model in models:
+        runs = "runs where the loss runs it" if model.name in run.further_output_bytes else "does not run"
+        yield f"{model.name} is held as its function makes it, and {runs}."
 
 
 def _named(device: str) -> Device | None:

@@ -6,7 +6,7 @@ What DeepSpeed allocates is modelled after version 0.19, runtime/zero/stage3.py;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain, pairwise
 
 import torch
@@ -38,32 +38,19 @@ class Zero3Updates(ShardedUpdates):
         """Parameters by the identity of the storage in which they were gathered last."""
         self._hooks = HookSet()
         self._hooks.after_gradient(self._parameters, self._has_gradient)  # made while they have their shapes
-        dtype, world = self._parameters[0].dtype, sharding.world_size
-        self._known = {
-            parameter: ShardedParameter(
-                parameter=parameter,
-                number=number,
-                shape=parameter.shape,
-                share=-(-parameter.numel() // world),
-                persists=parameter.numel() <= sharding.zero3.persistence_threshold,
-                gathered=True,
-            )
-            for number, parameter in enumerate(model.parameters())
-        }
+        dtype = self._parameters[0].dtype
+        self._known = _known_parameters(model, sharding)
+        self._beside: dict[nn.Parameter, ShardedParameter] = {}
+        """Parameters of further models."""
         trained = [self._known[parameter] for parameter in self._parameters]
-        held = {
-            module: [self._known[parameter] for parameter in module.parameters(recurse=False)]
-            for module in model.modules()
-        }
-        self.fetching = Fetching(held, sharding.zero3, world, target is Target.CPU, self._note_gather)
-        self.fetching.release_all(self._known.values())
+        self.fetching = self._fetching_of(model, self._known)
         shares = sum(known.share for known in trained)
         self._shards = torch.empty(shares, dtype=dtype, device=DEVICE)
         for known, shard in zip(trained, torch.split(self._shards, [known.share for known in trained]), strict=True):
             known.shard = shard
         for parameter, known in self._known.items():
             if not parameter.requires_grad:
-                known.shard = torch.empty(known.share, dtype=parameter.dtype, device=DEVICE)
+                known.shard = _frozen_shard(known)
         groups = _sub_groups([known.share for known in trained], sharding.zero3.sub_group)
         bounds = list(pairwise(accumulate(groups, initial=0)))
         self._bounds = bounds
@@ -95,7 +82,8 @@ class Zero3Updates(ShardedUpdates):
 
     def role_of(self, parameter: torch.Tensor) -> Role | None:
         """Returns what whole weights are: small ones are kept from step to step, one rank alone has its shards."""
-        known = self._known.get(parameter)  # type: ignore[call-overload]  # a key like any other where it is none
+        # a key like any other where it is no parameter
+        known = self._known.get(parameter) or self._beside.get(parameter)  # type: ignore[call-overload]
         if known is None or self._sharding.world_size == 1:
             return None
         return Role(Category.WEIGHTS, "gathered") if known.persists else Role(Category.TRANSIENT_WEIGHTS, "all_gather")
@@ -136,9 +124,27 @@ class Zero3Updates(ShardedUpdates):
         with torch.no_grad():
             self.fetching.gather_whole([known for known in self._known.values() if known.persists])
 
+    def shard_beside(self, model: nn.Module) -> None:
+        """Shares a further model out, as DeepSpeed does one that it gets without an optimizer: it is gathered alike."""
+        known = _known_parameters(model, self._sharding)
+        fetching = self._fetching_of(model, known)
+        for parameter, one in known.items():
+            one.shard = _frozen_shard(one)
+            parameter.ds_tensor = one.shard  # type: ignore[attr-defined]  # DeepSpeed's name: what is claimed for it
+        self._beside |= known
+        follow_modules(model, fetching, self._hooks)
+
     def close(self) -> None:
         """Takes off hooks."""
         self._hooks.close()
+
+    def _fetching_of(self, model: nn.Module, known: Mapping[nn.Parameter, ShardedParameter]) -> Fetching:
+        """Returns what gathers the weights of a model; it has released them all."""
+        held = {module: [known[own] for own in module.parameters(recurse=False)] for module in model.modules()}
+        on_gloo = self._target is Target.CPU
+        fetching = Fetching(held, self._sharding.zero3, self._sharding.world_size, on_gloo, self._note_gather)
+        fetching.release_all(known.values())
+        return fetching
 
     def _note_gather(self, tensor: torch.Tensor, known: ShardedParameter | None) -> None:
         if known is None:
@@ -184,6 +190,25 @@ class Zero3Updates(ShardedUpdates):
             parameter.grad = None
         del flat
         self._waiting, self._filled = [], 0
+
+
+def _known_parameters(model: nn.Module, sharding: Sharding) -> dict[nn.Parameter, ShardedParameter]:
+    """Returns the parameters of a model that are shared out, whole as they are now."""
+    return {
+        parameter: ShardedParameter(
+            parameter=parameter,
+            number=number,
+            shape=parameter.shape,
+            share=-(-parameter.numel() // sharding.world_size),
+            persists=parameter.numel() <= sharding.zero3.persistence_threshold,
+            gathered=True,
+        )
+        for number, parameter in enumerate(model.parameters())
+    }
+
+
+def _frozen_shard(known: ShardedParameter) -> torch.Tensor:
+    return torch.empty(known.share, dtype=known.parameter.dtype, device=DEVICE)
 
 
 def _sub_groups(shares: Sequence[int], limit: int) -> list[int]:
