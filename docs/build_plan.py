@@ -82,7 +82,7 @@ allocations are replayed as those of a live step are, and once more through a mo
 * `--find-max batch-size` or `seq-len` searches the largest that surely fits the device: some twenty simulations.
 * `--by-module` lists which modules made the activations that are held at the end of the forward pass.
 * `--zero`, `--fsdp`, `--ddp` with `--world-size` plan one rank; `--deepspeed FILE` reads the settings of a DeepSpeed
-  configuration. [engines.md](engines.md) holds such plans against runs on two processes.
+  configuration. With `--offload` what is kept on the host is counted for the host, buffers for the device. [engines.md](engines.md) holds such plans against runs on two processes.
 * A model that is not in transformers: `memtrace.plan(make_model, make_batch, recipe=..., optimizer=...)` in Python, with
   any module and any loss. `further_models=` are functions that make the models beside it; the loss is given them by name.
 * Code that goes through positions one by one (Mamba without its kernels) is refused beyond {MAX_OPERATORS:,} operators.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.ledger import Ledger
@@ -18,6 +19,7 @@ from memtrace.planning.sharding import Sharding
 from memtrace.planning.updates import MakeOptimizer, Updates
 from memtrace.sources.hooks import HookSet
 from memtrace.sources.simulated_tensor import DEVICE
+from memtrace.sources.simulation import Simulation
 from memtrace.units import MIB
 
 DDP_FIRST_BUCKET = MIB
@@ -97,6 +99,40 @@ class DdpUpdates(ShardedUpdates):
             view = self._views[parameter]
             view.copy_(parameter.grad)
             parameter.grad = view
+
+
+class OffloadedUpdates(Updates):
+    """FSDP2 with `CPUOffloadPolicy`: shards, states and reduced gradients are the host's, and so is the step."""
+
+    def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, simulation: Simulation) -> None:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        super().__init__(parameters, make_optimizer)
+        self._simulation = simulation
+        self._hooks = HookSet()
+        self.offload(model)
+        self._hooks.after_gradient(parameters, self._has_gradient)
+
+    def offload(self, model: nn.Module) -> None:
+        """Moves the shards of a model to the host."""
+        for parameter in model.parameters():
+            self._simulation.to_host(_local(parameter))
+
+    def step(self) -> None:
+        """Updates the shards, on the host."""
+        with self._simulation.on_host():
+            self.optimizer.step()
+
+    def close(self) -> None:
+        """Takes off hooks."""
+        self._hooks.close()
+
+    def _has_gradient(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            self._simulation.to_host(_local(parameter.grad))
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def bucket_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

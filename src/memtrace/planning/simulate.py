@@ -17,7 +17,7 @@ from memtrace.planning.hardware import Device, find_device, held_against
 from memtrace.planning.optimizers import find_optimizer
 from memtrace.planning.plan import ByteRange, Plan
 from memtrace.planning.recipe import Recipe, find_recipe
-from memtrace.planning.sharding import Sharding, Strategy
+from memtrace.planning.sharding import Offload, Sharding, Strategy
 from memtrace.planning.sharding_assumptions import sharding_assumptions
 from memtrace.planning.simulated_run import WORKSPACES, Loss, SimulatedRun, Training, run_two_steps
 from memtrace.planning.torch_optimizers import StepKernels, keeps_only, make_optimizer, steps_fused
@@ -132,7 +132,7 @@ def workspaces_of(device: Device | None) -> Sequence[int]:
 
 def step_kernels(target: Target, sharding: Sharding) -> StepKernels:
     """Returns how an optimizer goes through the parameters unless it is told: DeepSpeed brings a fused step."""
-    if target is Target.CPU:
+    if target is Target.CPU or (sharding.offload is not Offload.NONE and not sharding.is_zero):
         return StepKernels.LOOP
     return StepKernels.FUSED if sharding.is_zero else StepKernels.FOREACH
 
@@ -167,6 +167,8 @@ def plan_of(
         setup["tokens"] = run.batch.tokens
     if sharding.strategy is not Strategy.NONE:
         setup |= {"strategy": sharding.strategy.value, "world_size": sharding.world_size, "rank": sharding.rank}
+    if sharding.offload is not Offload.NONE:
+        setup["offload"] = sharding.offload.value
     allocator = CachingAllocator() if target is Target.CUDA else None
     if allocator is not None:
         replay(run.events(), allocator)
@@ -184,6 +186,7 @@ def plan_of(
         allocated=ByteRange(low=peak, high=int(high * (1 + CONVOLUTION_PEAK)) if convolves else high),
         reserved_bytes=None if allocator is None else allocator.peak_reserved_bytes,
         reserved_margin=CONVOLUTION_RESERVED if convolves else 0.0,
+        host_bytes=run.host_bytes,
     )
 
 

@@ -21,7 +21,7 @@ from memtrace.planning.held_types import hold_as
 from memtrace.planning.outputs import Outputs
 from memtrace.planning.quantized import parameter_count
 from memtrace.planning.recipe import Recipe, under_deepspeed
-from memtrace.planning.sharding import Offload, Sharding, Strategy
+from memtrace.planning.sharding import Sharding, Strategy
 from memtrace.planning.step_recorder import StepRecorder
 from memtrace.planning.updates import MakeOptimizer, Updates, updates_of
 from memtrace.sources import cublas
@@ -97,6 +97,8 @@ class SimulatedRun:
     """Of what the model returned besides its loss."""
     further_output_bytes: Mapping[str, int]
     """Of what each further model returned that ran, by name."""
+    host_bytes: int
+    """What was in the memory of the host at most: offloaded states, and what stands between."""
     operators: int
     """Operators that the two steps took."""
     kinds: frozenset[Operator]
@@ -137,7 +139,7 @@ def run_two_steps(training: Training) -> SimulatedRun:
         with refusals("the model cannot be sharded"):
             model = _sharded(model, training, stack)
         with refusals("the optimizer cannot be made"):
-            updates = _updates(model, training, stack)
+            updates = _updates(model, training, simulation, stack)
         stack.callback(updates.close)
         with refusals("a further model cannot be sharded"):
             further = {name: _sharded_beside(module, training, updates) for name, module in further.items()}
@@ -168,6 +170,7 @@ def run_two_steps(training: Training) -> SimulatedRun:
         batch=recorder.batch,
         output_bytes=outputs.nbytes,
         further_output_bytes={name: seen.nbytes for name, seen in beside.items() if seen.nbytes},
+        host_bytes=simulation.peak_host_bytes,
         operators=simulation.operators,
         kinds=frozenset(simulation.kinds),
     )
@@ -214,8 +217,6 @@ def _further_of(training: Training) -> dict[str, nn.Module]:
 
 def _check_sharding(training: Training) -> None:
     sharding, recipe = training.sharding, training.recipe
-    if sharding.offload is not Offload.NONE:
-        raise PlanError("offloading is not simulated: plan it by formula, from --params")
     if sharding.strategy not in (Strategy.NONE, Strategy.FSDP) and recipe.gradients_persist:
         raise PlanError(f"{sharding.strategy.label} with the recipe {recipe.name} is not simulated")
     if sharding.strategy is Strategy.DDP and recipe.master is not None:
@@ -240,9 +241,11 @@ def _sharded_beside(model: nn.Module, training: Training, updates: Updates) -> n
     """Returns a further model as one rank holds it: shared out where the trained one is."""
     sharding = training.sharding
     if sharding.strategy is Strategy.FSDP:
-        from memtrace.planning.sharded_updates import fully_sharded  # noqa: PLC0415 - as above
+        from memtrace.planning.sharded_updates import OffloadedUpdates, fully_sharded  # noqa: PLC0415 - as above
 
-        return fully_sharded(model, training.recipe, sharding, trained=False)
+        model = fully_sharded(model, training.recipe, sharding, trained=False)
+        if isinstance(updates, OffloadedUpdates):
+            updates.offload(model)
     if sharding.strategy is Strategy.ZERO3:
         from memtrace.planning.zero3_updates import Zero3Updates  # noqa: PLC0415
 
@@ -251,28 +254,44 @@ def _sharded_beside(model: nn.Module, training: Training, updates: Updates) -> n
     return model
 
 
-def _updates(model: nn.Module, training: Training, stack: ExitStack) -> Updates:
+def _updates(model: nn.Module, training: Training, simulation: Simulation, stack: ExitStack) -> Updates:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sharding, make = training.sharding, training.make_optimizer
     if sharding.strategy is Strategy.NONE:
         return updates_of(training.recipe, trainable, make)
-    if sharding.strategy is Strategy.FSDP:
+    if sharding.strategy is Strategy.FSDP and not sharding.offloads_weights:
         return Updates(trainable, make)
-    if sharding.strategy is Strategy.DDP:
-        from memtrace.planning.sharded_updates import DdpUpdates  # noqa: PLC0415 - torch.distributed takes a second
+    if not sharding.is_zero:
+        from memtrace.planning.sharded_updates import (  # noqa: PLC0415 - torch.distributed takes a second
+            DdpUpdates,
+            OffloadedUpdates,
+        )
 
+        if sharding.strategy is Strategy.FSDP:
+            return OffloadedUpdates(model, make, simulation)
         return DdpUpdates(trainable, make, gradients_are_views=sharding.gradient_as_bucket_view)
+    return _zero_updates(model, trainable, training, simulation, stack)
+
+
+def _zero_updates(
+    model: nn.Module,
+    trainable: Sequence[nn.Parameter],
+    training: Training,
+    simulation: Simulation,
+    stack: ExitStack,
+) -> Updates:
+    sharding, make = training.sharding, training.make_optimizer
     from memtrace.planning.zero3_modules import ZeroFunctions  # noqa: PLC0415
     from memtrace.planning.zero3_updates import Zero3Updates  # noqa: PLC0415
     from memtrace.planning.zero_updates import Zero0Updates, ZeroUpdates  # noqa: PLC0415
 
     if sharding.strategy is Strategy.ZERO3:
-        updates = Zero3Updates(model, make, sharding, training.target)
+        updates = Zero3Updates(model, make, sharding, training.target, simulation.on_host)
         stack.enter_context(ZeroFunctions(updates.fetching))
         return updates
     if sharding.strategy is Strategy.ZERO0:
         return Zero0Updates(trainable, make, sharding)
-    return ZeroUpdates(trainable, make, sharding)
+    return ZeroUpdates(trainable, make, sharding, simulation.on_host)
 
 
 def _step(training: Training, model: nn.Module, updates: Updates, simulation: Simulation) -> None:
