@@ -81,11 +81,11 @@ def test_what_is_made_for_the_host_is_counted_there(simulation: Simulation) -> N
         part = moved[10:]
         simulation.to_host(part)
         simulation.to_host(moved)
-        assert simulation.peak_host_bytes == 600
-        del made, moved, part
+        assert simulation.host_bytes == 600
+        del moved, part
         with simulation.on_host():
             torch.empty(100)
-        assert simulation.peak_host_bytes == 600
+        assert simulation.host_bytes == made.nbytes == 400
         torch.empty(25)
     assert deltas(simulation.events.close()) == [200, -200, 100, -100]
 

@@ -98,7 +98,7 @@ class SimulatedRun:
     further_output_bytes: Mapping[str, int]
     """Of what each further model returned that ran, by name."""
     host_bytes: int
-    """What was in the memory of the host at most: offloaded states, and what stands between."""
+    """What is in the memory of the host after the step: offloaded states, and what stands between."""
     operators: int
     """Operators that the two steps took."""
     kinds: frozenset[Operator]
@@ -158,6 +158,7 @@ def run_two_steps(training: Training) -> SimulatedRun:
             recorder.ready = True
             _step(training, model, updates, simulation)
             recorder.step_is_over()
+            host_bytes = simulation.host_bytes
     if recorder.timeline is None or recorder.marks is None:
         raise PlanError("the loss never ran the model: it must call the module that it is given")
     return SimulatedRun(
@@ -170,7 +171,7 @@ def run_two_steps(training: Training) -> SimulatedRun:
         batch=recorder.batch,
         output_bytes=outputs.nbytes,
         further_output_bytes={name: seen.nbytes for name, seen in beside.items() if seen.nbytes},
-        host_bytes=simulation.peak_host_bytes,
+        host_bytes=host_bytes,
         operators=simulation.operators,
         kinds=frozenset(simulation.kinds),
     )

@@ -66,6 +66,7 @@ class Zero3Updates(ShardedUpdates):
             parts = [self._shards[begin:end] for begin, end in bounds]
             self._masters = [part.to(torch.float32, copy=True).requires_grad_() for part in parts]
             self._gradients = torch.zeros(shares, dtype=dtype, device=DEVICE)
+            self._float32_gradients = None if self._host is nullcontext else torch.zeros_like(self._gradients).float()
         self.optimizer = make_optimizer(self._masters)
         self._bucket = torch.empty(sharding.reduce_bucket, dtype=dtype, device=DEVICE)
         ends = chain([0], accumulate(known.share for known in trained))
@@ -181,7 +182,9 @@ class Zero3Updates(ShardedUpdates):
         self._gathered[id(tensor.untyped_storage())] = known.parameter
 
     def _float32_gradient(self, begin: int, end: int) -> torch.Tensor:
-        """DeepSpeed flattens the gradients of a sub-group before it converts them."""
+        """DeepSpeed flattens the gradients of a sub-group before it converts them; offloaded, they are kept so."""
+        if self._float32_gradients is not None:
+            return self._float32_gradients[begin:end]
         parts = [self._gradients[place] for place in self._places.values() if begin <= place.start < end]
         flat = torch.cat(parts) if len(parts) > 1 else parts[0]
         return flat.to(torch.float32)

@@ -72,7 +72,8 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         """Which have run."""
         self.events = SimulatedEvents(self._address_of)
         self._on_host = False
-        self._host_bytes = self.peak_host_bytes = 0
+        self.host_bytes = 0
+        """What is in the memory of the host now, of what was put there."""
         self._blocks: dict[int, _Block] = {}
         self._results = OperatorResults(target) if results is None else results
         assert self._results.target is target, "results of another kind of device"
@@ -114,8 +115,7 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
 
     def _count_for_host(self, block: _Block, nbytes: int) -> None:
         block.host_bytes = nbytes
-        self._host_bytes += nbytes
-        self.peak_host_bytes = max(self.peak_host_bytes, self._host_bytes)
+        self.host_bytes += nbytes
 
     def adopt(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns a simulated tensor in place of a real one or one on the meta device; a simulated one as it is.
@@ -290,7 +290,7 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         assert isinstance(block, _Block)
         del self._blocks[block.identity]
         self._known.forget(block.identity)
-        self._host_bytes -= block.host_bytes
+        self.host_bytes -= block.host_bytes
         if block.address is not None:
             self.events.free(block.address)
 
