@@ -10,7 +10,7 @@ import torch
 from laws.birth import STRICT, events_from_birth
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, T5Config
 
 import memtrace
 from memtrace.breakdown import EntryKey, StepRecord
@@ -205,6 +205,21 @@ def test_a_formula_counts_their_weights() -> None:
     saved = {remedy.name: remedy.saved_bytes for remedy in remedies(request)}
     assert saved["outputs of ref computed before the training"] == 16 * 10**9
     assert "outputs of teacher computed before the training" in dict(candidates(REQUEST))
+
+
+def test_encoders_and_names_of_any_kind() -> None:
+    """A frozen vision tower gets images of its own, an encoder-decoder its labels; any name is one."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    tower = CLIPVisionConfig(**sizes, image_size=32, patch_size=8, architectures=["CLIPVisionModel"])
+    seq2seq = T5Config(vocab_size=2000, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4)
+    models = {"model": tower, "batch": seq2seq}
+    further = tuple(FurtherModel(name=name, configuration=made) for name, made in models.items())
+    planned = plan_simulated(replace(REQUEST, further=further))
+    assert held(planned, "model") > 0
+    assert held(planned, "batch") > 4 * 2000 * 64
+    alone = memtrace.plan(lambda: LlamaForCausalLM(STUDENT), words, further_models={"model": lambda: nn.Linear(8, 8)})
+    assert held(alone, "model") == 4 * 72
+    assert "model is held as its function makes it, and does not run." in alone.assumptions
 
 
 @pytest.mark.parametrize(

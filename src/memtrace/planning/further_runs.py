@@ -12,7 +12,7 @@ from torch import nn
 from memtrace.errors import PlanError
 from memtrace.planning.further import FurtherModel
 from memtrace.planning.held_types import cast_as_loaded
-from memtrace.planning.models import ATTENTION, BatchSettings, make_inputs, make_labels, model_class
+from memtrace.planning.models import BatchSettings, build_bare, make_inputs, make_labels, model_class
 from memtrace.planning.recipe import Recipe
 from memtrace.planning.simulate import model_loss
 from memtrace.units import format_bytes
@@ -47,9 +47,7 @@ def _made(model: FurtherModel, dtype: str, attention: str | None) -> nn.Module:
     if model.parameters is not None:
         made: nn.Module = Held(model.parameters)
     else:
-        model.configuration.use_cache = False
-        chosen = {} if attention is None else {"attn_implementation": ATTENTION[attention]}
-        made = frozen_class(model.configuration)._from_config(model.configuration, **chosen)
+        made = build_bare(frozen_class(model.configuration), model.configuration, attention)
         made.requires_grad_(False).eval()
     cast_as_loaded(made, dtype)
     return made
@@ -101,7 +99,7 @@ def _shared(trained: torch.Tensor | None, tensor: torch.Tensor) -> torch.Tensor:
     return trained
 
 
-def loss_beside(model: nn.Module, batch: Any, **further: nn.Module) -> torch.Tensor:
+def loss_beside(model: nn.Module, batch: Any, /, **further: nn.Module) -> torch.Tensor:
     """Returns the loss that the model computes itself, after which each further model has run without gradients.
 
     Their outputs are dropped where this returns, as DPO's, KTO's and distillation's are once the loss is known.

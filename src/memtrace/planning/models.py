@@ -104,17 +104,23 @@ def model_class(configuration: Any) -> Any:
     )
 
 
+def build_bare(kind: Any, configuration: Any, attention: str | None) -> nn.Module:
+    """Returns a model of a class of transformers as training calls it: without a cache of keys and values."""
+    configuration.use_cache = False
+    if configuration.is_encoder_decoder and getattr(configuration, "decoder_start_token_id", None) is None:
+        configuration.decoder_start_token_id = 0
+    chosen = {} if attention is None else {"attn_implementation": ATTENTION[attention]}
+    model: nn.Module = kind._from_config(configuration, **chosen)
+    return model
+
+
 def build_model(configuration: Any, settings: ModelSettings) -> nn.Module:
     """Returns the model; call it with the meta device as the default.
 
     Raises:
         PlanError: adapters were asked for and peft is not there.
     """
-    configuration.use_cache = False
-    if configuration.is_encoder_decoder and getattr(configuration, "decoder_start_token_id", None) is None:
-        configuration.decoder_start_token_id = 0
-    chosen = {} if settings.attention is None else {"attn_implementation": ATTENTION[settings.attention]}
-    model: nn.Module = model_class(configuration)._from_config(configuration, **chosen)
+    model = build_bare(model_class(configuration), configuration, settings.attention)
     if settings.adapter_rank is not None:
         model = _with_adapters(model, settings.adapter_rank, settings.adapter_targets)
     if settings.gradient_checkpointing:

@@ -91,7 +91,7 @@ def plan(
         Training(
             make_model=make_model,
             make_batch=make_batch,
-            loss=loss or (lambda model, batch, **_: model_loss(model, batch)),
+            loss=loss or _own_loss,
             further=dict(further_models or {}),
             recipe=found,
             make_optimizer=make,
@@ -113,6 +113,11 @@ def _said_of(models: Sequence[FurtherModel], run: SimulatedRun) -> Iterator[str]
     for model in models:
         runs = "runs where the loss runs it" if model.name in run.further_output_bytes else "does not run"
         yield f"{model.name} is held as its function makes it, and {runs}."
+
+
+def _own_loss(model: nn.Module, batch: Any, /, **_: nn.Module) -> torch.Tensor:
+    """The loss that the model computes, beside further models that do not run."""
+    return model_loss(model, batch)
 
 
 def _named(device: str) -> Device | None:
