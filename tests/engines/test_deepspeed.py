@@ -252,11 +252,6 @@ PLANS = {
     "zero-0": ("ZeRO-0", "bf16-master", {"strategy": Strategy.ZERO0, "reduce_bucket": 20_000}),
     "zero-1": ("ZeRO-1", "bf16-master", {"strategy": Strategy.ZERO1, "reduce_bucket": 20_000}),
     "zero-2": ("ZeRO-2", "bf16-master", {"strategy": Strategy.ZERO2, "reduce_bucket": 20_000}),
-    "zero-2-lora": (
-        "ZeRO-2, LoRA",
-        "bf16-master",
-        {"strategy": Strategy.ZERO2, "reduce_bucket": 20_000, "build": "build_lora"},
-    ),
     "zero-3-lora": (
         "ZeRO-3, LoRA",
         "bf16-master",

@@ -98,17 +98,10 @@ class DeepSpeedEngine(Engine):
         self.claim_passing(ledger)
 
     def claim_passing(self, ledger: Ledger) -> None:
-        """Claims the buckets of the reduction, which are made anew in each backward pass, and ZeRO-2's partition.
-
-        What earlier micro batches have left of that is one buffer, of which the first view of each group tells. Where
-        one bucket takes all gradients (adapters, small models) nothing else shows it before the step has freed it.
-        """
+        """Claims the buckets of the reduction, which are made anew in each backward pass, and ZeRO-2's partition."""
         for bucket in getattr(self._optimizer, "ipg_buckets", {}).values():
             _claim(bucket.buffer, Role(Category.COMM_BUFFERS, "reduce"), ledger)
         _claim(getattr(self._optimizer, "grads_in_partition", None), Role(Category.GRADIENTS), ledger)
-        averaged = getattr(self._optimizer, "averaged_gradients", None)
-        for of_group in averaged.values() if isinstance(averaged, Mapping) else ():
-            _claim(next(_tensors(of_group), None), Role(Category.GRADIENTS), ledger)
 
     def gradients(self) -> Iterable[torch.Tensor]:
         """Returns the partitions of the reduced gradients."""
