@@ -65,6 +65,11 @@ allocations are replayed as those of a live step are, and once more through a mo
 * Loop: `--keep-outputs` for `out = model(**batch)`, which keeps the logits into the next step (Trainer drops them once
   the loss is known), `--padded` for texts of different lengths, whose mask takes attention off its flash path. A plan
   says which form it assumed where the other would need another amount.
+* Further models: `--further-model reference=CONFIG:bfloat16`, again for each (a teacher, a reward model, a frozen
+  encoder), as `further_models=` names them in a live run. One with a configuration runs without gradients after the
+  trained model's forward pass, as in DPO and distillation, on its batch (a preference pair is two samples); of a count,
+  such as `average=8e9:float32`, the weights are held. They have the type in which the trained model is loaded unless
+  another is named. ZeRO 3 and FSDP share them out. With adapters the reference is the base: it needs none of its own.
 * `reserved by the allocator` is what the model of the allocator holds at the end. `--kernels cpu` plans for a CPU, as
   [the comparison with the live tracer](accuracy.md) does.
 * `--device` also says what cuBLAS keeps: {WORKSPACES_LATER:,} bytes on Hopper and later, {WORKSPACES_EARLIER:,} before,
@@ -77,9 +82,9 @@ allocations are replayed as those of a live step are, and once more through a mo
 * `--find-max batch-size` or `seq-len` searches the largest that surely fits the device: some twenty simulations.
 * `--by-module` lists which modules made the activations that are held at the end of the forward pass.
 * `--zero`, `--fsdp`, `--ddp` with `--world-size` plan one rank; `--deepspeed FILE` reads the settings of a DeepSpeed
-  configuration. [engines.md](engines.md) holds such plans against runs on two processes.
+  configuration. With `--offload` what is kept on the host is counted for the host, buffers for the device. [engines.md](engines.md) holds such plans against runs on two processes.
 * A model that is not in transformers: `memtrace.plan(make_model, make_batch, recipe=..., optimizer=...)` in Python, with
-  any module and any loss.
+  any module and any loss. `further_models=` are functions that make the models beside it; the loss is given them by name.
 * Code that goes through positions one by one (Mamba without its kernels) is refused beyond {MAX_OPERATORS:,} operators.
 
 After the run, or during it, `memtrace compare PLAN.json RUN_DIR` says how far each category was off, where PLAN.json is

@@ -184,6 +184,24 @@ def test_nothing_but_the_answer_is_said(config: str, capfd: pytest.CaptureFixtur
     assert (capfd.readouterr().err, remarks) == ("", [])
 
 
+def test_further_models_are_held_beside_the_trained_one(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A configuration runs and a count is held, each a component of its own; without one of them is a remedy."""
+    options = ["--config", config, "--seq-len", "32", "--recipe", "fp32", "--batch-size", "2"]
+    named = ["--further-model", f"teacher={config}:bfloat16", "--further-model", "average=150848"]
+    found = document(capsys, *options, *named, "--what-if")
+    components = {
+        (entry["component"], entry["dtype"]): entry["bytes"]
+        for entry in found["moments"]["peak"]["entries"]
+        if entry["category"] == "weights"
+    }
+    assert components["teacher", "bfloat16"] == 2 * 150848
+    assert components["average", "float32"] == components["trainable", "float32"] == 4 * 150848
+    assert found["setup"]["further_models"] == "teacher, average"
+    assert "outputs of average computed before the training" in [remedy["name"] for remedy in found["remedies"]]
+    _, table, _ = run(capsys, *options, *named)
+    assert "beside teacher, average" in table
+
+
 def test_modules_are_listed_by_what_they_made(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     """In JSON, in markdown and in the table; all of them add up to the activations."""
     options = ["--config", config, "--seq-len", "64", "--by-module"]
@@ -211,6 +229,12 @@ def test_modules_are_listed_by_what_they_made(config: str, capsys: pytest.Captur
         (["--config", "CONFIG", "--dtype", "float32"], "bf16-master keeps float32 copies of 16-bit weights"),
         (["--config", "CONFIG", "--lora-rank", "0"], "rank of adapters must be 1..4096"),
         (["--config", "CONFIG", "--optimizer", "lbfgs"], "lbfgs cannot be simulated"),
+        (["--params", "8e9", "--further-model", "ref=./config.json"], "ref=./config.json needs --config"),
+        (["--config", "CONFIG", "--further-model", "ref=./missing.json"], "missing.json is no configuration"),
+        (["--config", "CONFIG", "--further-model", "8e9"], "must be NAME=COUNT or NAME=CONFIG"),
+        (["--config", "CONFIG", "--further-model", "ref="], "must be NAME=COUNT or NAME=CONFIG"),
+        (["--params", "8e9", "--further-model", "ref=0"], "parameters of ref must be 1.."),
+        (["--params", "8e9", "--further-model", "frozen=8e9"], "neither 'trainable' nor 'frozen'"),
     ],
 )
 def test_what_cannot_be_planned_is_said(

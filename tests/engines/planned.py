@@ -23,14 +23,15 @@ def plan_of_rank(rank: int, recipe: str, settings: dict[str, Any]) -> Plan:
     """Returns the plan of what the workers train, on one of two ranks."""
     sys.path.insert(0, str(WORKERS))
     try:
-        from model import batch, build_model
+        import model
         from report import MICRO_BATCHES
     finally:
         sys.path.remove(str(WORKERS))
-    number = count()
+    number, settings = count(), dict(settings)
+    build = getattr(model, settings.pop("build", "build_model"))
     return plan(
-        build_model,
-        lambda: batch(rank, next(number)),
+        build,
+        lambda: model.batch(rank, next(number)),
         recipe=recipe,
         accumulation_steps=MICRO_BATCHES,
         sharding=Sharding(world_size=RANKS, rank=rank, **settings),

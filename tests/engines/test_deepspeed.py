@@ -7,23 +7,25 @@ from typing import Any
 
 import pytest
 from entries import assert_counted_as_traced, sum_of, total, traced
-from planned import HEADER, plan_rows
+from planned import HEADER, plan_of_rank, plan_rows
 from tables import check_table, per_parameter
 
-from memtrace.planning.sharding import Strategy, Zero3Settings
+from memtrace.categories import Moment
+from memtrace.planning.sharding import Offload, Strategy, Zero3Settings
 
 OFFLOADED = ("zero-2-offload", "zero-3-offload")
 STAGES = (
     *("zero-0", "zero-1", "zero-2", "zero-2-overlap", "zero-3", "zero-3-overlap", "zero-3-persistent"),
     *OFFLOADED,
 )
+LORA = ("zero-2-lora", "zero-3-lora")
 RANKS = 2
 BUCKET_BYTES = 2 * 20_000
 
 
 @pytest.fixture(scope="module")
 def runs(launch) -> list[dict[str, Any]]:
-    return launch("zero.py", VARIANTS=",".join([*STAGES, "zero-3-streaming"]))
+    return launch("zero.py", VARIANTS=",".join([LORA[0], *STAGES, "zero-3-streaming", LORA[1]]))
 
 
 def padded(numels: list[int], stage: str) -> int:
@@ -38,7 +40,7 @@ def padded(numels: list[int], stage: str) -> int:
     return 2 * RANKS * math.ceil(sum(numels) / (2 * RANKS))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, *LORA])
 @pytest.mark.parametrize("rank", range(RANKS))
 def test_categories_add_up(runs, stage, rank):
     """On every traced step and moment the categories are what was allocated, byte for byte."""
@@ -58,7 +60,7 @@ def test_counted_steps_end_as_traced_ones(runs, rank, stage):
     assert_counted_as_traced(runs[rank][stage], gradients=stage != "zero-3-offload")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, *LORA])
 @pytest.mark.parametrize("rank", range(RANKS))
 def test_training_is_the_same(runs, stage, rank):
     """Losses and final weights are those of the run without memtrace."""
@@ -158,7 +160,7 @@ def test_small_parameters_that_zero_3_keeps_gathered_are_weights(runs):
             assert total(step["moments"]["step_end"], "weights", "gathered") == 2 * sum(kept)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, *LORA])
 def test_hardly_anything_is_unattributed(runs, stage):
     """At the peak at most 1 % is claimed by nobody: the loss that the loop keeps, and scalars of the engine."""
     for run in (rank[stage] for rank in runs):
@@ -227,10 +229,47 @@ def test_simulated_plans_are_what_each_rank_measured(runs):
     check_table("deepspeed plans", HEADER, plan_rows(runs, PLANS), exact=False)
 
 
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("zero-2-offload", {"strategy": Strategy.ZERO2, "offload": Offload.OPTIMIZER}),
+        (
+            "zero-3-offload",
+            {
+                "strategy": Strategy.ZERO3,
+                "offload": Offload.PARAMETERS,
+                "zero3": Zero3Settings(persistence_threshold=0),
+            },
+        ),
+    ],
+)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_offloaded_plans_are_what_each_rank_measured(runs, variant, settings, rank):
+    """Device and host together are what is measured where the device is a CPU: between steps but for a norm and a step
+    count, at the peak within 5 %. What the plan leaves on the device is there in the run."""
+    made = plan_of_rank(rank, "bf16-master", {"reduce_bucket": 20_000, **settings})
+    measured = next(traced(runs[rank][variant]))["moments"]
+    for moment, most in ((Moment.STEP_END, 16), (Moment.PEAK, 0.05 * measured["peak"]["allocated_bytes"])):
+        both = made.moments[moment].total_bytes + made.host_bytes
+        assert abs(both - measured[moment]["allocated_bytes"]) <= most
+    for key, size in made.moments[Moment.STEP_END].entries.items():
+        assert size <= total(measured["step_end"], *key) + 2
+
+
 PLANS = {
     "zero-0": ("ZeRO-0", "bf16-master", {"strategy": Strategy.ZERO0, "reduce_bucket": 20_000}),
     "zero-1": ("ZeRO-1", "bf16-master", {"strategy": Strategy.ZERO1, "reduce_bucket": 20_000}),
     "zero-2": ("ZeRO-2", "bf16-master", {"strategy": Strategy.ZERO2, "reduce_bucket": 20_000}),
+    "zero-3-lora": (
+        "ZeRO-3, LoRA",
+        "bf16-master",
+        {
+            "strategy": Strategy.ZERO3,
+            "reduce_bucket": 20_000,
+            "build": "build_lora",
+            "zero3": Zero3Settings(persistence_threshold=0),
+        },
+    ),
     "zero-2-overlap": (
         "ZeRO-2, `overlap_comm`",
         "bf16-master",

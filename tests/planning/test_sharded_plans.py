@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,45 @@ def zero3(*, world_size: int = 4, **thresholds: int) -> Sharding:
     return Sharding(
         strategy=Strategy.ZERO3, world_size=world_size, reduce_bucket=10_000, zero3=Zero3Settings(**thresholds)
     )
+
+
+OFFLOADS = [
+    (Strategy.ZERO1, Offload.OPTIMIZER, "hf-autocast"),
+    (Strategy.ZERO2, Offload.OPTIMIZER, "bf16-master"),
+    (Strategy.ZERO2, Offload.OPTIMIZER, "qlora"),
+    (Strategy.ZERO3, Offload.OPTIMIZER, "lora"),
+    (Strategy.ZERO3, Offload.PARAMETERS, "qlora"),
+    (Strategy.FSDP, Offload.PARAMETERS, "hf-autocast"),
+    (Strategy.FSDP, Offload.PARAMETERS, "lora"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "offload", "recipe"), OFFLOADS)
+def test_what_is_offloaded_is_the_hosts(strategy: Strategy, offload: Offload, recipe: str) -> None:
+    """Masters, states and gradients leave the device, the shards of weights where they are offloaded, too; what leaves
+    is on the host, and buffers stay."""
+    sharding = Sharding(
+        strategy=strategy, world_size=2, reduce_bucket=10_000, zero3=Zero3Settings(persistence_threshold=0)
+    )
+    before, after = planned(sharding, recipe), planned(replace(sharding, offload=offload), recipe)
+    moments = [made.moments[Moment.STEP_END] for made in (before, after)]
+    left = moments[0].total_bytes - moments[1].total_bytes
+    assert after.moments[Moment.PEAK].total_bytes < before.moments[Moment.PEAK].total_bytes
+    for category in (Category.MASTER_WEIGHTS, Category.OPTIMIZER_STATE, Category.GRADIENTS):
+        assert moments[1][category] <= 8, "a norm"
+    kept = moments[0][Category.WEIGHTS] if offload is Offload.OPTIMIZER else _packed_beside_shards(before, recipe)
+    assert moments[1][Category.WEIGHTS] == kept
+    assert before.host_bytes == 0
+    assert 0 < left <= after.host_bytes
+    assert after.setup["offload"] == offload.value
+    assert any("in the memory of the host" in said for said in after.assumptions)
+
+
+def _packed_beside_shards(plan: Plan, recipe: str) -> int:
+    """Bytes of the scales of 4-bit weights, which are not shared out and not offloaded."""
+    entries = plan.moments[Moment.STEP_END].entries
+    scales = ("uint8", "float32") if recipe == "qlora" else ()
+    return sum(size for key, size in entries.items() if key.component == "frozen" and key.dtype in scales)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -100,7 +140,6 @@ def test_one_rank_of_zero_3_alone_gathers_nothing() -> None:
 @pytest.mark.parametrize(
     ("sharding", "recipe", "message"),
     [
-        (Sharding(strategy=Strategy.ZERO2, world_size=2, offload=Offload.OPTIMIZER), "bf16-master", "offloading"),
         (Sharding(strategy=Strategy.DDP, world_size=2), "bf16-master", "--zero 0"),
     ],
 )

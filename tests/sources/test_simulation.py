@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,7 +15,9 @@ from memtrace.errors import PlanError
 from memtrace.sources.cpu import CpuEvents
 from memtrace.sources.events import Window
 from memtrace.sources.kernels import Target
-from memtrace.sources.simulated_tensor import SimulatedTensor
+from memtrace.sources.operator_results import Call, OperatorResults
+from memtrace.sources.results import ViewOf
+from memtrace.sources.simulated_tensor import SimulatedTensor, layout_of
 from memtrace.sources.simulation import Simulation
 
 
@@ -54,6 +57,37 @@ def test_what_operators_allocate_and_free_is_what_a_cpu_does(simulation: Simulat
     with simulation:
         work()
     assert deltas(simulation.events.close()) == measured(work)
+
+
+def test_slices_are_those_of_torch() -> None:
+    """Ends beyond the tensor, counted from its end or left out, with steps: the same view as torch's own."""
+    results = OperatorResults(Target.CPU)
+    ends = list(itertools.product([None, 0, 1, -2, 9, -9], [None, 0, 3, -1, 2**63 - 1, -9], [1, 2]))
+    for tensor in (torch.empty(7), torch.empty(5, 3).t(), torch.empty(4, 1, 2), torch.empty(0, 3)):
+        for dim, (start, end, step) in itertools.product(range(-tensor.dim(), tensor.dim()), ends):
+            arguments = (tensor, dim, start, end, step)
+            real = torch.ops.aten.slice.Tensor(*arguments)
+            found = results.of(Call.of(torch.ops.aten.slice.Tensor, arguments, {}))
+            assert found == ViewOf(0, layout_of(real), real.storage_offset()), arguments
+    assert len(results) == 0, "none is asked of torch's fake kernels, which takes longer than all else of a slice"
+
+
+def test_what_is_made_for_the_host_is_counted_there(simulation: Simulation) -> None:
+    """A tensor that is made there or moves there takes no block of the device; what is freed is free on either side."""
+    with simulation:
+        with simulation.on_host():
+            made = torch.empty(100)
+        moved = torch.empty(50)
+        part = moved[10:]
+        simulation.to_host(part)
+        simulation.to_host(moved)
+        assert simulation.host_bytes == 600
+        del moved, part
+        with simulation.on_host():
+            torch.empty(100)
+        assert simulation.host_bytes == made.nbytes == 400
+        torch.empty(25)
+    assert deltas(simulation.events.close()) == [200, -200, 100, -100]
 
 
 def test_a_training_step_has_the_events_of_the_real_one(simulation: Simulation) -> None:

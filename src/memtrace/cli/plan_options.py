@@ -6,12 +6,15 @@ import argparse
 import math
 import os
 import re
+from collections.abc import Callable
+from typing import Any
 
 from memtrace.errors import PlanError
+from memtrace.planning.further import FurtherModel
 from memtrace.planning.hardware import find_device
 from memtrace.planning.local_device import local_device
 from memtrace.planning.optimizers import OPTIMIZERS, find_optimizer
-from memtrace.planning.recipe import RECIPES, find_recipe
+from memtrace.planning.recipe import DTYPE_BYTES, RECIPES, find_recipe
 from memtrace.planning.request import PlanRequest
 from memtrace.planning.sharding import ZERO_STAGES, Offload, Sharding, Strategy
 from memtrace.units import parse_bytes
@@ -46,6 +49,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--unquantized-params",
         metavar="N",
         help="of those of the model, what QLoRA leaves in 16 bits: embedding and head",
+    )
+    group.add_argument(
+        "--further-model",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL[:DTYPE]",
+        help="a frozen model beside the trained one (reference, teacher, reward, encoder), again for each: a count "
+        "such as 8e9, whose weights are held, or with --config a configuration, which runs, too",
     )
     group.add_argument(
         "--activation-ratio",
@@ -114,11 +125,49 @@ def request_of(arguments: argparse.Namespace) -> PlanRequest:
         sharding=sharding_of(arguments),
         trainable_parameters=_optional_count(arguments.trainable_params),
         unquantized_parameters=_optional_count(arguments.unquantized_params),
+        further=further_of(arguments, _only_counts),
         activation_ratio=arguments.activation_ratio,
         activation_bytes=None if arguments.activation_bytes is None else parse_bytes(arguments.activation_bytes),
         accumulation_steps=arguments.accumulation_steps,
         layers=arguments.layers,
         largest_layer_parameters=_optional_count(arguments.largest_layer_params),
+    )
+
+
+def further_of(arguments: argparse.Namespace, load: Callable[[str, str], Any]) -> tuple[FurtherModel, ...]:
+    """Returns the frozen models that the options name.
+
+    Args:
+        arguments: the options.
+        load: returns the configuration for the name of a model and what is said of it, where that is no count.
+
+    Raises:
+        PlanError: an option does not say what is held, or two models have one name.
+    """
+    models = []
+    for text in arguments.further_model:
+        name, equals, said = text.partition("=")
+        if not equals or not said:
+            raise PlanError(f"a further model must be NAME=COUNT or NAME=CONFIG, such as reference=8e9, got {text!r}")
+        what, colon, dtype = said.rpartition(":")
+        if not colon or dtype not in DTYPE_BYTES:
+            what, dtype = said, None
+        is_count = _COUNT.fullmatch(what) is not None
+        models.append(
+            FurtherModel(
+                name=name,
+                parameters=parse_count(what) if is_count else None,
+                configuration=None if is_count else load(name, what),
+                dtype=dtype,
+            )
+        )
+    return tuple(models)
+
+
+def _only_counts(name: str, said: str) -> None:
+    raise PlanError(
+        f"--further-model {name}={said} needs --config: a plan from a parameter count takes a count, such as "
+        f"{name}=8e9 or {name}=8e9:bfloat16"
     )
 
 

@@ -79,6 +79,8 @@ def headline(plan: Plan) -> str:
         parts.insert(0, str(setup["model"]))
     if "batch" in setup:
         parts.append(f"batch {setup['batch']}")
+    if "further_models" in setup:
+        parts.append(f"beside {setup['further_models']}")
     if setup.get("gradient_checkpointing") == "true":
         parts.append("checkpointing")
     if setup.get("mode") == "deepspeed":

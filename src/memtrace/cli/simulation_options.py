@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from memtrace.cli.plan_options import sharding_of
+from memtrace.cli.plan_options import further_of, sharding_of
 from memtrace.errors import PlanError
 from memtrace.planning.deepspeed_settings import read_deepspeed
 from memtrace.planning.recipe import find_recipe
@@ -142,6 +142,7 @@ def simulation_of(arguments: argparse.Namespace) -> SimulationRequest:
         accumulation_steps=arguments.accumulation_steps,
         keeps_outputs=arguments.keep_outputs,
         fused_step=arguments.fused_optimizer,
+        further=further_of(arguments, lambda name, source: load_configuration(source)),
         target=Target(arguments.kernels or "cuda"),
         sharding=_sharding_of(arguments, configuration),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from memtrace.planning.further import further_sharding
 from memtrace.planning.recipe import DTYPE_BYTES
 from memtrace.planning.request import PlanRequest
 from memtrace.planning.sharding import ZERO3_MAX_LIVE, ZERO_REDUCE_BUCKET, Offload, Strategy
@@ -15,6 +16,9 @@ def of(request: PlanRequest) -> Iterator[str]:
     recipe = request.recipe
     yield f"Recipe {recipe.name}: {recipe.summary}."
     yield from _activations(request)
+    for model in request.further:
+        yield f"{model.name}: its weights are counted in {model.held_in(recipe)}, its forward pass is not."
+    yield from further_sharding(request.further, request.sharding)
     if not request.optimizer.steps:
         yield str(request.optimizer.note)
         return

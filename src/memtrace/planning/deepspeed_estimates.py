@@ -101,6 +101,8 @@ def plan_by_deepspeed(request: PlanRequest, *, nodes: int = 1) -> Plan:
             f"DeepSpeed's estimators know the recipes {' and '.join(_RECIPES)} with {' or '.join(_OPTIMIZERS)} only, "
             f"got {request.recipe.name} with {request.optimizer.name}"
         )
+    if request.further:
+        raise PlanError("DeepSpeed's estimators know no further models: leave them or --constants deepspeed out")
     if nodes < 1 or sharding.world_size % nodes:
         raise PlanError(f"nodes must divide the world size {sharding.world_size}, got {nodes}")
     cluster = Cluster(gpus_per_node=sharding.world_size // nodes, nodes=nodes)

@@ -14,6 +14,7 @@ from math import ceil
 from memtrace.breakdown import Breakdown, EntryKey, ordered_entries
 from memtrace.categories import Category, Moment
 from memtrace.planning import assumptions
+from memtrace.planning.further import further_setup
 from memtrace.planning.plan import ByteRange, Plan
 from memtrace.planning.recipe import DEEPSPEED_CONVERTS, DTYPE_BYTES, under_deepspeed
 from memtrace.planning.request import PlanRequest
@@ -219,6 +220,9 @@ class _Step:
                 yield _part(Category.WEIGHTS, "frozen", self._recipe.unquantized, share(unquantized))
         elif frozen:
             yield _part(Category.WEIGHTS, "frozen", self._recipe.weights, share(frozen))
+        for model in self._request.further:
+            assert model.parameters is not None, "PlanRequest has checked it"
+            yield _part(Category.WEIGHTS, model.name, model.held_in(self._recipe), share(model.parameters))
         trainable = share(self._request.trainable)
         if self._strategy is not Strategy.FSDP:
             yield _part(Category.WEIGHTS, "trainable", self._recipe.weights, trainable)
@@ -273,4 +277,4 @@ def setup_of(request: PlanRequest) -> dict[str, str | int | float]:
         setup["offload"] = sharding.offload.value
     if request.accumulation_steps > 1:
         setup["accumulation_steps"] = request.accumulation_steps
-    return setup
+    return setup | further_setup(request.further)

@@ -20,7 +20,7 @@ def hold_as(model: nn.Module, recipe: Recipe, sharding: Sharding) -> None:
     """
     fsdp = sharding.strategy is Strategy.FSDP
     trained = recipe.updated if fsdp else recipe.weights
-    frozen = recipe.unquantized or (recipe.frozen_base[0].dtype if recipe.frozen_base else trained)
+    frozen = recipe.loaded if recipe.trains_adapters else trained
     if recipe.quantizes:
         compute = getattr(torch, recipe.compute)
         storage = compute if sharding.shards_weights else torch.uint8
@@ -35,6 +35,15 @@ def hold_as(model: nn.Module, recipe: Recipe, sharding: Sharding) -> None:
             dtype = torch.float32
         if parameter.dtype is not dtype:
             parameter.data = parameter.data.to(dtype)
+
+
+def cast_as_loaded(model: nn.Module, dtype: str) -> None:
+    """Gives the floating-point parameters of a model that is not trained the type in which it is loaded."""
+    kept = _kept_in_float32(model, dtype)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            own = torch.float32 if kept is not None and kept.search(name) else getattr(torch, dtype)
+            parameter.data = parameter.data.to(own)
 
 
 def _kept_in_float32(model: nn.Module, loaded: str) -> re.Pattern[str] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -105,17 +104,23 @@ def model_class(configuration: Any) -> Any:
     )
 
 
+def build_bare(kind: Any, configuration: Any, attention: str | None) -> nn.Module:
+    """Returns a model of a class of transformers as training calls it: without a cache of keys and values."""
+    configuration.use_cache = False
+    if configuration.is_encoder_decoder and getattr(configuration, "decoder_start_token_id", None) is None:
+        configuration.decoder_start_token_id = 0
+    chosen = {} if attention is None else {"attn_implementation": ATTENTION[attention]}
+    model: nn.Module = kind._from_config(configuration, **chosen)
+    return model
+
+
 def build_model(configuration: Any, settings: ModelSettings) -> nn.Module:
     """Returns the model; call it with the meta device as the default.
 
     Raises:
         PlanError: adapters were asked for and peft is not there.
     """
-    configuration.use_cache = False
-    if configuration.is_encoder_decoder and getattr(configuration, "decoder_start_token_id", None) is None:
-        configuration.decoder_start_token_id = 0
-    chosen = {} if settings.attention is None else {"attn_implementation": ATTENTION[settings.attention]}
-    model: nn.Module = model_class(configuration)._from_config(configuration, **chosen)
+    model = build_bare(model_class(configuration), configuration, settings.attention)
     if settings.adapter_rank is not None:
         model = _with_adapters(model, settings.adapter_rank, settings.adapter_targets)
     if settings.gradient_checkpointing:
@@ -133,17 +138,22 @@ def make_batch(configuration: Any, settings: BatchSettings, dtype: torch.dtype) 
         PlanError: the model needs inputs that nobody can guess, or the text is longer than its positions.
     """
     kind = model_class(configuration)
+    return make_inputs(kind, configuration, settings, dtype) | make_labels(kind, configuration, settings)
+
+
+def make_inputs(kind: Any, configuration: Any, settings: BatchSettings, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Returns the inputs of a class of transformers without labels, floating-point ones as `dtype`.
+
+    Raises:
+        PlanError: as `make_batch`.
+    """
     samples, positions = settings.samples, settings.positions
     name = kind.main_input_name
     if name == "input_ids":
         _check_positions(configuration, positions)
         inputs = _words(samples, positions, getattr(configuration.get_text_config(), "vocab_size", None))
         if settings.padded:
-            return {
-                name: inputs,
-                "attention_mask": _mask(samples, positions),
-                **_labels(kind.__name__, configuration, settings),
-            }
+            return {name: inputs, "attention_mask": _mask(samples, positions)}
     elif name == "pixel_values":
         inputs = torch.empty(_image_shape(configuration, settings), dtype=dtype, device="meta")
     elif name == "input_features" and hasattr(configuration, "max_source_positions"):
@@ -153,18 +163,20 @@ def make_batch(configuration: Any, settings: BatchSettings, dtype: torch.dtype) 
         inputs = torch.empty((samples, positions), dtype=dtype, device="meta")
     else:
         raise PlanError(f"{kind.__name__} takes {name}, whose size is not known: use memtrace.plan from Python")
-    return {name: inputs, **_labels(kind.__name__, configuration, settings)}
+    return {name: inputs}
 
 
-def _labels(kind: str, configuration: Any, settings: BatchSettings) -> Mapping[str, torch.Tensor]:
+def make_labels(kind: Any, configuration: Any, settings: BatchSettings) -> dict[str, torch.Tensor]:
+    """Returns what a class of transformers computes its loss against."""
+    task = kind.__name__
     samples, positions = settings.samples, settings.positions
-    if kind.endswith(_ONE_LABEL):
+    if task.endswith(_ONE_LABEL):
         return {"labels": _integers(0, samples)}
-    if kind.endswith("QuestionAnswering"):
+    if task.endswith("QuestionAnswering"):
         return {name: _integers(0, samples) for name in ("start_positions", "end_positions")}
-    if kind.endswith("TokenClassification"):
+    if task.endswith("TokenClassification"):
         return {"labels": _integers(0, samples, positions)}
-    if kind.endswith("ForCTC"):
+    if task.endswith("ForCTC"):
         return {"labels": _integers(1, samples, _CTC_LABELS)}
     text = configuration.get_text_config(decoder=True)
     longest = getattr(text, "max_target_positions", None) or positions

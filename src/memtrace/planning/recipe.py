@@ -72,6 +72,11 @@ class Recipe:
         return self.unquantized is not None
 
     @property
+    def loaded(self) -> str:
+        """Type in which a model is loaded that is not trained; of a quantized base, what stays out of 4 bits."""
+        return self.unquantized or (self.frozen_base[0].dtype if self.frozen_base else self.weights)
+
+    @property
     def updated(self) -> str:
         """Type of the tensors that the optimizer updates: the masters where there are any."""
         return self.master or self.weights

@@ -9,6 +9,7 @@ from typing import Any
 
 from memtrace.errors import PlanError
 from memtrace.planning.formula import plan_by_formula
+from memtrace.planning.further import without_each
 from memtrace.planning.hardware import held_against
 from memtrace.planning.optimizers import find_optimizer
 from memtrace.planning.plan import Plan
@@ -83,6 +84,8 @@ def _candidates(request: PlanRequest) -> Iterator[tuple[str, dict[str, Any]]]:
     if request.activations:
         kept = ceil(request.activations * CHECKPOINTED_SHARE + request.activations / request.layers)
         yield "gradient checkpointing", {"activation_ratio": None, "activation_bytes": kept}
+    for title, others in without_each(request.further):
+        yield title, {"further": others}
     for title, sharding in other_shardings(request.sharding):
         yield title, {"sharding": sharding}
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from memtrace.errors import PlanError
+from memtrace.planning.further import MAX_PARAMETERS, FurtherModel, check_further
 from memtrace.planning.optimizer_layouts import OptimizerLayout
 from memtrace.planning.recipe import DTYPE_BYTES, LORA_TRAINABLE_RATIO, Recipe
 from memtrace.planning.sharding import Sharding, Strategy
-
-MAX_PARAMETERS = 10**15
 
 _NOT_MEGATRON = frozenset({Strategy.ZERO0, Strategy.ZERO2, Strategy.ZERO3, Strategy.FSDP})
 
@@ -38,6 +37,8 @@ class PlanRequest:
     """Units that a sharded model is gathered in, and that checkpointing recomputes."""
     largest_layer_parameters: int | None = None
     """Parameters of the largest unit. None: parameters / layers."""
+    further: tuple[FurtherModel, ...] = ()
+    """Frozen models beside the trained one, by their counts of parameters."""
 
     def __post_init__(self) -> None:
         _check("parameters", self.parameters, 1, MAX_PARAMETERS)
@@ -52,6 +53,10 @@ class PlanRequest:
             if not self.recipe.quantizes:
                 raise PlanError(f"unquantized parameters are for the recipe qlora, got {self.recipe.name}")
             _check("unquantized parameters", self.unquantized_parameters, 0, self.parameters)
+        check_further(self.further)
+        for model in self.further:
+            if model.parameters is None:
+                raise PlanError(f"a plan from a parameter count takes a count for {model.name}, such as 8e9")
         if self.activation_ratio is not None and self.activation_bytes is not None:
             raise PlanError("activations are given both as a ratio and in bytes: one of them is enough")
         if self.activation_ratio is not None and not 0 <= self.activation_ratio <= 10**6:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.ledger import Ledger
@@ -18,6 +19,7 @@ from memtrace.planning.sharding import Sharding
 from memtrace.planning.updates import MakeOptimizer, Updates
 from memtrace.sources.hooks import HookSet
 from memtrace.sources.simulated_tensor import DEVICE
+from memtrace.sources.simulation import Simulation
 from memtrace.units import MIB
 
 DDP_FIRST_BUCKET = MIB
@@ -99,6 +101,40 @@ class DdpUpdates(ShardedUpdates):
             parameter.grad = view
 
 
+class OffloadedUpdates(Updates):
+    """FSDP2 with `CPUOffloadPolicy`: shards, states and reduced gradients are the host's, and so is the step."""
+
+    def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, simulation: Simulation) -> None:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        super().__init__(parameters, make_optimizer)
+        self._simulation = simulation
+        self._hooks = HookSet()
+        self.offload(model)
+        self._hooks.after_gradient(parameters, self._has_gradient)
+
+    def offload(self, model: nn.Module) -> None:
+        """Moves the shards of a model to the host."""
+        for parameter in model.parameters():
+            self._simulation.to_host(_local(parameter))
+
+    def step(self) -> None:
+        """Updates the shards, on the host."""
+        with self._simulation.on_host():
+            self.optimizer.step()
+
+    def close(self) -> None:
+        """Takes off hooks."""
+        self._hooks.close()
+
+    def _has_gradient(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            self._simulation.to_host(_local(parameter.grad))
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def bucket_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Yields the parameters of each bucket, in the order in which their gradients come: the last ones first."""
     bucket: list[nn.Parameter] = []
@@ -113,17 +149,18 @@ def bucket_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Pa
         yield bucket
 
 
-def fully_sharded(model: nn.Module, recipe: Recipe, sharding: Sharding) -> nn.Module:
+def fully_sharded(model: nn.Module, recipe: Recipe, sharding: Sharding, *, trained: bool = True) -> nn.Module:
     """Shards the model with FSDP2, layer by layer, as one rank of fake ones.
 
-    Weights in float32 are the masters where the recipe computes in a lower type: FSDP2 gathers copies in that type.
+    Weights in float32 are the masters where the recipe computes in a lower type: FSDP2 gathers copies in that type. A
+    model that is not trained frees all of them after its forward pass, as accelerate tells FSDP2 to.
     """
     mesh = init_device_mesh(DEVICE.type, (sharding.world_size,))
     policy = MixedPrecisionPolicy()
     if recipe.compute != recipe.updated:
         policy = MixedPrecisionPolicy(param_dtype=getattr(torch, recipe.compute), reduce_dtype=torch.float32)
     # torch does not free the root's weights after the forward pass unless it is told to: the backward pass begins there
-    reshard = None if sharding.reshard_after_forward else False
+    reshard = True if not trained else None if sharding.reshard_after_forward else False
     whole = {tensor for layer in quantized_layers(model) for tensor in layer.scale_tensors}
     for unit in [*sharding_units(model), model]:
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)

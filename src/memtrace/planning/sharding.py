@@ -111,6 +111,11 @@ class Sharding:
         return self.strategy in ZERO_STAGES
 
     @property
+    def offloads_weights(self) -> bool:
+        """Whether the shards of the weights are kept in the memory of the host."""
+        return self.offload is Offload.PARAMETERS
+
+    @property
     def copies_gradients(self) -> bool:
         """Whether the step makes float32 copies of 16-bit gradients on the device (DeepSpeed's ZeRO optimizers)."""
         return self.strategy in _OFFLOADS_OPTIMIZER and self.offload is Offload.NONE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memtrace.planning.recipe import DEEPSPEED_CONVERTS, Recipe
-from memtrace.planning.sharding import Sharding, Strategy
+from memtrace.planning.sharding import Offload, Sharding, Strategy
 
 
 def sharding_assumptions(sharding: Sharding, recipe: Recipe) -> Iterator[str]:
@@ -19,6 +19,12 @@ def sharding_assumptions(sharding: Sharding, recipe: Recipe) -> Iterator[str]:
             f"4-bit weights are packed as {recipe.compute} (bnb_4bit_quant_storage) and shared out; as uint8, the "
             "default, FSDP2 under accelerate leaves them whole on each rank."
         )
+    if sharding.offload is not Offload.NONE:
+        what = "Shards of weights, masters" if sharding.offloads_weights else "Masters"
+        yield (
+            f"{what}, optimizer states and reduced gradients are in the memory of the host, where the step runs, and "
+            "so is what DeepSpeed keeps there between device and host. Rounding of pinned memory is not counted."
+        )
     yield f"The figures are those of rank {sharding.rank} of {sharding.world_size}."
     if sharding.strategy is Strategy.FSDP:
         yield (
@@ -26,6 +32,8 @@ def sharding_assumptions(sharding: Sharding, recipe: Recipe) -> Iterator[str]:
             "in the type of the recipe and reduces gradients in float32."
         )
         yield "Collectives of FSDP2 end at once; on a GPU a stream can hold their buffers a little longer."
+        if sharding.offloads_weights:
+            yield "The copies of one layer's shards that are gathered from are not counted on the device."
     elif sharding.strategy is Strategy.DDP:
         yield "DDP keeps its buckets from step to step and reduces with the last micro batch (no_sync before)."
     elif sharding.strategy is Strategy.ZERO0:

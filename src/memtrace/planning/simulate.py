@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import nn
 from memtrace.categories import Moment
 from memtrace.errors import PlanError
 from memtrace.planning.caching_allocator import CachingAllocator, replay
+from memtrace.planning.further import FurtherModel, further_setup, further_sharding
 from memtrace.planning.hardware import Device, find_device, held_against
 from memtrace.planning.optimizers import find_optimizer
 from memtrace.planning.plan import ByteRange, Plan
 from memtrace.planning.recipe import Recipe, find_recipe
-from memtrace.planning.sharding import Sharding, Strategy
+from memtrace.planning.sharding import Offload, Sharding, Strategy
 from memtrace.planning.sharding_assumptions import sharding_assumptions
 from memtrace.planning.simulated_run import WORKSPACES, Loss, SimulatedRun, Training, run_two_steps
 from memtrace.planning.torch_optimizers import StepKernels, keeps_only, make_optimizer, steps_fused
@@ -43,6 +45,7 @@ def plan(
     sharding: Sharding | None = None,
     device: str = "cuda",
     keep_outputs: bool = False,
+    further_models: Mapping[str, Callable[[], nn.Module]] | None = None,
 ) -> Plan:
     """Returns what a training step of this model will need, without a GPU and without its memory.
 
@@ -65,14 +68,19 @@ def plan(
             with what the libraries keep on that one, and adds the verdict whether the step fits it.
         keep_outputs: whether the loop keeps the output of the model into the next step, as `out = model(**batch)` does;
             under Trainer it does not.
+        further_models: functions that make the models beside the trained one, by name: a reference, a teacher, a
+            frozen encoder. They are called as `make_model` is; the types of their parameters are as they leave them.
+            `loss` is given the models by name, as `loss(model, batch, reference=...)`, and runs them as the loop does;
+            without `loss` they are held and do not run.
 
     Raises:
-        PlanError: there is no such device; the model cannot be made, refuses the batch, or does what cannot be
+        PlanError: there is no such device; a model cannot be made, refuses the batch, or does what cannot be
             simulated.
     """
     named = _named(device)
     if accumulation_steps < 1:
         raise PlanError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
+    held = [FurtherModel(name=name) for name in further_models or {}]
     target, found = Target.CUDA if named else Target(device), find_recipe(recipe)
     sharding = sharding or Sharding()
     if isinstance(optimizer, str):
@@ -83,7 +91,8 @@ def plan(
         Training(
             make_model=make_model,
             make_batch=make_batch,
-            loss=loss or model_loss,
+            loss=loss or _own_loss,
+            further=dict(further_models or {}),
             recipe=found,
             make_optimizer=make,
             accumulation_steps=accumulation_steps,
@@ -94,7 +103,21 @@ def plan(
         )
     )
     made = plan_of(run, found, name, target, sharding, device=named)
+    if held:
+        said = (*made.assumptions, *_said_of(held, run), *further_sharding(held, sharding))
+        made = replace(made, setup={**made.setup, **further_setup(held)}, assumptions=said)
     return made if named is None else held_against(made, named.name, named.usable_bytes, sharding.world_size)
+
+
+def _said_of(models: Sequence[FurtherModel], run: SimulatedRun) -> Iterator[str]:
+    for model in models:
+        runs = "runs where the loss runs it" if model.name in run.further_output_bytes else "does not run"
+        yield f"{model.name} is held as its function makes it, and {runs}."
+
+
+def _own_loss(model: nn.Module, batch: Any, /, **_: nn.Module) -> torch.Tensor:
+    """The loss that the model computes, beside further models that do not run."""
+    return model_loss(model, batch)
 
 
 def _named(device: str) -> Device | None:
@@ -114,7 +137,7 @@ def workspaces_of(device: Device | None) -> Sequence[int]:
 
 def step_kernels(target: Target, sharding: Sharding) -> StepKernels:
     """Returns how an optimizer goes through the parameters unless it is told: DeepSpeed brings a fused step."""
-    if target is Target.CPU:
+    if target is Target.CPU or (sharding.offload is not Offload.NONE and not sharding.is_zero):
         return StepKernels.LOOP
     return StepKernels.FUSED if sharding.is_zero else StepKernels.FOREACH
 
@@ -149,6 +172,8 @@ def plan_of(
         setup["tokens"] = run.batch.tokens
     if sharding.strategy is not Strategy.NONE:
         setup |= {"strategy": sharding.strategy.value, "world_size": sharding.world_size, "rank": sharding.rank}
+    if sharding.offload is not Offload.NONE:
+        setup["offload"] = sharding.offload.value
     allocator = CachingAllocator() if target is Target.CUDA else None
     if allocator is not None:
         replay(run.events(), allocator)
@@ -166,6 +191,7 @@ def plan_of(
         allocated=ByteRange(low=peak, high=int(high * (1 + CONVOLUTION_PEAK)) if convolves else high),
         reserved_bytes=None if allocator is None else allocator.peak_reserved_bytes,
         reserved_margin=CONVOLUTION_RESERVED if convolves else 0.0,
+        host_bytes=run.host_bytes,
     )
 
 

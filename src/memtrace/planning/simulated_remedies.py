@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from memtrace.errors import PlanError
+from memtrace.planning.further import without_each
 from memtrace.planning.plan import Plan
 from memtrace.planning.recipe import find_recipe
 from memtrace.planning.remedies import Remedy, other_shardings
@@ -65,5 +66,7 @@ def candidates(request: SimulationRequest) -> Iterator[tuple[str, SimulationRequ
         yield "8-bit AdamW", replace(request, optimizer="adamw8bit")
         yield "Adafactor", replace(request, optimizer="adafactor")
         yield "a fused optimizer step", replace(request, fused_step=True)
+    for title, others in without_each(request.further):
+        yield title, replace(request, further=others)
     for title, sharding in other_shardings(request.sharding):
         yield title, replace(request, sharding=sharding)

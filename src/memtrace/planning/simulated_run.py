@@ -5,40 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from memtrace.attribution.engines.engine import Engine
-from memtrace.attribution.inputs import claim_batch, main_input
-from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.scan import Scan
+from memtrace.attribution.further import FurtherModels
 from memtrace.attribution.timeline import StepMarks, Timeline
 from memtrace.breakdown import BatchShape, Breakdown
 from memtrace.categories import Moment
 from memtrace.errors import MemTraceError, PlanError
-from memtrace.guard import Guard
-from memtrace.planning.by_module import ModuleSpans, Span
+from memtrace.planning.by_module import Span
 from memtrace.planning.held_types import hold_as
 from memtrace.planning.outputs import Outputs
 from memtrace.planning.quantized import parameter_count
 from memtrace.planning.recipe import Recipe, under_deepspeed
-from memtrace.planning.sharding import Offload, Sharding, Strategy
+from memtrace.planning.sharding import Sharding, Strategy
+from memtrace.planning.step_recorder import StepRecorder
 from memtrace.planning.updates import MakeOptimizer, Updates, updates_of
 from memtrace.sources import cublas
 from memtrace.sources.cuda_functions import CudaFunctions
 from memtrace.sources.events import Event
-from memtrace.sources.hooks import HookSet
 from memtrace.sources.kernels import Target
 from memtrace.sources.operator_results import OperatorResults, map_tensors
 from memtrace.sources.results import Operator
 from memtrace.sources.simulated_tensor import DEVICE
 from memtrace.sources.simulation import Simulation
-from memtrace.steps import StepInFlight
-from memtrace.tracing import TraceWindow
 
-Loss = Callable[[nn.Module, Any], torch.Tensor]
+Loss = Callable[..., torch.Tensor]
+"""Returns the loss for a model and a batch; further models are handed over by name."""
 
 WORKSPACES = cublas.of_both_threads(cublas.BEFORE_HOPPER)
 """What cuBLAS keeps of a device that is not named."""
@@ -70,6 +66,8 @@ class Training:
     accumulation_steps: int
     target: Target
     sharding: Sharding = field(default_factory=Sharding)
+    further: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    """Make the models beside the trained one, by name, as `make_model` does; their types are left as they are."""
     keeps_outputs: bool = False
     """Whether the loop names the output of the model, and so keeps its logits into the next step."""
     workspaces: Sequence[int] = WORKSPACES
@@ -97,6 +95,10 @@ class SimulatedRun:
     batch: BatchShape | None
     output_bytes: int
     """Of what the model returned besides its loss."""
+    further_output_bytes: Mapping[str, int]
+    """Of what each further model returned that ran, by name."""
+    host_bytes: int
+    """What is in the memory of the host after the step: offloaded states, and what stands between."""
     operators: int
     """Operators that the two steps took."""
     kinds: frozenset[Operator]
@@ -124,8 +126,9 @@ def run_two_steps(training: Training) -> SimulatedRun:
     simulation = Simulation(training.target, training.results)
     simulation.events.open()
     with torch.random.fork_rng(devices=[]), ExitStack() as stack:
-        model = _model_of(training)
-        simulation.adopt_module(model)
+        model, further = _model_of(training), _further_of(training)
+        for module in (model, *further.values()):
+            simulation.adopt_module(module)
         stack.enter_context(simulation)
         if training.target is Target.CUDA:
             stack.enter_context(CudaFunctions())
@@ -136,16 +139,26 @@ def run_two_steps(training: Training) -> SimulatedRun:
         with refusals("the model cannot be sharded"):
             model = _sharded(model, training, stack)
         with refusals("the optimizer cannot be made"):
-            updates = _updates(model, training, stack)
+            updates = _updates(model, training, simulation, stack)
         stack.callback(updates.close)
+        with refusals("a further model cannot be sharded"):
+            further = {name: _sharded_beside(module, training, updates) for name, module in further.items()}
         outputs = Outputs(keeps=training.keeps_outputs)
         stack.callback(model.register_forward_hook(outputs.saw).remove)
+        beside = {name: Outputs(keeps=training.keeps_outputs, trained=False) for name in further}
+        for name, module in further.items():
+            stack.callback(module.register_forward_hook(beside[name].saw).remove)
+        loss = partial(training.loss, **further) if further else training.loss
+        training = replace(training, loss=loss)
         workspaces = training.workspaces if training.target is Target.CUDA else ()
-        with _Recorder(model, updates, simulation, workspaces, by_module=training.by_module) as recorder:
+        with StepRecorder(
+            model, updates, simulation, workspaces, FurtherModels(further), by_module=training.by_module
+        ) as recorder:
             _step(training, model, updates, simulation)
             recorder.ready = True
             _step(training, model, updates, simulation)
             recorder.step_is_over()
+            host_bytes = simulation.host_bytes
     if recorder.timeline is None or recorder.marks is None:
         raise PlanError("the loss never ran the model: it must call the module that it is given")
     return SimulatedRun(
@@ -157,99 +170,11 @@ def run_two_steps(training: Training) -> SimulatedRun:
         trainable=trainable,
         batch=recorder.batch,
         output_bytes=outputs.nbytes,
+        further_output_bytes={name: seen.nbytes for name, seen in beside.items() if seen.nbytes},
+        host_bytes=host_bytes,
         operators=simulation.operators,
         kinds=frozenset(simulation.kinds),
     )
-
-
-class _Recorder:
-    """Marks the parts of a step and tags its blocks, through the hooks that the live tracer uses."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        updates: Updates,
-        simulation: Simulation,
-        workspaces: Sequence[int],
-        *,
-        by_module: bool,
-    ) -> None:
-        self.ready = False
-        """Whether the next step is the one to look at."""
-        self.timeline: Timeline | None = None
-        self.marks: StepMarks | None = None
-        self.batch: BatchShape | None = None
-        self._model, self._optimizer = model, updates.optimizer
-        self.modules, self._by_module = ModuleSpans(simulation.events.coordinates.now_ns), by_module
-        self._clock = simulation.events.coordinates.now_ns
-        self._ledger = Ledger(DEVICE, simulation.events.coordinates)
-        self._step: StepInFlight | None = None
-        self._hooks = HookSet()
-        engines = [updates] if isinstance(updates, Engine) else []
-        self._scan = Scan(model, updates.optimizer, engines)
-        self._scan.workspaces = workspaces
-        self._window = TraceWindow(
-            model=model,
-            scan=self._scan,
-            source=simulation.events,
-            ledger=self._ledger,
-            guard=Guard(lambda: None, strict=True),
-            current_step=lambda: self._step,
-        )
-
-    def __enter__(self) -> Self:
-        self._window.adopt()
-        if self._by_module:
-            self.modules.watch(self._model, self._hooks)
-        self._hooks.before_forward(self._model, self._forward_begins)
-        self._hooks.after_forward(self._model, self._forward_ends)
-        self._hooks.around_step(self._optimizer, self._optimizer_begins, self._optimizer_ends)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._hooks.close()
-        self._window.abandon()
-
-    def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if not self.ready or not torch.is_grad_enabled():
-            return
-        if self._step is None:
-            self._step = StepInFlight(
-                number=2,
-                read=lambda: None,
-                now_ns=self._clock,
-                prepares_gradients=self._scan.prepares_gradients,
-            )
-        self._step.forward_begins(main_input(args, kwargs, getattr(module, "main_input_name", None)))
-        claim_batch(args, kwargs, self._ledger)
-        self._window.forward_begins()
-
-    def _forward_ends(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if self._step is not None and torch.is_grad_enabled():
-            self._step.forward_ends()
-            self._window.forward_ends(output)
-
-    def _optimizer_begins(self, *_: object) -> None:
-        if self._step is not None:
-            self._step.optimizer_begins()
-            self._window.backward_ends()
-
-    def _optimizer_ends(self, *_: object) -> None:
-        """A step without an engine ends here, as for the live tracer: nobody knows whether gradients are kept."""
-        if self._step is None:
-            return
-        self._step.optimizer_ends()
-        if not self._scan.engines:
-            self.step_is_over()
-
-    def step_is_over(self) -> None:
-        """Ends the step that is looked at; nothing where it is over."""
-        if self._step is None or not self._step.stepped:
-            return
-        self.marks, self.batch = self._step.ends(), self._step.batch()
-        self.timeline = self._window.close()
-        self._step = None
-        assert self.timeline is not None, "a simulation loses no events"
 
 
 @contextmanager
@@ -276,10 +201,23 @@ def _model_of(training: Training) -> nn.Module:
     return model.train()
 
 
+def _further_of(training: Training) -> dict[str, nn.Module]:
+    """Returns the further models on the meta device.
+
+    Raises:
+        PlanError: one cannot be made.
+    """
+    made = {}
+    for name, make in training.further.items():
+        with refusals(f"{name} cannot be made"), torch.device("meta"):
+            made[name] = make()
+        if not isinstance(made[name], nn.Module):
+            raise PlanError(f"{name} must be made as a torch.nn.Module, got {type(made[name]).__name__}")
+    return made
+
+
 def _check_sharding(training: Training) -> None:
     sharding, recipe = training.sharding, training.recipe
-    if sharding.offload is not Offload.NONE:
-        raise PlanError("offloading is not simulated: plan it by formula, from --params")
     if sharding.strategy not in (Strategy.NONE, Strategy.FSDP) and recipe.gradients_persist:
         raise PlanError(f"{sharding.strategy.label} with the recipe {recipe.name} is not simulated")
     if sharding.strategy is Strategy.DDP and recipe.master is not None:
@@ -300,28 +238,61 @@ def _sharded(model: nn.Module, training: Training, stack: ExitStack) -> nn.Modul
     return fully_sharded(model, training.recipe, sharding)
 
 
-def _updates(model: nn.Module, training: Training, stack: ExitStack) -> Updates:
+def _sharded_beside(model: nn.Module, training: Training, updates: Updates) -> nn.Module:
+    """Returns a further model as one rank holds it: shared out where the trained one is."""
+    sharding = training.sharding
+    if sharding.strategy is Strategy.FSDP:
+        from memtrace.planning.sharded_updates import OffloadedUpdates, fully_sharded  # noqa: PLC0415 - as above
+
+        model = fully_sharded(model, training.recipe, sharding, trained=False)
+        if isinstance(updates, OffloadedUpdates):
+            updates.offload(model)
+    if sharding.strategy is Strategy.ZERO3:
+        from memtrace.planning.zero3_updates import Zero3Updates  # noqa: PLC0415
+
+        assert isinstance(updates, Zero3Updates)
+        updates.shard_beside(model)
+    return model
+
+
+def _updates(model: nn.Module, training: Training, simulation: Simulation, stack: ExitStack) -> Updates:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sharding, make = training.sharding, training.make_optimizer
     if sharding.strategy is Strategy.NONE:
         return updates_of(training.recipe, trainable, make)
-    if sharding.strategy is Strategy.FSDP:
+    if sharding.strategy is Strategy.FSDP and not sharding.offloads_weights:
         return Updates(trainable, make)
-    if sharding.strategy is Strategy.DDP:
-        from memtrace.planning.sharded_updates import DdpUpdates  # noqa: PLC0415 - torch.distributed takes a second
+    if not sharding.is_zero:
+        from memtrace.planning.sharded_updates import (  # noqa: PLC0415 - torch.distributed takes a second
+            DdpUpdates,
+            OffloadedUpdates,
+        )
 
+        if sharding.strategy is Strategy.FSDP:
+            return OffloadedUpdates(model, make, simulation)
         return DdpUpdates(trainable, make, gradients_are_views=sharding.gradient_as_bucket_view)
+    return _zero_updates(model, trainable, training, simulation, stack)
+
+
+def _zero_updates(
+    model: nn.Module,
+    trainable: Sequence[nn.Parameter],
+    training: Training,
+    simulation: Simulation,
+    stack: ExitStack,
+) -> Updates:
+    sharding, make = training.sharding, training.make_optimizer
     from memtrace.planning.zero3_modules import ZeroFunctions  # noqa: PLC0415
     from memtrace.planning.zero3_updates import Zero3Updates  # noqa: PLC0415
     from memtrace.planning.zero_updates import Zero0Updates, ZeroUpdates  # noqa: PLC0415
 
     if sharding.strategy is Strategy.ZERO3:
-        updates = Zero3Updates(model, make, sharding, training.target)
+        updates = Zero3Updates(model, make, sharding, training.target, simulation.on_host)
         stack.enter_context(ZeroFunctions(updates.fetching))
         return updates
     if sharding.strategy is Strategy.ZERO0:
         return Zero0Updates(trainable, make, sharding)
-    return ZeroUpdates(trainable, make, sharding)
+    return ZeroUpdates(trainable, make, sharding, simulation.on_host)
 
 
 def _step(training: Training, model: nn.Module, updates: Updates, simulation: Simulation) -> None:

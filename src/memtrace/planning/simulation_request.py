@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from memtrace.errors import PlanError
+from memtrace.planning.further import FurtherModel, check_further, further_setup, further_sharding
+from memtrace.planning.further_runs import loss_beside, make_further_inputs, makers, said_of
 from memtrace.planning.hardware import Device
 from memtrace.planning.models import BatchSettings, ModelSettings, build_model, make_batch
 from memtrace.planning.plan import Plan
-from memtrace.planning.recipe import DTYPE_BYTES, Recipe
+from memtrace.planning.recipe import DTYPE_BYTES, Recipe, under_deepspeed
 from memtrace.planning.sharding import Sharding
 from memtrace.planning.simulate import model_loss, plan_of, step_kernels, workspaces_of
 from memtrace.planning.simulated_run import SimulatedRun, Training, run_two_steps
@@ -45,6 +47,8 @@ class SimulationRequest:
     """Whether torch's fused kernel updates the weights, where the optimizer has one: it needs no temporaries."""
     target: Target = Target.CUDA
     sharding: Sharding = field(default_factory=Sharding)
+    further: tuple[FurtherModel, ...] = ()
+    """Frozen models beside the trained one: those with a configuration run, of those with a count weights are held."""
     device: Device | None = None
     """The device that the step is planned for, where it is a known one."""
     by_module: bool = True
@@ -55,6 +59,7 @@ class SimulationRequest:
     def __post_init__(self) -> None:
         if self.accumulation_steps < 1:
             raise PlanError(f"accumulation steps must be at least 1, got {self.accumulation_steps}")
+        check_further(self.further)
 
     @property
     def step_kernels(self) -> StepKernels:
@@ -62,6 +67,11 @@ class SimulationRequest:
         if self.fused_step:
             return StepKernels.FUSED
         return step_kernels(self.target, self.sharding)
+
+    @property
+    def step_recipe(self) -> Recipe:
+        """The recipe as the engine runs it."""
+        return under_deepspeed(self.recipe) if self.sharding.is_zero else self.recipe
 
     @property
     def settings(self) -> ModelSettings:
@@ -81,11 +91,19 @@ def simulate(request: SimulationRequest) -> SimulatedRun:
     batch = request.batch
     if request.model.attention == "flash_attention_2":  # it packs the texts of a padded batch: no mask of all pairs
         batch = replace(batch, padded=False)
+
+    def inputs() -> Any:
+        own = make_batch(request.configuration, batch, dtype)
+        if not request.further:
+            return own
+        return own, make_further_inputs(request.further, batch, request.step_recipe, own)
+
     return run_two_steps(
         Training(
             make_model=lambda: build_model(request.configuration, request.settings),
-            make_batch=lambda: make_batch(request.configuration, batch, dtype),
-            loss=model_loss,
+            make_batch=inputs,
+            loss=loss_beside if request.further else model_loss,
+            further=makers(request.further, request.step_recipe, request.model.attention),
             recipe=request.recipe,
             make_optimizer=make_optimizer(request.optimizer, request.step_kernels),
             accumulation_steps=request.accumulation_steps,
@@ -119,6 +137,7 @@ def plan_simulated(request: SimulationRequest, run: SimulatedRun | None = None) 
     setup = {
         "model": request.configuration.model_type,
         **plan.setup,
+        **further_setup(request.further),
         "gradient_checkpointing": str(request.model.gradient_checkpointing).lower(),
     }
     return replace(plan, setup=setup)
@@ -126,6 +145,9 @@ def plan_simulated(request: SimulationRequest, run: SimulatedRun | None = None) 
 
 def _loop(request: SimulationRequest, run: SimulatedRun, plan: Plan) -> Iterator[str]:
     """Yields which form of the loop was assumed, where the other one would need another amount of memory."""
+    further = request.further
+    yield from said_of(further, request.step_recipe, run.further_output_bytes, kept=request.keeps_outputs)
+    yield from further_sharding(further, request.sharding)
     if run.output_bytes > MATTERS * plan.total_bytes:
         size = f"{run.output_bytes / GB:.2f} GB"
         if request.keeps_outputs:

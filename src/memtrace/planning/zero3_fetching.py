@@ -70,6 +70,7 @@ class Fetching:
         settings: thresholds.
         world_size: ranks.
         on_gloo: whether gathers go through a copy, as gloo's do.
+        from_host: whether the shares are offloaded: a copy on the device is gathered from.
         note: is told of each flat tensor of a gather, with None, and of gathered weights, with their parameter.
     """
 
@@ -78,11 +79,13 @@ class Fetching:
         held: Mapping[nn.Module, list[ShardedParameter]],
         settings: Zero3Settings,
         world_size: int,
+        *,
         on_gloo: bool,
+        from_host: bool,
         note: Callable[[torch.Tensor, ShardedParameter | None], None],
     ) -> None:
         self._held, self._settings, self._world_size = held, settings, world_size
-        self._on_gloo, self._note = on_gloo, note
+        self._on_gloo, self._from_host, self._note = on_gloo, from_host, note
         self._trace = _Trace.NONE
         self._modules: list[nn.Module] = []
         self._queue: deque[tuple[ShardedParameter, int]] = deque()
@@ -180,7 +183,7 @@ class Fetching:
     def gather_whole(self, parameters: Iterable[ShardedParameter]) -> None:
         """Gathers parameters, each in a tensor of its own with the padding; one rank alone has them already."""
         for known in parameters:
-            self._fill(known, self._buffer([known]) if self._world_size > 1 else known.shard)
+            self._fill(known, self._buffer([known]) if self._world_size > 1 or self._from_host else known.shard)
 
     def _gather(self, parameters: Iterable[ShardedParameter]) -> None:
         """Begins a gather. A single parameter becomes a view of what was gathered."""
@@ -210,8 +213,10 @@ class Fetching:
             self._release(known)
 
     def _buffer(self, parameters: Sequence[ShardedParameter]) -> torch.Tensor:
-        elements = sum(known.share for known in parameters) * self._world_size
-        gathered = torch.empty(elements, dtype=parameters[0].parameter.dtype, device=DEVICE)
+        share, dtype = sum(known.share for known in parameters), parameters[0].parameter.dtype
+        own = torch.empty(share, dtype=dtype, device=DEVICE) if self._from_host else None
+        gathered = torch.empty(share * self._world_size, dtype=dtype, device=DEVICE)
+        del own
         if self._on_gloo:
             torch.empty_like(gathered)
         return gathered

@@ -6,7 +6,8 @@ What DeepSpeed allocates is modelled after version 0.19, runtime/zero/stage3.py;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import accumulate, chain, pairwise
 
 import torch
@@ -16,11 +17,11 @@ from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import Role
 from memtrace.categories import Category
 from memtrace.planning.sharded_updates import ShardedUpdates
-from memtrace.planning.sharding import Sharding
+from memtrace.planning.sharding import Offload, Sharding
 from memtrace.planning.updates import MakeOptimizer
 from memtrace.planning.zero3_fetching import Fetching, ShardedParameter
 from memtrace.planning.zero3_modules import follow_modules
-from memtrace.planning.zero_updates import gradient_norm
+from memtrace.planning.zero_updates import OnHost, gradient_norm
 from memtrace.sources.hooks import HookSet
 from memtrace.sources.kernels import Target
 from memtrace.sources.simulated_tensor import DEVICE
@@ -31,46 +32,43 @@ class Zero3Updates(ShardedUpdates):
 
     prepares_gradients = True
 
-    def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, sharding: Sharding, target: Target) -> None:
+    def __init__(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, sharding: Sharding, target: Target, host: OnHost
+    ) -> None:
+        self._host = nullcontext if sharding.offload is Offload.NONE else host
+        """Where masters, states and reduced gradients are made."""
+        self._shards_on = host if sharding.offloads_weights else nullcontext
+        """Where the shares of the weights are made."""
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sharding, self._target = sharding, target
         self._gathered: dict[int, nn.Parameter] = {}
         """Parameters by the identity of the storage in which they were gathered last."""
         self._hooks = HookSet()
         self._hooks.after_gradient(self._parameters, self._has_gradient)  # made while they have their shapes
-        dtype, world = self._parameters[0].dtype, sharding.world_size
-        self._known = {
-            parameter: ShardedParameter(
-                parameter=parameter,
-                number=number,
-                shape=parameter.shape,
-                share=-(-parameter.numel() // world),
-                persists=parameter.numel() <= sharding.zero3.persistence_threshold,
-                gathered=True,
-            )
-            for number, parameter in enumerate(model.parameters())
-        }
+        dtype = self._parameters[0].dtype
+        self._known = _known_parameters(model, sharding)
+        self._beside: dict[nn.Parameter, ShardedParameter] = {}
+        """Parameters of further models."""
         trained = [self._known[parameter] for parameter in self._parameters]
-        held = {
-            module: [self._known[parameter] for parameter in module.parameters(recurse=False)]
-            for module in model.modules()
-        }
-        self.fetching = Fetching(held, sharding.zero3, world, target is Target.CPU, self._note_gather)
-        self.fetching.release_all(self._known.values())
+        self.fetching = self._fetching_of(model, self._known)
         shares = sum(known.share for known in trained)
-        self._shards = torch.empty(shares, dtype=dtype, device=DEVICE)
+        with self._shards_on():
+            self._shards = torch.empty(shares, dtype=dtype, device=DEVICE)
         for known, shard in zip(trained, torch.split(self._shards, [known.share for known in trained]), strict=True):
             known.shard = shard
         for parameter, known in self._known.items():
             if not parameter.requires_grad:
-                known.shard = torch.empty(known.share, dtype=parameter.dtype, device=DEVICE)
+                known.shard = self._frozen_shard(known)
         groups = _sub_groups([known.share for known in trained], sharding.zero3.sub_group)
         bounds = list(pairwise(accumulate(groups, initial=0)))
         self._bounds = bounds
-        self._masters = [self._shards[begin:end].to(torch.float32, copy=True).requires_grad_() for begin, end in bounds]
+        with self._host():
+            parts = [self._shards[begin:end] for begin, end in bounds]
+            self._masters = [part.to(torch.float32, copy=True).requires_grad_() for part in parts]
+            self._gradients = torch.zeros(shares, dtype=dtype, device=DEVICE)
+            self._float32_gradients = None if self._host is nullcontext else torch.zeros_like(self._gradients).float()
         self.optimizer = make_optimizer(self._masters)
         self._bucket = torch.empty(sharding.reduce_bucket, dtype=dtype, device=DEVICE)
-        self._gradients = torch.zeros(shares, dtype=dtype, device=DEVICE)
         ends = chain([0], accumulate(known.share for known in trained))
         self._places = {known: slice(*bound) for known, bound in zip(trained, pairwise(ends), strict=True)}
         self._overflow = torch.zeros(1, dtype=torch.bool, device=DEVICE)
@@ -95,7 +93,8 @@ class Zero3Updates(ShardedUpdates):
 
     def role_of(self, parameter: torch.Tensor) -> Role | None:
         """Returns what whole weights are: small ones are kept from step to step, one rank alone has its shards."""
-        known = self._known.get(parameter)  # type: ignore[call-overload]  # a key like any other where it is none
+        # a key like any other where it is no parameter
+        known = self._known.get(parameter) or self._beside.get(parameter)  # type: ignore[call-overload]
         if known is None or self._sharding.world_size == 1:
             return None
         return Role(Category.WEIGHTS, "gathered") if known.persists else Role(Category.TRANSIENT_WEIGHTS, "all_gather")
@@ -121,6 +120,23 @@ class Zero3Updates(ShardedUpdates):
         """Updates the sub-groups one after the other, and gathers small parameters again."""
         with torch.no_grad():
             self.fetching.release_all(self._known.values())
+        with self._host():
+            self._update()
+        with torch.no_grad():
+            self.fetching.gather_whole([known for known in self._known.values() if known.persists])
+
+    def shard_beside(self, model: nn.Module) -> None:
+        """Shares a further model out, as DeepSpeed does one that it gets without an optimizer: it is gathered alike."""
+        known = _known_parameters(model, self._sharding)
+        fetching = self._fetching_of(model, known)
+        for parameter, one in known.items():
+            one.shard = self._frozen_shard(one)
+            parameter.ds_tensor = one.shard  # type: ignore[attr-defined]  # DeepSpeed's name: what is claimed for it
+        self._beside |= known
+        follow_modules(model, fetching, self._hooks)
+
+    def _update(self) -> None:
+        with torch.no_grad():
             parts = [self._gradients[place] for place in self._places.values()]
             self._norm = self.note(gradient_norm(parts), Category.BUFFERS, "grad_norm")
             del parts
@@ -133,12 +149,28 @@ class Zero3Updates(ShardedUpdates):
                 self._shards[begin:end].copy_(master)
                 master.grad = None
         self.optimizer.param_groups[0]["params"] = self._masters
-        with torch.no_grad():
-            self.fetching.gather_whole([known for known in self._known.values() if known.persists])
 
     def close(self) -> None:
         """Takes off hooks."""
         self._hooks.close()
+
+    def _fetching_of(self, model: nn.Module, known: Mapping[nn.Parameter, ShardedParameter]) -> Fetching:
+        """Returns what gathers the weights of a model; it has released them all."""
+        held = {module: [known[own] for own in module.parameters(recurse=False)] for module in model.modules()}
+        fetching = Fetching(
+            held,
+            self._sharding.zero3,
+            self._sharding.world_size,
+            on_gloo=self._target is Target.CPU,
+            from_host=self._sharding.offloads_weights,
+            note=self._note_gather,
+        )
+        fetching.release_all(known.values())
+        return fetching
+
+    def _frozen_shard(self, known: ShardedParameter) -> torch.Tensor:
+        with self._shards_on():
+            return torch.empty(known.share, dtype=known.parameter.dtype, device=DEVICE)
 
     def _note_gather(self, tensor: torch.Tensor, known: ShardedParameter | None) -> None:
         if known is None:
@@ -150,7 +182,9 @@ class Zero3Updates(ShardedUpdates):
         self._gathered[id(tensor.untyped_storage())] = known.parameter
 
     def _float32_gradient(self, begin: int, end: int) -> torch.Tensor:
-        """DeepSpeed flattens the gradients of a sub-group before it converts them."""
+        """DeepSpeed flattens the gradients of a sub-group before it converts them; offloaded, they are kept so."""
+        if self._float32_gradients is not None:
+            return self._float32_gradients[begin:end]
         parts = [self._gradients[place] for place in self._places.values() if begin <= place.start < end]
         flat = torch.cat(parts) if len(parts) > 1 else parts[0]
         return flat.to(torch.float32)
@@ -184,6 +218,21 @@ class Zero3Updates(ShardedUpdates):
             parameter.grad = None
         del flat
         self._waiting, self._filled = [], 0
+
+
+def _known_parameters(model: nn.Module, sharding: Sharding) -> dict[nn.Parameter, ShardedParameter]:
+    """Returns the parameters of a model that are shared out, whole as they are now."""
+    return {
+        parameter: ShardedParameter(
+            parameter=parameter,
+            number=number,
+            shape=parameter.shape,
+            share=-(-parameter.numel() // sharding.world_size),
+            persists=parameter.numel() <= sharding.zero3.persistence_threshold,
+            gathered=True,
+        )
+        for number, parameter in enumerate(model.parameters())
+    }
 
 
 def _sub_groups(shares: Sequence[int], limit: int) -> list[int]:

@@ -8,6 +8,7 @@ Trainer's two (with and without weight decay) are padded apart, by some elements
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate, chain, pairwise
 from typing import Any, TypeVar
 
@@ -17,12 +18,15 @@ from torch import nn
 from memtrace.attribution.ledger import Ledger
 from memtrace.categories import Category
 from memtrace.planning.sharded_updates import ShardedUpdates
-from memtrace.planning.sharding import Sharding, Strategy
+from memtrace.planning.sharding import Offload, Sharding, Strategy
 from memtrace.planning.updates import MakeOptimizer, MasterCopies
 from memtrace.sources.hooks import HookSet
 from memtrace.sources.simulated_tensor import DEVICE
 
 Item = TypeVar("Item")
+
+OnHost = Callable[[], AbstractContextManager[object]]
+"""Returns a context in which new tensors lie in the memory of the host."""
 
 _ALIGNMENT = 2
 """Elements to which each rank's partition is padded (`nccl_start_alignment_factor`: 4 bytes of a 16-bit type)."""
@@ -62,9 +66,14 @@ class ZeroUpdates(ShardedUpdates):
 
     prepares_gradients = True
 
-    def __init__(self, parameters: Sequence[nn.Parameter], make_optimizer: MakeOptimizer, sharding: Sharding) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], make_optimizer: MakeOptimizer, sharding: Sharding, host: OnHost
+    ) -> None:
         self._parameters = parameters
         self._sharding = sharding
+        self._offloads = sharding.offload is not Offload.NONE
+        self._host = host if self._offloads else nullcontext
+        """Where masters, states and summed gradients are made."""
         self._partitions_gradients = sharding.strategy is Strategy.ZERO2
         sizes = [parameter.numel() for parameter in parameters]
         self._share = partition_elements(sum(sizes), sharding.world_size)
@@ -78,7 +87,13 @@ class ZeroUpdates(ShardedUpdates):
         self._partition = (first, first + self._share)
         self._mine = {p: None for p, (begin, end) in self._bounds.items() if self._within(begin, end) is not None}
         """Parameters of which at least a part lies in this rank's partition."""
-        self._master = self._flat[first : first + self._share].to(torch.float32, copy=True).requires_grad_()
+        with self._host():
+            self._master = self._flat[first : first + self._share].to(torch.float32, copy=True).requires_grad_()
+        self._staged: list[torch.Tensor] = []
+        """What offloading keeps besides: of the host, then of the device."""
+        self._stages: torch.Tensor | None = None
+        if self._offloads:
+            self._offload(max(sizes))
         self.optimizer = make_optimizer([self._master])
         self._buckets: list[torch.Tensor] = []
         self._waiting: list[nn.Parameter] = []
@@ -89,15 +104,30 @@ class ZeroUpdates(ShardedUpdates):
         self._kept_elements = 0
         self._summed: list[torch.Tensor] = []
         """This rank's gradients, summed over the micro batches that are over."""
+        self._sums: dict[nn.Parameter, torch.Tensor] = {}
+        """Gradients of earlier micro batches, on the host."""
         self._norm: torch.Tensor | None = None
         self._last = True
         self._hooks = HookSet()
         self._hooks.after_gradient(parameters, self._has_gradient)
 
+    def _offload(self, largest: int) -> None:
+        """Makes what stands between device and host: 16-bit weights and the largest gradient on both sides.
+
+        Source: `param_buffer_of_bit16_for_cpu_offload_groups`, `temp_grad_buffer_for_..._offload`.
+        """
+        dtype = self._flat.dtype
+        with self._host():
+            self._master.grad = torch.empty_like(self._master)
+            self._staged = [torch.empty(size, dtype=dtype, device=DEVICE) for size in (self._share, largest)]
+        self._stages = torch.empty(largest, dtype=dtype, device=DEVICE)
+
     def claim(self, ledger: Ledger) -> None:
-        """Claims masters and the norm that DeepSpeed keeps."""
+        """Claims masters, the norm that DeepSpeed keeps, and the buffer that gradients are offloaded through."""
         super().claim(ledger)
         ledger.claim(self._master, Category.MASTER_WEIGHTS)
+        if self._stages is not None:
+            ledger.claim(self._stages, Category.COMM_BUFFERS, "offload")
         if self._norm is not None:
             ledger.claim(self._norm, Category.BUFFERS, "grad_norm")
 
@@ -115,6 +145,11 @@ class ZeroUpdates(ShardedUpdates):
                     self._put(parameter)
         with torch.no_grad():
             self._reduce()
+        if self._offloads:
+            self._buckets.clear()
+            self.zero_grad()
+            return
+        with torch.no_grad():
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._mine]
             for total, gradient in zip(self._summed, gradients, strict=False):
                 total.add_(gradient)
@@ -125,6 +160,12 @@ class ZeroUpdates(ShardedUpdates):
 
     def step(self) -> None:
         """Converts this rank's gradients to float32 and updates its partition."""
+        if self._offloads:
+            with self._host():
+                self.optimizer.step()
+            with torch.no_grad():
+                self._flat[slice(*self._partition)].copy_(self._master)
+            return
         with torch.no_grad():
             parts = list(self._parts_of_partition())
             norm = gradient_norm(parts).float()
@@ -187,8 +228,15 @@ class ZeroUpdates(ShardedUpdates):
         self._waiting, self._filled = [], 0
 
     def _keep(self, parameter: nn.Parameter) -> None:
-        """Copies a reduced gradient out of the bucket."""
+        """Copies a reduced gradient out of the bucket; offloaded, to the host, with its norm taken on the way."""
         assert parameter.grad is not None
+        if self._offloads:
+            gradient_norm([parameter.grad])
+            if not self._last and parameter not in self._sums:
+                with self._host():
+                    self._sums[parameter] = torch.empty_like(parameter)
+            parameter.grad = None
+            return
         if self._kept is None:
             elements = sum(mine.numel() for mine in self._mine)
             kept = torch.empty(elements, dtype=self._flat.dtype, device=DEVICE)

@@ -17,6 +17,7 @@ from memtrace.sources.results import Constant, Input, NewTensor, Operator, Resul
 from memtrace.sources.simulated_tensor import DEVICE, Layout, begin_of, layout_of
 
 _AS_STRIDED = torch.ops.aten.as_strided.default
+_SLICE = torch.ops.aten.slice.Tensor
 _ON_LISTS = ("aten::_foreach_", "aten::_fused_")
 """Beginnings of the names of operators that treat the elements of their lists one by one."""
 
@@ -66,6 +67,8 @@ class OperatorResults:
         if found is None:
             if call.operator is _AS_STRIDED:
                 return _strided_view(*call.args, **call.kwargs)
+            if call.operator is _SLICE:  # flat buffers are cut at other places for each parameter
+                return _slice(*call.args, **call.kwargs)
             if call.operator._schema.name.startswith(_ON_LISTS):
                 found = self._of_lists(call)
             else:
@@ -149,6 +152,18 @@ def _strided_view(
     """Returns the result of `as_strided`, the one view whose offset counts from the beginning of the storage."""
     offset = 0 if storage_offset is None else storage_offset - begin_of(tensor)
     return ViewOf(0, Layout(tuple(size), tuple(stride), tensor.dtype), offset)
+
+
+def _slice(
+    tensor: torch.Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> ViewOf:
+    """Returns the result of a slice, whose ends may lie beyond the tensor, or count from its end."""
+    shape, stride = list(tensor.shape), list(tensor.stride())
+    first, last, _ = slice(start, end).indices(shape[dim])
+    shape[dim] = len(range(first, last, step))
+    offset = first * stride[dim]
+    stride[dim] *= step
+    return ViewOf(0, Layout(torch.Size(shape), tuple(stride), tensor.dtype), offset)
 
 
 def _pick(value: Any, position: int, count: int) -> Any:

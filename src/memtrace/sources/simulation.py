@@ -38,11 +38,13 @@ _PLAIN_VALUES = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops
 
 
 class _Block(weakref.ref[torch.UntypedStorage]):
-    """A weak reference to a simulated storage, with its address; None where it takes no block."""
+    """A weak reference to a simulated storage, with its address on the device; None where it takes no block there."""
 
-    __slots__ = ("address", "identity")
+    __slots__ = ("address", "host_bytes", "identity")
 
     address: int | None
+    host_bytes: int
+    """What it takes of the host's memory, where it was put there."""
     identity: int
 
 
@@ -69,6 +71,9 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         self.kinds: set[Operator] = set()
         """Which have run."""
         self.events = SimulatedEvents(self._address_of)
+        self._on_host = False
+        self.host_bytes = 0
+        """What is in the memory of the host now, of what was put there."""
         self._blocks: dict[int, _Block] = {}
         self._results = OperatorResults(target) if results is None else results
         assert self._results.target is target, "results of another kind of device"
@@ -89,6 +94,28 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
             yield
         finally:
             self._guesses = False
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """Gives every new tensor a place in the memory of the host, which is counted apart."""
+        before, self._on_host = self._on_host, True
+        try:
+            yield
+        finally:
+            self._on_host = before
+
+    def to_host(self, tensor: torch.Tensor) -> None:
+        """Moves the storage of a simulated tensor to the host, with all that share it."""
+        storage = tensor.untyped_storage()
+        block = self._blocks[id(storage)]
+        if block.address is not None:
+            self.events.free(block.address)
+            block.address = None
+            self._count_for_host(block, storage.nbytes())
+
+    def _count_for_host(self, block: _Block, nbytes: int) -> None:
+        block.host_bytes = nbytes
+        self.host_bytes += nbytes
 
     def adopt(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns a simulated tensor in place of a real one or one on the meta device; a simulated one as it is.
@@ -241,8 +268,12 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         tensor = new_tensor(description.layout, description.nbytes, self._resized, description.offset)
         storage = tensor.untyped_storage()
         block = _Block(storage, self._died)
-        block.identity = id(storage)
-        block.address = self.events.allocate(description.nbytes) if description.nbytes and on_device else None
+        block.identity, block.host_bytes = id(storage), 0
+        block.address = None
+        if description.nbytes and self._on_host:
+            self._count_for_host(block, description.nbytes)
+        elif description.nbytes and on_device:
+            block.address = self.events.allocate(description.nbytes)
         self._blocks[block.identity] = block
         return tensor
 
@@ -252,13 +283,14 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         if block.address is not None and not storage.nbytes():
             self.events.free(block.address)
             block.address = None
-        elif block.address is None and storage.nbytes():
+        elif block.address is None and storage.nbytes() and not block.host_bytes:
             block.address = self.events.allocate(storage.nbytes())
 
     def _died(self, block: weakref.ref[torch.UntypedStorage]) -> None:
         assert isinstance(block, _Block)
         del self._blocks[block.identity]
         self._known.forget(block.identity)
+        self.host_bytes -= block.host_bytes
         if block.address is not None:
             self.events.free(block.address)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
 
@@ -19,6 +20,12 @@ def build_model() -> BertForSequenceClassification:
         num_labels=3,
     )
     return BertForSequenceClassification(config)
+
+
+def build_lora() -> PeftModel:
+    """Returns the same model with adapters, which are trained with the classifier."""
+    settings = LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"])
+    return get_peft_model(build_model(), settings)
 
 
 def batch(rank: int, number: int) -> dict[str, torch.Tensor]:

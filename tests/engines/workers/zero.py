@@ -12,7 +12,7 @@ import torch.distributed as dist
 from all_threads import AllThreadsEvents
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-from model import batch, build_model
+from model import batch, build_lora, build_model
 from report import MICRO_BATCHES, checksum, peak_without_memtrace, record_to_json, write_report
 
 from memtrace.config import TracerConfig
@@ -37,6 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sub_group_size": 10_000,
     },
     "zero-2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero-2-lora": {"stage": 2, "lora": True},
+    "zero-3-lora": {"stage": 3, "lora": True, "stage3_param_persistence_threshold": 0},
     "zero-3-offload": {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
@@ -47,7 +49,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def initialize(zero: dict[str, Any]) -> Any:
-    model = build_model()
+    lora = zero.get("lora", False)
+    zero = {name: value for name, value in zero.items() if name != "lora"}
+    model = build_lora() if lora else build_model()
     settings = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": MICRO_BATCHES,
@@ -57,7 +61,8 @@ def initialize(zero: dict[str, Any]) -> Any:
         "gradient_clipping": 1.0,
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own for offloaded states would be compiled first
     }
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=settings)
     return engine
 
 
@@ -93,7 +98,7 @@ def run(zero: dict[str, Any]) -> dict[str, Any]:
         plain.append(initialize(zero))
         yield from steps(plain[0], plain_losses)
 
-    numels = [parameter.numel() for parameter in build_model().parameters()]
+    numels = [parameter.numel() for parameter in (build_lora() if zero.get("lora") else build_model()).parameters()]
     plain_peak = peak_without_memtrace(train_plain, step=2)
     source = AllThreadsEvents()
     source.open()
