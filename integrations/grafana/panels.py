@@ -25,6 +25,9 @@ GRAPH_HEIGHT, STAT_HEIGHT = 9, 4
 
 _Panel = TypeVar("_Panel", timeseries.Panel, stat.Panel, bargauge.Panel, table.Panel, xychart.Panel)
 
+NOT_THERE = "nothing of this run at the end of the time shown"
+"""What a panel says that has nothing to show."""
+
 Query = tuple[str, str]
 """An expression and the legend of its series."""
 Levels = Iterable[tuple[float | None, str]]
@@ -42,6 +45,8 @@ def graph(
     stacked: bool = False,
     columns: bool = False,
     lines: Iterable[str] = (),
+    top: float | None = None,
+    none: str = NOT_THERE,
 ) -> timeseries.Panel:
     """Returns curves over time.
 
@@ -56,11 +61,14 @@ def graph(
         columns: whether each point is a column, for counts that are nearly always 0, which then draw nothing. A column
             stands for a minute at least.
         lines: legends that are drawn as a dashed line instead, on top of what is stacked.
+        top: where the axis ends at least.
+        none: shown where there is no series.
     """
     panel = (
         timeseries.Panel()
         .unit(unit)
         .min(0)
+        .no_value(none)
         .line_width(1)
         .fill_opacity(70 if stacked else 0)
         .show_points(shared_words.VisibilityMode.NEVER)
@@ -70,7 +78,7 @@ def graph(
             .show_legend(True)
             .display_mode(shared_words.LegendDisplayMode.TABLE if stacked else shared_words.LegendDisplayMode.LIST)
             .placement(shared_words.LegendPlacement.RIGHT if stacked else shared_words.LegendPlacement.BOTTOM)
-            .calcs(["lastNotNull"] if stacked else [])
+            .calcs(["max"] if stacked else [])
         )
         .tooltip(
             shared.VizTooltipOptions()
@@ -88,6 +96,8 @@ def graph(
             .decimals(0)
             .interval("1m")
         )
+    if top is not None:
+        panel = panel.axis_soft_max(top)
     for name in lines:
         panel = panel.override_by_name(name, _dashed())
     for name, colour in (colours or {}).items():
@@ -120,9 +130,9 @@ def scatter(title: str, description: str, x: Query, y: Query, *, units: tuple[st
 
 
 def number(
-    title: str, description: str, target: Query, *, unit: str, levels: Levels, width: int = 4, none: str = "not known"
+    title: str, description: str, *targets: Query, unit: str, levels: Levels, width: int = 6, none: str = "not known"
 ) -> stat.Panel:
-    """Returns one figure with its history behind it; `none` is shown where there is no series."""
+    """Returns a figure with its history behind it, or several with their names; `none` is shown without a series."""
     panel = (
         stat.Panel()
         .unit(unit)
@@ -132,7 +142,9 @@ def number(
         .graph_mode(shared_words.BigValueGraphMode.AREA)
         .reduce_options(shared.ReduceDataOptions().calcs(["lastNotNull"]))
     )
-    return _finish(panel, title, description, [target], width=width, height=STAT_HEIGHT)
+    if len(targets) > 1:
+        panel = panel.text_mode(shared_words.BigValueTextMode.VALUE_AND_NAME)
+    return _finish(panel, title, description, targets, width=width, height=STAT_HEIGHT)
 
 
 def bars(title: str, description: str, target: Query, *, levels: Levels, width: int = HALF) -> bargauge.Panel:
@@ -142,6 +154,7 @@ def bars(title: str, description: str, target: Query, *, levels: Levels, width: 
         .unit("percentunit")
         .min(0)
         .max(1)
+        .no_value(NOT_THERE)
         .thresholds(_thresholds(levels))
         .orientation(shared_words.VizOrientation.HORIZONTAL)
         .display_mode(shared_words.BarGaugeDisplayMode.BASIC)
@@ -161,16 +174,14 @@ def rows(
     units: Mapping[str, str] | None = None,
     links: Mapping[str, object] | None = None,
     texts: Mapping[str, Mapping[int, str]] | None = None,
-    none: str | None = None,
+    none: str = NOT_THERE,
 ) -> table.Panel:
     """Returns a table as of now; the transformations make its rows and columns.
 
     Columns may have units and links of their own, and texts in place of whole numbers; `none` is shown where there is
     no row.
     """
-    panel = table.Panel().unit(unit).min_width(90).override_by_name("rank", [_setting("unit", "none")])
-    if none is not None:
-        panel = panel.no_value(none)
+    panel = table.Panel().unit(unit).min_width(90).no_value(none).override_by_name("rank", [_setting("unit", "none")])
     for name, own in (units or {}).items():
         panel = panel.override_by_name(name, [_setting("unit", own)])
     for name, link in (links or {}).items():

@@ -33,10 +33,9 @@ def of(metric: Metric, **labels: str) -> str:
 def of_fullest(metric: Metric, **labels: str) -> str:
     """Returns the series of a metric for one of the chosen ranks: that with the highest peak of the time shown.
 
-    Where another run has the port later, what that one says is left out.
+    What other runs have had on the same ports, before or later, does not count.
     """
-    peaks = f"max_over_time({selected(metrics.STEP_PEAK)}[$__range] @ end())"
-    fullest = f"topk(1, {peaks} and on ({RANK}) last_over_time({RUN}[$__range] @ end()))"
+    fullest = f"topk(1, max_over_time({of(metrics.STEP_PEAK)}[$__range:$__interval] @ end()))"
     return f"({selected(metric, **labels)} and on ({RANK}) ({RUN} and on ({RANK}) {fullest}))"
 
 
@@ -65,8 +64,8 @@ def by_category_with_total(expression: str) -> str:
 
 
 def rate(metric: Metric) -> str:
-    """Returns the growth of a counter a second, of any run."""
-    return f"rate({selected(metric)}[$__rate_interval])"
+    """Returns the growth of a counter a second, for each chosen rank, within the run alone."""
+    return chosen(f"rate({of(metric)}[$__rate_interval:15s])")
 
 
 def counted(metric: Metric) -> str:
@@ -74,7 +73,7 @@ def counted(metric: Metric) -> str:
 
     A rate extrapolates, so that one event comes out as a little more or less than one.
     """
-    return f"sum(round({chosen(rate(metric))} * $__interval_ms / 1000))"
+    return f"sum(round({rate(metric)} * $__interval_ms / 1000))"
 
 
 def of_capacity(metric: Metric) -> str:
@@ -83,12 +82,23 @@ def of_capacity(metric: Metric) -> str:
 
 
 def highest_of_capacity() -> str:
-    """Returns the highest peak between two points of a graph as a share of the capacity, for each chosen rank."""
-    return f"{highest(metrics.STEP_PEAK)} / on ({RANK}) group_left () ({selected(metrics.CAPACITY)} > 0)"
+    """Returns the highest share of the capacity that a peak took between two points of a graph, for each chosen rank."""
+    return f"max_over_time({of_capacity(metrics.STEP_PEAK)}[$__interval:15s])"
 
 
 def unused_share() -> str:
     """Returns the share of what torch has reserved, private pools apart, that the peak does not use."""
     reserved, pools = selected(metrics.RESERVED), selected(metrics.PRIVATE_POOL)
     held = f"({reserved} - ({pools} or 0 * {reserved}) > 0)"
-    return f"clamp_min(1 - {highest(metrics.STEP_PEAK)} / on ({RANK}) group_left () {held}, 0)"
+    return f"clamp_min(1 - {highest(metrics.STEP_PEAK)} / on ({RANK}) {chosen(held)}, 0)"
+
+
+def host_memory() -> str:
+    """Returns the share of memory in use of each host of the chosen ranks, as node_exporter tells it."""
+    used = "1 - node_memory_MemAvailable_bytes / node_memory_MemTotal_bytes"
+    return f"max by (host) ({_with_host(used)}) and on (host) {_with_host(RUN)}"
+
+
+def _with_host(expression: str) -> str:
+    """Returns an expression with the label `host`, the address of each target without its port."""
+    return f'label_replace({expression}, "host", "$1", "instance", "(.*):[0-9]+")'
