@@ -19,8 +19,8 @@ Panels = Sequence[board.Row | Builder[words.Panel]]
 def base(title: str, uid: str, description: str) -> board.Dashboard:
     """Returns a dashboard with what both have: variables, annotations, links between them."""
     of_job = 'memtrace_run_info{job=~"$job"}'
-    of_run = 'memtrace_run_info{job=~"$job",run=~"$run"}'
-    of_instance = 'memtrace_run_info{job=~"$job",run=~"$run",run_id=~"$run_id",instance=~"$instance"}'
+    of_run = 'memtrace_run_info{job=~"$job",run="$run"}'
+    of_instance = 'memtrace_run_info{job=~"$job",run="$run",run_id=~"$run_id",instance=~"$instance"}'
     return (
         board.Dashboard(title)
         .uid(uid)
@@ -51,7 +51,7 @@ def base(title: str, uid: str, description: str) -> board.Dashboard:
         .annotation(
             annotation(
                 "Alerts",
-                'ALERTS{alertname=~"Memtrace.*",alertstate="firing",job=~"$job",run=~"$run",run_id=~"$run_id|"}',
+                'ALERTS{alertname=~"Memtrace.*",alertstate="firing",job=~"$job",run="$run",run_id=~"$run_id|"}',
                 WATCH,
             )
         )

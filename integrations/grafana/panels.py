@@ -25,8 +25,9 @@ GRAPH_HEIGHT, STAT_HEIGHT = 9, 4
 
 _Panel = TypeVar("_Panel", timeseries.Panel, stat.Panel, bargauge.Panel, table.Panel, xychart.Panel)
 
-NOT_THERE = "nothing of this run at the end of the time shown"
-"""What a panel says that has nothing to show."""
+NOT_THEN = "nothing of this run at the end of the time shown"
+NOT_THERE = "nothing in the time shown"
+"""What a panel says that has nothing to show: as of now, and over time."""
 
 Query = tuple[str, str]
 """An expression and the legend of its series."""
@@ -154,7 +155,7 @@ def bars(title: str, description: str, target: Query, *, levels: Levels, width: 
         .unit("percentunit")
         .min(0)
         .max(1)
-        .no_value(NOT_THERE)
+        .no_value(NOT_THEN)
         .thresholds(_thresholds(levels))
         .orientation(shared_words.VizOrientation.HORIZONTAL)
         .display_mode(shared_words.BarGaugeDisplayMode.BASIC)
@@ -173,13 +174,13 @@ def rows(
     width: int = HALF,
     units: Mapping[str, str] | None = None,
     links: Mapping[str, object] | None = None,
-    texts: Mapping[str, Mapping[int, str]] | None = None,
-    none: str = NOT_THERE,
+    texts: Mapping[str, Mapping[int, tuple[str, str]]] | None = None,
+    none: str = NOT_THEN,
 ) -> table.Panel:
     """Returns a table as of now; the transformations make its rows and columns.
 
-    Columns may have units and links of their own, and texts in place of whole numbers; `none` is shown where there is
-    no row.
+    Columns may have units and links of their own, and coloured texts in place of whole numbers; `none` is shown where
+    there is no row.
     """
     panel = table.Panel().unit(unit).min_width(90).no_value(none).override_by_name("rank", [_setting("unit", "none")])
     for name, own in (units or {}).items():
@@ -187,8 +188,15 @@ def rows(
     for name, link in (links or {}).items():
         panel = panel.override_by_name(name, [_setting("links", [link])])
     for name, of_number in (texts or {}).items():
-        options = {str(number): {"text": text, "index": number} for number, text in of_number.items()}
-        panel = panel.override_by_name(name, [_setting("mappings", [{"type": "value", "options": options}])])
+        options = {
+            str(number): {"text": text, "color": colour, "index": number}
+            for number, (text, colour) in of_number.items()
+        }
+        mapped = [
+            _setting("mappings", [{"type": "value", "options": options}]),
+            _setting("custom.cellOptions", {"type": "color-text"}),
+        ]
+        panel = panel.override_by_name(name, mapped)
     for transformation in transformations:
         panel = panel.with_transformation(transformation)
     return _finish(panel, title, description, targets, width=width, height=GRAPH_HEIGHT, instant=True, as_table=True)

@@ -8,7 +8,8 @@ from memtrace.metric import Metric
 
 RANK = "job, instance, rank"
 SELECTOR = 'job=~"$job",instance=~"$instance",rank=~"$rank"'
-RUN = 'memtrace_run_info{job=~"$job",run=~"$run",run_id=~"$run_id"}'
+RUN = 'memtrace_run_info{job=~"$job",run="$run",run_id=~"$run_id"}'
+"""One run's name is chosen, as it is; Grafana writes the other variables as regular expressions."""
 
 
 def selected(metric: Metric, **labels: str) -> str:
@@ -73,7 +74,9 @@ def counted(metric: Metric) -> str:
 
     A rate extrapolates, so that one event comes out as a little more or less than one.
     """
-    return f"sum(round({rate(metric)} * $__interval_ms / 1000))"
+    lately = f"{of(metric)}[$__interval:15s]"
+    before = f"last_over_time({of(metric)}[15s:15s] offset $__interval)"
+    return f"sum(clamp_min(max_over_time({lately}) - ({before} or min_over_time({lately})), 0))"
 
 
 def of_capacity(metric: Metric) -> str:
@@ -82,7 +85,7 @@ def of_capacity(metric: Metric) -> str:
 
 
 def highest_of_capacity() -> str:
-    """Returns the highest share of the capacity that a peak took between two points of a graph, for each chosen rank."""
+    """Returns the highest share of the capacity that a peak took between two points of a graph, by chosen rank."""
     return f"max_over_time({of_capacity(metrics.STEP_PEAK)}[$__interval:15s])"
 
 

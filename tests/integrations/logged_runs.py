@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from remote_write import STALE, Labels, Sample
+from remote_write import INTERVAL, Labels, Sample, labels_of, with_ends
 
 from memtrace.breakdown import (
     AllocatorReading,
@@ -26,8 +26,6 @@ from memtrace.exporters.prometheus import render_text
 from memtrace.risk_reading import GrowthForecast, LargestBatch, PeakForecast, RiskReading, ShapeSource
 from memtrace.snapshot import RunIdentity, Snapshot, Totals
 
-INTERVAL = 15
-"""Seconds between two scrapes."""
 GIB = 2**30
 STEPS_A_SCRAPE = 4
 AT_STEP_END = (Category.WEIGHTS, Category.OPTIMIZER_STATE, Category.BUFFERS, Category.UNATTRIBUTED)
@@ -178,22 +176,15 @@ def scraped(runs: Sequence[Run], begin: float) -> dict[Labels, list[Sample]]:
             for at, snapshot in snapshots.items():
                 for labels, value in _samples(run, rank, snapshot):
                     series[labels][at] = value
-    for samples in series.values():
-        for at in [at + INTERVAL for at in samples if at + INTERVAL not in samples]:
-            samples[at] = STALE
-    return {labels: [*samples.items()] for labels, samples in series.items()}
+    return {labels: with_ends(samples) for labels, samples in series.items()}
 
 
 def _samples(run: Run, rank: int, snapshot: Snapshot) -> Iterator[tuple[Labels, float]]:
     target = {"job": run.job, "instance": run.instance(rank)}
-    yield _labels("up", target), 1
+    yield labels_of("up", target), 1
     for line in render_text(snapshot).splitlines():
         if not line.startswith("#"):
             text, value = line.rsplit(" ", 1)
             name, written = text.removesuffix("}").split("{")
             pairs = (pair.split("=", 1) for pair in written.split(","))
-            yield _labels(name, target | {label: quoted.strip('"') for label, quoted in pairs}), float(value)
-
-
-def _labels(name: str, labels: Mapping[str, str]) -> Labels:
-    return tuple(sorted({"__name__": name, **labels}.items()))
+            yield labels_of(name, target | {label: quoted.strip('"') for label, quoted in pairs}), float(value)

@@ -1,7 +1,7 @@
 """What a Prometheus would have scraped, written into a real one by remote write: its marks of staleness included.
 
-`promtool tsdb create-blocks-from` knows no such marks: a series that ends counts as there for five minutes more, and two
-runs on one port would never meet as they do in a real one.
+`promtool tsdb create-blocks-from` knows no such marks: a series that ends counts as there for five minutes more, and
+two runs on one port would never meet as they do in a real one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ RECEIVER = "--web.enable-remote-write-receiver"
 """The option with which a Prometheus takes what is written to it."""
 STALE = struct.unpack("<d", struct.pack("<Q", 0x7FF0000000000002))[0]
 """The value that ends a series."""
+INTERVAL = 15
+"""Seconds between two scrapes."""
 _PIECE = 65536
 
 Labels = tuple[tuple[str, str], ...]
@@ -34,6 +36,17 @@ def write(url: str, series: Mapping[Labels, Iterable[Sample]]) -> None:
     request = urllib.request.Request(f"{url}/api/v1/write", data=_snappy(message), headers=headers)
     with urllib.request.urlopen(request, timeout=60):
         pass
+
+
+def labels_of(name: str, labels: Mapping[str, str]) -> Labels:
+    """Returns the labels of a series of a metric."""
+    return tuple(sorted({"__name__": name, **labels}.items()))
+
+
+def with_ends(samples: Mapping[float, float]) -> list[Sample]:
+    """Returns the samples of a series by time, with a mark of staleness at the first scrape that has it no more."""
+    missing = {at + INTERVAL for at in samples} - samples.keys()
+    return sorted({**samples, **dict.fromkeys(missing, STALE)}.items())
 
 
 def _time(sample: Sample) -> float:

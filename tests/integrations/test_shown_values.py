@@ -11,22 +11,22 @@ from statistics import median
 from typing import Any
 
 import pytest
-from logged_runs import INTERVAL, SELF_SHARE, SLOWED_SHARE, STEPS_A_SCRAPE, Log, Run, scraped
-from remote_write import RECEIVER, write
+from logged_runs import SELF_SHARE, SLOWED_SHARE, STEPS_A_SCRAPE, Log, Run, scraped
+from remote_write import INTERVAL, RECEIVER, labels_of, with_ends, write
 from servers import ask, prometheus
-from test_dashboards import GRAFANA, panels
+from test_dashboards import GRAFANA, dashboard, panels
 
 from memtrace.breakdown import AllocatorReading, DeviceReading
-from memtrace.categories import Category, Moment
+from memtrace.categories import Moment
 from memtrace.risk_reading import PeakForecast, RiskReading
 from memtrace.snapshot import Snapshot
 
 RUNS = (
     Run(job="training", name="first", run_id="1", host="a", ranks=2, scrapes=range(12)),
     Run(job="training", name="first", run_id="2", host="a", ranks=2, scrapes=range(12, 26), full=0.9),
-    Run(job="training", name="second", run_id="3", host="a", ranks=2, scrapes=range(28, 50), full=0.7),
-    Run(job="training", name="second", run_id="4", host="b", ranks=2, scrapes=range(20, 50)),
-    Run(job="evaluation", name="second", run_id="5", host="c", ranks=2, scrapes=range(24, 50)),
+    Run(job="training", name="second (2.1)", run_id="3", host="a", ranks=2, scrapes=range(28, 50), full=0.7),
+    Run(job="training", name="second (2.1)", run_id="4", host="b", ranks=2, scrapes=range(20, 50)),
+    Run(job="evaluation", name="second (2.1)", run_id="5", host="c", ranks=2, scrapes=range(24, 50)),
 )
 """A run, a rerun of it on the same ports without a pause, another run there; two more of that one's name beside it."""
 IDS = [f"{run.job} {run.name} {run.run_id}" for run in RUNS]
@@ -135,7 +135,10 @@ def by_rank(figure: Callable[[Snapshot], float | None]) -> Callable[[Life, float
 
 def plan_and_peak(life: Life, at: float) -> Shown:
     said = life.fullest(at)
-    measured, planned = categories(said, Moment.PEAK), {c.value: n for c, n in said.plan[Moment.PEAK].by_category().items()}
+    measured, planned = (
+        categories(said, Moment.PEAK),
+        {c.value: n for c, n in said.plan[Moment.PEAK].by_category().items()},
+    )
     for sizes in (measured, planned):
         sizes["total"] = sum(sizes.values())
     difference = {name: measured.get(name, 0) - planned.get(name, 0) for name in {*measured, *planned}}
@@ -194,8 +197,9 @@ PANELS: Mapping[str, Callable[[Life, float], Shown]] = {
     "Ranks seen of expected": lambda life, at: {"seen": len(life.ranks(at)), "expected": life.run.ranks + 1},
     "Time since the last step": lambda life, at: {"since the last step": at - min(life.each(last_step, at))},
     "Steps an hour": lambda life, at: {"steps": STEPS_A_SCRAPE * int(life.run.run_id) * 3600 / INTERVAL},
-    "Composition of the peak": lambda life, at: categories(life.fullest(at), Moment.PEAK)
-    | {"capacity": capacity(life.fullest(at))},
+    "Composition of the peak": lambda life, at: (
+        categories(life.fullest(at), Moment.PEAK) | {"capacity": capacity(life.fullest(at))}
+    ),
     "Plan against measured": plan_and_peak,
     "Headroom at the peak, and risk": lambda life, at: {
         "headroom": 1 - max(map(max, life.lately(share, at))),
@@ -209,8 +213,10 @@ PANELS: Mapping[str, Callable[[Life, float], Shown]] = {
     "Memory that outlives steps": lambda life, at: categories(life.fullest(at), Moment.STEP_END),
     "Memory of the device": parts_of_the_device,
     "Fragmentation: reserved, but unused": unused,
-    "Memory of each process": lambda life, at: by_rank(lambda said: device(said).process_bytes)(life, at)
-    | {"total": max(life.each(lambda said: device(said).total_bytes or 0, at))},
+    "Memory of each process": lambda life, at: (
+        by_rank(lambda said: device(said).process_bytes)(life, at)
+        | {"total": max(life.each(lambda said: device(said).total_bytes or 0, at))}
+    ),
     "Power": by_rank(lambda said: device(said).power_watts),
     "Temperature": by_rank(lambda said: device(said).temperature_celsius),
     "Utilisation": by_rank(lambda said: device(said).utilization_ratio),
@@ -232,6 +238,9 @@ PANELS: Mapping[str, Callable[[Life, float], Shown]] = {
     },
 }
 """What each panel of a run must show of its log, by its title."""
+COLUMNS = ("state", "risk", "headroom", "since the last step", "seen", "expected", "firing")
+"""Those of the table of all runs, in the order of its queries."""
+STATES = ("ok", "running", "signal", "exception", "out_of_memory", "gone")
 RATES = {"Steps an hour", "What memtrace costs"}
 """Panels of rates, which begin with the second scrape and are whole after a minute."""
 OVER_AN_INTERVAL = {
@@ -242,6 +251,11 @@ OVER_AN_INTERVAL = {
     "Peak over the ranks",
 }
 """Panels of what is highest within an interval, which still has a value one point after the end."""
+MARKS = {
+    "Out of memory": lambda life: life.points[6 : 6 + 60 // INTERVAL],
+    "Alerts": lambda life: life.points[-4:],
+}
+"""Where each annotation marks: a minute from the failed allocation of rank 1 on, and while alerts fire."""
 ELSEWHERE = {"Retries and failures of the allocator", "Host memory in use"}
 """Panels with a test of their own."""
 
@@ -258,8 +272,12 @@ def history(begin: float, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     series = scraped(RUNS, begin)
     for number, host in enumerate("abc", 1):
         for name, value in (("MemAvailable", 100 - number), ("MemTotal", 100)):
-            labels = {"__name__": f"node_memory_{name}_bytes", "job": "node", "instance": f"{host}:9100"}
-            series[tuple(sorted(labels.items()))] = [(begin + INTERVAL * at, value) for at in range(50)]
+            labels = labels_of(f"node_memory_{name}_bytes", {"job": "node", "instance": f"{host}:9100"})
+            series[labels] = [(begin + INTERVAL * at, value) for at in range(50)]
+    for run in RUNS:
+        for alert in ("MemtraceHeadroomLow", "MemtraceRankMissing"):
+            told = {"alertname": alert, "alertstate": "firing", "job": run.job, "run": run.name, "run_id": run.run_id}
+            series[labels_of("ALERTS", told)] = with_ends({begin + INTERVAL * at: 1 for at in run.scrapes[-4:]})
     with prometheus(tmp_path_factory.mktemp("shown"), options=[RECEIVER]) as url:
         write(url, series)
         yield url
@@ -272,7 +290,7 @@ def life(request: pytest.FixtureRequest, begin: float) -> Life:
 
 
 def filled(expression: str, run: Run, *, interval: int = INTERVAL) -> str:
-    """Returns an expression as Grafana asks it where this run is chosen, and the time shown is of a quarter of an hour."""
+    """Returns an expression as Grafana asks it where this run is chosen, and a quarter of an hour is shown."""
     values = {"job": ".+", "run": run.name, "run_id": run.run_id, "instance": ".+", "rank": ".+", "__range": "900s"}
     values |= {"__interval": f"{interval}s", "__interval_ms": f"{interval}000"}
     values |= {"__rate_interval": f"{max(interval + INTERVAL, 4 * INTERVAL)}s"}
@@ -339,3 +357,85 @@ def test_panel_shows_the_log_of_the_chosen_run(title: str, life: Life, history: 
             slower, whole = found.pop(at, {}), expected.pop(at)
             assert all(value <= whole[name] for name, value in slower.items())
     assert found == {at: pytest.approx(values, rel=1e-6, abs=2e-3) for at, values in expected.items()}
+
+
+@pytest.mark.parametrize("page", ["memtrace-run", "memtrace-ranks"])
+def test_annotations_mark_the_chosen_run(page: str, life: Life, history: str) -> None:
+    """Failed allocations and alerts of other runs, also on the same ports, are no marks."""
+    found = dashboard(GRAFANA / "dashboards" / f"{page}.json")["annotations"]["list"]
+    span = {
+        "start": f"{life.begin + SCRAPED_BEFORE}",
+        "end": f"{life.begin + 900 + SCRAPED_BEFORE}",
+        "step": f"{INTERVAL}",
+    }
+    marks = {
+        annotation["name"]: {
+            at
+            for series in ask(history, "query_range", query=filled(annotation["expr"], life.run), **span)["result"]
+            for at, _ in series["values"]
+        }
+        for annotation in found
+    }
+    assert marks == {name: set(marked(life)) for name, marked in MARKS.items()}
+
+
+def test_the_newest_run_and_launch_are_the_default(history: str, begin: float) -> None:
+    """The first value that a variable offers, which Grafana takes where nothing is chosen, began last."""
+    variables = {v["name"]: v for v in dashboard(GRAFANA / "dashboards" / "memtrace-run.json")["templating"]["list"]}
+    now = begin + 49 * INTERVAL + SCRAPED_BEFORE
+    for name, newest in (("run", "second (2.1)"), ("run_id", "3")):
+        query = variables[name]["query"]["query"].removeprefix("query_result(")[:-1]
+        assert ask(history, "query", query=filled(query, RUNS[2]), time=f"{now}")["result"][0]["metric"][name] == newest
+
+
+def test_retries_and_failures_are_counted_once(life: Life, history: str) -> None:
+    """In columns of a minute all add up to what the chosen run's counters have risen by."""
+    panel = of_a_run()["Retries and failures of the allocator"]
+    begin = (life.begin + SCRAPED_BEFORE) // 60 * 60 - 60
+    span = {"start": f"{begin}", "end": f"{begin + 1020}", "step": "60"}
+    counted = []
+    for target in panel["targets"]:
+        answer = ask(history, "query_range", query=filled(target["expr"], life.run, interval=60), **span)["result"]
+        counted.append(sum(float(value) for series in answer for _, value in series["values"]))
+    first, last = life.ranks(life.points[0]), life.ranks(life.points[-1])
+    assert counted == [
+        sum(last[rank].totals.retries - first[rank].totals.retries for rank in first),
+        sum(last[rank].totals.ooms - first[rank].totals.ooms for rank in first),
+    ]
+
+
+def test_host_memory_is_of_the_hosts_of_the_run(life: Life, history: str) -> None:
+    """What node_exporter says of other hosts is not shown."""
+    found = shown(history, of_a_run()["Host memory in use"], life.run, life.points)
+    used = pytest.approx("abc".index(life.run.host) / 100 + 0.01)
+    assert found == {at: {life.run.host: used} for at in life.points}
+
+
+def test_the_fleet_shows_each_run_as_it_is(life: Life, history: str) -> None:
+    """Each column of the table of all runs, and its curves, at each of the run's scrapes."""
+    shown_of_all = {panel["title"]: panel for panel in panels(GRAFANA / "dashboards" / "memtrace-fleet.json")}
+    at = life.points[-1]
+    row: dict[str, float] = {}
+    for column, target in zip(COLUMNS, shown_of_all["Runs by risk"]["targets"], strict=True):
+        answer = ask(history, "query", query=filled(target["expr"], life.run), time=f"{at}")["result"]
+        (value,) = (float(s["value"][1]) for s in answer if s["metric"]["run_id"] == life.run.run_id)
+        row[column] = value
+    assert row == pytest.approx(
+        {
+            "state": [*STATES].index("running") + 1,
+            "risk": max(life.each(risk, at)),
+            "headroom": 1 - max(life.each(share, at)),
+            "since the last step": at - min(life.each(last_step, at)),
+            "seen": life.run.ranks,
+            "expected": life.run.ranks + 1,
+            "firing": 2,
+        },
+        abs=2e-3,
+    )
+    for title, figure in (("Headroom at the peak", lambda said: 1 - share(said)), ("Out-of-memory risk", risk)):
+        worst = min if title.startswith("Headroom") else max
+        found = shown(history, shown_of_all[title], life.run, life.points)
+        name = f"{life.run.name} {life.run.run_id}"
+        assert {at: values[name] for at, values in found.items()} == pytest.approx(
+            {at: worst(life.each(figure, at)) for at in life.points}
+        )
