@@ -28,6 +28,8 @@ _Panel = TypeVar("_Panel", timeseries.Panel, stat.Panel, bargauge.Panel, table.P
 NOT_THEN = "nothing of this run at the end of the time shown"
 NOT_THERE = "nothing in the time shown"
 """What a panel says that has nothing to show: as of now, and over time."""
+NO_CELL = "-"
+"""What a cell of a table says that has nothing to show."""
 
 Query = tuple[str, str]
 """An expression and the legend of its series."""
@@ -133,14 +135,14 @@ def scatter(title: str, description: str, x: Query, y: Query, *, units: tuple[st
 def number(
     title: str, description: str, *targets: Query, unit: str, levels: Levels, width: int = 6, none: str = "not known"
 ) -> stat.Panel:
-    """Returns a figure with its history behind it, or several with their names; `none` is shown without a series."""
+    """Returns the last figure of the time shown, or several with their names; `none` is shown without a series."""
     panel = (
         stat.Panel()
         .unit(unit)
         .no_value(none)
         .thresholds(_thresholds(levels))
         .color_mode(shared_words.BigValueColorMode.VALUE)
-        .graph_mode(shared_words.BigValueGraphMode.AREA)
+        .graph_mode(shared_words.BigValueGraphMode.NONE)
         .reduce_options(shared.ReduceDataOptions().calcs(["lastNotNull"]))
     )
     if len(targets) > 1:
@@ -182,7 +184,9 @@ def rows(
     Columns may have units and links of their own, and coloured texts in place of whole numbers; `none` is shown where
     there is no row.
     """
-    panel = table.Panel().unit(unit).min_width(90).no_value(none).override_by_name("rank", [_setting("unit", "none")])
+    panel = table.Panel().unit(unit).min_width(90).no_value(none)
+    panel = panel.override_by_regexp(".*", [_setting("noValue", NO_CELL)])
+    panel = panel.override_by_name("rank", [_setting("unit", "none")])
     for name, own in (units or {}).items():
         panel = panel.override_by_name(name, [_setting("unit", own)])
     for name, link in (links or {}).items():
@@ -222,17 +226,20 @@ def variable(name: str, label: str, query: str, *, multi: bool = True) -> board.
     return made.all_value(".+").current(words.VariableOption(text="All", value="$__all")) if multi else made
 
 
-def newest_first(name: str, label: str, query: str, *, multi: bool = False) -> board.QueryVariable:
-    """Returns a variable whose values are those of the label of its name, by what the query says; the highest first.
+def highest_first(
+    name: str, label: str, query: str, *, multi: bool = False, values_of: str | None = None
+) -> board.QueryVariable:
+    """Returns a variable whose values are those of a label, by what the query says; the highest first.
 
-    Grafana takes the first where nothing is chosen; with `multi`, several can be.
+    The label is that of the variable's name unless told otherwise. Grafana takes the first value where nothing is
+    chosen; with `multi`, several can be.
     """
     return (
         board.QueryVariable(name)
         .label(label)
         .datasource(SOURCE)
         .query({"query": f"query_result(sort_desc({query}))", "refId": f"variable-{name}", "qryType": 3})
-        .regex(f'/{name}="([^"]*)"/')
+        .regex(f'/{values_of or name}="([^"]*)"/')
         .refresh(words.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(words.VariableSort.DISABLED)
         .multi(multi)

@@ -32,12 +32,19 @@ def of(metric: Metric, **labels: str) -> str:
 
 
 def of_fullest(metric: Metric, **labels: str) -> str:
-    """Returns the series of a metric for one of the chosen ranks: that with the highest peak of the time shown.
+    """Returns the series of a metric for the rank that the variable `fullest` names by its instance."""
+    return of(metric, **labels).replace('instance=~"$instance"', 'instance="$fullest"')
 
-    What other runs have had on the same ports, before or later, does not count.
+
+def fullest() -> str:
+    """Returns the chosen rank with the highest peak of the time shown; what other runs have had on its port is not it.
+
+    Of ranks that are equally full the first one by name, each time: an operation keeps the order of its left side, and
+    series that are read are in the order of their labels.
     """
-    fullest = f"topk(1, max_over_time({of(metrics.STEP_PEAK)}[$__range:$__interval] @ end()))"
-    return f"({selected(metric, **labels)} and on ({RANK}) ({RUN} and on ({RANK}) {fullest}))"
+    in_order = f"0 * max by (instance) (last_over_time({selected(metrics.STEP_PEAK)}[$__range]))"
+    peaks = f"max by (instance) (max_over_time({of(metrics.STEP_PEAK)}[$__range:15s]))"
+    return f"topk(1, {in_order} + on (instance) {peaks})"
 
 
 def of_highest(ranks: int, metric: Metric, **labels: str) -> str:

@@ -151,7 +151,8 @@ def peak() -> Panels:
         ),
         rows(
             "Plan against measured",
-            "At the peak of the fullest chosen rank, by category and in all; the difference is measured minus planned.",
+            "At the peak of the newest step of the fullest chosen rank, by category and in all; the difference is "
+            "measured minus planned.",
             [(planned, "planned"), (measured, "measured"), (difference, "difference")],
             unit="bytes",
             width=HALF,

@@ -87,8 +87,10 @@ def test_dashboard_keeps_the_rules_of_the_linter(path: Path) -> None:
     shown = dashboard(path)
     variables = {variable["name"]: variable for variable in shown["templating"]["list"]}
     fleet = path.stem == "memtrace-fleet"
-    assert list(variables) == ["datasource", "job"] + ([] if fleet else ["run", "run_id", "instance", "rank"])
-    for name in set(variables) - {"datasource", "run", "run_id"}:
+    assert list(variables) == ["datasource", "job"] + (
+        [] if fleet else ["run", "run_id", "instance", "rank", "fullest"]
+    )
+    for name in set(variables) - {"datasource", "run", "run_id", "fullest"}:
         assert variables[name]["allValue"] == ".+"
         assert variables[name]["multi"]
     ids = [panel["id"] for panel in shown["panels"]]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -289,12 +290,21 @@ def life(request: pytest.FixtureRequest, begin: float) -> Life:
     return Life(run=request.param, log=request.param.log(begin), begin=begin)
 
 
-def filled(expression: str, run: Run, *, interval: int = INTERVAL) -> str:
+def filled(expression: str, run: Run, *, interval: int = INTERVAL, **variables: str) -> str:
     """Returns an expression as Grafana asks it where this run is chosen, and a quarter of an hour is shown."""
     values = {"job": ".+", "run": run.name, "run_id": run.run_id, "instance": ".+", "rank": ".+", "__range": "900s"}
-    values |= {"__interval": f"{interval}s", "__interval_ms": f"{interval}000"}
+    values |= {**variables, "__interval": f"{interval}s", "__interval_ms": f"{interval}000"}
     values |= {"__rate_interval": f"{max(interval + INTERVAL, 4 * INTERVAL)}s"}
     return re.sub(r"\$([a-z_]+)", lambda match: values[match[1]], expression)
+
+
+def with_fullest(url: str, run: Run, points: Iterable[float]) -> dict[str, str]:
+    """Returns the value of the variable that names the fullest rank's instance, as Grafana finds it over this time."""
+    variables = dashboard(GRAFANA / "dashboards" / "memtrace-run.json")["templating"]["list"]
+    query = next(v["query"]["query"] for v in variables if v["name"] == "fullest")
+    expression = filled(query.removeprefix("query_result(")[:-1], run)
+    (found,) = ask(url, "query", query=expression, time=f"{max(points)}")["result"]
+    return {"fullest": found["metric"]["instance"]}
 
 
 def legend(target: Mapping[str, Any], labels: Mapping[str, str]) -> str:
@@ -308,8 +318,9 @@ def shown(url: str, panel: Mapping[str, Any], run: Run, points: Iterable[float])
     """Returns what a panel shows at these points in time."""
     ordered = sorted(points)
     found: dict[float, Shown] = {at: {} for at in ordered}
+    hidden = with_fullest(url, run, ordered)
     for target in panel["targets"]:
-        expression = filled(target["expr"], run)
+        expression = filled(target["expr"], run, **hidden)
         if target.get("instant"):
             answers = [ask(url, "query", query=expression, time=f"{ordered[-1]}")["result"]]
         else:
@@ -439,3 +450,19 @@ def test_the_fleet_shows_each_run_as_it_is(life: Life, history: str) -> None:
         assert {at: values[name] for at, values in found.items()} == pytest.approx(
             {at: worst(life.each(figure, at)) for at in life.points}
         )
+
+
+def test_of_ranks_that_are_equally_full_the_first_is_chosen(tmp_path: Path) -> None:
+    """The same one each time, so that the panels of a page and its next refresh agree."""
+    run, now = RUNS[0], time.time() // INTERVAL * INTERVAL
+    series = {}
+    for rank in range(8):
+        target = {"job": run.job, "instance": run.instance(rank), "rank": str(rank)}
+        named = {"run": run.name, "run_id": run.run_id}
+        for name, labels, value in (("run_info", named, 1), ("step_peak_bytes", {}, 10 - (rank == 0))):
+            samples = [(now - INTERVAL * ago, float(value)) for ago in range(9, -1, -1)]
+            series[labels_of(f"memtrace_{name}", target | labels)] = samples
+    with prometheus(tmp_path, options=[RECEIVER]) as url:
+        write(url, series)
+        found = {with_fullest(url, run, [now])["fullest"] for _ in range(20)}
+    assert found == {run.instance(1)}
