@@ -43,8 +43,8 @@ def fleet_dashboard() -> board.Dashboard:
     columns = {
         "state": state(by_run, of_run, name),
         "risk": f"max {by_run} ({metrics.OOM_RISK.name}{{{of_run}}} * {name})",
-        "headroom at the peak": f"1 - max {by_run} ({share} * {name})",
-        "since the last step": f"max {by_run} ((time() - {metrics.LAST_STEP.name}{{{of_run}}}) * {name})",
+        "headroom": f"1 - max {by_run} ({share} * {name})",
+        "last step ago": f"max {by_run} ((time() - {metrics.LAST_STEP.name}{{{of_run}}}) * {name})",
         "ranks seen": f"count {by_run} (count by (job, run, run_id, rank) (memtrace_run_info{{{of_run}}}))",
         "of expected": f"max {by_run} ({metrics.WORLD_SIZE.name}{{{of_run}}} * {name})",
         "alerts firing": f"count {by_run} ({firing}) or 0 * max {by_run} (memtrace_run_info{{{of_run}}})",
@@ -61,18 +61,19 @@ def fleet_dashboard() -> board.Dashboard:
             transformations=[
                 transformation(
                     "organize",
-                    excludeByName={"Time": True, "Value": True, "alertstate": True},
+                    excludeByName={"Time": True, "Value": True, "alertstate": True, "state": True},
                     indexByName={name: at for at, name in enumerate(ALERT_COLUMNS)},
                 )
             ],
             none="nothing fires",
-            links={"alertname": runbook_link()},
+            links={"alertname": runbook_link(), "run": run_link()},
+            widths={"alertname": 280},
         ),
         board.Row("Over time"),
         graph(
             "Headroom at the peak",
             "Share of the capacity that the peaks of a step leave, on the fullest rank of each run.",
-            [(columns["headroom at the peak"], "{{run}} {{run_id}}")],
+            [(columns["headroom"], "{{run}} {{run_id}}")],
             unit="percentunit",
             top=1,
         ),
@@ -114,9 +115,10 @@ def fleet_table(columns: dict[str, str]) -> table.Panel:
             transformation("organize", excludeByName={"Time": True}, renameByName=named),
             transformation("sortBy", sort=[{"field": "risk", "desc": True}]),
         ],
-        units={"risk": "percentunit", "headroom at the peak": "percentunit", "since the last step": "s"},
+        units={"risk": "percentunit", "headroom": "percentunit", "last step ago": "s"},
         links={"run": run_link()},
         texts={"state": dict(enumerate(((state.replace("_", " "), COLOURS[state]) for state in STATES), 1))},
+        height=12,
         none="no run is scraped, and none has ended within the hour",
     )
 

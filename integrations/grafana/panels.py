@@ -177,12 +177,14 @@ def rows(
     units: Mapping[str, str] | None = None,
     links: Mapping[str, object] | None = None,
     texts: Mapping[str, Mapping[int, tuple[str, str]]] | None = None,
+    widths: Mapping[str, int] | None = None,
+    height: int = GRAPH_HEIGHT,
     none: str = NOT_THEN,
 ) -> table.Panel:
     """Returns a table as of now; the transformations make its rows and columns.
 
-    Columns may have units and links of their own, and coloured texts in place of whole numbers; `none` is shown where
-    there is no row.
+    Columns may have units, links and widths of their own, and coloured texts in place of whole numbers; `none` is shown
+    where there is no row.
     """
     panel = table.Panel().unit(unit).min_width(90).no_value(none)
     panel = panel.override_by_regexp(".*", [_setting("noValue", NO_CELL)])
@@ -191,6 +193,8 @@ def rows(
         panel = panel.override_by_name(name, [_setting("unit", own)])
     for name, link in (links or {}).items():
         panel = panel.override_by_name(name, [_setting("links", [link])])
+    for name, pixels in (widths or {}).items():
+        panel = panel.override_by_name(name, [_setting("custom.width", pixels)])
     for name, of_number in (texts or {}).items():
         options = {
             str(number): {"text": text, "color": colour, "index": number}
@@ -203,7 +207,7 @@ def rows(
         panel = panel.override_by_name(name, mapped)
     for transformation in transformations:
         panel = panel.with_transformation(transformation)
-    return _finish(panel, title, description, targets, width=width, height=GRAPH_HEIGHT, instant=True, as_table=True)
+    return _finish(panel, title, description, targets, width=width, height=height, instant=True, as_table=True)
 
 
 def transformation(name: str, **options: object) -> words.DataTransformerConfig:
