@@ -163,6 +163,8 @@ class Scenario:
     tells: Story
     raises: frozenset[str] = frozenset()
     minutes: int = 120
+    marked: bool = True
+    """Whether Prometheus marks the end of a series; it does not where it was away meanwhile."""
 
     @property
     def job(self) -> str:
@@ -179,7 +181,7 @@ class Scenario:
                 for name, labels, value in scrape.samples():
                     text = ",".join(f'{label}="{text}"' for label, text in (target | labels).items())
                     columns[f"{name}{{{text}}}"][index] = repr(float(value))
-        return {series: _notation(_ended(column)) for series, column in columns.items()}
+        return {series: _notation(_ended(column) if self.marked else column) for series, column in columns.items()}
 
 
 def _ended(column: Sequence[str]) -> Iterator[str]:
@@ -218,13 +220,21 @@ def judge(scenarios: Sequence[Scenario], directory: Path, *, every: int = 60) ->
 
 
 def evaluated(
-    scenarios: Sequence[Scenario], expressions: Sequence[str], minute: int, directory: Path, *, every: int = 60
+    scenarios: Sequence[Scenario],
+    expressions: Sequence[str],
+    minute: int,
+    directory: Path,
+    *,
+    every: int = 60,
+    more_rules: Sequence[Path] = (),
 ) -> dict[str, list[tuple[Labels, float]]]:
     """Returns what expressions give at some minute of these histories, with the shipped rules run since the first one.
 
-    promtool is told to expect what no expression gives, and says what it has got instead.
+    Rules of other files run beside them. promtool is told to expect what no expression gives, and says what it has got
+    instead.
     """
-    lines = [f"rule_files: [{RULES}]", f"evaluation_interval: {every}s", "tests:", f"  - interval: {INTERVAL}s"]
+    files = ", ".join(map(str, (RULES, *more_rules)))
+    lines = [f"rule_files: [{files}]", f"evaluation_interval: {every}s", "tests:", f"  - interval: {INTERVAL}s"]
     lines.append("    input_series:")
     for scenario in scenarios:
         lines += [f"      - {{series: '{name}', values: '{values}'}}" for name, values in scenario.series().items()]
