@@ -133,9 +133,19 @@ def scatter(title: str, description: str, x: Query, y: Query, *, units: tuple[st
 
 
 def number(
-    title: str, description: str, *targets: Query, unit: str, levels: Levels, width: int = 6, none: str = "not known"
+    title: str,
+    description: str,
+    *targets: Query,
+    unit: str,
+    levels: Levels,
+    width: int = 6,
+    none: str = "not known",
+    now: bool = False,
 ) -> stat.Panel:
-    """Returns the last figure of the time shown, or several with their names; `none` is shown without a series."""
+    """Returns the last figure of the time shown, or several with their names; with `now`, the figure at its end.
+
+    `none` is shown where there is no series.
+    """
     panel = (
         stat.Panel()
         .unit(unit)
@@ -147,7 +157,7 @@ def number(
     )
     if len(targets) > 1:
         panel = panel.text_mode(shared_words.BigValueTextMode.VALUE_AND_NAME)
-    return _finish(panel, title, description, targets, width=width, height=STAT_HEIGHT)
+    return _finish(panel, title, description, targets, width=width, height=STAT_HEIGHT, instant=now)
 
 
 def bars(title: str, description: str, target: Query, *, levels: Levels, width: int = HALF) -> bargauge.Panel:

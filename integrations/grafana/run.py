@@ -113,6 +113,8 @@ def glance() -> Panels:
             (f"max({of(metrics.WORLD_SIZE)})", "expected"),
             unit="none",
             levels=plain,
+            none="no rank answers",
+            now=True,
         ),
         number(
             "Time since the last step",
@@ -120,6 +122,8 @@ def glance() -> Panels:
             (f"max(time() - {of(metrics.LAST_STEP)})", "since the last step"),
             unit="s",
             levels=[(None, NEUTRAL), (600, WATCH), (2700, ALARM)],
+            none="no rank answers",
+            now=True,
         ),
         number(
             "Steps an hour",
