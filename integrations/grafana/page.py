@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from grafana_foundation_sdk.builders import dashboard as board
 from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.models import dashboard as words
-from panels import ALARM, SOURCE, WATCH, newest_first, variable
-from queries import RUN, of
+from panels import ALARM, SOURCE, WATCH, highest_first, variable
+from queries import RUN, fullest, of
 
 from memtrace import metrics
 
+HIDDEN = words.VariableHide.HIDE_VARIABLE
 Panels = Sequence[board.Row | Builder[words.Panel]]
 """A row and the panels below it, as builders."""
 
@@ -19,8 +20,8 @@ Panels = Sequence[board.Row | Builder[words.Panel]]
 def base(title: str, uid: str, description: str) -> board.Dashboard:
     """Returns a dashboard with what both have: variables, annotations, links between them."""
     of_job = 'memtrace_run_info{job=~"$job"}'
-    of_run = 'memtrace_run_info{job=~"$job",run=~"$run"}'
-    of_instance = 'memtrace_run_info{job=~"$job",run=~"$run",run_id=~"$run_id",instance=~"$instance"}'
+    of_run = 'memtrace_run_info{job=~"$job",run="$run"}'
+    of_instance = 'memtrace_run_info{job=~"$job",run="$run",run_id=~"$run_id",instance=~"$instance"}'
     return (
         board.Dashboard(title)
         .uid(uid)
@@ -39,19 +40,20 @@ def base(title: str, uid: str, description: str) -> board.Dashboard:
         )
         .with_variable(board.DatasourceVariable("datasource").label("Data source").type("prometheus"))
         .with_variable(variable("job", "Job", "label_values(memtrace_run_info, job)"))
-        .with_variable(newest_first("run", "Run", f"max by (run) (min_over_time(timestamp({of_job})[$__range:1m]))"))
+        .with_variable(highest_first("run", "Run", f"max by (run) (min_over_time(timestamp({of_job})[$__range:1m]))"))
         .with_variable(
-            newest_first(
+            highest_first(
                 "run_id", "Launch", f"max by (run_id) (min_over_time(timestamp({of_run})[$__range:1m]))", multi=True
             )
         )
         .with_variable(variable("instance", "Instance", f"label_values({RUN}, instance)"))
         .with_variable(variable("rank", "Rank", f"label_values({of_instance}, rank)"))
+        .with_variable(highest_first("fullest", "Fullest rank", fullest(), values_of="instance").hide(HIDDEN))
         .annotation(annotation("Out of memory", f"changes({of(metrics.OOMS)}[$__rate_interval:15s]) > 0", ALARM))
         .annotation(
             annotation(
                 "Alerts",
-                'ALERTS{alertname=~"Memtrace.*",alertstate="firing",job=~"$job",run=~"$run",run_id=~"$run_id|"}',
+                'ALERTS{alertname=~"Memtrace.*",alertstate="firing",job=~"$job",run="$run",run_id=~"$run_id|"}',
                 WATCH,
             )
         )

@@ -25,6 +25,12 @@ GRAPH_HEIGHT, STAT_HEIGHT = 9, 4
 
 _Panel = TypeVar("_Panel", timeseries.Panel, stat.Panel, bargauge.Panel, table.Panel, xychart.Panel)
 
+NOT_THEN = "nothing of this run at the end of the time shown"
+NOT_THERE = "nothing in the time shown"
+"""What a panel says that has nothing to show: as of now, and over time."""
+NO_CELL = "-"
+"""What a cell of a table says that has nothing to show."""
+
 Query = tuple[str, str]
 """An expression and the legend of its series."""
 Levels = Iterable[tuple[float | None, str]]
@@ -42,6 +48,8 @@ def graph(
     stacked: bool = False,
     columns: bool = False,
     lines: Iterable[str] = (),
+    top: float | None = None,
+    none: str = NOT_THERE,
 ) -> timeseries.Panel:
     """Returns curves over time.
 
@@ -56,11 +64,14 @@ def graph(
         columns: whether each point is a column, for counts that are nearly always 0, which then draw nothing. A column
             stands for a minute at least.
         lines: legends that are drawn as a dashed line instead, on top of what is stacked.
+        top: where the axis ends at least.
+        none: shown where there is no series.
     """
     panel = (
         timeseries.Panel()
         .unit(unit)
         .min(0)
+        .no_value(none)
         .line_width(1)
         .fill_opacity(70 if stacked else 0)
         .show_points(shared_words.VisibilityMode.NEVER)
@@ -70,7 +81,7 @@ def graph(
             .show_legend(True)
             .display_mode(shared_words.LegendDisplayMode.TABLE if stacked else shared_words.LegendDisplayMode.LIST)
             .placement(shared_words.LegendPlacement.RIGHT if stacked else shared_words.LegendPlacement.BOTTOM)
-            .calcs(["lastNotNull"] if stacked else [])
+            .calcs(["max"] if stacked else [])
         )
         .tooltip(
             shared.VizTooltipOptions()
@@ -88,6 +99,8 @@ def graph(
             .decimals(0)
             .interval("1m")
         )
+    if top is not None:
+        panel = panel.axis_soft_max(top)
     for name in lines:
         panel = panel.override_by_name(name, _dashed())
     for name, colour in (colours or {}).items():
@@ -120,19 +133,31 @@ def scatter(title: str, description: str, x: Query, y: Query, *, units: tuple[st
 
 
 def number(
-    title: str, description: str, target: Query, *, unit: str, levels: Levels, width: int = 4, none: str = "not known"
+    title: str,
+    description: str,
+    *targets: Query,
+    unit: str,
+    levels: Levels,
+    width: int = 6,
+    none: str = "not known",
+    now: bool = False,
 ) -> stat.Panel:
-    """Returns one figure with its history behind it; `none` is shown where there is no series."""
+    """Returns the last figure of the time shown, or several with their names; with `now`, the figure at its end.
+
+    `none` is shown where there is no series.
+    """
     panel = (
         stat.Panel()
         .unit(unit)
         .no_value(none)
         .thresholds(_thresholds(levels))
         .color_mode(shared_words.BigValueColorMode.VALUE)
-        .graph_mode(shared_words.BigValueGraphMode.AREA)
+        .graph_mode(shared_words.BigValueGraphMode.NONE)
         .reduce_options(shared.ReduceDataOptions().calcs(["lastNotNull"]))
     )
-    return _finish(panel, title, description, [target], width=width, height=STAT_HEIGHT)
+    if len(targets) > 1:
+        panel = panel.text_mode(shared_words.BigValueTextMode.VALUE_AND_NAME)
+    return _finish(panel, title, description, targets, width=width, height=STAT_HEIGHT, instant=now)
 
 
 def bars(title: str, description: str, target: Query, *, levels: Levels, width: int = HALF) -> bargauge.Panel:
@@ -142,6 +167,7 @@ def bars(title: str, description: str, target: Query, *, levels: Levels, width: 
         .unit("percentunit")
         .min(0)
         .max(1)
+        .no_value(NOT_THEN)
         .thresholds(_thresholds(levels))
         .orientation(shared_words.VizOrientation.HORIZONTAL)
         .display_mode(shared_words.BarGaugeDisplayMode.BASIC)
@@ -160,27 +186,38 @@ def rows(
     width: int = HALF,
     units: Mapping[str, str] | None = None,
     links: Mapping[str, object] | None = None,
-    texts: Mapping[str, Mapping[int, str]] | None = None,
-    none: str | None = None,
+    texts: Mapping[str, Mapping[int, tuple[str, str]]] | None = None,
+    widths: Mapping[str, int] | None = None,
+    height: int = GRAPH_HEIGHT,
+    none: str = NOT_THEN,
 ) -> table.Panel:
     """Returns a table as of now; the transformations make its rows and columns.
 
-    Columns may have units and links of their own, and texts in place of whole numbers; `none` is shown where there is
-    no row.
+    Columns may have units, links and widths of their own, and coloured texts in place of whole numbers; `none` is shown
+    where there is no row.
     """
-    panel = table.Panel().unit(unit).min_width(90).override_by_name("rank", [_setting("unit", "none")])
-    if none is not None:
-        panel = panel.no_value(none)
+    panel = table.Panel().unit(unit).min_width(90).no_value(none)
+    panel = panel.override_by_regexp(".*", [_setting("noValue", NO_CELL)])
+    panel = panel.override_by_name("rank", [_setting("unit", "none")])
     for name, own in (units or {}).items():
         panel = panel.override_by_name(name, [_setting("unit", own)])
     for name, link in (links or {}).items():
         panel = panel.override_by_name(name, [_setting("links", [link])])
+    for name, pixels in (widths or {}).items():
+        panel = panel.override_by_name(name, [_setting("custom.width", pixels)])
     for name, of_number in (texts or {}).items():
-        options = {str(number): {"text": text, "index": number} for number, text in of_number.items()}
-        panel = panel.override_by_name(name, [_setting("mappings", [{"type": "value", "options": options}])])
+        options = {
+            str(number): {"text": text, "color": colour, "index": number}
+            for number, (text, colour) in of_number.items()
+        }
+        mapped = [
+            _setting("mappings", [{"type": "value", "options": options}]),
+            _setting("custom.cellOptions", {"type": "color-text"}),
+        ]
+        panel = panel.override_by_name(name, mapped)
     for transformation in transformations:
         panel = panel.with_transformation(transformation)
-    return _finish(panel, title, description, targets, width=width, height=GRAPH_HEIGHT, instant=True, as_table=True)
+    return _finish(panel, title, description, targets, width=width, height=height, instant=True, as_table=True)
 
 
 def transformation(name: str, **options: object) -> words.DataTransformerConfig:
@@ -203,17 +240,20 @@ def variable(name: str, label: str, query: str, *, multi: bool = True) -> board.
     return made.all_value(".+").current(words.VariableOption(text="All", value="$__all")) if multi else made
 
 
-def newest_first(name: str, label: str, query: str, *, multi: bool = False) -> board.QueryVariable:
-    """Returns a variable whose values are those of the label of its name, by what the query says; the highest first.
+def highest_first(
+    name: str, label: str, query: str, *, multi: bool = False, values_of: str | None = None
+) -> board.QueryVariable:
+    """Returns a variable whose values are those of a label, by what the query says; the highest first.
 
-    Grafana takes the first where nothing is chosen; with `multi`, several can be.
+    The label is that of the variable's name unless told otherwise. Grafana takes the first value where nothing is
+    chosen; with `multi`, several can be.
     """
     return (
         board.QueryVariable(name)
         .label(label)
         .datasource(SOURCE)
         .query({"query": f"query_result(sort_desc({query}))", "refId": f"variable-{name}", "qryType": 3})
-        .regex(f'/{name}="([^"]*)"/')
+        .regex(f'/{values_of or name}="([^"]*)"/')
         .refresh(words.VariableRefresh.ON_TIME_RANGE_CHANGED)
         .sort(words.VariableSort.DISABLED)
         .multi(multi)

@@ -8,7 +8,8 @@ from memtrace.metric import Metric
 
 RANK = "job, instance, rank"
 SELECTOR = 'job=~"$job",instance=~"$instance",rank=~"$rank"'
-RUN = 'memtrace_run_info{job=~"$job",run=~"$run",run_id=~"$run_id"}'
+RUN = 'memtrace_run_info{job=~"$job",run="$run",run_id=~"$run_id"}'
+"""One run's name is chosen, as it is; Grafana writes the other variables as regular expressions."""
 
 
 def selected(metric: Metric, **labels: str) -> str:
@@ -31,13 +32,19 @@ def of(metric: Metric, **labels: str) -> str:
 
 
 def of_fullest(metric: Metric, **labels: str) -> str:
-    """Returns the series of a metric for one of the chosen ranks: that with the highest peak of the time shown.
+    """Returns the series of a metric for the rank that the variable `fullest` names by its instance."""
+    return of(metric, **labels).replace('instance=~"$instance"', 'instance="$fullest"')
 
-    Where another run has the port later, what that one says is left out.
+
+def fullest() -> str:
+    """Returns the chosen rank with the highest peak of the time shown; what other runs have had on its port is not it.
+
+    Of ranks that are equally full the first one by name, each time: an operation keeps the order of its left side, and
+    series that are read are in the order of their labels.
     """
-    peaks = f"max_over_time({selected(metrics.STEP_PEAK)}[$__range] @ end())"
-    fullest = f"topk(1, {peaks} and on ({RANK}) last_over_time({RUN}[$__range] @ end()))"
-    return f"({selected(metric, **labels)} and on ({RANK}) ({RUN} and on ({RANK}) {fullest}))"
+    in_order = f"0 * max by (instance) (last_over_time({selected(metrics.STEP_PEAK)}[$__range]))"
+    peaks = f"max by (instance) (max_over_time({of(metrics.STEP_PEAK)}[$__range:15s]))"
+    return f"topk(1, {in_order} + on (instance) {peaks})"
 
 
 def of_highest(ranks: int, metric: Metric, **labels: str) -> str:
@@ -65,8 +72,8 @@ def by_category_with_total(expression: str) -> str:
 
 
 def rate(metric: Metric) -> str:
-    """Returns the growth of a counter a second, of any run."""
-    return f"rate({selected(metric)}[$__rate_interval])"
+    """Returns the growth of a counter a second, for each chosen rank, within the run alone."""
+    return chosen(f"rate({of(metric)}[$__rate_interval:15s])")
 
 
 def counted(metric: Metric) -> str:
@@ -74,7 +81,9 @@ def counted(metric: Metric) -> str:
 
     A rate extrapolates, so that one event comes out as a little more or less than one.
     """
-    return f"sum(round({chosen(rate(metric))} * $__interval_ms / 1000))"
+    lately = f"{of(metric)}[$__interval:15s]"
+    before = f"last_over_time({of(metric)}[15s:15s] offset $__interval)"
+    return f"sum(clamp_min(max_over_time({lately}) - ({before} or min_over_time({lately})), 0))"
 
 
 def of_capacity(metric: Metric) -> str:
@@ -83,12 +92,23 @@ def of_capacity(metric: Metric) -> str:
 
 
 def highest_of_capacity() -> str:
-    """Returns the highest peak between two points of a graph as a share of the capacity, for each chosen rank."""
-    return f"{highest(metrics.STEP_PEAK)} / on ({RANK}) group_left () ({selected(metrics.CAPACITY)} > 0)"
+    """Returns the highest share of the capacity that a peak took between two points of a graph, by chosen rank."""
+    return f"max_over_time({of_capacity(metrics.STEP_PEAK)}[$__interval:15s])"
 
 
 def unused_share() -> str:
     """Returns the share of what torch has reserved, private pools apart, that the peak does not use."""
     reserved, pools = selected(metrics.RESERVED), selected(metrics.PRIVATE_POOL)
     held = f"({reserved} - ({pools} or 0 * {reserved}) > 0)"
-    return f"clamp_min(1 - {highest(metrics.STEP_PEAK)} / on ({RANK}) group_left () {held}, 0)"
+    return f"clamp_min(1 - {highest(metrics.STEP_PEAK)} / on ({RANK}) {chosen(held)}, 0)"
+
+
+def host_memory() -> str:
+    """Returns the share of memory in use of each host of the chosen ranks, as node_exporter tells it."""
+    used = "1 - node_memory_MemAvailable_bytes / node_memory_MemTotal_bytes"
+    return f"max by (host) ({_with_host(used)}) and on (host) {_with_host(RUN)}"
+
+
+def _with_host(expression: str) -> str:
+    """Returns an expression with the label `host`, the address of each target without its port."""
+    return f'label_replace({expression}, "host", "$1", "instance", "(.*):[0-9]+")'

@@ -31,6 +31,7 @@ from queries import (
     counted,
     highest,
     highest_of_capacity,
+    host_memory,
     of,
     of_capacity,
     of_fullest,
@@ -51,6 +52,8 @@ PART_COLOURS = {
     "other processes": "#b0936b",
     "free": "#dfe5ec",
 }
+
+NOT_TOLD = "the driver does not tell, or the run is on a CPU"
 
 
 def run_dashboard() -> board.Dashboard:
@@ -74,9 +77,10 @@ def glance() -> Panels:
             levels=risk,
         ),
         number(
-            "Left at the peak",
-            "Share of the capacity that the peak of a step leaves, on the fullest rank. Cached memory counts as left.",
-            (f"min(1 - {of_capacity(metrics.STEP_PEAK)})", "left"),
+            "Headroom at the peak",
+            "Share of the capacity that the peak of a step leaves, on the fullest rank. What torch has cached counts "
+            "as headroom.",
+            (f"min(1 - {of_capacity(metrics.STEP_PEAK)})", "headroom"),
             unit="percentunit",
             levels=left,
         ),
@@ -88,14 +92,14 @@ def glance() -> Panels:
             levels=plain,
         ),
         number(
-            "Largest batch to come",
-            "What the largest batch to come is expected to take, as a share of the capacity.",
-            (f"max({of_capacity(metrics.PREDICTED_PEAK)})", "expected"),
+            "Forecast for the largest batch",
+            "The peak that the largest batch to come is expected to have, as a share of the capacity.",
+            (f"max({of_capacity(metrics.PREDICTED_PEAK)})", "forecast"),
             unit="percentunit",
             levels=[(None, CALM), (0.9, WATCH), (1.0, ALARM)],
         ),
         number(
-            "A leak fills the rest in",
+            "Time until a leak fills the memory",
             "Only where what outlives steps grows steadily.",
             (f"min({of(metrics.TIME_TO_LIMIT)})", "time left"),
             unit="s",
@@ -103,30 +107,28 @@ def glance() -> Panels:
             none="no leak",
         ),
         number(
-            "Ranks seen",
-            "How many ranks of the run are scraped, of those that it has.",
+            "Ranks seen of expected",
+            "How many ranks of the run are scraped, of those that it says that it has.",
             (f"count(count by (rank) ({of(metrics.UP)}))", "seen"),
-            unit="none",
-            levels=plain,
-        ),
-        number(
-            "Ranks expected",
-            "How many ranks the run says that it has.",
             (f"max({of(metrics.WORLD_SIZE)})", "expected"),
             unit="none",
             levels=plain,
+            none="no rank answers",
+            now=True,
         ),
         number(
-            "Since the last step",
+            "Time since the last step",
             "The rank that has waited longest.",
             (f"max(time() - {of(metrics.LAST_STEP)})", "since the last step"),
             unit="s",
             levels=[(None, NEUTRAL), (600, WATCH), (2700, ALARM)],
+            none="no rank answers",
+            now=True,
         ),
         number(
             "Steps an hour",
             "The pace of the slowest chosen rank.",
-            (f"min({chosen(rate(metrics.STEPS))}) * 3600", "steps"),
+            (f"min({rate(metrics.STEPS)}) * 3600", "steps"),
             unit="none",
             levels=plain,
         ),
@@ -153,7 +155,8 @@ def peak() -> Panels:
         ),
         rows(
             "Plan against measured",
-            "At the peak of the fullest chosen rank, by category and in all; the difference is measured minus planned.",
+            "At the peak of the newest step of the fullest chosen rank, by category and in all; the difference is "
+            "measured minus planned.",
             [(planned, "planned"), (measured, "measured"), (difference, "difference")],
             unit="bytes",
             width=HALF,
@@ -175,15 +178,16 @@ def forecast() -> Panels:
     return [
         board.Row("What is to come"),
         graph(
-            "Left at the peak, and risk",
+            "Headroom at the peak, and risk",
             "Share of the capacity that the highest peak leaves on the fullest rank; highest risk of the chosen ranks.",
             [
-                (f"1 - max({highest_of_capacity()})", "left"),
+                (f"1 - max({highest_of_capacity()})", "headroom"),
                 (f"max({of(metrics.OOM_RISK)})", "risk"),
             ],
             unit="percentunit",
             width=WIDE,
-            colours={"left": CALM, "risk": ALARM},
+            colours={"headroom": CALM, "risk": ALARM},
+            top=1,
         ),
         graph(
             "Forecast against capacity",
@@ -217,7 +221,7 @@ def forecast() -> Panels:
             colour=PEAK_COLOUR,
         ),
         graph(
-            "What outlives steps",
+            "Memory that outlives steps",
             "At the end of a step, on the fullest of the chosen ranks. A steady rise is a leak.",
             composition("step_end"),
             unit="bytes",
@@ -241,7 +245,7 @@ def below_the_tensors() -> Panels:
     return [
         board.Row("Allocator and device"),
         graph(
-            "The device",
+            "Memory of the device",
             "What the fullest chosen rank's device holds, at the ends of steps. Slack is what torch can use again; "
             "what CUDA graphs hold in private pools, nobody else can. "
             "The series of DCGM exporter for the same device are a click on a legend away.",
@@ -256,21 +260,21 @@ def below_the_tensors() -> Panels:
             "column stands for, a minute or more.",
             [(counted(metrics.RETRIES), "retries"), (counted(metrics.OOMS), "out of memory")],
             unit="short",
-            width=6,
+            width=HALF,
             colours={"retries": WATCH, "out of memory": ALARM},
             columns=True,
         ),
         graph(
-            "Reserved by torch and used by no peak",
+            "Fragmentation: reserved, but unused",
             "Share of what torch holds of the device that the peaks do not use, on the rank that wastes most; private "
             "pools are not counted.",
             [(f"max({unused_share()})", "unused")],
             unit="percentunit",
-            width=6,
+            width=THIRD,
             colours={"unused": NEUTRAL},
         ),
         graph(
-            "Memory of the process",
+            "Memory of each process",
             "What each rank's process holds of its GPU; on a CPU of the host's memory, its resident set. The dashed "
             "line is all that there is.",
             [
@@ -278,30 +282,43 @@ def below_the_tensors() -> Panels:
                 (f"max({of(metrics.DEVICE_TOTAL)})", "total"),
             ],
             unit="bytes",
-            width=6,
+            width=THIRD,
             colours={"total": CAPACITY_COLOUR},
             lines=["total"],
+        ),
+        graph(
+            "Host memory in use",
+            "Share of the memory of each host of the chosen ranks that is in use, by node_exporter on that host. The "
+            "kernel ends processes where it runs out: data loader workers, pinned memory, offloaded states.",
+            [(host_memory(), "{{host}}")],
+            unit="percentunit",
+            width=THIRD,
+            top=1,
+            none="no node_exporter on the hosts of these ranks",
         ),
         graph(
             "Power",
             "By rank.",
             [(f"max by (rank) ({of(metrics.DEVICE_POWER)})", "rank {{rank}}")],
             unit="watt",
-            width=6,
+            width=THIRD,
+            none=NOT_TOLD,
         ),
         graph(
             "Temperature",
             "By rank.",
             [(f"max by (rank) ({of(metrics.DEVICE_TEMPERATURE)})", "rank {{rank}}")],
             unit="celsius",
-            width=6,
+            width=THIRD,
+            none=NOT_TOLD,
         ),
         graph(
             "Utilisation",
             "Share of time in which a kernel ran, by rank.",
             [(f"max by (rank) ({of(metrics.DEVICE_UTILIZATION)})", "rank {{rank}}")],
             unit="percentunit",
-            width=6,
+            width=THIRD,
+            none=NOT_TOLD,
         ),
     ]
 
@@ -326,10 +343,7 @@ def memtrace_itself() -> Panels:
             "What memtrace costs",
             "Share of wall time, memtrace's own and that of slower steps. The budget is 0.5 % unless set otherwise.",
             [
-                (
-                    f"max({chosen(f'{rate(metrics.SELF_SECONDS)} + {rate(metrics.SLOWED_SECONDS)}')})",
-                    "share of time",
-                )
+                (f"max({rate(metrics.SELF_SECONDS)} + {rate(metrics.SLOWED_SECONDS)})", "share of time"),
             ],
             unit="percentunit",
             width=HALF,

@@ -6,6 +6,7 @@ each under a job of its own.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections import defaultdict
@@ -23,6 +24,8 @@ GB = 1e9
 INTERVAL = 15
 """Seconds between two scrapes."""
 ABSENT, STALE = "_", "stale"
+_SAMPLE = re.compile(r"([\w:]*)\{((?:\w+=\"[^\"]*\"(?:, )?)*)\} ([-+\w.]+)")
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
 PAGE_OR_TICKET = "warning|critical"
 
 Labels = Mapping[str, str]
@@ -160,6 +163,8 @@ class Scenario:
     tells: Story
     raises: frozenset[str] = frozenset()
     minutes: int = 120
+    marked: bool = True
+    """Whether Prometheus marks the end of a series; it does not where it was away meanwhile."""
 
     @property
     def job(self) -> str:
@@ -176,7 +181,7 @@ class Scenario:
                 for name, labels, value in scrape.samples():
                     text = ",".join(f'{label}="{text}"' for label, text in (target | labels).items())
                     columns[f"{name}{{{text}}}"][index] = repr(float(value))
-        return {series: _notation(_ended(column)) for series, column in columns.items()}
+        return {series: _notation(_ended(column) if self.marked else column) for series, column in columns.items()}
 
 
 def _ended(column: Sequence[str]) -> Iterator[str]:
@@ -206,26 +211,50 @@ def judge(scenarios: Sequence[Scenario], directory: Path, *, every: int = 60) ->
         every: seconds between two evaluations of the rules; a minute is four times as quick as an evaluation a scrape.
     """
     minutes = max(scenario.minutes for scenario in scenarios)
-    lines = [f"rule_files: [{RULES}]", f"evaluation_interval: {every}s", "tests:", f"  - interval: {INTERVAL}s"]
+    alerts = f'ALERTS{{alertstate="firing",severity=~"{PAGE_OR_TICKET}"}}'
+    fired = f"max by (job, alertname) (max_over_time({alerts}[{minutes}m]))"
+    found: dict[str, set[str]] = {scenario.job: set() for scenario in scenarios}
+    for labels, _ in evaluated(scenarios, [fired], minutes, directory, every=every)[fired]:
+        found[labels["job"]].add(labels["alertname"])
+    return {scenario.name: found[scenario.job] for scenario in scenarios}
+
+
+def evaluated(
+    scenarios: Sequence[Scenario],
+    expressions: Sequence[str],
+    minute: int,
+    directory: Path,
+    *,
+    every: int = 60,
+    more_rules: Sequence[Path] = (),
+) -> dict[str, list[tuple[Labels, float]]]:
+    """Returns what expressions give at some minute of these histories, with the shipped rules run since the first one.
+
+    Rules of other files run beside them. promtool is told to expect what no expression gives, and says what it has got
+    instead.
+    """
+    files = ", ".join(map(str, (RULES, *more_rules)))
+    lines = [f"rule_files: [{files}]", f"evaluation_interval: {every}s", "tests:", f"  - interval: {INTERVAL}s"]
     lines.append("    input_series:")
     for scenario in scenarios:
         lines += [f"      - {{series: '{name}', values: '{values}'}}" for name, values in scenario.series().items()]
-    alerts = f'ALERTS{{alertstate="firing",severity=~"{PAGE_OR_TICKET}"}}'
-    fired = f"max by (job, alertname) (max_over_time({alerts}[{minutes}m]))"
-    lines += [
-        "    promql_expr_test:",
-        f"      - {{expr: '{fired}', eval_time: {minutes}m, exp_samples: [{{value: -1}}]}}",
-    ]
+    lines.append("    promql_expr_test:")
+    for expression in expressions:
+        asked = f"expr: {json.dumps(expression)}, eval_time: {minute}m"
+        lines.append(f"      - {{{asked}, exp_samples: [{{labels: 'nothing', value: 1}}]}}")
     path = directory / "scenarios.yml"
     path.write_text("\n".join(lines) + "\n")
     result = subprocess.run(["promtool", "test", "rules", str(path)], capture_output=True, text=True, check=False)
     text = result.stdout + result.stderr
-    assert "got:" in text, text[:2000]
-    found: dict[str, set[str]] = {scenario.job: set() for scenario in scenarios}
-    for labels in re.findall(r"\{([^{}]*alertname=[^{}]*)\} \S+", text):
-        named = dict(re.findall(r'(\w+)="(.*?)"', labels))
-        found[named["job"]].add(named["alertname"])
-    return {scenario.name: found[scenario.job] for scenario in scenarios}
+    answers = [line.partition("got:")[2] for line in text.splitlines() if "got:" in line]
+    assert len(answers) == len(expressions), text[:2000]
+    return {
+        expression: [
+            ({"__name__": name} | dict(_LABEL.findall(labels)) if name else dict(_LABEL.findall(labels)), float(value))
+            for name, labels, value in _SAMPLE.findall(answer)
+        ]
+        for expression, answer in zip(expressions, answers, strict=True)
+    }
 
 
 def ranks(scrape: Scrape, count: int, *, world: int | None = None, host: str = "a") -> Iterator[Scrape]:

@@ -21,8 +21,10 @@ FOREIGN = {
     "up": TARGET_LABELS,
     "ALERTS": TARGET_LABELS | {"alertname", "alertstate", "severity", "run", "run_id", "rank"},
     "DCGM_FI_DEV_FB_USED": frozenset({"UUID"}),
+    "node_memory_MemAvailable_bytes": TARGET_LABELS | {"host"},
+    "node_memory_MemTotal_bytes": TARGET_LABELS | {"host"},
 }
-"""Metrics of others that are used, with the labels that are used of them."""
+"""Metrics of others that are used, with the labels that are used of them, or made for them."""
 OF_TEXT_FILES = {RUN_STATE.name: frozenset({"run"})}
 """Labels that a metric has besides in the files of a textfile collector, where the rules read it there, too."""
 

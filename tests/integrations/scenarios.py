@@ -23,9 +23,9 @@ def one(**says: float | str | bool | None) -> Story:
     return lambda at: [Scrape(at=at, **says)]  # type: ignore[arg-type]
 
 
-def silent(name: str, tells: Story, minutes: int = 120) -> Scenario:
+def silent(name: str, tells: Story, minutes: int = 120, *, marked: bool = True) -> Scenario:
     """A healthy run."""
-    return Scenario(name=name, tells=tells, minutes=minutes)
+    return Scenario(name=name, tells=tells, minutes=minutes, marked=marked)
 
 
 def raises(name: str, alerts: str, tells: Story, minutes: int = 120) -> Scenario:
@@ -145,6 +145,36 @@ def sawtooth(minutes: int) -> Story:
     return tells
 
 
+def in_turn(state: str, minutes: int) -> Story:
+    """Launches of one name that live for some minutes each and end like this, on one port."""
+
+    def tells(at: int) -> Iterable[Scrape]:
+        number, phase = divmod(at, (minutes + 2) * MINUTE)
+        ended = phase >= minutes * MINUTE
+        says = state if ended else "running"
+        answers = phase <= minutes * MINUTE + INTERVAL
+        yield Scrape(at=at, run_id=str(number), started=at - phase, state=says, answers=answers, steps=phase)
+
+    return tells
+
+
+def trying_algorithms(at: int) -> Iterable[Scrape]:
+    """cuDNN tries its algorithms in the first steps and takes nearly all that is free; then the run is at 60 %."""
+    first = at < 90
+    yield Scrape(at=at, peak=(79.5 if first else 48) * GB, run_peak=79.5 * GB, reserved=79.8 * GB, retries=2)
+
+
+def taken_over(at: int) -> Iterable[Scrape]:
+    """One run ends well; another port changes its run while Prometheus is away, which leaves no mark of the old one."""
+    if at < 30 * MINUTE + INTERVAL:
+        yield Scrape(at=at, peak=73.6 * GB, state="ok" if at >= 30 * MINUTE else "running")
+    else:
+        yield Scrape(at=at, answers=False)
+    if not 40 * MINUTE <= at < 41 * MINUTE:
+        number = int(at >= 41 * MINUTE)
+        yield Scrape(at=at, instance="b:0", run="next", run_id=str(number), started=number * 41 * MINUTE)
+
+
 HEALTHY: tuple[Scenario, ...] = (
     silent("steady at half of the memory", one()),
     silent("steady at 92 %", one(peak=73.6 * GB)),
@@ -202,6 +232,10 @@ HEALTHY: tuple[Scenario, ...] = (
     silent("a text file of a run that has ended well", lambda at: [
         Scrape(at=at, text_file=True, state="ok" if at > HOUR else "running")
     ]),
+    silent("algorithms are tried in the first steps", trying_algorithms),
+    silent("a sweep of short runs of one name", in_turn("ok", 8)),
+    silent("preempted each ten minutes", in_turn("signal", 8)),
+    silent("a port changes its run while Prometheus is away", taken_over, marked=False),
     silent("a bad quarter of an hour for the capacity", lambda at: [
         Scrape(at=at, peak=60 * GB, capacity=noise(at, 80, 80, 80, 61) * GB)
     ]),
@@ -249,6 +283,9 @@ FAILING: tuple[Scenario, ...] = (
     ], 240),
     raises("a hang of a run that evaluates for half an hour", "Stalled",
         lambda at: evaluating(at) if at < 3 * HOUR else [Scrape(at=at, steps=5400, last_step=9000)], 300),
+    raises("one of eight ranks hangs, and the others go on", "Stalled", lambda at: eight(
+        at, steps=min(at, HOUR), last_step=min(at, HOUR)
+    ), 240),
     raises("killed at half of its memory", "TrainerGone", lambda at: [vanished(at, 30)]),
     raises("killed at 92 %", "TrainerVanishedNearLimit", lambda at: [vanished(at, 30, peak=73.6 * GB)]),
     raises("killed before its first step", "TrainerGone", lambda at: [vanished(at, 10, steps=0, last_step=NAN)]),

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from cloudcoil.models.kubernetes.core.v1 import ConfigMap, Pod
 from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule
-from promql import ROOT, RULES
+from promql import ROOT, RULES, rules
 from pydantic import BaseModel, ValidationError
 from servers import prometheus
 
@@ -119,6 +119,54 @@ def test_inhibitions_name_alerts_that_exist() -> None:
     named = set(re.findall(r"\bMemtrace\w+", text))
     assert named
     assert named <= known
+
+
+CONSEQUENCES = {
+    "OutOfMemory": "RankMissing TrainerGone RunFailed Stalled OomPredicted HeadroomLow LimitSoon OutOfMemorySurvived",
+    "TrainerVanishedNearLimit": "RankMissing TrainerGone RunFailed Stalled OomPredicted HeadroomLow AllocatorRetries",
+    "RankMissing": "Stalled NoFirstStep RunFailed RankImbalance",
+    "TrainerGone": "Stalled NoFirstStep RunFailed RankImbalance",
+    "RunFailed": "Stalled NoFirstStep RankImbalance",
+    "OomPredicted": "HeadroomLow",
+    "LimitSoon": "OomPredicted HeadroomLow MemoryLeak UnattributedGrowth",
+    "MemoryLeak": "UnattributedGrowth HeadroomLow",
+    "NonTorchGrowth": "HeadroomLow",
+    "FragmentationHigh": "AllocatorRetries",
+}
+"""What follows from what, in the same run."""
+PAGES = {rule["alert"] for rule in rules() if rule.get("labels", {}).get("severity") == "critical"}
+
+
+def silences(cause: str, consequence: str) -> bool:
+    """Whether an inhibition silences the second alert while the first one fires for the same rank of a run."""
+
+    def fits(matchers: list[str], alert: str) -> bool:
+        patterns = (re.fullmatch(r'alertname=~?"(.*)"', matcher.strip()) for matcher in matchers)
+        return all(pattern is not None and re.fullmatch(pattern[1], alert) is not None for pattern in patterns)
+
+    return any(
+        fits(rule["source_matchers"], cause) and fits(rule["target_matchers"], consequence)
+        for rule in load(INTEGRATIONS / "alertmanager" / "alertmanager.yml")["inhibit_rules"]
+    )
+
+
+@pytest.mark.parametrize("cause", CONSEQUENCES)
+def test_a_cause_silences_its_consequences(cause: str) -> None:
+    """Whoever is told of the cause is not told of what follows from it."""
+    loud = [name for name in CONSEQUENCES[cause].split() if not silences(f"Memtrace{cause}", f"Memtrace{name}")]
+    assert loud == []
+
+
+def test_no_ticket_silences_a_page() -> None:
+    """What must wake somebody is silenced by a page alone."""
+    alerts = [rule["alert"] for rule in rules() if "alert" in rule]
+    assert [(c, p) for c in alerts for p in PAGES if c not in PAGES and silences(c, p)] == []
+
+
+def test_no_alerts_silence_each_other() -> None:
+    """Of two alerts that fire together one at least is heard."""
+    alerts = [rule["alert"] for rule in rules() if "alert" in rule]
+    assert [(one, other) for one in alerts for other in alerts if silences(one, other) and silences(other, one)] == []
 
 
 def test_committed_manifests_are_those_that_are_built(tmp_path: Path) -> None:

@@ -42,8 +42,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def test_the_run_is_drawn(url: str, tmp_path: Path) -> None:
     """No query fails, and no panel is empty."""
-    errors, _ = draw(GRAFANA / "dashboards" / "memtrace-run.json", url, tmp_path / "run.png")
-    assert errors == []
+    assert draw(GRAFANA / "dashboards" / "memtrace-run.json", url, tmp_path / "run.png").errors == []
 
 
 def test_the_stack_of_the_peak_is_what_torch_counted(url: str) -> None:

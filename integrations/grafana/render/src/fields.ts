@@ -48,10 +48,14 @@ const SERIES: Record<string, unknown> = {
   axisCenteredZero: false,
   scaleDistribution: { type: 'linear' },
   hideFrom: { tooltip: false, viz: false, legend: false },
+  axisSoftMax: undefined,
   thresholdsStyle: { mode: 'off' },
   spanNulls: false,
   insertNulls: false,
 };
+
+/** Settings of the cells of tables. */
+const CELLS = ['minWidth', 'width', 'cellOptions'];
 
 function item(id: string, path: string, process: any, isCustom: boolean): any {
   const nothing = () => null;
@@ -67,7 +71,7 @@ standardTransformersRegistry.setInit(
 
 const registry = new FieldConfigOptionsRegistry(() => [
   ...(standardFieldConfigEditorRegistry.list() as any[]),
-  ...Object.keys(SERIES).map((path) => item(`custom.${path}`, path, identityOverrideProcessor, true)),
+  ...[...Object.keys(SERIES), ...CELLS].map((path) => item(`custom.${path}`, path, identityOverrideProcessor, true)),
 ]);
 
 /** Returns the frames with a panel's field settings and overrides applied. */

@@ -70,7 +70,9 @@ const DRAW: Record<string, (props: DrawProps) => JSX.Element> = {
     />
   ),
   xychart: (props) => <Scatter {...props} />,
-  table: ({ frames, width, height }) => <Table data={frames[0]} width={width} height={height} />,
+  table: ({ panel, frames, width, height }) => (
+    <Table data={frames[0]} width={width} height={height} fieldConfig={panel.fieldConfig} />
+  ),
 };
 
 function Repeated({ panel, frames, width, height, theme, draw }: DrawProps & { draw: (props: any) => JSX.Element }) {
@@ -114,8 +116,11 @@ async function load(panel: any, width: number, context: Context, theme: GrafanaT
   if (panel.transformations?.length) {
     frames = await lastValueFrom(transformDataFrame(panel.transformations, frames));
   }
-  if (frames.every((frame) => frame.length === 0) && panel.fieldConfig?.defaults?.noValue === undefined) {
-    throw new Error('no data');
+  if (frames.every((frame) => frame.length === 0)) {
+    if (panel.fieldConfig?.defaults?.noValue === undefined) {
+      throw new Error('no data');
+    }
+    report.empty.push(panel.title);
   }
   return applyFields(frames, panel, theme);
 }

@@ -5,10 +5,12 @@ export interface Report {
   drawn: number;
   /** How many series the query of each annotation found. */
   annotations: Record<string, number>;
+  /** Panels that have nothing to show, and say so in words. */
+  empty: string[];
   errors: string[];
 }
 
-export const report: Report = { panels: 0, drawn: 0, annotations: {}, errors: [] };
+export const report: Report = { panels: 0, drawn: 0, annotations: {}, empty: [], errors: [] };
 (window as any).memtraceReport = report;
 
 export function wrong(text: string): void {

@@ -19,7 +19,7 @@ const FORMATS: Record<string, (values: string[]) => string> = {
 
 /** Returns the text with every variable replaced; an unknown variable or format is an error of the dashboard. */
 export function interpolate(text: string, values: Values): string {
-  return text.replace(/\$\{(\w+)(?::(\w+))?\}|\$(\w+)|\[\[(\w+)\]\]/g, (all, braced, format, plain, old) => {
+  return text.replace(/\$\{(\w+)(?::(\w+))?\}|\$([A-Za-z_]\w*)|\[\[(\w+)\]\]/g, (all, braced, format, plain, old) => {
     const name = braced ?? plain ?? old;
     if (!(name in values)) {
       wrong(`unresolved variable ${all} in ${text}`);
