@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Protocol
 
 from promql import RULES
 
@@ -27,7 +28,19 @@ PAGE_OR_TICKET = "warning|critical"
 
 Labels = Mapping[str, str]
 Sample = tuple[str, Labels, float]
-Story = Callable[[int], "Iterable[Scrape | Recorded]"]
+
+
+class Told(Protocol):
+    """One scrape of one target."""
+
+    def target(self) -> Labels:
+        """Returns the labels of the target."""
+
+    def samples(self) -> Iterator[Sample]:
+        """Yields all samples of the scrape."""
+
+
+Story = Callable[[int], Iterable[Told]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
