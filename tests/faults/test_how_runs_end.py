@@ -41,7 +41,8 @@ def status(directory: Path) -> RunStatus:
 
 def in_text(directory: Path) -> tuple[str, float]:
     """Returns the state and `memtrace_up` of the text file."""
-    lines = (directory / "text" / "memtrace-r-rank0.prom").read_text().splitlines()
+    (path,) = (directory / "text").glob("memtrace-r-*-rank0.prom")
+    lines = path.read_text().splitlines()
     (state,) = [line.partition('state="')[2].partition('"')[0] for line in lines if "memtrace_run_state{" in line]
     (up,) = [float(line.rpartition(" ")[2]) for line in lines if line.startswith("memtrace_up{")]
     return state, up

@@ -83,7 +83,7 @@ class Scrape:
     ooms: float = 0
     self_share: float = 0.001
     text_file: bool = False
-    """Whether it is the file that a textfile collector reads: the run is a label of every series there."""
+    """Whether it is the file that a textfile collector reads: run and launch are labels of every series there."""
 
     def target(self) -> Labels:
         """Returns the labels of the target."""
@@ -93,7 +93,8 @@ class Scrape:
         """Yields all samples of the scrape."""
         yield "up", {}, float(self.answers)
         if self.answers:
-            identity = {"rank": str(self.rank)} | ({"run": self.run} if self.text_file else {})
+            run_id = {"run_id": self.run_id} if self.run_id else {}
+            identity = {"rank": str(self.rank)} | ({"run": self.run, **run_id} if self.text_file else {})
             for name, labels, value in (*self._run(), *(self._memory() if self._has_stepped() else ())):
                 yield f"memtrace_{name}", identity | labels, value
 

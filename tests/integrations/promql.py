@@ -23,7 +23,7 @@ FOREIGN = {
     "DCGM_FI_DEV_FB_USED": frozenset({"UUID"}),
 }
 """Metrics of others that are used, with the labels that are used of them."""
-OF_TEXT_FILES = {RUN_STATE.name: frozenset({"run"})}
+OF_TEXT_FILES = {RUN_STATE.name: frozenset({"run", "run_id"})}
 """Labels that a metric has besides in the files of a textfile collector, where the rules read it there, too."""
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"' + r"|'(?:[^'\\]|\\.)*'")

@@ -254,6 +254,10 @@ FAILING: tuple[Scenario, ...] = (
     raises("ended out of memory, as a text file says", "OutOfMemory", lambda at: [
         Scrape(at=at, text_file=True, state="out_of_memory" if at > HOUR else "running", ooms=int(at > HOUR))
     ]),
+    raises("two text files of one name, of which one ends out of memory", "OutOfMemory", lambda at: [
+        Scrape(at=at, text_file=True, run_id="1", state="out_of_memory" if at > HOUR else "running"),
+        Scrape(at=at, text_file=True, run_id="2", state="ok" if at > HOUR else "running"),
+    ]),
     raises("ended with another exception", "RunFailed", ending("exception")),
     raises("a hang before the first step", "NoFirstStep", one(steps=0, last_step=NAN)),
     raises("a hang in a step", "Stalled", lambda at: [

@@ -15,11 +15,12 @@ from memtrace.config import TracerConfig
 from memtrace.errors import OutputError
 from memtrace.exporters.claims import Claim
 from memtrace.exporters.page import render_page
-from memtrace.exporters.prometheus import registry_of, textfile_path, write_textfile
+from memtrace.exporters.prometheus import registry_of
 from memtrace.exporters.run_file import RunFile, run_file_path
 from memtrace.exporters.server import Endpoint, MetricsServer, serve
 from memtrace.exporters.steplog import StepLog, step_log_path
 from memtrace.exporters.targets import TargetFile, clear_stale, target_path
+from memtrace.exporters.textfile import clear_ended, textfile_path, write_textfile
 from memtrace.exporters.timeline_file import write_timeline
 from memtrace.oom.files import write_report
 from memtrace.oom_report import OomReport
@@ -85,6 +86,7 @@ class Exports:
             if config.textfile_dir is not None:
                 exports._textfile = textfile_path(config.textfile_dir, identity)
                 exports._leave_textfile()  # now, so that a directory that cannot be written is told now
+                clear_ended(config.textfile_dir, identity.run_name)
             if config.step_log:
                 exports._log = StepLog(step_log_path(log_dir, identity.rank), max_bytes=config.log_max_bytes)
                 exports._timeline_directory = log_dir
