@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,18 +21,19 @@ from memtrace.snapshot import RunIdentity, RunState
 
 def test_the_textfile_is_the_exposition(tmp_path: Path) -> None:
     """The file for node_exporter holds all series but one, each with the run, and nothing else is left beside it."""
-    path = textfile_path(tmp_path / "new", RunIdentity(run_name="llama", run_id="4711", rank=3))
-    write_textfile(path, gpu_snapshot())
-    write_textfile(path, gpu_snapshot(up=False))
-    assert path.name == "memtrace-llama-4711-rank3.prom"
+    identity = replace(gpu_snapshot().identity, run_id="4711")
+    path = textfile_path(tmp_path / "new", identity)
+    write_textfile(path, gpu_snapshot(identity=identity))
+    write_textfile(path, gpu_snapshot(identity=identity, up=False))
+    assert path.name == "memtrace-llama-4711-rank1.prom"
     assert list(path.parent.iterdir()) == [path]
     found = series(path.read_text(encoding="utf-8"))
     whole = {
-        (name, (*labels, ("run", "llama"))): value
-        for (name, labels), value in samples(gpu_snapshot(up=False)).items()
+        (name, tuple(sorted({*labels, ("run", "llama"), ("run_id", "4711")}))): value
+        for (name, labels), value in samples(gpu_snapshot(identity=identity, up=False)).items()
         if name != "memtrace_run_info"
     }
-    assert {(name, tuple(sorted(labels))): value for (name, labels), value in whole.items()} == found
+    assert whole == found
 
 
 @pytest.mark.parametrize("runs", [(("job-a", ""), ("job-b", "")), (("job", "1"), ("job", "2"))])

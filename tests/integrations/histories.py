@@ -103,10 +103,10 @@ class Scrape:
 
     def _run(self) -> Iterator[Sample]:
         age = self.at - self.started
+        run_id = {"run_id": self.run_id} if self.run_id else {}
         if not self.text_file:
-            run_id = {"run_id": self.run_id} if self.run_id else {}
             yield "run_info", {"run": self.run, "world_size": str(self.world), **run_id}, 1
-        yield "run_state", {"state": self.state}, 1
+        yield "run_state", {"run": self.run, "state": self.state, **run_id}, 1
         yield "run_start_timestamp_seconds", {}, self.started
         yield "up", {}, float(self.working)
         yield "world_size", {}, self.world

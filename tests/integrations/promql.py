@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from memtrace.metrics import CATALOGUE, IDENTITY_LABELS, RUN_STATE
+from memtrace.metrics import CATALOGUE, IDENTITY_LABELS
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "integrations" / "prometheus" / "memtrace.rules.yml"
@@ -23,8 +23,6 @@ FOREIGN = {
     "DCGM_FI_DEV_FB_USED": frozenset({"UUID"}),
 }
 """Metrics of others that are used, with the labels that are used of them."""
-OF_TEXT_FILES = {RUN_STATE.name: frozenset({"run", "run_id"})}
-"""Labels that a metric has besides in the files of a textfile collector, where the rules read it there, too."""
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"' + r"|'(?:[^'\\]|\\.)*'")
 _GROUPING = re.compile(r"\b(by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)")
@@ -74,8 +72,7 @@ def known() -> dict[str, frozenset[str]]:
         for rule in rules()
         if "record" in rule
     }
-    in_files = {name: metrics[name] | labels for name, labels in OF_TEXT_FILES.items()}
-    return metrics | in_files | recorded | FOREIGN
+    return metrics | recorded | FOREIGN
 
 
 def unknown(expression: str) -> list[str]:

@@ -45,6 +45,8 @@ class Exports:
         self._pid = os.getpid()
         self._ended = False
         self._state = RunState.RUNNING
+        self._state_at_exit: RunState | None = None
+        """How the run ends where the script leaves before its next step; None where nothing is known of that."""
         self._linger_seconds = 0.0
         self._scrapes_before_end = 0
         self._claim: Claim | None = None
@@ -141,6 +143,7 @@ class Exports:
         """Hands a finished step to the log, and its curve, if it has one, to the timeline."""
         if not self._is_ours:
             return
+        self._state_at_exit = None
         if self._textfile is not None:
             self._seen = self._current()
         if self._log is not None:
@@ -192,6 +195,15 @@ class Exports:
                 except OutputError as error:
                     logger.warning("memtrace: %s", error)
 
+    def may_end(self, state: RunState) -> None:
+        """Takes in how the run ends if the script leaves as it says, before its next step."""
+        self._state_at_exit = state
+
+    def give_way(self) -> None:
+        """Takes in that the training begins anew with outputs of its own: nothing waits for a scrape of these."""
+        self._linger_seconds = 0.0
+        self.ends(RunState.OK)
+
     def terminated(self) -> None:
         """Takes in a SIGTERM that ends the process."""
         self.linger(RunState.SIGNAL)
@@ -212,6 +224,7 @@ class Exports:
 
     def close(self) -> None:
         """Closes the outputs and waits for the server's threads; a second call does nothing."""
+        self._state_at_exit = None  # the script has not left
         try:
             with ExitStack() as closing:  # also where Ctrl-C ends the wait
                 closing.callback(self._finish, MetricsServer.close)
@@ -251,7 +264,7 @@ class Exports:
         """How the run has ended where it ends now and nobody has said more."""
         if self._state is not RunState.RUNNING:
             return self._state
-        return RunState.SIGNAL if TERMINATION.has_come else RunState.OK
+        return RunState.SIGNAL if TERMINATION.has_come else self._state_at_exit or RunState.OK
 
     def _current(self) -> Snapshot:
         """Returns the newest state; the last one that was seen once the tracer is gone."""
