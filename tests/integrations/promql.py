@@ -64,7 +64,8 @@ def rules() -> Iterator[dict[str, Any]]:
 
 def known() -> dict[str, frozenset[str]]:
     """Returns every metric that may be used, with its labels: the catalogue, the recording rules, a few of others."""
-    metrics = {metric.name: TARGET_LABELS | {*IDENTITY_LABELS, *metric.labels} for metric in CATALOGUE}
+    in_files = {"run", "run_id"}
+    metrics = {metric.name: TARGET_LABELS | {*IDENTITY_LABELS, *metric.labels, *in_files} for metric in CATALOGUE}
     recorded = {
         rule["record"]: TARGET_LABELS | {*IDENTITY_LABELS, "run", "run_id", "state"}
         if rule["record"].startswith("rank:")
