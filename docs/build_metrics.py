@@ -29,9 +29,9 @@ Each rank serves its own metrics at `http://127.0.0.1:16368/metrics`; local rank
   `memtrace_plan_bytes` and `memtrace_not_seen` take at most {MAX_ENTRY_SERIES} of them: beyond that the smallest entries of a category are added up as
   `component="{OTHER}"`, and sums by category stay right.
 * After a fault of memtrace itself `memtrace_up` is 0 and what would be out of date is gone; the counters stay.
-* In the text file of `textfile_dir` every series has the label `run` too, and there is no `memtrace_run_info`; after the
-  end of the run `memtrace_up` is 0 there, `memtrace_run_state` says how it ended, and all else is as of that end. See
-  [operations.md](operations.md).
+* In the text file of `textfile_dir` every series has the labels `run` and `run_id` too, and there is no
+  `memtrace_run_info`; after the end of the run `memtrace_up` is 0 there, `memtrace_run_state` says how it ended, and all
+  else is as of that end. See [operations.md](operations.md).
 
 ## Catalogue
 

@@ -1,4 +1,4 @@
-"""Before and after every test: no thread of memtrace, no hook and no profiler is left in the process."""
+"""Before and after every test: no thread of memtrace, no hook and no profiler is left, and `sys.exit` is Python's."""
 
 from __future__ import annotations
 
@@ -48,8 +48,9 @@ def recorders_of_torch() -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """Looks before and after each test."""
-    hooks = global_hooks_of_torch()
+    hooks, leave = global_hooks_of_torch(), sys.exit
     assert (memtrace_threads(), recorders_of_torch()) == ([], {})
     yield
     assert (memtrace_threads(), recorders_of_torch()) == ([], {})
     assert global_hooks_of_torch() == hooks
+    assert sys.exit is leave

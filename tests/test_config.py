@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,32 @@ def test_the_environment_sets_what_code_does_not(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MEMTRACE_PORT", "1")
     with pytest.raises(ConfigError, match=r"^port must be"):
         TracerConfig(port=70000)
+
+
+TOGETHER = {
+    "basic_auth_user": "basic_auth_password",
+    "basic_auth_password": "basic_auth_user",
+    "basic_auth_password_file": "basic_auth_user",
+    "tls_cert_file": "tls_key_file",
+    "tls_key_file": "tls_cert_file",
+}
+"""Settings that need another one."""
+
+
+@pytest.mark.parametrize("setting", fields(TracerConfig), ids=lambda setting: setting.name)
+def test_every_setting_has_a_variable(setting: Field[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each field is read from its own variable, and no other field is."""
+    default = TracerConfig()
+    kind = setting.type.split(" | ")[0]
+    values = {"bool": not getattr(default, setting.name), "float": 0.25, "str": "set"}
+    value = values.get(kind, 7 if setting.name == "port" else 70000)
+    monkeypatch.setenv(f"MEMTRACE_{setting.name.upper()}", str(value))
+    if setting.name in TOGETHER:
+        monkeypatch.setenv(f"MEMTRACE_{TOGETHER[setting.name].upper()}", "too")
+    config = TracerConfig()
+    changed = {name.name for name in fields(config) if getattr(config, name.name) != getattr(default, name.name)}
+    assert changed == {setting.name, TOGETHER.get(setting.name, setting.name)}
+    assert getattr(config, setting.name) == value
 
 
 @given(random_settings)

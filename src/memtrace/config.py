@@ -90,9 +90,10 @@ class TracerConfig:
     scraped once more: then `memtrace_run_state` says how it ended. The process waits for it, and holds its memory that
     long: 0, for which it does not, is for machines on which the next run waits for the device."""
     textfile_dir: str | os.PathLike[str] | None = _setting("textfile_dir", None)
-    """Directory in which the metrics are left as `memtrace-<run_name>-rank<R>.prom` when the run begins, runs out of
-    memory and ends, for the textfile collector of node_exporter. Runs with names of their own may share it: every
-    series has the label `run`. None leaves no file."""
+    """Directory in which the metrics are left as `memtrace-<run_name>-<run_id>-rank<R>.prom` when the run begins, runs
+    out of memory and ends, for the textfile collector of node_exporter. Runs may share it: every series has the labels
+    `run` and `run_id`. The next run of the name removes files of those that ended an hour ago or longer. None leaves no
+    file."""
     log_dir: str | os.PathLike[str] | None = _setting("log_dir", None)
     """Directory of the step log. None means `<output_dir>/memtrace` under Trainer and `memtrace-runs/<run_name>` in a
     plain loop. The former is a link to `_memtrace` beside it, so that `push_to_hub` does not upload it."""

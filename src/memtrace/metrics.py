@@ -30,7 +30,7 @@ UP = Metric(
 RUN_STATE = Metric(
     name="memtrace_run_state",
     type=MetricType.GAUGE,
-    labels=("state",),
+    labels=("run", "run_id", "state"),
     help="The run's state, always 1: running, or how it ended: ok, exception, out_of_memory, signal (SIGTERM, SIGINT).",
 )
 RUN_START = Metric(

@@ -24,6 +24,17 @@ class RunState(StrEnum):
     SIGNAL = "signal"
     """After a SIGTERM, or interrupted by SIGINT."""
 
+    @property
+    def words(self) -> str:
+        """How the run is, for people."""
+        return {
+            RunState.RUNNING: "running",
+            RunState.OK: "ended",
+            RunState.EXCEPTION: "ended by an exception",
+            RunState.OUT_OF_MEMORY: "ended out of memory",
+            RunState.SIGNAL: "ended by a signal",
+        }[self]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunIdentity:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from memtrace.adapters.lightning import MemTraceLightningCallback, trained_module
 from memtrace.categories import Category, Moment
+from memtrace.exporters.run_file import read_run_file, run_file_path
 
 FEATURES, HIDDEN = 32, 64
 PARAMETERS = FEATURES * HIDDEN + HIDDEN + HIDDEN + 1
@@ -245,6 +246,8 @@ class TestHandedOver:
             train(tmp_path, Fails(), [watched])
         assert not watched.tracer.attached
         assert watched.tracer.snapshot().totals.ooms == (1 if isinstance(error, RuntimeError) else 0)
+        status = read_run_file(run_file_path(tmp_path / "memtrace", 0))
+        assert status.state == ("out_of_memory" if isinstance(error, RuntimeError) else "signal")
         train(tmp_path, Regression(), [watched])
         assert watched.tracer.latest.step == 8
 

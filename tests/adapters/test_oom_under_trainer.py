@@ -118,9 +118,9 @@ def test_crash_of_the_script_is_reported_before_the_traceback(tmp_path: Path) ->
     assert report.request.phase is Phase.BACKWARD
     (file,) = (tmp_path / "textfile").glob("memtrace-*-rank0.prom")
     text = file.read_text()
-    assert re.search(r'^memtrace_ooms_total{rank="0",run="[^"]+"} 1.0$', text, re.MULTILINE)
-    assert re.search(r'^memtrace_steps_total{rank="0",run="[^"]+"} 2.0$', text, re.MULTILINE)
-    assert re.search(r'^memtrace_up{rank="0",run="[^"]+"} 0.0$', text, re.MULTILINE)
+    assert re.search(r'^memtrace_ooms_total{rank="0",run="[^"]+",run_id="[^"]+"} 1.0$', text, re.MULTILINE)
+    assert re.search(r'^memtrace_steps_total{rank="0",run="[^"]+",run_id="[^"]+"} 2.0$', text, re.MULTILINE)
+    assert re.search(r'^memtrace_up{rank="0",run="[^"]+",run_id="[^"]+"} 0.0$', text, re.MULTILINE)
 
 
 def test_second_training_after_a_run_that_ended_well_reports_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def run_dir(tmp_path: Path) -> Path:
     directory.mkdir(parents=True)
     for rank, name in enumerate(("llama-fp32-adamw", "bert-lora")):
         text = (RUNS / f"{name}.jsonl").read_text()
-        (directory / f"steps-rank{rank}.jsonl").write_text(text.replace('"rank":0', f'"rank":{rank}'))
+        (directory / f"steps-rank{rank}.jsonl").write_text(text.replace('"rank":0', f'"rank":{rank},"run_id":"1"'))
     (directory / "oom-rank1-20260101T000000.000Z.md").write_text("# Out of memory: 3 GiB were asked for")
     return directory
 

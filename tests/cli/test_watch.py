@@ -21,7 +21,7 @@ from memtrace.exporters.prometheus import registry_of
 from memtrace.exporters.server import Endpoint, serve
 from memtrace.exporters.steplog import read_step_log
 from memtrace.risk import RiskMonitor
-from memtrace.snapshot import RunIdentity, Snapshot, Totals
+from memtrace.snapshot import RunIdentity, RunState, Snapshot, Totals
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
 INTERRUPTIBLE = """
@@ -74,6 +74,18 @@ def test_memtrace_that_is_off_is_told(url: str, state: list[Snapshot], capsys: p
     state.append(snapshot(up=False))
     assert main(["watch", url, "--once"]) == 0
     assert "memtrace has switched itself off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("state_at_end", set(RunState) - {RunState.RUNNING})
+def test_how_the_run_has_ended_is_told(
+    url: str, state: list[Snapshot], state_at_end: RunState, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An endpoint that stays for a last look says it, and not that memtrace is off."""
+    state.append(snapshot(state=state_at_end))
+    assert main(["watch", url, "--once"]) == 0
+    shown = capsys.readouterr().out
+    assert f"the run has {state_at_end.words}; figures are as of its end" in shown
+    assert "switched itself off" not in shown
 
 
 def test_a_run_that_has_just_begun_is_shown(

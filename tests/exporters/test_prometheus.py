@@ -16,8 +16,7 @@ from records import GIB, breakdown, cpu_snapshot, devices, full_snapshot, gpu_sn
 import memtrace
 from memtrace.breakdown import EntryKey
 from memtrace.categories import Category, Moment
-from memtrace.errors import OutputError
-from memtrace.exporters.prometheus import registry_of, render_text, textfile_path, write_textfile
+from memtrace.exporters.prometheus import registry_of, render_text
 from memtrace.metrics import CATALOGUE, EXPORTED_MOMENTS, IDENTITY_LABELS, MAX_SERIES
 from memtrace.snapshot import RunIdentity, RunState, Snapshot, Totals
 
@@ -180,56 +179,9 @@ def test_a_metric_can_be_asked_for_by_name() -> None:
     assert [family.name for family in registry.collect()] == ["memtrace_up"]
 
 
-def test_the_textfile_is_the_exposition(tmp_path: Path) -> None:
-    """The file for node_exporter holds all series but one, each with the run, and nothing else is left beside it."""
-    path = textfile_path(tmp_path / "new", RunIdentity(run_name="llama", rank=3))
-    write_textfile(path, gpu_snapshot())
-    write_textfile(path, gpu_snapshot(up=False))
-    assert path.name == "memtrace-llama-rank3.prom"
-    assert list(path.parent.iterdir()) == [path]
-    found = series(path.read_text(encoding="utf-8"))
-    whole = {
-        (name, (*labels, ("run", "llama"))): value
-        for (name, labels), value in samples(gpu_snapshot(up=False)).items()
-        if name != "memtrace_run_info"
-    }
-    assert {(name, tuple(sorted(labels))): value for (name, labels), value in whole.items()} == found
-
-
-def test_runs_on_one_host_are_told_apart(tmp_path: Path) -> None:
-    """Two runs of rank 0 leave two files, and no series of one is a series of the other."""
-    found = []
-    for name in ("job-a", "job-b"):
-        snapshot = cpu_snapshot(identity=RunIdentity(run_name=name))
-        path = textfile_path(tmp_path, snapshot.identity)
-        write_textfile(path, snapshot)
-        found.append(set(series(path.read_text(encoding="utf-8"))))
-    assert len(list(tmp_path.iterdir())) == 2
-    assert not found[0] & found[1]
-
-
-@pytest.mark.parametrize("name", ["a/b", "a_b", "../a", "a b", "caf\udce9", "\ud800", "", "x" * 300, "x" * 301])
-def test_every_name_has_a_file_of_its_own(tmp_path: Path, name: str) -> None:
-    """Whatever a run is called: a file in the directory that was given, which another name does not take."""
-    path = textfile_path(tmp_path, RunIdentity(run_name=name))
-    write_textfile(path, cpu_snapshot(identity=RunIdentity(run_name=name)))
-    assert path.parent == tmp_path
-    assert path != textfile_path(tmp_path, RunIdentity(run_name=f"{name}_"))
-    assert path != textfile_path(tmp_path, RunIdentity(run_name=name.replace("/", "_") + "/"))
-
-
 def test_a_finished_run_is_not_up() -> None:
     """Its figures are as of its end, and it does not say that memtrace is at work."""
     ended = samples(gpu_snapshot(state=RunState.OK))
     before = samples(gpu_snapshot())
     assert {name for (name, _), _ in before.items() ^ ended.items()} == {"memtrace_up", "memtrace_run_state"}
     assert values(gpu_snapshot(state=RunState.OK), "memtrace_up") == [0]
-
-
-def test_a_textfile_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    """A directory in the file's place is an OutputError, and no half file is left."""
-    path = textfile_path(tmp_path, gpu_snapshot().identity)
-    (path / "x").mkdir(parents=True)
-    with pytest.raises(OutputError, match=r"\.prom cannot be written: Is a directory"):
-        write_textfile(path, gpu_snapshot())
-    assert list(tmp_path.iterdir()) == [path]

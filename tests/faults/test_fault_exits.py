@@ -35,9 +35,12 @@ def expected() -> list[torch.Tensor]:
 
 
 def config(tmp_path: Path) -> TracerConfig:
-    return TracerConfig(
-        port=0, log_dir=tmp_path / "log", textfile_dir=tmp_path / "text", run_name="r", trace_every=2, quiet=True
-    )
+    directories = {"log_dir": tmp_path / "log", "textfile_dir": tmp_path / "text"}
+    return TracerConfig(port=0, run_name="r", run_id="1", trace_every=2, quiet=True, **directories)
+
+
+def text_file(tmp_path: Path) -> str:
+    return (tmp_path / "text" / "memtrace-r-1-rank0.prom").read_text()
 
 
 def port_of(tracer: MemoryTracer) -> int:
@@ -51,11 +54,7 @@ def memtrace_threads() -> list[threading.Thread]:
 
 def up_in_text(tmp_path: Path) -> float:
     """Returns what the text file says of `memtrace_up`."""
-    (line,) = [
-        line
-        for line in (tmp_path / "text" / "memtrace-r-rank0.prom").read_text().splitlines()
-        if line.startswith("memtrace_up{")
-    ]
+    (line,) = [line for line in text_file(tmp_path).splitlines() if line.startswith("memtrace_up{")]
     return float(line.rpartition(" ")[2])
 
 
@@ -85,9 +84,7 @@ def test_tracer_dropped_without_detach(tmp_path: Path, expected: list[torch.Tens
     ]
     assert len(list(read_step_log(tmp_path / "log" / "steps-rank0.jsonl"))) == STEPS
     assert up_in_text(tmp_path) == 0
-    assert (
-        f'memtrace_steps_total{{rank="0",run="r"}} {STEPS}.0' in (tmp_path / "text/memtrace-r-rank0.prom").read_text()
-    )
+    assert f'memtrace_steps_total{{rank="0",run="r",run_id="1"}} {STEPS}.0' in text_file(tmp_path)
     assert_same(state, expected)
 
 
@@ -177,7 +174,7 @@ LEAVE = """
 import os, socket, sys
 from pathlib import Path
 import torch
-from faults.test_fault_exits import config, port_of
+from faults.test_fault_exits import config, port_of, text_file
 from faults.training import batches, make, run_steps, state_of, train
 from memtrace import MemoryTracer
 
@@ -192,7 +189,7 @@ if how == "forks first":  # before torch's profiler has run: after it, any child
         sys.exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert (directory / "log/target-rank0.json").exists()
-    assert "memtrace_up{rank=\\"0\\",run=\\"r\\"} 1.0" in (directory / "text/memtrace-r-rank0.prom").read_text()
+    assert "memtrace_up{rank=\\"0\\",run=\\"r\\",run_id=\\"1\\"} 1.0" in text_file(directory)
 run_steps(model, optimizer, batches(6))
 clients = [socket.create_connection(("127.0.0.1", port_of(tracer))) for _ in range(3)]
 clients[0].sendall(b"GET /metrics HTTP/1.1\\r\\nHost: here\\r\\n\\r\\n" * 50)

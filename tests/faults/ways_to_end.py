@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -87,6 +88,48 @@ def own_handler(directory: Path) -> None:
         time.sleep(60)
 
 
+def leaves_with_an_error(directory: Path) -> None:
+    """Leaves by `sys.exit(1)`, and nobody detaches."""
+    begin(directory)
+    sys.exit(1)
+
+
+def leaves_after_an_oom(directory: Path) -> None:
+    """Catches that memory has run out, and leaves by `sys.exit()` with a message."""
+    begin(directory)
+    try:
+        torch.empty(HUGE)
+    except RuntimeError:
+        sys.exit("no memory")
+
+
+def leaves_well(directory: Path) -> None:
+    """Leaves by `sys.exit(0)`, after one that a framework has caught, and a step."""
+    _, model, optimizer = begin(directory)
+    with suppress(SystemExit):
+        sys.exit(2)
+    run_steps(model, optimizer, batches(1))
+    sys.exit(0)
+
+
+def detaches_finally(directory: Path) -> None:
+    """Detaches in `finally`, for an exception that goes on."""
+    tracer, *_ = begin(directory)
+    try:
+        torch.empty(HUGE)
+    finally:
+        tracer.detach()
+
+
+def falls_back(directory: Path) -> None:
+    """Does its whole training in an `except`, and detaches."""
+    try:
+        import no_such_module  # noqa: F401
+    except ImportError:
+        tracer, *_ = begin(directory)
+        tracer.detach()
+
+
 def forked_worker(directory: Path) -> None:
     """Has a child that is told to end: that is the child's end, by the signal, and not the run's."""
     begin(directory)
@@ -135,6 +178,7 @@ def scrape_last(directory: Path) -> str:
 def main(root: Path) -> None:
     codes: dict[str, int] = {}
     ways = [well, exception, oom_backward, own_handler, forked_worker]
+    ways += [leaves_with_an_error, leaves_after_an_oom, leaves_well, detaches_finally, falls_back]
     children = {way.__name__: start(root / way.__name__, way) for way in ways}
     lingering = start(root / "oom_forward", oom_forward)
     (root / "oom_forward.scrape").write_text(scrape_last(root / "oom_forward"))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Protocol
 
 from promql import RULES
 
@@ -30,7 +31,19 @@ PAGE_OR_TICKET = "warning|critical"
 
 Labels = Mapping[str, str]
 Sample = tuple[str, Labels, float]
-Story = Callable[[int], "Iterable[Scrape | Recorded]"]
+
+
+class Told(Protocol):
+    """One scrape of one target."""
+
+    def target(self) -> Labels:
+        """Returns the labels of the target."""
+
+    def samples(self) -> Iterator[Sample]:
+        """Yields all samples of the scrape."""
+
+
+Story = Callable[[int], Iterable[Told]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +86,7 @@ class Scrape:
     ooms: float = 0
     self_share: float = 0.001
     text_file: bool = False
-    """Whether it is the file that a textfile collector reads: the run is a label of every series there."""
+    """Whether it is the file that a textfile collector reads: run and launch are labels of every series there."""
 
     def target(self) -> Labels:
         """Returns the labels of the target."""
@@ -83,7 +96,8 @@ class Scrape:
         """Yields all samples of the scrape."""
         yield "up", {}, float(self.answers)
         if self.answers:
-            identity = {"rank": str(self.rank)} | ({"run": self.run} if self.text_file else {})
+            run_id = {"run_id": self.run_id} if self.run_id else {}
+            identity = {"rank": str(self.rank)} | ({"run": self.run, **run_id} if self.text_file else {})
             for name, labels, value in (*self._run(), *(self._memory() if self._has_stepped() else ())):
                 yield f"memtrace_{name}", identity | labels, value
 
@@ -92,10 +106,10 @@ class Scrape:
 
     def _run(self) -> Iterator[Sample]:
         age = self.at - self.started
+        run_id = {"run_id": self.run_id} if self.run_id else {}
         if not self.text_file:
-            run_id = {"run_id": self.run_id} if self.run_id else {}
             yield "run_info", {"run": self.run, "world_size": str(self.world), **run_id}, 1
-        yield "run_state", {"state": self.state}, 1
+        yield "run_state", {"run": self.run, "state": self.state, **run_id}, 1
         yield "run_start_timestamp_seconds", {}, self.started
         yield "up", {}, float(self.working)
         yield "world_size", {}, self.world

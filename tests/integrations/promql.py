@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from memtrace.metrics import CATALOGUE, IDENTITY_LABELS, RUN_STATE
+from memtrace.metrics import CATALOGUE, IDENTITY_LABELS
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "integrations" / "prometheus" / "memtrace.rules.yml"
@@ -25,8 +25,6 @@ FOREIGN = {
     "node_memory_MemTotal_bytes": TARGET_LABELS | {"host"},
 }
 """Metrics of others that are used, with the labels that are used of them, or made for them."""
-OF_TEXT_FILES = {RUN_STATE.name: frozenset({"run"})}
-"""Labels that a metric has besides in the files of a textfile collector, where the rules read it there, too."""
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"' + r"|'(?:[^'\\]|\\.)*'")
 _GROUPING = re.compile(r"\b(by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)")
@@ -68,7 +66,8 @@ def rules() -> Iterator[dict[str, Any]]:
 
 def known() -> dict[str, frozenset[str]]:
     """Returns every metric that may be used, with its labels: the catalogue, the recording rules, a few of others."""
-    metrics = {metric.name: TARGET_LABELS | {*IDENTITY_LABELS, *metric.labels} for metric in CATALOGUE}
+    in_files = {"run", "run_id"}
+    metrics = {metric.name: TARGET_LABELS | {*IDENTITY_LABELS, *metric.labels, *in_files} for metric in CATALOGUE}
     recorded = {
         rule["record"]: TARGET_LABELS | {*IDENTITY_LABELS, "run", "run_id", "state"}
         if rule["record"].startswith("rank:")
@@ -76,8 +75,7 @@ def known() -> dict[str, frozenset[str]]:
         for rule in rules()
         if "record" in rule
     }
-    in_files = {name: metrics[name] | labels for name, labels in OF_TEXT_FILES.items()}
-    return metrics | in_files | recorded | FOREIGN
+    return metrics | recorded | FOREIGN
 
 
 def unknown(expression: str) -> list[str]:

@@ -6,6 +6,7 @@ Sizes are those of a GPU of 85 GB, of which tensors may take 80; minutes and hou
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from histories import GB, INTERVAL, Scenario, Scrape, Story, ranks
 
@@ -53,9 +54,9 @@ def preempted(minutes: int) -> Story:
     return tells
 
 
-def ending(state: str, *, lingers: int = INTERVAL, **says: float) -> Story:
-    """A run that ends after half an hour, says so for a while, and whose static target then stays."""
-    end = 30 * MINUTE
+def ending(state: str, *, after: int = 30 * MINUTE, lingers: int = INTERVAL, **says: float | str) -> Story:
+    """A run that ends, by default after half an hour, says so for a while, and whose static target then stays."""
+    end = after
 
     def tells(at: int) -> Iterable[Scrape]:
         answers = at < end + lingers
@@ -194,6 +195,15 @@ HEALTHY: tuple[Scenario, ...] = (
     silent("one failed scrape at 92 %", lambda at: [Scrape(at=at, peak=73.6 * GB, answers=at != HOUR)]),
     silent("three failed scrapes in a row", lambda at: [Scrape(at=at, answers=not HOUR <= at < HOUR + 45)]),
     silent("a normal end at 92 % whose target stays", ending("ok", peak=73.6 * GB)),
+    silent("normal ends that one scrape has seen, whenever the rules are evaluated", lambda at: (
+        scrape for late in range(4) for scrape in ending("ok", after=30 * MINUTE + late * INTERVAL,
+            instance=f"a:{late}", run_id=str(late), peak=73.6 * GB)(at)
+    )),
+    silent("a run that takes the port of one that has just ended", lambda at: [
+        replace(scrape, run_id="2", started=at, state="running", answers=True, last_step=at)
+        if at > 30 * MINUTE else scrape
+        for scrape in ending("ok", run_id="1")(at)
+    ]),
     silent("a normal end that is scraped for an hour", ending("ok", lingers=HOUR, peak=73.6 * GB)),
     silent("a normal end whose target goes", lambda at: [Scrape(at=at, peak=73.6 * GB)] if at < 30 * MINUTE else []),
     silent("stopped by a signal", ending("signal")),
@@ -273,8 +283,14 @@ FAILING: tuple[Scenario, ...] = (
         Scrape(at=at, ooms=int(at > HOUR))
     ]),
     raises("ended out of memory", "OutOfMemory", ending("out_of_memory", peak=76 * GB), 100),
+    raises("ended out of memory, which one scrape has seen between two evaluations", "OutOfMemory",
+        ending("out_of_memory", after=30 * MINUTE + INTERVAL, peak=76 * GB), 100),
     raises("ended out of memory, as a text file says", "OutOfMemory", lambda at: [
         Scrape(at=at, text_file=True, state="out_of_memory" if at > HOUR else "running", ooms=int(at > HOUR))
+    ]),
+    raises("two text files of one name, of which one ends out of memory", "OutOfMemory", lambda at: [
+        Scrape(at=at, text_file=True, run_id="1", state="out_of_memory" if at > HOUR else "running"),
+        Scrape(at=at, text_file=True, run_id="2", state="ok" if at > HOUR else "running"),
     ]),
     raises("ended with another exception", "RunFailed", ending("exception")),
     raises("a hang before the first step", "NoFirstStep", one(steps=0, last_step=NAN)),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 import yaml
@@ -17,7 +19,7 @@ from cloudcoil.models.kubernetes.core.v1 import ConfigMap, Pod
 from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule
 from promql import ROOT, RULES, rules
 from pydantic import BaseModel, ValidationError
-from servers import prometheus
+from servers import alertmanager, prometheus
 
 INTEGRATIONS = ROOT / "integrations"
 KUBERNETES = INTEGRATIONS / "kubernetes"
@@ -167,6 +169,45 @@ def test_no_alerts_silence_each_other() -> None:
     """Of two alerts that fire together one at least is heard."""
     alerts = [rule["alert"] for rule in rules() if "alert" in rule]
     assert [(one, other) for one in alerts for other in alerts if silences(one, other) and silences(other, one)] == []
+
+
+def test_causes_silence_their_consequences(tmp_path: Path) -> None:
+    """A real Alertmanager mutes what a cause brings in its own run, and in no other run; the cause is heard."""
+    expected: dict[tuple[str, str, str], str] = {}
+    for cause, brought in CONSEQUENCES.items():
+        expected |= {(cause, "1", cause): "active"}
+        expected |= {(cause, "1", name): "suppressed" for name in brought.split()}
+        expected |= {(cause, "2", name): "active" for name in brought.split() if name not in CONSEQUENCES}
+    alerts = [
+        {"labels": {"alertname": f"Memtrace{name}", "job": job, "run": "chat", "run_id": run_id, "rank": "0"}}
+        for job, run_id, name in expected
+    ]
+    with alertmanager(tmp_path, (INTEGRATIONS / "alertmanager" / "alertmanager.yml").read_text()) as url:
+        address, headers = f"{url}/api/v2/alerts", {"Content-Type": "application/json"}
+        with urlopen(Request(address, json.dumps(alerts).encode(), headers), timeout=60):
+            pass
+        muted, deadline = {alert: state == "suppressed" for alert, state in expected.items()}, time.monotonic() + 60
+        while (told := inhibited(address)) != muted and time.monotonic() < deadline:
+            time.sleep(0.05)  # causes are taken up by a thread of their own
+    assert told == muted
+
+
+def inhibited(address: str) -> dict[tuple[str, ...], bool]:
+    """Returns whether each alert of an Alertmanager is muted by another one, by job, launch and name."""
+    with urlopen(address, timeout=60) as answer:
+        return {
+            tuple(alert["labels"][name].removeprefix("Memtrace") for name in ("job", "run_id", "alertname")): bool(
+                alert["status"]["inhibitedBy"]
+            )
+            for alert in json.load(answer)
+        }
+
+
+def test_the_operator_of_kube_prometheus_stack_takes_up_what_is_shipped() -> None:
+    """Its Helm chart selects monitors and rules by the label `release`, and dashboards by `grafana_dashboard`."""
+    for name in ("podmonitor", "prometheusrule"):
+        assert load(KUBERNETES / f"{name}.yml")["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+    assert load(KUBERNETES / "dashboards.yml")["metadata"]["labels"]["grafana_dashboard"] == "1"
 
 
 def test_committed_manifests_are_those_that_are_built(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -123,20 +122,6 @@ def test_a_leak_is_told(tmp_path: Path) -> None:
         growth = ask(running.prometheus, "query", query="memtrace_growth_per_step_bytes")
         assert growth["result"][0]["metric"]["category"] == "unattributed"
         assert float(growth["result"][0]["value"][1]) == pytest.approx(1024 * 512 * 4, rel=0.05)
-
-
-def test_a_trainer_killed_near_its_limit_is_told(tmp_path: Path) -> None:
-    """SIGKILL leaves nothing to scrape: the alert is made of what was known before."""
-    with job("near_limit", tmp_path) as running:
-        running.wait_until_it_waits()
-        evaluated(running, times=8)
-        left = ask(running.prometheus, "query", query="rank:memtrace_headroom:ratio")
-        assert float(left["result"][0]["value"][1]) < 0.1
-        assert "MemtraceTrainerVanishedNearLimit" not in names(running)
-        running.process.send_signal(signal.SIGKILL)
-        alert = running.webhook.wait_for("MemtraceTrainerVanishedNearLimit")
-        assert alert["labels"]["run"] == "near-limit"
-        assert alert["path"] == "/on-call"
 
 
 def test_a_healthy_run_is_silent(tmp_path: Path) -> None:

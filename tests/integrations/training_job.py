@@ -1,8 +1,7 @@
 """A real fine-tune in a process of its own: `python training_job.py SCENARIO PORT DIRECTORY`.
 
-Scenarios: `growing` (batches grow toward a limit), `leak` (a list keeps a tensor of every step), `near_limit` (steps on
-end, just within the limit), `healthy`. Where a job has to wait for the test, it waits for the file `go` in its
-directory, and says so with a file `waiting`.
+Scenarios: `growing` (batches grow toward a limit), `leak` (a list keeps a tensor of every step), `healthy`. Where a job
+has to wait for the test, it waits for the file `go` in its directory, and says so with a file `waiting`.
 """
 
 from __future__ import annotations
@@ -120,14 +119,6 @@ def main(scenario: str, port: int, directory: Path) -> None:
     elif scenario == "leak":
         settings["device_limit_bytes"] = resident() + 4096 * MIB
         train(directory, [MemTraceCallback(**settings), Hold(directory, 40)], (LEAK_LENGTH,), 40, KeepsOutputs)
-    elif scenario == "near_limit":
-        first = MemTraceCallback(port=None, trace_every=1, strict=True, log_dir=directory / "calibration")
-        train(directory, [first], (TOO_LONG,), 2)
-        assert first.tracer is not None
-        assert first.tracer.latest is not None
-        peak = max(record.moments["peak"].total_bytes for record in first.tracer.history if record.traced)
-        settings |= {"device_limit_bytes": resident() + peak}
-        train(directory, [MemTraceCallback(**settings), Hold(directory, 5)], (TOO_LONG,), 5)
     else:
         settings |= {"max_tokens": 512, "device_limit_bytes": resident() + 2048 * MIB, "trace_every": None}
         train(directory, [MemTraceCallback(**settings), Hold(directory, HEALTHY_STEPS)], GROWING, HEALTHY_STEPS)

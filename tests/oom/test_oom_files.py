@@ -6,9 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from records import traced_step
 from test_oom_document import FULL
 
+from memtrace.cli.report import read_run
 from memtrace.errors import OutputError
+from memtrace.exporters.html import render_html
+from memtrace.exporters.steplog import StepLog, step_log_path
 from memtrace.oom.document import parse_report
 from memtrace.oom.files import write_report
 from memtrace.strict_json import parse_json
@@ -79,3 +83,17 @@ def test_place_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None
     with pytest.raises(OutputError, match="cannot be written"):
         write_report(tmp_path / "file", FULL, keep=5)
     assert names(tmp_path) == ["file"]
+
+
+def test_reports_of_the_run_before_are_not_those_of_this_one(tmp_path: Path) -> None:
+    """The page of a rerun has the OOM reports of its own launch; where no document tells, the report is shown."""
+    with StepLog(step_log_path(tmp_path, 0)) as log:
+        log.write(traced_step(step=1, run_id="b"))
+    for at, launch in enumerate(("a", "b")):
+        write_report(tmp_path, replace(FULL, rank=0, run_id=launch, unix_seconds=1000.0 + at), keep=5)
+    (tmp_path / "oom-rank0-foreign.md").write_text("by hand")
+    texts = [report.text for report in read_run(tmp_path, None, None).oom_reports]
+    assert len(texts) == 2
+    assert "| launch | b |" in texts[0]
+    assert texts[1] == "by hand"
+    assert "launch b" in render_html(read_run(tmp_path, None, None))

@@ -136,13 +136,13 @@ def test_exception_has_a_note_of_the_report(tmp_path: Path) -> None:
 def test_failure_is_counted_and_left_in_the_text_file(tmp_path: Path) -> None:
     """The final state reaches the metrics, also for the textfile collector."""
     training = Training()
-    config = TracerConfig(**settings(tmp_path, textfile_dir=tmp_path / "textfile"))
+    config = TracerConfig(**settings(tmp_path, textfile_dir=tmp_path / "textfile", run_id="1"))
     tracer = MemoryTracer(training.model, training.optimizer, config)
     with tracer:
         run_out(training, "forward")
         assert tracer.snapshot().totals.ooms == 1
-        text = (tmp_path / "textfile" / "memtrace-greedy-rank0.prom").read_text()
-        assert 'memtrace_ooms_total{rank="0",run="greedy"} 1.0' in text
+        text = (tmp_path / "textfile" / "memtrace-greedy-1-rank0.prom").read_text()
+        assert 'memtrace_ooms_total{rank="0",run="greedy",run_id="1"} 1.0' in text
         training.step()
         assert tracer.snapshot().totals.ooms == 1
 

@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -19,6 +20,7 @@ class Subscriber:
     def __init__(self) -> None:
         self.allocations: list[tuple[int, int, int]] = []
         self.crashes: list[BaseException] = []
+        self.exits: list[BaseException] = []
 
     def allocation_failed(self, device: int, requested: int, free: int) -> None:
         self.allocations.append((device, requested, free))
@@ -26,8 +28,11 @@ class Subscriber:
     def crashed(self, error: BaseException) -> None:
         self.crashes.append(error)
 
+    def leaves(self, error: BaseException) -> None:
+        self.exits.append(error)
+
     def subscribe(self, relay: FailureRelay, *, cuda: bool = False) -> Callable[[], None]:
-        return relay.subscribe(self.allocation_failed, self.crashed, cuda=cuda)
+        return relay.subscribe(self.allocation_failed, self.crashed, cuda=cuda, on_exit=self.leaves)
 
 
 @pytest.fixture
@@ -87,6 +92,29 @@ def test_subscriber_that_is_gone_is_forgotten(printed: list[BaseException]) -> N
     assert len(printed) == 1
     Subscriber().subscribe(relay)()
     assert sys.excepthook is before
+
+
+def test_only_an_end_with_an_error_is_told(printed: list[BaseException]) -> None:
+    """`sys.exit()` raises as ever, on any thread; what has a status that is no error, or ends a thread, is not told."""
+    before, relay, subscriber = sys.exit, FailureRelay(), Subscriber()
+    stop = subscriber.subscribe(relay)
+    for status in ((), (None,), (0,), (3,), ("why",)):
+        with pytest.raises(SystemExit) as left:
+            sys.exit(*status)
+        assert left.value.code == (status[0] if status else None)
+    with ThreadPoolExecutor() as threads:
+        assert isinstance(threads.submit(sys.exit, 4).exception(), SystemExit)
+    error = ValueError()
+    with pytest.raises(SystemExit):
+        try:
+            raise error
+        except ValueError:
+            sys.exit(5)
+    assert [leaving.code for leaving in subscriber.exits] == [3, "why", 5]
+    assert [leaving.__context__ for leaving in subscriber.exits] == [None, None, error]
+    assert subscriber.crashes == printed == []
+    stop()
+    assert sys.exit is before
 
 
 def test_forked_child_is_told_nothing(printed: list[BaseException]) -> None:

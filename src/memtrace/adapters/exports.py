@@ -15,11 +15,12 @@ from memtrace.config import TracerConfig
 from memtrace.errors import OutputError
 from memtrace.exporters.claims import Claim
 from memtrace.exporters.page import render_page
-from memtrace.exporters.prometheus import registry_of, textfile_path, write_textfile
+from memtrace.exporters.prometheus import registry_of
 from memtrace.exporters.run_file import RunFile, run_file_path
 from memtrace.exporters.server import Endpoint, MetricsServer, serve
 from memtrace.exporters.steplog import StepLog, step_log_path
 from memtrace.exporters.targets import TargetFile, clear_stale, target_path
+from memtrace.exporters.textfile import clear_ended, textfile_path, write_textfile
 from memtrace.exporters.timeline_file import write_timeline
 from memtrace.oom.files import write_report
 from memtrace.oom_report import OomReport
@@ -44,6 +45,8 @@ class Exports:
         self._pid = os.getpid()
         self._ended = False
         self._state = RunState.RUNNING
+        self._state_at_exit: RunState | None = None
+        """How the run ends where the script leaves before its next step; None where nothing is known of that."""
         self._linger_seconds = 0.0
         self._scrapes_before_end = 0
         self._claim: Claim | None = None
@@ -85,6 +88,7 @@ class Exports:
             if config.textfile_dir is not None:
                 exports._textfile = textfile_path(config.textfile_dir, identity)
                 exports._leave_textfile()  # now, so that a directory that cannot be written is told now
+                clear_ended(config.textfile_dir, identity.run_name)
             if config.step_log:
                 exports._log = StepLog(step_log_path(log_dir, identity.rank), max_bytes=config.log_max_bytes)
                 exports._timeline_directory = log_dir
@@ -139,6 +143,7 @@ class Exports:
         """Hands a finished step to the log, and its curve, if it has one, to the timeline."""
         if not self._is_ours:
             return
+        self._state_at_exit = None
         if self._textfile is not None:
             self._seen = self._current()
         if self._log is not None:
@@ -190,6 +195,15 @@ class Exports:
                 except OutputError as error:
                     logger.warning("memtrace: %s", error)
 
+    def may_end(self, state: RunState) -> None:
+        """Takes in how the run ends if the script leaves as it says, before its next step."""
+        self._state_at_exit = state
+
+    def give_way(self) -> None:
+        """Takes in that the training begins anew with outputs of its own: nothing waits for a scrape of these."""
+        self._linger_seconds = 0.0
+        self.ends(RunState.OK)
+
     def terminated(self) -> None:
         """Takes in a SIGTERM that ends the process."""
         self.linger(RunState.SIGNAL)
@@ -210,6 +224,7 @@ class Exports:
 
     def close(self) -> None:
         """Closes the outputs and waits for the server's threads; a second call does nothing."""
+        self._state_at_exit = None  # the script has not left
         try:
             with ExitStack() as closing:  # also where Ctrl-C ends the wait
                 closing.callback(self._finish, MetricsServer.close)
@@ -254,7 +269,7 @@ class Exports:
         """How the run has ended where it ends now and nobody has said more."""
         if self._state is not RunState.RUNNING:
             return self._state
-        return RunState.SIGNAL if TERMINATION.has_come else RunState.OK
+        return RunState.SIGNAL if TERMINATION.has_come else self._state_at_exit or RunState.OK
 
     def _current(self) -> Snapshot:
         """Returns the newest state; the last one that was seen once the tracer is gone."""

@@ -78,7 +78,7 @@ class MemTraceCallback(TrainerCallback):
         if before is not None:  # the run before has ended without on_train_end
             if args.auto_find_batch_size:
                 before.report_restart()
-            before.detach()
+            before.give_way()
         config = self._config if self._config.run_name else self._config.with_run_name(_run_name(args))
         output_dir = Path(args.output_dir or ".")
         writes = config.log_dir is None and (config.step_log or config.oom_reports)

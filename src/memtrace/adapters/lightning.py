@@ -83,8 +83,9 @@ class MemTraceLightningCallback(Callback):
         self._end()
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end()
-        self._tracer = None
+        before, self._tracer, self._step = self._tracer, None, None
+        if before is not None:  # the run before has ended without on_train_end
+            before.give_way()
         model, log_dir = trained_module(pl_module), Path(trainer.default_root_dir) / "memtrace"
         self._tracer = attached_tracer(model, trainer.optimizers, self._config, log_dir, self._further)
 

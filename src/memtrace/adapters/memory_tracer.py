@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -80,6 +81,8 @@ class MemoryTracer(Tracer):
         )
         self._default_log_dir = default_log_dir
         self._exports: Exports | None = None
+        self._handled: int | None = None
+        """Identity of the exception that was being handled when the exports were opened: it is not of the run."""
         self._until_end = ExitStack()
         """What tells of the end of the process, while the exports are open."""
 
@@ -107,9 +110,9 @@ class MemoryTracer(Tracer):
         exports = Exports.open(_weak_snapshot(self), self.identity, self.config, self.config.log_path(run_dir))
         # Where the script ends, or drops the tracer, without a detach, the port and the log are given back too.
         self._end_exports = weakref.finalize(self, _end, exports, self._until_end)
-        self._exports = exports
+        self._exports, self._handled = exports, id(sys.exc_info()[1])
         self._until_end.callback(at_exit(exports.exits))  # before the finalizer: what is registered last runs first
-        self._until_end.callback(FAILURES.subscribe(None, self._crashed, cuda=False))
+        self._until_end.callback(FAILURES.subscribe(None, self._crashed, cuda=False, on_exit=self._exits))
         self._until_end.callback(TERMINATION.subscribe(exports.terminated))
         self._until_end.callback(at_exit(self._process_ends))  # before the exports do
         self.add_listener(exports.write)
@@ -141,8 +144,25 @@ class MemoryTracer(Tracer):
         if self._exports is not None:
             self._guard.finish(partial(self._exports.ends, _state_after(error, self.identity.device)))
 
+    def _exits(self, error: BaseException) -> None:
+        """Notes how the run ends if the script leaves now."""
+        if self._exports is not None:
+            self._guard.finish(partial(self._exports.may_end, _state_after(error, self.identity.device)))
+
+    def give_way(self) -> None:
+        """Detaches because the training begins anew under another tracer: no failure, and no scrape is waited for."""
+        if self._exports is not None:
+            self._guard.finish(self._exports.give_way)
+        self.detach()
+
     def detach(self) -> None:
-        """Takes off the hooks, shows the table, then closes the exports."""
+        """Takes off the hooks, shows the table, then closes the exports.
+
+        Where that is done for an exception, in `finally` or `except`, it is what has ended the run.
+        """
+        error = sys.exc_info()[1]
+        if error is not None and id(error) != self._handled:
+            self._crashed(error)
         super().detach()
         forgotten.ends(self)
         self._guard.finish(self._show_table)
@@ -180,11 +200,13 @@ def _end(exports: Exports, until_end: ExitStack) -> None:
 
 
 def _state_after(error: BaseException, device: str) -> RunState:
-    """Returns how a run has ended that an exception has ended."""
+    """Returns how a run has ended that an exception has ended. `sys.exit(1)` stands for what was being handled then."""
     if isinstance(error, KeyboardInterrupt):
         return RunState.SIGNAL
     if isinstance(error, GeneratorExit) or (isinstance(error, SystemExit) and error.code in (None, 0)):
         return RunState.OK
+    if isinstance(error, SystemExit) and error.__context__ is not None:
+        return _state_after(error.__context__, device)
     return RunState.EXCEPTION if out_of_memory(error, torch.device(device).type) is None else RunState.OUT_OF_MEMORY
 
 

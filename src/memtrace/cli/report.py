@@ -6,11 +6,13 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from memtrace.cli.show import find_logs
+from memtrace.cli.show import find_logs, of_the_newest_run
 from memtrace.errors import ConfigError, LogFormatError, OutputError
 from memtrace.exporters.run_history import OomText, RankHistory, RunHistory, observe
 from memtrace.exporters.steplog import newest_run, read_step_log
 from memtrace.exporters.timeline_file import read_timeline, timeline_path
+from memtrace.oom.document import parse_report
+from memtrace.strict_json import parse_json
 from memtrace.units import parse_bytes
 
 
@@ -66,14 +68,20 @@ def read_run(directory: Path, limit_bytes: int | None, max_tokens: int | None) -
         LogFormatError: there is no log, a log or a timeline cannot be read, or no step has ended yet.
     """
     logs = find_logs(directory)
-    histories = [_read_rank(log, limit_bytes, max_tokens) for log in logs]
-    ranks = [history for history in histories if history is not None]
+    ranks = _of_the_newest_launch([history for log in logs if (history := _read_rank(log, limit_bytes, max_tokens))])
     if not ranks:
         raise LogFormatError(f"{directory}: there is no finished step yet")
     home = logs[0].parent
-    reports = [_read_report(path) for path in sorted(home.glob("oom-rank*.md"))]
+    launches = {history.last.record.run_id for history in ranks}
+    reports = [_read_report(path) for path in sorted(home.glob("oom-rank*.md")) if _launch(path) in {None, *launches}]
     named = home if directory.is_dir() else directory
     return RunHistory(name=_name(named.resolve()), ranks=ranks, oom_reports=reports)
+
+
+def _of_the_newest_launch(ranks: list[RankHistory]) -> list[RankHistory]:
+    """Leaves out ranks that only an earlier launch had, as `memtrace show` does."""
+    kept = of_the_newest_run({rank.rank: {step.record.step: step.record for step in rank.steps} for rank in ranks})
+    return [rank for rank in ranks if rank.rank in kept]
 
 
 def _read_rank(log: Path, limit_bytes: int | None, max_tokens: int | None) -> RankHistory | None:
@@ -88,6 +96,15 @@ def _name(directory: Path) -> str:
     if directory.name in ("memtrace", "_memtrace"):
         return directory.parent.name
     return directory.stem if directory.is_file() else directory.name
+
+
+def _launch(path: Path) -> str | None:
+    """Returns the launch that a report is of, which the document beside it says; None where it says none."""
+    document = path.with_suffix(".json")
+    try:
+        return parse_report(parse_json(document.read_bytes(), str(document)), str(document)).run_id or None
+    except (OSError, LogFormatError):
+        return None
 
 
 def _read_report(path: Path) -> OomText:

@@ -7,9 +7,10 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -27,6 +28,9 @@ _RECENT = 100
 _NAMED = 5
 """Directories that a message names, the newest ones."""
 _LOG_NAME = re.compile(r"steps-rank(\d{1,9})\.jsonl(?:\.1)?")
+
+_Log = TypeVar("_Log")
+"""What stands for the log of a rank."""
 
 
 class Show:
@@ -60,17 +64,21 @@ class Show:
         records = choose_records(logs, arguments.step)
         table = step_table(*records.values()) if len(records) == 1 else ranks_table(records)
         console().print(table)
-        for words in _endings(logs, records):
+        for words in endings(logs, records, good=False):
             console().print(words, style="yellow", markup=False, highlight=False)
         return 0
 
 
-def _endings(logs: Iterable[Path], records: Iterable[int]) -> Iterator[str]:
-    """Yields a line for each rank that neither goes on nor has ended well."""
-    for directory in {log.parent for log in logs}:
+def endings(logs: Iterable[Path], ranks: Iterable[int], *, good: bool) -> Iterator[str]:
+    """Yields a line for the ranks that have ended in the same way; also for those that have ended well if `good`."""
+    alike: dict[str, list[int]] = {}
+    for directory in sorted({log.parent for log in logs}):
         for status in run_files(directory):
-            if status.rank in records and not status.is_live and status.state is not RunState.OK:
-                yield printable(f"rank {status.rank} of {status.run_name}: {status.words} (launch {status.run_id})")
+            if status.rank in ranks and not status.is_live and (good or status.state is not RunState.OK):
+                how = printable(f"of {status.run_name}: {status.words} (launch {status.run_id})")
+                alike.setdefault(how, []).append(status.rank)
+    for how, found in alike.items():
+        yield f"rank{'s' * (len(found) > 1)} {', '.join(map(str, found))} {how}"
 
 
 def find_logs(path: Path) -> list[Path]:
@@ -128,7 +136,7 @@ def choose_records(logs: Iterable[Path], step: int | None) -> dict[int, StepReco
         LogFormatError: a log cannot be read, or none has a record.
     """
     recent = {log: _recent(log, step) for log in logs}
-    with_records = _of_the_newest_run({log: records for log, records in recent.items() if records})
+    with_records = of_the_newest_run({log: records for log, records in recent.items() if records})
     if not with_records:
         raise LogFormatError(f"{', '.join(map(str, recent))}: there is no finished step yet")
     common = set.intersection(*(set(records) for records in with_records.values()))
@@ -136,13 +144,13 @@ def choose_records(logs: Iterable[Path], step: int | None) -> dict[int, StepReco
     return {record.rank: record for record in chosen}
 
 
-def _of_the_newest_run(found: dict[Path, dict[int, StepRecord]]) -> dict[Path, dict[int, StepRecord]]:
+def of_the_newest_run(found: Mapping[_Log, Mapping[int, StepRecord]]) -> dict[_Log, Mapping[int, StepRecord]]:
     """Leaves out ranks whose logs are all of earlier launches: the newest one has fewer ranks.
 
     Told by the launch and by the time, since the machines of one launch may have no id in common.
     """
     if not found:
-        return found
+        return {}
     last = {log: records[max(records)] for log, records in found.items()}
     newest = max(last, key=lambda log: last[log].unix_seconds)
     first, launch = found[newest][min(found[newest])], last[newest].run_id

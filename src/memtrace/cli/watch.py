@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from memtrace.cli.show import choose_records, console, find_logs
+from memtrace.cli.show import choose_records, console, endings, find_logs
 from memtrace.errors import ConfigError, LogFormatError
 from memtrace.exporters.live import live_view, parse_scrape
 from memtrace.exporters.ranks import ranks_table
@@ -42,7 +42,8 @@ class Watch:
     def run(self, arguments: argparse.Namespace) -> int:
         """Shows the run until it is interrupted.
 
-        A trainer that no longer answers leaves its last state on the screen, with a line that says so.
+        A run that has ended says how. A trainer that no longer answers leaves its last state on the screen, with a line
+        that says so.
 
         Raises:
             ConfigError: the interval is not 0.1..3600 seconds, or the address is none.
@@ -73,8 +74,10 @@ def look(target: str) -> RenderableType:
     """
     if "://" in target:
         return live_view(parse_scrape(_scrape(target), target))
-    records = choose_records(find_logs(Path(target)), None)
-    return step_table(*records.values()) if len(records) == 1 else ranks_table(records)
+    logs = find_logs(Path(target))
+    records = choose_records(logs, None)
+    table = step_table(*records.values()) if len(records) == 1 else ranks_table(records)
+    return Group(table, *(Text(words, "yellow") for words in endings(logs, records, good=True)))
 
 
 def _scrape(url: str) -> str:

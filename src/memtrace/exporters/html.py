@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 from memtrace.categories import Category, Moment
 from memtrace.exporters.figures import figures
 from memtrace.exporters.run_history import RankHistory, RunHistory
+from memtrace.exporters.table import printable
 from memtrace.risk import WARN_AT, advise
 from memtrace.units import format_bytes
 
@@ -99,6 +100,7 @@ def _head(run: RunHistory) -> Iterator[str]:
         f"steps {first.step} to {last.step}",
         f"highest peak {format_bytes(run.fullest.highest_peak)}" if run.fullest.highest_peak else "no peak known",
         last.device,
+        *([f"launch {printable(last.run_id)}"] if last.run_id else []),
     ]
     yield f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>memtrace: {name}</title>'
     yield f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'

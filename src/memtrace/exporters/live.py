@@ -18,6 +18,7 @@ from memtrace.exporters.table import CompositionBar, Scale, category_name, print
 from memtrace.metric import Metric
 from memtrace.metrics import EXPORTED_MOMENTS
 from memtrace.risk import WARN_AT
+from memtrace.snapshot import RunState
 from memtrace.units import format_bytes
 
 
@@ -90,7 +91,10 @@ def _headline(scrape: Scrape) -> Iterator[str]:
 
 
 def _verdict(scrape: Scrape) -> Text:
-    """Returns one line: whether memtrace is at work, and what it foresees."""
+    """Returns one line: how the run has ended, or whether memtrace is at work and what it foresees."""
+    state = scrape.label(metrics.RUN_STATE, "state")
+    if state in set(RunState) - {RunState.RUNNING}:
+        return Text(f"the run has {RunState(state).words}; figures are as of its end", "yellow")
     if not scrape.value(metrics.UP):
         return Text("memtrace has switched itself off; the training log says why", "yellow")
     risk, left = scrape.value(metrics.OOM_RISK), scrape.value(metrics.TIME_TO_LIMIT)

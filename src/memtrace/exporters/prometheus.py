@@ -6,26 +6,17 @@ same instant. A collector cannot fail on a valid Snapshot; what cannot be told h
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
-import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import prometheus_client
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
-from memtrace.errors import OutputError
 from memtrace.exporters.series import READERS, Labels
 from memtrace.metric import Metric, MetricType
 from memtrace.metrics import CATALOGUE, RUN_INFO
-from memtrace.snapshot import RunIdentity, Snapshot
-from memtrace.whole_file import write_whole
-
-_MAX_NAME = 100
-"""Characters of a run's name in the name of a file."""
+from memtrace.snapshot import Snapshot
 
 
 class SnapshotCollector(Collector):
@@ -33,9 +24,9 @@ class SnapshotCollector(Collector):
 
     Args:
         source: returns the newest snapshot. It is called once a scrape, from the server's threads, and must not raise.
-        name_run: whether every series has the label `run`, for a place where runs lie beside each other. Then there is
-            no `memtrace_run_info`, which gives that label to the series of an endpoint: two of them under one instance
-            and rank would make each query fail that joins with it.
+        name_run: whether every series has the labels `run` and `run_id`, for a place where runs lie beside each other.
+            Then there is no `memtrace_run_info`, which gives those labels to the series of an endpoint: two of them
+            under one instance and rank would make each query fail that joins with it.
     """
 
     def __init__(self, source: Callable[[], Snapshot], *, name_run: bool = False) -> None:
@@ -52,6 +43,8 @@ class SnapshotCollector(Collector):
         identity = _identity_labels(snapshot)
         if self._name_run:
             identity["run"] = snapshot.identity.run_name
+            if snapshot.identity.run_id:
+                identity["run_id"] = snapshot.identity.run_id
         for metric in CATALOGUE:
             if self._name_run and metric is RUN_INFO:
                 continue
@@ -73,37 +66,6 @@ def registry_of(source: Callable[[], Snapshot], *, name_run: bool = False) -> pr
 def render_text(snapshot: Snapshot) -> str:
     """Returns a snapshot in the text exposition format."""
     return prometheus_client.generate_latest(registry_of(lambda: snapshot)).decode()
-
-
-def textfile_path(directory: str | os.PathLike[str], identity: RunIdentity) -> Path:
-    """Returns where a rank leaves its metrics in the directory of a textfile collector.
-
-    The name has those characters of the run's name that every file system takes, and tells names apart that differ in
-    others.
-    """
-    run = identity.run_name
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", run)[:_MAX_NAME]
-    if name != run:
-        name += f"-{hashlib.sha256(run.encode(errors='surrogatepass')).hexdigest()[:8]}"
-    return Path(directory) / f"memtrace-{name}-rank{identity.rank}.prom"
-
-
-def write_textfile(path: str | os.PathLike[str], snapshot: Snapshot) -> None:
-    """Writes a snapshot for the textfile collector of node_exporter, which reads files ending in `.prom`.
-
-    Every series has the label `run`, so that the files of several runs can lie in one directory; there is no
-    `memtrace_run_info`. The file is written beside its place and renamed: a reader sees the old one or the new one. Its
-    directory is made where it is missing.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, prometheus_client.generate_latest(registry_of(lambda: snapshot, name_run=True)))
-    except OSError as error:
-        raise OutputError(f"the metrics file {target} cannot be written: {error.strerror or error}") from error
 
 
 def _family(metric: Metric) -> Family:

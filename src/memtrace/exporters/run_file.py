@@ -54,15 +54,9 @@ class RunStatus:
     @property
     def words(self) -> str:
         """How the run is, for people."""
-        if self.state is RunState.RUNNING:
-            return "running" if self.is_live else "gone without a sign of its end: killed, or its machine is lost"
-        ways = {
-            RunState.OK: "ended",
-            RunState.EXCEPTION: "ended by an exception",
-            RunState.OUT_OF_MEMORY: "ended out of memory",
-            RunState.SIGNAL: "ended by a signal",
-        }
-        return ways[self.state]
+        if self.state is RunState.RUNNING and not self.is_live:
+            return "gone without a sign of its end: killed, or its machine is lost"
+        return self.state.words
 
 
 def run_file_path(directory: str | os.PathLike[str], rank: int) -> Path:

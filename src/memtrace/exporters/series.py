@@ -90,6 +90,10 @@ def _run_info(snapshot: Snapshot) -> Iterator[Sample]:
     yield labels | {"local_rank": str(run.local_rank), "world_size": str(run.world_size)}, 1
 
 
+def _run_state(snapshot: Snapshot) -> Iterator[Sample]:
+    yield {"run": snapshot.identity.run_name, "run_id": snapshot.identity.run_id, "state": snapshot.state}, 1
+
+
 def _memory(snapshot: Snapshot) -> Iterator[Sample]:
     others = sum(1 for read in (_plan, _not_seen) for _ in read(snapshot))
     for (moment, key), size in fold(_held(snapshot), MAX_ENTRY_SERIES - others).items():
@@ -170,7 +174,7 @@ def _plan(snapshot: Snapshot) -> Iterator[Sample]:
 READERS: Mapping[Metric, Reader] = MappingProxyType(
     {
         metrics.UP: _one(lambda snapshot: snapshot.up and snapshot.state is RunState.RUNNING),
-        metrics.RUN_STATE: lambda snapshot: [({"state": snapshot.state}, 1)],
+        metrics.RUN_STATE: _run_state,
         metrics.RUN_START: _one(lambda snapshot: snapshot.begun_unix_seconds),
         metrics.NOT_SEEN: _not_seen,
         metrics.BUILD_INFO: lambda snapshot: [({"version": memtrace.__version__}, 1)],

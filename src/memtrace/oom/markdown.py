@@ -66,6 +66,7 @@ def _head(report: OomReport) -> Iterator[str]:
         ("", ""),
         [
             ("time", moment),
+            *([("launch", _text(report.run_id))] if report.run_id else ()),
             ("asked for", _asked_for(request)),
             ("free on the device then", _size(request.free_bytes)),
             ("batch", f"{batch}, {report.batch.tokens} tokens in the step" if report.batch else _UNKNOWN),
