@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from workers.fsdp_on_a_cpu import let_fsdp_train
 
 from memtrace.attribution.engines import find_engines
 from memtrace.config import TracerConfig
@@ -26,6 +27,7 @@ BLOCK = 10
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[DeviceMesh]:
     """One rank, in this process."""
+    let_fsdp_train()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()

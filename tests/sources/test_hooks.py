@@ -16,6 +16,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hook
 
 from memtrace.sources.hooks import HookSet
 from memtrace.sources.saved_tensors import SavedTensorHooks
+from memtrace.sources.torch_private import has_saved_tensor_hooks
 
 
 class TestHookSet:
@@ -181,10 +182,6 @@ class Watch:
         self.unpacked += 1
 
 
-def top() -> object:
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
-
-
 WEIGHT = torch.ones(3, requires_grad=True)
 
 
@@ -207,7 +204,7 @@ class TestSavedTensorHooks:
         assert watch.pair.pop()
         assert watch.pair.pop()
         assert not watch.pair.is_on
-        assert top() is None
+        assert not has_saved_tensor_hooks()
         saved_once()
         assert len(watch.packed) == 1
 
@@ -353,4 +350,4 @@ class TestSavedTensorHooks:
         assert outcome == [False, False]
         assert watch.pair.is_on
         assert watch.pair.pop()
-        assert top() is None
+        assert not has_saved_tensor_hooks()

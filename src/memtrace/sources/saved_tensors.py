@@ -101,9 +101,10 @@ class SavedTensorHooks:
 
     @property
     def covers_user_hooks(self) -> bool:
-        """Whether a pair of the user lies below: then ours must come off in the call that put it on."""
+        """Whether a pair of the user lies below, or may come above: then ours must come off in the call that put it on.
+        """
         pair = self._pair
-        return pair is not None and pair.below is not None
+        return pair is not None and (pair.below is not None or not torch_private.tells_saved_tensor_hooks())
 
     def forward_ended(self, output: Iterable[torch.Tensor]) -> None:
         """Lets the pair go with the last tensor that was saved through it, from now on."""
@@ -129,6 +130,8 @@ class SavedTensorHooks:
             pair.in_forward = True
             return
         if not torch_private.saved_tensor_hooks_allowed() or torch_private.backward_is_running():
+            return
+        if torch_private.has_saved_tensor_hooks() and not torch_private.tells_saved_tensor_hooks():
             return
         pair = _Pair(self, below=torch_private.saved_tensor_hooks())
         self._of_thread.owner = _Owner(pair)  # before anything is on: then somebody answers for it
@@ -208,9 +211,10 @@ class _Pair:
             return True
         if torch_private.backward_is_running() or threading.get_ident() != self._thread:
             return False
-        top = torch_private.saved_tensor_hooks()
-        if top is None or top[0] != self.pack:
-            return False
+        if torch_private.tells_saved_tensor_hooks():
+            top = torch_private.saved_tensor_hooks()
+            if top is None or top[0] != self.pack:
+                return False
         torch_private.pop_saved_tensor_hooks()
         self.is_on = False
         return True

@@ -18,13 +18,37 @@ import torch
 SavedTensorHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 
+_innermost_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+"""Returns the innermost pair of saved-tensor hooks; torch 2.6 cannot tell which it is."""
+
+
+def tells_saved_tensor_hooks() -> bool:
+    """Returns whether torch tells which saved-tensor hooks are the innermost ones.
+
+    Where it does not (2.6), ours are put on where there are none, and come off in the call that put them on: in between
+    others come and go as blocks do.
+    """
+    return _innermost_hooks is not None
+
+
 def saved_tensor_hooks() -> SavedTensorHooks | None:
-    """Returns the innermost saved-tensor hooks of this thread; None where there are none.
+    """Returns the innermost saved-tensor hooks of this thread; None where there are none, or torch does not tell.
 
     torch applies only the innermost pair: hooks of the user that lie below ours must be called by ours.
     """
-    top = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    top = None if _innermost_hooks is None else _innermost_hooks(False)
     return None if top is None else (top[0], top[1])
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Returns whether this thread has saved-tensor hooks. To forbid them raises where there are some."""
+    if _innermost_hooks is not None:
+        return saved_tensor_hooks() is not None
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("asked by memtrace"):
+            return False
+    except RuntimeError:
+        return True
 
 
 def saved_tensor_hooks_allowed() -> bool:
@@ -82,6 +106,17 @@ def saved_by(node: Any) -> Iterator[torch.Tensor]:
 
 _saved_names: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
 """The attributes of each type of node that hold tensors."""
+
+
+def current_accelerator() -> torch.device | None:
+    """Returns the kind of device that this build of torch is for beside the CPU; None where there is none.
+
+    torch 2.6 raises where the machine has no such device.
+    """
+    try:
+        return torch.accelerator.current_accelerator()
+    except RuntimeError:
+        return None
 
 
 current_autograd_node: Callable[[], object] = getattr(torch._C, "_current_autograd_node", lambda: None)
