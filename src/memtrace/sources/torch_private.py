@@ -11,9 +11,11 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Held = TypeVar("Held", bound=torch.Tensor | torch.UntypedStorage)
 
 SavedTensorHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
@@ -106,6 +108,24 @@ def saved_by(node: Any) -> Iterator[torch.Tensor]:
 
 _saved_names: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
 """The attributes of each type of node that hold tensors."""
+
+
+def alive(reference: weakref.ref[Held]) -> Held | None:
+    """Returns the tensor or the storage that a weak reference refers to; None where it is gone.
+
+    Where nothing in Python refers to it, the Python object belongs to C++. Up to torch 2.8 at least whoever takes a
+    reference to it then must say so: else it is freed in use. That of a storage of which somebody has a weak reference
+    of C++ (`StorageWeakRef`) outlives it there, and must not be touched.
+    """
+    found = reference()
+    if found is None or (isinstance(found, torch.UntypedStorage) and not _strong_references(found._cdata)):
+        return None
+    found._fix_weakref()  # type: ignore[union-attr]
+    return found
+
+
+_strong_references: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", lambda _: 1)
+"""Returns how many references of C++ a storage has, by its `_cdata`; 1 where torch cannot tell."""
 
 
 def current_accelerator() -> torch.device | None:
