@@ -101,10 +101,9 @@ class SavedTensorHooks:
 
     @property
     def covers_user_hooks(self) -> bool:
-        """Whether a pair of the user lies below, or may come above: then ours must come off in the call that put it on.
-        """
+        """Whether a pair of the user lies below: then ours must come off in the call that put it on."""
         pair = self._pair
-        return pair is not None and (pair.below is not None or not torch_private.tells_saved_tensor_hooks())
+        return pair is not None and pair.below is not None
 
     def forward_ended(self, output: Iterable[torch.Tensor]) -> None:
         """Lets the pair go with the last tensor that was saved through it, from now on."""
@@ -131,9 +130,10 @@ class SavedTensorHooks:
             return
         if not torch_private.saved_tensor_hooks_allowed() or torch_private.backward_is_running():
             return
-        if torch_private.has_saved_tensor_hooks() and not torch_private.tells_saved_tensor_hooks():
-            return
-        pair = _Pair(self, below=torch_private.saved_tensor_hooks())
+        below = torch_private.saved_tensor_hooks()
+        if below is None and torch_private.has_saved_tensor_hooks():
+            return  # nobody knows which hooks of the user ours would have to call
+        pair = _Pair(self, below=below)
         self._of_thread.owner = _Owner(pair)  # before anything is on: then somebody answers for it
         torch_private.push_saved_tensor_hooks(pair.pack, pair.unpack)
         pair.is_on = True
@@ -211,10 +211,8 @@ class _Pair:
             return True
         if torch_private.backward_is_running() or threading.get_ident() != self._thread:
             return False
-        if torch_private.tells_saved_tensor_hooks():
-            top = torch_private.saved_tensor_hooks()
-            if top is None or top[0] != self.pack:
-                return False
+        if not torch_private.are_innermost((self.pack, self.unpack), self.below):
+            return False
         torch_private.pop_saved_tensor_hooks()
         self.is_on = False
         return True

@@ -7,6 +7,7 @@ costs a feature, never the run: each function says what its caller gets then.
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import weakref
@@ -24,22 +25,17 @@ _innermost_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_t
 """Returns the innermost pair of saved-tensor hooks; torch 2.6 cannot tell which it is."""
 
 
-def tells_saved_tensor_hooks() -> bool:
-    """Returns whether torch tells which saved-tensor hooks are the innermost ones.
-
-    Where it does not (2.6), ours are put on where there are none, and come off in the call that put them on: in between
-    others come and go as blocks do.
-    """
-    return _innermost_hooks is not None
-
-
 def saved_tensor_hooks() -> SavedTensorHooks | None:
-    """Returns the innermost saved-tensor hooks of this thread; None where there are none, or torch does not tell.
+    """Returns the innermost saved-tensor hooks of this thread; None where there are none, or nobody knows them.
 
-    torch applies only the innermost pair: hooks of the user that lie below ours must be called by ours.
+    torch applies only the innermost pair: hooks of the user that lie below ours must be called by ours. Where torch
+    does not tell it (2.6), it is the one whose `with` block is the only one of its kind in the process.
     """
-    top = None if _innermost_hooks is None else _innermost_hooks(False)
-    return None if top is None else (top[0], top[1])
+    if _innermost_hooks is not None:
+        top = _innermost_hooks(False)
+        return None if top is None else (top[0], top[1])
+    made = _made_hooks() if has_saved_tensor_hooks() else []
+    return (made[0].pack_hook, made[0].unpack_hook) if len(made) == 1 else None
 
 
 def has_saved_tensor_hooks() -> bool:
@@ -51,6 +47,27 @@ def has_saved_tensor_hooks() -> bool:
             return False
     except RuntimeError:
         return True
+
+
+def are_innermost(ours: SavedTensorHooks, below: SavedTensorHooks | None) -> bool:
+    """Returns whether a pair of ours, which is on this thread's stack, is the innermost one.
+
+    Args:
+        ours: the pair.
+        below: the innermost one when it was put on.
+    """
+    if _innermost_hooks is not None:
+        top = saved_tensor_hooks()
+        return top is not None and top[0] == ours[0]
+    return all(below is not None and hooks.pack_hook is below[0] for hooks in _made_hooks())
+
+
+def _made_hooks() -> list[Any]:
+    """Returns all `saved_tensors_hooks` of the process, as long as their `with` blocks at least; some 10 ms."""
+    kinds = [torch.autograd.graph.saved_tensors_hooks]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return [found for found in gc.get_referrers(*kinds) if isinstance(found, kinds[0])]
 
 
 def saved_tensor_hooks_allowed() -> bool:

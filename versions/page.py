@@ -1,0 +1,84 @@
+"""Writes docs/versions.md from the results of the rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from versions.rows import ROWS, Row
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "versions.md"
+
+HEAD = """\
+# Versions of torch and transformers
+
+memtrace runs with torch 2.6 or newer; the callback for Trainer and simulated plans with transformers 4.50 or newer and
+accelerate 1.1 or newer. Made by `make test-versions`, which runs laws, sources, attribution, adapters, engines and
+simulated plans in an environment for each row, on a CPU with Python {python}. A test of what a version lacks is not
+run in its row, and counted and named below. Tests that need a GPU are not part of it.
+
+| torch | transformers | tests run | passed | failed | not run |
+| --- | --- | ---: | ---: | ---: | ---: |
+"""
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """Returns what the runs have noted, by version of torch."""
+    found = (json.loads(path.read_text()) for path in RESULTS.glob("*.json"))
+    return {result["torch"]: result for result in found}
+
+
+def explanations(row: Row, result: dict[str, Any]) -> tuple[Counter[str], list[str]]:
+    """Returns how many failures of a run each explanation of its row covers, and the failures that none covers."""
+    covered: Counter[str] = Counter()
+    others = []
+    for name in result["failed"]:
+        known = next((one for one in row.explained if re.search(one.tests, name)), None)
+        if known is None:
+            others.append(name)
+        else:
+            covered[known.reason] += 1
+    return covered, others
+
+
+def text() -> str:
+    """Returns the page."""
+    known = results()
+    rows = [row for row in ROWS if row.torch in known]
+    pythons = sorted({known[row.torch]["python"] for row in rows})
+    lines = [HEAD.format(python=" and ".join(pythons)).rstrip("\n")]
+    for row in rows:
+        result = known[row.torch]
+        counts = [result["run"], result["passed"], len(result["failed"]), sum(result["not_run"].values())]
+        lines.append(f"| {row.torch} | {row.transformers} | " + " | ".join(f"{count:,}" for count in counts) + " |")
+    for row in rows:
+        lines += ["", f"## torch {row.torch}, transformers {row.transformers}", "", *_details(row, known[row.torch])]
+    return "\n".join(lines) + "\n"
+
+
+def _details(row: Row, result: dict[str, Any]) -> Iterator[str]:
+    covered, others = explanations(row, result)
+    assert not others, f"failures of torch {row.torch} that no explanation covers: {others}"
+    yield "Beside it: " + ", ".join(name.replace("==", " ") for name in row.others) + "."
+    yield ""
+    yield from (f"* {lost}" for lost in row.lost or ("Nothing is lost.",))
+    yield from (f"* {_tests(count)} not run: {reason}." for reason, count in result["not_run"].items())
+    yield from (f"* {_tests(count)} failed: {reason}" for reason, count in covered.items())
+
+
+def _tests(count: int) -> str:
+    return "1 test" if count == 1 else f"{count:,} tests"
+
+
+def write() -> None:
+    """Writes the page."""
+    PAGE.write_text(text())
+
+
+if __name__ == "__main__":
+    write()
