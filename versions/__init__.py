@@ -1,1 +1,1 @@
-"""The versions of torch and transformers that memtrace is run with: environments, runs, and the table of docs/versions.md."""
+"""The versions of torch and transformers that memtrace is run with: environments, runs and their table."""

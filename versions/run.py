@@ -7,10 +7,10 @@ import json
 import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from versions import page
 from versions.rows import PACKAGES, ROWS, TESTS, Row

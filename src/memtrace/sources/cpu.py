@@ -26,8 +26,8 @@ class CpuEvents:
     at twice as many.
 
     A recording ends on the thread that has begun it: `close` on another one loses the window, and leaves the recording
-    to the next call on the right thread. It ends with that thread at the latest: up to torch 2.11 at least one that is left on
-    by then breaks every later profile of the process. A source that is dropped ends its recording.
+    to the next call on the right thread. It ends with that thread at the latest: up to torch 2.11 one that is left on
+    then breaks every later profile of the process. A source that is dropped ends its recording.
     """
 
     _newest: Callable[[], CpuEvents | None] = staticmethod(lambda: None)

@@ -10,6 +10,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -258,7 +259,8 @@ def _changed_in_place(kept: _Kept) -> str:
     """Returns what torch says where a saved tensor was changed in place: beside hooks it does not compare versions."""
     tensor = kept.tensor
     sizes = tensor._nested_tensor_size() if tensor.is_nested and tensor.layout is torch.strided else list(tensor.shape)
-    origin = "" if kept.made_by is None else f", which is output {kept.output_nr} of {_BACKWARD.sub('', kept.made_by)},"
+    maker = kept.made_by if kept.made_by is None or _names_in_full() else _BACKWARD.sub("", kept.made_by)
+    origin = "" if maker is None else f", which is output {kept.output_nr} of {maker},"
     hint = (
         "the backtrace further above shows the operation that failed to compute its gradient. The variable in question "
         "was changed in there or anywhere later. Good luck!"
@@ -271,3 +273,25 @@ def _changed_in_place(kept: _Kept) -> str:
         f"[{tensor.type()} {sizes}]{origin} is at version {tensor._version}; "
         f"expected version {kept.version} instead. Hint: {hint}"
     )
+
+
+@cache
+def _names_in_full() -> bool:
+    """Returns whether torch names the type of a gradient function there, as `ExpBackward0`: so it does up to 2.10.
+
+    It is made to say it, on a thread without hooks.
+    """
+    said: list[str] = []
+
+    def change_in_place() -> None:
+        result = torch.ones(1, requires_grad=True).exp()
+        result.mul_(2)
+        try:
+            result.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=change_in_place)
+    thread.start()
+    thread.join()
+    return any("of ExpBackward" in message for message in said)
