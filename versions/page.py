@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from versions.names import AS_ABOVE, NAMES
 from versions.rows import ROWS, Row
 
 RESULTS = Path(__file__).parent / "results"
+TABLE = Path(__file__).parent / "private_names.json"
 PAGE = Path(__file__).parent.parent / "docs" / "versions.md"
 
 HEAD = """\
@@ -46,6 +48,13 @@ def explanations(row: Row, result: dict[str, Any]) -> tuple[Counter[str], list[s
     return covered, others
 
 
+def lost_by_name(row: Row) -> list[str]:
+    """Returns what is lost because the row's torch has no spelling of a private name."""
+    table = json.loads(TABLE.read_text())[row.torch]
+    missing = [name for name in NAMES if not any(map(table.__getitem__, name.spellings))]
+    return [f"{name.without} (no `{name.spellings[0]}`)" for name in missing if name.without != AS_ABOVE]
+
+
 def text() -> str:
     """Returns the page."""
     known = results()
@@ -66,7 +75,8 @@ def _details(row: Row, result: dict[str, Any]) -> Iterator[str]:
     assert not others, f"failures of torch {row.torch} that no explanation covers: {others}"
     yield "Beside it: " + ", ".join(name.replace("==", " ") for name in row.others) + "."
     yield ""
-    yield from (f"* {lost}" for lost in row.lost or ("Nothing is lost.",))
+    lost = [*(f"* Lost: {what}." for what in lost_by_name(row)), *(f"* {what}" for what in row.lost)]
+    yield from lost or ["* Nothing is lost."]
     yield from (f"* {_tests(count)} not run: {reason}." for reason, count in result["not_run"].items())
     yield from (f"* {_tests(count)} failed: {reason}" for reason, count in covered.items())
 

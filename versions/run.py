@@ -16,8 +16,6 @@ from versions import page
 from versions.rows import PACKAGES, ROWS, TESTS, Row
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
-NAMES = Path(__file__).parent / "private_names.json"
 TEST_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "KINETO_LOG_LEVEL": "6",
@@ -44,7 +42,7 @@ def environment(row: Row, directory: Path) -> Path:
 
 def run(row: Row, python: Path, workers: int) -> dict[str, Any]:
     """Runs the tests of one row and returns what came of them."""
-    report = RESULTS / f"{row.torch}.xml"
+    report = page.RESULTS / f"{row.torch}.xml"
     command = [python, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadgroup", "--no-loadscope-reorder"]
     command += ["-p", "no:cacheprovider", f"--junitxml={report}", *TESTS]
     subprocess.run(command, cwd=ROOT, env={**os.environ, **TEST_ENVIRONMENT}, check=False)
@@ -97,18 +95,18 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that run tests")
     parser.add_argument("--names-only", action="store_true", help="write the table of private names, run no test")
     arguments = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
+    page.RESULTS.mkdir(exist_ok=True)
     for row in ROWS:
         if arguments.rows and row.torch not in arguments.rows:
             continue
         python = environment(row, arguments.environments.absolute())
-        table = json.loads(NAMES.read_text()) if NAMES.exists() else {}
+        table = json.loads(page.TABLE.read_text()) if page.TABLE.exists() else {}
         table[row.torch] = names(python)
         ordered = {known.torch: table[known.torch] for known in ROWS if known.torch in table}
-        NAMES.write_text(json.dumps(ordered, indent=1) + "\n")
+        page.TABLE.write_text(json.dumps(ordered, indent=1) + "\n")
         if not arguments.names_only:
             found = run(row, python, arguments.workers)
-            (RESULTS / f"{row.torch}.json").write_text(json.dumps(found, indent=1) + "\n")
+            (page.RESULTS / f"{row.torch}.json").write_text(json.dumps(found, indent=1) + "\n")
     page.write()
 
 
