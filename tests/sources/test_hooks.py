@@ -195,7 +195,7 @@ def saved_once() -> torch.Tensor:
 
 
 class TestSavedTensorHooks:
-    """One stack for each thread, of which torch applies the innermost pair, which torch tells or (2.6) is looked for."""
+    """One stack for each thread. torch applies the innermost pair, and tells it; else it is looked for (2.6)."""
 
     @pytest.fixture(autouse=True, params=["told", "looked for"])
     def innermost(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:

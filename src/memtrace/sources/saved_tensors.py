@@ -277,7 +277,7 @@ def _changed_in_place(kept: _Kept) -> str:
 
 @cache
 def _names_in_full() -> bool:
-    """Returns whether torch names the type of a gradient function there, as `ExpBackward0`: so it does up to 2.10.
+    """Returns whether torch names the type of a gradient function there, as `ExpBackward0`: so it does up to 2.11.
 
     It is made to say it, on a thread without hooks.
     """
