@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from versions.names import AS_ABOVE, NAMES
-from versions.rows import ROWS, Row
+from versions.rows import ROWS, TESTS, Row
 
 RESULTS = Path(__file__).parent / "results"
 TABLE = Path(__file__).parent / "private_names.json"
@@ -21,7 +21,7 @@ HEAD = """\
 
 memtrace runs with torch 2.6 or newer; the callback for Trainer and simulated plans with transformers 4.50 or newer and
 accelerate 1.1 or newer. Made by `make test-versions`, which runs laws, sources, attribution, adapters, engines and
-simulated plans in an environment for each row, on a CPU with Python {python}. A test of what a version lacks is not
+simulated plans in an environment for each row, on a CPU. A test of what a version lacks is not
 run in its row, and counted and named below. Tests that need a GPU are not part of it.
 
 | torch | transformers | tests run | passed | failed | not run |
@@ -35,11 +35,21 @@ def results() -> dict[str, dict[str, Any]]:
     return {result["torch"]: result for result in found}
 
 
+def failed(result: dict[str, Any]) -> list[str]:
+    """Returns the identifiers of the tests that have failed in a row."""
+    return [name for part in result["tests"].values() for name in part["failed"]]
+
+
+def not_run(result: dict[str, Any]) -> Counter[str]:
+    """Returns how many tests of a row were not run, by the reason."""
+    return sum((Counter(part["not_run"]) for part in result["tests"].values()), Counter())
+
+
 def explanations(row: Row, result: dict[str, Any]) -> tuple[Counter[str], list[str]]:
     """Returns how many failures of a run each explanation of its row covers, and the failures that none covers."""
     covered: Counter[str] = Counter()
     others = []
-    for name in result["failed"]:
+    for name in failed(result):
         known = next((one for one in row.explained if re.search(one.tests, name)), None)
         if known is None:
             others.append(name)
@@ -59,12 +69,15 @@ def text() -> str:
     """Returns the page."""
     known = results()
     rows = [row for row in ROWS if row.torch in known]
-    pythons = sorted({known[row.torch]["python"] for row in rows})
-    lines = [HEAD.format(python=" and ".join(pythons)).rstrip("\n")]
+    lines = [HEAD.rstrip("\n")]
     for row in rows:
         result = known[row.torch]
-        counts = [result["run"], result["passed"], len(result["failed"]), sum(result["not_run"].values())]
+        run, passed = (sum(part[which] for part in result["tests"].values()) for which in ("run", "passed"))
+        counts = [run, passed, len(failed(result)), not_run(result).total()]
         lines.append(f"| {row.torch} | {row.transformers} | " + " | ".join(f"{count:,}" for count in counts) + " |")
+    missing = [row.torch for row in ROWS if row.torch not in known]
+    if missing:
+        lines += ["", "Rows that are not run yet: torch " + ", ".join(missing) + "."]
     for row in rows:
         lines += ["", f"## torch {row.torch}, transformers {row.transformers}", "", *_details(row, known[row.torch])]
     return "\n".join(lines) + "\n"
@@ -73,11 +86,15 @@ def text() -> str:
 def _details(row: Row, result: dict[str, Any]) -> Iterator[str]:
     covered, others = explanations(row, result)
     assert not others, f"failures of torch {row.torch} that no explanation covers: {others}"
-    yield "Beside it: " + ", ".join(name.replace("==", " ") for name in row.others) + "."
+    left = [tests for tests in TESTS if tests not in result["tests"]]
+    if left:
+        yield "Not run yet: " + ", ".join(f"`{tests}`" for tests in left) + "."
+        yield ""
+    yield f"Python {result['python']}, " + ", ".join(name.replace("==", " ") for name in row.others) + "."
     yield ""
     lost = [*(f"* Lost: {what}." for what in lost_by_name(row)), *(f"* {what}" for what in row.lost)]
     yield from lost or ["* Nothing is lost."]
-    yield from (f"* {_tests(count)} not run: {reason}." for reason, count in result["not_run"].items())
+    yield from (f"* {_tests(count)} not run: {reason}." for reason, count in not_run(result).items())
     yield from (f"* {_tests(count)} failed: {reason}" for reason, count in covered.items())
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TESTS = (
-    "tests/laws",
     "tests/sources",
     "tests/attribution",
-    "tests/adapters",
-    "tests/engines",
     "tests/planning/test_simulate.py",
     "tests/planning/test_sharded_plans.py",
     "tests/planning/test_by_module.py",
+    "tests/engines",
+    "tests/adapters",
+    "tests/laws",
 )
 """What is run in each environment: laws, sources, attribution, adapters, engines and simulated plans."""
 

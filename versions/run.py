@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
@@ -40,15 +41,14 @@ def environment(row: Row, directory: Path) -> Path:
     return python
 
 
-def run(row: Row, python: Path, workers: int) -> dict[str, Any]:
-    """Runs the tests of one row and returns what came of them."""
-    report = page.RESULTS / f"{row.torch}.xml"
-    command = [python, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadgroup", "--no-loadscope-reorder"]
-    command += ["-p", "no:cacheprovider", f"--junitxml={report}", *TESTS]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, **TEST_ENVIRONMENT}, check=False)
-    found = read(report)
-    report.unlink()
-    return {"torch": row.torch, "transformers": row.transformers, "python": version_of(python), **found}
+def run(python: Path, tests: str, workers: int) -> dict[str, Any]:
+    """Runs some of the tests in an environment and returns what came of them."""
+    with TemporaryDirectory() as directory:
+        report = Path(directory) / "report.xml"
+        command = [python, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadgroup", "--no-loadscope-reorder"]
+        command += ["-p", "no:cacheprovider", f"--junitxml={report}", tests]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **TEST_ENVIRONMENT}, check=False)
+        return read(report)
 
 
 def version_of(python: Path) -> str:
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", help="versions of torch; all rows without")
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv-versions", help="where they are kept")
     parser.add_argument("--workers", type=int, default=2, help="processes that run tests")
+    parser.add_argument("--again", action="store_true", help="also what has been run; else what is noted stays")
     parser.add_argument("--names-only", action="store_true", help="write the table of private names, run no test")
     arguments = parser.parse_args()
     page.RESULTS.mkdir(exist_ok=True)
@@ -102,11 +103,16 @@ def main() -> None:
         python = environment(row, arguments.environments.absolute())
         table = json.loads(page.TABLE.read_text()) if page.TABLE.exists() else {}
         table[row.torch] = names(python)
-        ordered = {known.torch: table[known.torch] for known in ROWS if known.torch in table}
-        page.TABLE.write_text(json.dumps(ordered, indent=1) + "\n")
-        if not arguments.names_only:
-            found = run(row, python, arguments.workers)
-            (page.RESULTS / f"{row.torch}.json").write_text(json.dumps(found, indent=1) + "\n")
+        table = {known.torch: table[known.torch] for known in ROWS if known.torch in table}
+        page.TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        for tests in () if arguments.names_only else TESTS:
+            noted = page.results().get(row.torch, {})
+            if arguments.again or tests not in noted.get("tests", {}):
+                found = {**noted.get("tests", {}), tests: run(python, tests, arguments.workers)}
+                ordered = {known: found[known] for known in TESTS if known in found}
+                note = {"torch": row.torch, "transformers": row.transformers, "python": version_of(python)}
+                note["tests"] = ordered
+                (page.RESULTS / f"{row.torch}.json").write_text(json.dumps(note, indent=1) + "\n")
     page.write()
 
 
