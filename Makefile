@@ -70,10 +70,16 @@ test-long: venv debian-test ## soak, scale and large fuzz runs, properties with 
 	$(TEST_ENV) $(PYTEST) -m '(long or hypothesis) and not gpu' --hypothesis-profile=fresh -n $(WORKERS) $(BY_GROUP)
 
 # An environment of its own, made again when one of its three files has changed. What asks torch itself is tested in it.
-NEWEST_TESTS := tests/sources tests/attribution tests/laws tests/test_garbage.py $(wildcard tests/test_*_steps.py tests/test_tracer_*.py)
+NEWEST_TESTS := tests/test_versions.py tests/sources tests/attribution tests/laws tests/test_garbage.py $(wildcard tests/test_*_steps.py tests/test_tracer_*.py)
 
 test-newest: $(NEWEST)/.installed ## what depends on torch, with the newest torch that memtrace knows
 	$(TEST_ENV) $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(BY_GROUP) $(NEWEST_TESTS)
+
+# Run by hand, its results are committed; ROWS="2.6.0 2.8.0" runs those rows alone, ENVIRONMENTS says where they are kept.
+.PHONY: test-versions
+ENVIRONMENTS ?= .venv-versions
+test-versions: venv ## torch 2.6 to 2.15, each in an environment of 5 GB: docs/versions.md; hours, ROWS="2.6.0" for one
+	$(BIN)/python -m versions.run --environments $(ENVIRONMENTS) --workers $(WORKERS) $(ROWS)
 
 $(NEWEST)/.installed: pyproject.toml constraints.txt requirements-newest.txt
 	@scripts/debian-packages.sh venv compiler

@@ -6,6 +6,7 @@ import random
 import sys
 
 import pytest
+from features import missing
 from hypothesis import HealthCheck, settings
 
 pytest_plugins = ("nothing_left", "prometheus_server", "stub_nvml")
@@ -22,9 +23,13 @@ settings.load_profile("same")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a file run on one worker, as those of files with one `xdist_group` do: what they share is made once.
 
-    Long tests without a group go to whichever worker is free.
+    Long tests without a group go to whichever worker is free. What a version of torch lacks is said, see `features`.
     """
     for item in items:
+        for needs in item.iter_markers("needs"):
+            (feature,) = needs.args
+            if missing(feature):
+                item.add_marker(pytest.mark.skip(reason=f"this torch has no {feature}"))
         if not any(item.iter_markers("xdist_group")) and not any(item.iter_markers("long")):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 

@@ -37,8 +37,10 @@ def recorders_of_torch() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "autograd"):
         return {}
+    from memtrace.sources.torch_private import has_saved_tensor_hooks
+
     found = {
-        "saved-tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(False),
+        "saved-tensor hooks": has_saved_tensor_hooks(),
         "profiler": torch.autograd._profiler_enabled(),
         "dispatch modes": torch._C._len_torch_dispatch_stack(),
     }

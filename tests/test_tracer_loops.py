@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from memtrace.categories import Category, Moment
 from memtrace.config import TracerConfig
+from memtrace.sources import torch_private
 from memtrace.tracer import Tracer
 
 AS_BY_DEFAULT = replace(EVERY_STEP, trace_every=None, history=200)
@@ -126,7 +127,7 @@ class TestSteps:
             tracer.begin_step()
             loss_of(model).backward()
             tracer.end_step()
-            assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+            assert not torch_private.has_saved_tensor_hooks()
         moments = tracer.history[-1].moments
         assert set(moments) == set(Moment)
         assert moments[Moment.BACKWARD_END][Category.GRADIENTS] == parameter_bytes(model)

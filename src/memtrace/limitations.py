@@ -15,6 +15,8 @@ class Unseen(StrEnum):
     """The end of a step."""
     TRACE = "trace"
     """The allocator's events of a whole step."""
+    ENGINE = "engine"
+    """What a training engine keeps beside the model and the optimizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,4 +62,19 @@ def traces_given_up() -> Limitation:
         unseen=Unseen.TRACE,
         text="steps are counted and not traced: the last recordings could not be begun, or were incomplete. Somebody "
         "else records, stops or replaces them, or they are too small for a step. trace_next() tries again.",
+    )
+
+
+def unread_engine(engine: str, keeps: str, version: str) -> Limitation:
+    """Returns what is said where an engine is there and this version of torch does not show what it keeps.
+
+    Args:
+        engine: its name.
+        keeps: what is not attributed.
+        version: of torch.
+    """
+    return Limitation(
+        unseen=Unseen.ENGINE,
+        text=f"this version of torch ({version}) does not show what {engine} keeps: {keeps} are not attributed. "
+        "docs/versions.md lists the versions that memtrace was run with.",
     )

@@ -57,7 +57,8 @@ NOT_SEEN = Metric(
     type=MetricType.GAUGE,
     labels=("what",),
     help="1 for each thing of this run that memtrace cannot see; one line of the log says why, and what to do: forward "
-    "(the forward pass of the model), step_end (the end of a step), trace (what the allocator does in a step).",
+    "(the forward pass of the model), step_end (the end of a step), trace (what the allocator does in a step), engine "
+    "(what a training engine keeps).",
     absent="where everything is seen",
 )
 WORLD_SIZE = Metric(

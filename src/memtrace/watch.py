@@ -284,6 +284,8 @@ class Watch:
     def _forward_begins(self, step: StepInFlight, module: nn.Module, batch: torch.Tensor | None) -> None:
         if step.recorded is None:
             self._scan.look_in_forward()
+            for limitation in self._scan.limitations:
+                self._published.limit(limitation)
             self._decide(step, batch)
         if self.window.is_open:
             self._entries.window_opens(module)

@@ -13,19 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from workers.fsdp_on_a_cpu import let_fsdp_train
 
 from memtrace.attribution.engines import find_engines
 from memtrace.config import TracerConfig
+from memtrace.limitations import Unseen
 from memtrace.sources import engines_torch_private
 from memtrace.tracer import Tracer
 
-BLOCK = 10
+BLOCK, CPU = 10, torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[DeviceMesh]:
     """One rank, in this process."""
+    let_fsdp_train()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -123,10 +127,32 @@ def test_buffers_of_all_versions_are_read(name: str) -> None:
 def test_groups_that_cannot_be_read_are_said(
     mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In one line of the log; the model trains and is traced all the same."""
+    """In one line of the log and as a metric; the model trains and is traced all the same."""
     monkeypatch.setattr(FSDPModule, "_get_fsdp_state", lambda _: State())
     model = nn.Linear(4, 4)
     model.__class__ = type("Sharded", (FSDPModule, nn.Linear), {})
-    with caplog.at_level(logging.WARNING, logger="memtrace"):
-        assert calls_of_a_traced_step(model)
-    assert [record.message.count("does not show what FSDP2 keeps") for record in caplog.records] == [1]
+    assert said_of(model, caplog) == ["FSDP2"]
+
+
+def said_of(model: nn.Module, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Trains three steps and returns the engines of which the log says that they cannot be read."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracer = Tracer(model, optimizer, TracerConfig(strict=True, port=None, step_log=False, device_poll_seconds=0))
+    with caplog.at_level(logging.WARNING, logger="memtrace"), tracer:
+        for _ in range(3):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+    assert tracer.snapshot().not_seen == (Unseen.ENGINE,)
+    return [record.message.partition("does not show what ")[2].partition(" keeps")[0] for record in caplog.records]
+
+
+@pytest.mark.parametrize("engine", ["DDP", "FSDP1"])
+def test_the_same_of_other_engines(
+    engine: str, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where torch no longer shows the buckets of DDP, or the flat parameters of FSDP1."""
+    name = "shows_ddp_buckets" if engine == "DDP" else "shows_flat_parameter"
+    monkeypatch.setattr(engines_torch_private, name, lambda _: False)
+    model = nn.Linear(4, 4)
+    wrapped = DistributedDataParallel(model) if engine == "DDP" else FullyShardedDataParallel(model, device_id=CPU)
+    assert said_of(wrapped, caplog) == [engine]

@@ -76,7 +76,8 @@ class Combination:
         """Returns the model in training mode, with its weights in the recipe's precision, checkpointed or not."""
         model = self.family.build().to(self.recipe.weights_dtype).train()
         if self.way in (Way.REENTRANT, Way.NON_REENTRANT):
-            model.activation_checkpointing_enable({"use_reentrant": self.way is Way.REENTRANT})
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": self.way is Way.REENTRANT})
         return model
 
     def batch(self) -> Batch:

@@ -24,6 +24,8 @@ class Outcome:
     weights: list[torch.Tensor]
     state: list[torch.Tensor]
     random_state: torch.Tensor
+    learned: bool
+    """Whether the weights have changed."""
 
 
 def train(combination: Combination, *, traced: bool) -> Outcome:
@@ -31,6 +33,7 @@ def train(combination: Combination, *, traced: bool) -> Outcome:
     torch.manual_seed(0)
     loop = Loop(combination)
     losses: list[torch.Tensor] = []
+    before = [parameter.detach().clone() for parameter in loop.model.parameters()]
     if traced:
         with Tracer(loop.model, loop.optimizer, EVERY_STEP) as tracer:
             for _ in range(STEPS):
@@ -41,7 +44,8 @@ def train(combination: Combination, *, traced: bool) -> Outcome:
             losses += loop.step()
     tensors = [*loop.model.parameters(), *loop.model.buffers(), *loop.masters]
     state = [tensor for values in loop.optimizer.state.values() for tensor in values.values()]
-    return Outcome(losses, tensors, state, torch.get_rng_state())
+    learned = not same_bits(before, [*loop.model.parameters()])
+    return Outcome(losses, tensors, state, torch.get_rng_state(), learned)
 
 
 def same_bits(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
@@ -62,4 +66,4 @@ def test_losses_and_weights_are_the_same_bits(combination: Combination) -> None:
     assert same_bits(bare.weights, traced.weights)
     assert same_bits(bare.state, traced.state)
     assert torch.equal(bare.random_state, traced.random_state)
-    assert len({loss.item() for loss in bare.losses}) > 1, "the run has learned something"
+    assert bare.learned

@@ -166,6 +166,23 @@ class TestWindow:
         other.join()
         assert changes(source.close()) == []
 
+    def test_it_ends_with_its_thread_at_the_latest(self, source: CpuEvents) -> None:
+        """That window is lost; later ones, and profiles of the user, are as before."""
+        opened: list[bool] = []
+        other = threading.Thread(target=lambda: opened.append(source.open()))
+        other.start()
+        other.join()
+        assert opened == [True]
+        assert source._thread is None
+        assert not source.close().complete
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            block().add(1)
+        assert "aten::add" in {event.key for event in profiler.key_averages()}
+        assert source.open()
+        kept = block()
+        assert changes(source.close()) == [1]
+        del kept
+
     def test_an_empty_window(self, source: CpuEvents) -> None:
         """Nothing happened."""
         assert source.open()

@@ -409,6 +409,7 @@ def test_the_observer_of_failures_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert not recording_torch_private.attach_oom_observer(lambda *_: None)
 
 
+@pytest.mark.needs("listings of one memory pool")
 class TestReferences:
     """torch takes a reference from each number that listing segments is given: one that nobody else has is freed."""
 

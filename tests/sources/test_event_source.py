@@ -33,6 +33,7 @@ def test_another_kind_of_device(kind: str, caplog: pytest.LogCaptureFixture) -> 
     assert [kind in record.getMessage() for record in caplog.records] == [True]
 
 
+@pytest.mark.needs("counters of every accelerator")
 def test_counters_of_another_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch has them for every accelerator; of no other than its own, and None where they are empty or refused."""
     stats: dict[str, int] = {}

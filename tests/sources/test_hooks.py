@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import sys
 import threading
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from memtrace.sources import torch_private
 from memtrace.sources.hooks import HookSet
 from memtrace.sources.saved_tensors import SavedTensorHooks
+from memtrace.sources.torch_private import has_saved_tensor_hooks
 
 
 class TestHookSet:
@@ -181,10 +186,6 @@ class Watch:
         self.unpacked += 1
 
 
-def top() -> object:
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
-
-
 WEIGHT = torch.ones(3, requires_grad=True)
 
 
@@ -194,7 +195,12 @@ def saved_once() -> torch.Tensor:
 
 
 class TestSavedTensorHooks:
-    """One stack for each thread, of which torch applies the innermost pair."""
+    """One stack for each thread. torch applies the innermost pair, and tells it; else it is looked for (2.6)."""
+
+    @pytest.fixture(autouse=True, params=["told", "looked for"])
+    def innermost(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        if request.param == "looked for":
+            monkeypatch.setattr(torch_private, "_innermost_hooks", None)
 
     def test_it_stays_on_until_it_is_taken_off(self) -> None:
         """From one call to a later one; pushing or popping twice does nothing."""
@@ -207,7 +213,7 @@ class TestSavedTensorHooks:
         assert watch.pair.pop()
         assert watch.pair.pop()
         assert not watch.pair.is_on
-        assert top() is None
+        assert not has_saved_tensor_hooks()
         saved_once()
         assert len(watch.packed) == 1
 
@@ -353,4 +359,39 @@ class TestSavedTensorHooks:
         assert outcome == [False, False]
         assert watch.pair.is_on
         assert watch.pair.pop()
-        assert top() is None
+        assert not has_saved_tensor_hooks()
+
+    def test_of_several_hooks_of_the_user_none_is_covered_that_nobody_knows(self) -> None:
+        """Where torch does not tell the innermost one, ours stay off, and theirs see what they saw before."""
+        watch, outer, inner = Watch(), Boxes(), Boxes()
+        with outer(), inner():
+            watch.pair.push()
+            assert watch.pair.is_on == (torch_private._innermost_hooks is not None)
+            saved_once()
+            assert watch.pair.pop()
+        assert (outer.packed, inner.packed) == (0, 1)
+
+
+def test_a_storage_that_only_c_refers_to_outlives_nobody() -> None:
+    """A weak reference to it is followed as often as one likes; the storage goes with what has saved it."""
+    weight = torch.ones(3, requires_grad=True)
+    result = weight.exp()
+    reference = weakref.ref(result.untyped_storage())
+    kept = result.sum()
+    del result
+    found = [torch_private.alive(reference) for _ in range(3)]
+    assert {None if one is None else one.nbytes() for one in found} == {12}
+    del found
+    gc.collect()
+    assert torch_private.alive(reference) is not None
+    del kept
+    assert torch_private.alive(reference) is None
+
+
+def test_a_storage_that_others_of_c_refer_to_weakly_is_gone_all_the_same() -> None:
+    """Up to torch 2.8 at least its Python object is still there, and must not be touched."""
+    tensor = torch.ones(3)
+    reference, theirs = weakref.ref(tensor.untyped_storage()), StorageWeakRef(tensor.untyped_storage())
+    del tensor
+    assert theirs.expired()
+    assert torch_private.alive(reference) is None

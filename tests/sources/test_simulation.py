@@ -237,6 +237,7 @@ def test_norm_statistics_of_a_cpu_are_as_simulated() -> None:
         assert mean.dtype is weight
 
 
+@pytest.mark.needs("grouped matrix products")
 def test_grouped_products_take_float32(simulation: Simulation) -> None:
     """The experts of a mixture multiply in any type, although torch's fake kernel knows bfloat16 alone."""
     with simulation:

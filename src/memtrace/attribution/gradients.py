@@ -12,6 +12,7 @@ from memtrace.attribution.storages import storages_of
 from memtrace.breakdown import EntryKey
 from memtrace.categories import Category
 from memtrace.sources.events import dtype_name
+from memtrace.sources.torch_private import alive
 
 _ASKED = 64
 
@@ -43,7 +44,7 @@ class GradientCount:
         self._turn = (self._turn + 1) % self._apart
         asked = slice(self._turn, None, self._apart)
         if self._present is None or self._present[asked] != [*map(_has_gradient, self._parameters[asked])]:
-            found = [None if (parameter := alive()) is None else parameter.grad for alive in self._parameters]
+            found = [None if (parameter := alive(weak)) is None else parameter.grad for weak in self._parameters]
             gradients = [gradient for gradient in found if gradient is not None]
             strided = all(gradient.layout is torch.strided for gradient in gradients)
             self._present = [gradient is not None for gradient in found] if strided else None
@@ -51,8 +52,8 @@ class GradientCount:
         return self._counted
 
 
-def _has_gradient(alive: weakref.ref[torch.Tensor]) -> bool:
-    parameter = alive()
+def _has_gradient(weak: weakref.ref[torch.Tensor]) -> bool:
+    parameter = alive(weak)
     return parameter is not None and parameter.grad is not None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from memtrace.attribution.quantised import is_packed, packed_tensors
-from memtrace.sources.torch_private import held_by, holdings
+from memtrace.sources.torch_private import alive, held_by, holdings
 
 
 class Held:
@@ -61,16 +61,16 @@ class Held:
         return self._looked == self._look()
 
     def _look(self) -> list[int]:
-        return holdings([alive() for alive in self._modules])
+        return holdings([weak() for weak in self._modules])
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that are still there."""
-        return [parameter for alive in self._parameters if (parameter := alive()) is not None]
+        return [parameter for weak in self._parameters if (parameter := alive(weak)) is not None]
 
     def buffers(self) -> list[torch.Tensor]:
         """Returns the buffers that are still there."""
-        return [buffer for alive in self._buffers if (buffer := alive()) is not None]
+        return [buffer for weak in self._buffers if (buffer := alive(weak)) is not None]
 
     def packed(self) -> list[torch.Tensor]:
         """Returns what quantised layers keep of their weights in other places than parameters, buffers among it."""
-        return [tensor for alive in self._packed if (tensor := alive()) is not None]
+        return [tensor for weak in self._packed if (tensor := alive(weak)) is not None]

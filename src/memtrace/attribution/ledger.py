@@ -11,6 +11,7 @@ import torch
 from memtrace.attribution.storages import storages_of
 from memtrace.categories import Category
 from memtrace.sources.events import MEMORY, Coordinates, Tag, TagEvent, tags_of
+from memtrace.sources.torch_private import alive
 
 PRECEDENCE = {
     category: rank
@@ -76,9 +77,9 @@ class Ledger:
         ledger = weakref.ref(self)
 
         def forget(entry: _Entry) -> None:
-            alive = ledger()
-            if alive is not None:
-                alive._forget(entry)
+            of = ledger()
+            if of is not None:
+                of._forget(entry)
 
         self._on_death: Callable[[Any], None] = forget
 
@@ -152,7 +153,7 @@ class Ledger:
         self._totals = None
         found = []
         for entry in list(self._entries.values()):
-            storage = entry()
+            storage = alive(entry)
             if storage is None:
                 continue
             entry.address, entry.nbytes = self._address_of(storage), storage.nbytes()

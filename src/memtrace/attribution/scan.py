@@ -32,6 +32,7 @@ from memtrace.attribution.timeline import Lifetime
 from memtrace.breakdown import EntryKey
 from memtrace.categories import Category
 from memtrace.errors import ConfigError
+from memtrace.limitations import Limitation
 from memtrace.sources.cublas import workspace_sizes
 from memtrace.sources.torch_private import has_gradient_hooks, optimizers_in_backward
 
@@ -132,6 +133,11 @@ class Scan:
         if not self._looked_in_forward:
             self._looked_in_forward = True
             self.engines = self.engines or find_engines(self._model, _alive(self._given))
+
+    @property
+    def limitations(self) -> list[Limitation]:
+        """What cannot be read of the engines that are there."""
+        return [engine.limitation for engine in self.engines if engine.limitation is not None]
 
     def claim_persistent(self, ledger: Ledger, *, anew: bool = True) -> None:
         """Claims weights, buffers, master weights, optimizer state, the engines' tensors and the gradients of now.

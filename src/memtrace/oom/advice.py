@@ -104,8 +104,9 @@ def _checkpointing(situation: Situation) -> Iterator[_Proposal]:
     yield (
         RemedyKind.CHECKPOINTING,
         activations * max(1 - _CHECKPOINT_SHARE - 1 / layers, 0),
-        f"Recompute activations in the backward pass (activation_checkpointing=True under Trainer): of {layers} "
-        "layers, only the inputs and one layer's activations are kept. Costs about a third more computation.",
+        "Recompute activations in the backward pass (activation_checkpointing=True under Trainer, in older versions of "
+        f"transformers gradient_checkpointing=True): of {layers} layers, only the inputs and one "
+        "layer's activations are kept. Costs about a third more computation.",
     )
 
 

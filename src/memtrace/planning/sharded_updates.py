@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -162,8 +163,9 @@ def fully_sharded(model: nn.Module, recipe: Recipe, sharding: Sharding, *, train
     # torch does not free the root's weights after the forward pass unless it is told to: the backward pass begins there
     reshard = True if not trained else None if sharding.reshard_after_forward else False
     whole = {tensor for layer in quantized_layers(model) for tensor in layer.scale_tensors}
+    ignored: dict[str, Any] = {"ignored_params": whole} if whole else {}  # torch 2.6 leaves out none
     for unit in [*sharding_units(model), model]:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, **ignored)
     return model
 
 

@@ -26,8 +26,8 @@ class CpuEvents:
     at twice as many.
 
     A recording ends on the thread that has begun it: `close` on another one loses the window, and leaves the recording
-    to the next call on the right thread, or to the first after that has ended. A source that is dropped ends its
-    recording.
+    to the next call on the right thread. It ends with that thread at the latest: up to torch 2.11 one that is left on
+    then breaks every later profile of the process. A source that is dropped ends its recording.
     """
 
     _newest: Callable[[], CpuEvents | None] = staticmethod(lambda: None)
@@ -87,6 +87,8 @@ class CpuEvents:
         except recording_torch_private.ProfilerUnavailable:
             return False
         self._begin_ns, self._thread = time.time_ns(), threading.current_thread()
+        if self._thread is not threading.main_thread():
+            _OF_THREAD.end = _ThreadEnd(self)
         self._taken, self._refused_by, self._gives_turns = False, None, _TURNS
         CpuEvents._newest = weakref.ref(self)
         if CpuEvents._waiting() is self:
@@ -133,13 +135,20 @@ class CpuEvents:
 
     def _stop(self) -> None:
         """Ends a recording that is left, where this thread may: it has begun it, or the one that has is gone."""
-        if self._thread is None or not _may_stop(self._thread):
-            return
+        if self._thread is not None and _may_stop(self._thread):
+            self._stop_here()
+
+    def _stop_here(self) -> None:
         self._thread = None
         if recording_torch_private.user_profiler_is_recording():
             recording_torch_private.give_up_memory_profiler()
         else:
             recording_torch_private.stop_memory_profiler()
+
+    def thread_ends(self) -> None:
+        """Ends a recording that is left on this thread, which is about to end."""
+        if self._thread is not None and self._thread.ident == threading.get_ident():
+            self._stop_here()
 
     def _may_take_the_place(self) -> bool:
         """Returns whether the recording that is on was ours, and has ended to make room."""
@@ -169,6 +178,22 @@ class CpuEvents:
             return False
         self._gives_turns -= 1
         return True
+
+
+class _ThreadEnd:
+    """Kept by one thread alone: it goes when the thread ends, on that thread."""
+
+    def __init__(self, source: CpuEvents) -> None:
+        self._source = weakref.ref(source)
+
+    def __del__(self) -> None:
+        source = self._source()
+        if source is not None:
+            source.thread_ends()
+
+
+_OF_THREAD = threading.local()
+"""The end of this thread, where a recording was begun on it."""
 
 
 def _nobody() -> None:

@@ -102,6 +102,11 @@ class FlatParameter:
         return [tensor for name in names if (tensor := getattr(self.parameter, name, None)) is not None]
 
 
+def shows_flat_parameter(wrapper: torch.nn.Module) -> bool:
+    """Returns whether a `FullyShardedDataParallel` module tells whether it has a flat parameter."""
+    return hasattr(wrapper, "_handle")
+
+
 def flat_parameter(wrapper: torch.nn.Module) -> FlatParameter | None:
     """Returns the flat parameter of a `FullyShardedDataParallel` module: no public call shows its tensors.
 
@@ -116,6 +121,11 @@ def running_ddp() -> Any:
     wrapper = torch.nn.parallel.DistributedDataParallel
     running = getattr(wrapper, "_get_active_ddp_module", None)
     return None if running is None else running()
+
+
+def shows_ddp_buckets(wrapper: Any) -> bool:
+    """Returns whether a `DistributedDataParallel` module tells of its buckets."""
+    return hasattr(wrapper, "_get_ddp_logging_data")
 
 
 def ddp_bucket_bytes(wrapper: Any) -> tuple[list[int], list[int]]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from memtrace.breakdown import AllocatorReading
+from memtrace.sources import torch_private
 from memtrace.sources.cpu import CpuEvents
 from memtrace.sources.cuda import CudaEvents
 from memtrace.sources.events import EventSource, Window
@@ -65,7 +66,7 @@ class NoEvents:
 
     def reading(self) -> AllocatorReading | None:
         """Returns the counters; None where torch has none for this kind of device, or before its first allocation."""
-        kind = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+        kind = torch_private.current_accelerator()
         ask = None if kind is None else getattr(torch.accelerator, "memory_stats", None)
         if ask is None or kind is None or kind.type != self._device.type:
             return None

@@ -17,6 +17,7 @@ import torch
 
 from memtrace.sources.results import NewTensor, Operator, Result, Several
 from memtrace.sources.simulated_tensor import Layout
+from memtrace.sources.torch_fake import operators
 
 aten = torch.ops.aten
 
@@ -38,8 +39,8 @@ _NORMALISATIONS = frozenset(
     {aten.native_layer_norm.default, aten.native_group_norm.default, aten.native_batch_norm.default}
 )
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
-_BFLOAT16_ONLY = frozenset({aten._grouped_mm.default})
-"""Operators whose fake kernels refuse element types that the real ones take."""
+_BFLOAT16_ONLY = operators("_grouped_mm")
+"""Operators whose fake kernels refuse element types that the real ones take; models call none before torch 2.8."""
 
 
 def asked_layouts(operator: Operator, inputs: Sequence[Layout]) -> Sequence[Layout]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.autograd import profiler as autograd_profiler
 
+from memtrace.sources import torch_private
 from memtrace.sources.events import Events
 
 _UNREAD = frozenset({"free_requested"})
@@ -150,7 +151,7 @@ def _events(nodes: list[Any]) -> tuple[Events, int]:
         below = [[one] if type(of) is allocation else one.children for one, of in zip(nodes, fields, strict=True)]
         nodes = [*chain.from_iterable(below)]
         fields = [*map(node.extra_fields.fget, nodes)]
-    if torch.accelerator.current_accelerator() is not None:  # else this build of torch has no other blocks
+    if torch_private.current_accelerator() is not None:  # else this build of torch has no other blocks
         cpu = torch.device("cpu")
         kept = [of.device == cpu for of in fields]
         nodes, fields = [*compress(nodes, kept)], [*compress(fields, kept)]
@@ -198,10 +199,13 @@ def record_memory_history(max_entries: int) -> frozenset[str] | None:
         allocator keeps no history (cudaMallocAsync, a pluggable one).
     """
     record = torch.cuda.memory._record_memory_history
-    left_out = _UNREAD if "skip_actions" in inspect.signature(record).parameters else frozenset()
-    more = {"skip_actions": sorted(left_out)} if left_out else {}
+    known = inspect.signature(record).parameters
+    left_out = _UNREAD if "skip_actions" in known else frozenset()
+    more: dict[str, Any] = {"skip_actions": sorted(left_out)} if left_out else {}
+    if "clear_history" in known:  # torch 2.6 empties the ring whenever a recording ends
+        more["clear_history"] = True
     try:
-        record(enabled="all", context=None, stacks="python", max_entries=max_entries, clear_history=True, **more)
+        record(enabled="all", context=None, stacks="python", max_entries=max_entries, **more)
     except RuntimeError:
         return None
     return left_out
@@ -262,7 +266,7 @@ def _listing_takes_references() -> bool:
         _take_reference(number)
     given = (number, 1, False) if "include_traces" in known else (number, 1)
     before = sys.getrefcount(number)
-    with suppress(RuntimeError):  # an allocator that lists nothing
+    with suppress(RuntimeError, TypeError):  # an allocator that lists nothing; a torch that lists all pools or none
         listing(given)
     taken = before - sys.getrefcount(number)
     for _ in range(_PROBES - taken):

@@ -10,6 +10,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -134,7 +135,10 @@ class SavedTensorHooks:
             return
         if not torch_private.saved_tensor_hooks_allowed() or torch_private.backward_is_running():
             return
-        pair = _Pair(self, below=torch_private.saved_tensor_hooks())
+        below = torch_private.saved_tensor_hooks()
+        if below is None and torch_private.has_saved_tensor_hooks():
+            return  # nobody knows which hooks of the user ours would have to call
+        pair = _Pair(self, below=below)
         self._of_thread.owner = _Owner(pair)  # before anything is on: then somebody answers for it
         torch_private.push_saved_tensor_hooks(pair.pack, pair.unpack)
         pair.is_on = True
@@ -228,8 +232,7 @@ class _Pair:
             return True
         if torch_private.backward_is_running() or threading.get_ident() != self._thread:
             return False
-        top = torch_private.saved_tensor_hooks()
-        if top is None or top[0] != self.pack:
+        if not torch_private.are_innermost((self.pack, self.unpack), self.below):
             return False
         torch_private.pop_saved_tensor_hooks()
         self.is_on = False
@@ -276,7 +279,8 @@ def _changed_in_place(kept: _Kept) -> str:
     """Returns what torch says where a saved tensor was changed in place: beside hooks it does not compare versions."""
     tensor = kept.tensor
     sizes = tensor._nested_tensor_size() if tensor.is_nested and tensor.layout is torch.strided else list(tensor.shape)
-    origin = "" if kept.made_by is None else f", which is output {kept.output_nr} of {_BACKWARD.sub('', kept.made_by)},"
+    maker = kept.made_by if kept.made_by is None or _names_in_full() else _BACKWARD.sub("", kept.made_by)
+    origin = "" if maker is None else f", which is output {kept.output_nr} of {maker},"
     hint = (
         "the backtrace further above shows the operation that failed to compute its gradient. The variable in question "
         "was changed in there or anywhere later. Good luck!"
@@ -289,3 +293,25 @@ def _changed_in_place(kept: _Kept) -> str:
         f"[{tensor.type()} {sizes}]{origin} is at version {tensor._version}; "
         f"expected version {kept.version} instead. Hint: {hint}"
     )
+
+
+@cache
+def _names_in_full() -> bool:
+    """Returns whether torch names the type of a gradient function there, as `ExpBackward0`: so it does up to 2.11.
+
+    It is made to say it, on a thread without hooks.
+    """
+    said: list[str] = []
+
+    def change_in_place() -> None:
+        result = torch.ones(1, requires_grad=True).exp()
+        result.mul_(2)
+        try:
+            result.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=change_in_place)
+    thread.start()
+    thread.join()
+    return any("of ExpBackward" in message for message in said)

@@ -34,6 +34,12 @@ no_torch_function: Callable[..., Any] = torch._C._disabled_torch_function_impl
 """`__torch_function__` of a tensor class that leaves Python calls as they are."""
 
 
+def operators(*names: str) -> frozenset[torch._ops.OpOverload]:
+    """Returns those of these operators of `aten` that this version of torch has, each in its default form."""
+    known = (getattr(torch.ops.aten, name, None) for name in names)
+    return frozenset(packet.default for packet in known if packet is not None)
+
+
 def as_subclass(cls: type[TensorType], tensor: torch.Tensor, device: torch.device) -> TensorType:
     """Returns a tensor of class `cls` on the storage of `tensor` that says it is on `device` and dispatches there."""
     return torch.Tensor._make_subclass(cls, tensor, False, dispatch_device=True, device_for_backend_keys=device)
@@ -103,6 +109,7 @@ __all__ = [
     "fake_mode_is_on",
     "is_engine_sum",
     "no_torch_function",
+    "operators",
     "quiet",
     "shard_of",
     "without_dispatch",

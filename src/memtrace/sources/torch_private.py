@@ -7,24 +7,67 @@ costs a feature, never the run: each function says what its caller gets then.
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Held = TypeVar("Held", bound=torch.Tensor | torch.UntypedStorage)
 
 SavedTensorHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 
-def saved_tensor_hooks() -> SavedTensorHooks | None:
-    """Returns the innermost saved-tensor hooks of this thread; None where there are none.
+_innermost_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+"""Returns the innermost pair of saved-tensor hooks; torch 2.6 cannot tell which it is."""
 
-    torch applies only the innermost pair: hooks of the user that lie below ours must be called by ours.
+
+def saved_tensor_hooks() -> SavedTensorHooks | None:
+    """Returns the innermost saved-tensor hooks of this thread; None where there are none, or nobody knows them.
+
+    torch applies only the innermost pair: hooks of the user that lie below ours must be called by ours. Where torch
+    does not tell it (2.6), it is the one whose `with` block is the only one of its kind in the process.
     """
-    top = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return None if top is None else (top[0], top[1])
+    if _innermost_hooks is not None:
+        top = _innermost_hooks(False)
+        return None if top is None else (top[0], top[1])
+    made = _made_hooks() if has_saved_tensor_hooks() else []
+    return (made[0].pack_hook, made[0].unpack_hook) if len(made) == 1 else None
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Returns whether this thread has saved-tensor hooks. To forbid them raises where there are some."""
+    if _innermost_hooks is not None:
+        return saved_tensor_hooks() is not None
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("asked by memtrace"):
+            return False
+    except RuntimeError:
+        return True
+
+
+def are_innermost(ours: SavedTensorHooks, below: SavedTensorHooks | None) -> bool:
+    """Returns whether a pair of ours, which is on this thread's stack, is the innermost one.
+
+    Args:
+        ours: the pair.
+        below: the innermost one when it was put on.
+    """
+    if _innermost_hooks is not None:
+        top = saved_tensor_hooks()
+        return top is not None and top[0] == ours[0]
+    return all(below is not None and hooks.pack_hook is below[0] for hooks in _made_hooks())
+
+
+def _made_hooks() -> list[Any]:
+    """Returns all `saved_tensors_hooks` of the process, as long as their `with` blocks at least; some 10 ms."""
+    kinds = [torch.autograd.graph.saved_tensors_hooks]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return [found for found in gc.get_referrers(*kinds) if isinstance(found, kinds[0])]
 
 
 def saved_tensor_hooks_allowed() -> bool:
@@ -92,6 +135,35 @@ def kept_on(node: Any) -> Iterator[torch.Tensor]:
 
 _saved_names: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
 """The attributes of each type of node that hold tensors."""
+
+
+def alive(reference: weakref.ref[Held]) -> Held | None:
+    """Returns the tensor or the storage that a weak reference refers to; None where it is gone.
+
+    Where nothing in Python refers to it, the Python object belongs to C++. Up to torch 2.8 at least whoever takes a
+    reference to it then must say so: else it is freed in use. That of a storage of which somebody has a weak reference
+    of C++ (`StorageWeakRef`) outlives it there, and must not be touched.
+    """
+    found = reference()
+    if found is None or (isinstance(found, torch.UntypedStorage) and not _strong_references(found._cdata)):
+        return None
+    found._fix_weakref()  # type: ignore[union-attr]
+    return found
+
+
+_strong_references: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", lambda _: 1)
+"""Returns how many references of C++ a storage has, by its `_cdata`; 1 where torch cannot tell."""
+
+
+def current_accelerator() -> torch.device | None:
+    """Returns the kind of device that this build of torch is for beside the CPU; None where there is none.
+
+    torch 2.6 raises where the machine has no such device.
+    """
+    try:
+        return torch.accelerator.current_accelerator()
+    except RuntimeError:
+        return None
 
 
 current_autograd_node: Callable[[], object] = getattr(torch._C, "_current_autograd_node", lambda: None)

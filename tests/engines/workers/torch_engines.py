@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from all_threads import AllThreadsEvents
+from fsdp_on_a_cpu import let_fsdp_train
 from model import batch, build_model
 from report import MICRO_BATCHES, checksum, peak_without_memtrace, record_to_json, write_report
 from torch import nn
@@ -27,6 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from memtrace.attribution.engines import find_engines
 from memtrace.config import TracerConfig
 from memtrace.tracer import Tracer
+
+let_fsdp_train()
 
 STEPS = 3
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

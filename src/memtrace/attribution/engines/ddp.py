@@ -11,11 +11,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.hidden import HiddenBuffers
 from memtrace.categories import Category
+from memtrace.limitations import unread_engine
 from memtrace.sources import engines_torch_private
 from memtrace.sources.events import Tag, dtype_name
 
@@ -49,6 +51,8 @@ class DdpEngine(Engine):
 
     def __init__(self, wrapper: Any) -> None:
         self._wrapper = wrapper
+        if not engines_torch_private.shows_ddp_buckets(wrapper):
+            self.limitation = unread_engine(self.name, "its buckets", torch.__version__)
         self._rebuilt: HiddenBuffers | None = None
         """The buckets of now, once the reducer has rebuilt them: it does so once, and to ask it takes long."""
 

@@ -10,6 +10,7 @@ from torch import nn
 from memtrace.attribution.hidden import HiddenBuffers
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import Role
+from memtrace.limitations import Limitation
 
 
 class Engine:
@@ -32,6 +33,9 @@ class Engine:
 
     shards: bool = False
     """Whether the states, or the weights too, are spread over the ranks."""
+
+    limitation: Limitation | None = None
+    """What cannot be read of the engine that is there; None where all of it can."""
 
     @property
     def device(self) -> torch.device | None:

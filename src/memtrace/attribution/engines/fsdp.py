@@ -1,13 +1,12 @@
 """FSDP2 (`fully_shard`): sharded parameters, gathered copies and the buffers of its collectives.
 
-Run with torch 2.13; up to 2.11 a module has one group at most. `fully_shard` changes the class of each module that it
+Up to torch 2.11 a module has one group at most. `fully_shard` changes the class of each module that it
 shards to an `FSDPModule`, and keeps the tensors in parameter groups: a sharded DTensor for each parameter, which the
 optimizer updates, and storages for the gathered copies, which are resized to nothing when they are not needed.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -19,9 +18,8 @@ from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import Role
 from memtrace.categories import Category
+from memtrace.limitations import unread_engine
 from memtrace.sources import engines_torch_private
-
-logger = logging.getLogger("memtrace")
 
 _GATHERED = Role(Category.TRANSIENT_WEIGHTS, "all_gather")
 
@@ -51,11 +49,8 @@ class FsdpEngine(Engine):
         groups = [engines_torch_private.fsdp_groups(module) for module in modules]
         self._groups = [group for found in groups for group in found or ()]
         if None in groups:
-            logger.warning(
-                "memtrace: this version of torch (%s) does not show what FSDP2 keeps: gathered weights and the buffers "
-                "of its collectives are not attributed",
-                torch.__version__,
-            )
+            keeps = "gathered weights and the buffers of its collectives"
+            self.limitation = unread_engine(self.name, keeps, torch.__version__)
         self._known: dict[int, tuple[Any, Any]] = {}
         """The group and FSDP2's own record of each parameter, by the identity of its sharded and its gathered form."""
         self._contexts: Sequence[Any] = ()

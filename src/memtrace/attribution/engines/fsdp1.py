@@ -18,6 +18,7 @@ from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.model import Role
 from memtrace.categories import Category
+from memtrace.limitations import unread_engine
 from memtrace.sources import engines_torch_private
 from memtrace.sources.engines_torch_private import FlatParameter
 
@@ -50,6 +51,8 @@ class FlatFsdpEngine(Engine):
         self._known: dict[int, tuple[torch.Tensor, FlatParameter]] = {}
         """The flat parameter of each parameter that it is or that is a view of it, by identity."""
         self._look()
+        if not all(map(engines_torch_private.shows_flat_parameter, wrappers)):
+            self.limitation = unread_engine(self.name, "shards, gathered weights and gradients", torch.__version__)
 
     @property
     def device(self) -> torch.device | None:

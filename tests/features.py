@@ -1,0 +1,40 @@
+"""What only some versions of torch and transformers have, for tests of exactly that: `@pytest.mark.needs(feature)`.
+
+A test whose feature is not there is skipped with the feature as the reason; the table of versions counts and names
+them (docs/versions.md). The development environment has all of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+
+def _counters_of_every_accelerator() -> bool:
+    import torch
+
+    return hasattr(torch.accelerator, "memory_stats")
+
+
+def _grouped_products() -> bool:
+    import torch
+
+    return hasattr(torch, "_grouped_mm")
+
+
+def _listings_of_one_pool() -> bool:
+    import torch
+
+    return "mempool_id" in inspect.signature(torch.cuda.memory_snapshot).parameters
+
+
+FEATURES: dict[str, Callable[[], bool]] = {
+    "counters of every accelerator": _counters_of_every_accelerator,
+    "grouped matrix products": _grouped_products,
+    "listings of one memory pool": _listings_of_one_pool,
+}
+
+
+def missing(feature: str) -> bool:
+    """Returns whether the torch that is installed does without it."""
+    return not FEATURES[feature]()

@@ -1,0 +1,120 @@
+"""Makes an environment for each row, runs the tests in it, and notes what came of them: `make test-versions`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from xml.etree import ElementTree
+
+from versions import page
+from versions.rows import PACKAGES, ROWS, TESTS, Row
+
+ROOT = Path(__file__).parent.parent
+TEST_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "KINETO_LOG_LEVEL": "6",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def environment(row: Row, directory: Path) -> Path:
+    """Returns the Python of the row's environment, which is made where it is not there; 5 to 6 GB each.
+
+    The pins of the development environment do not hold in it.
+    """
+    python = directory / row.torch / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", directory / row.torch], check=True)
+        wanted = [f"torch=={row.torch}", f"transformers=={row.transformers}", *row.others, *PACKAGES]
+        settings = {"PIP_CONSTRAINT": "", "DS_BUILD_OPS": "0"}
+        command = [python, "-m", "pip", "install", "--quiet", *wanted]
+        subprocess.run(command, check=True, env={**os.environ, **settings})
+    return python
+
+
+def run(python: Path, tests: str, workers: int) -> dict[str, Any]:
+    """Runs some of the tests in an environment and returns what came of them."""
+    with TemporaryDirectory() as directory:
+        report = Path(directory) / "report.xml"
+        command = [python, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadgroup", "--no-loadscope-reorder"]
+        command += ["-p", "no:cacheprovider", f"--junitxml={report}", tests]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **TEST_ENVIRONMENT}, check=False)
+        return read(report)
+
+
+def version_of(python: Path) -> str:
+    """Returns the version of an interpreter."""
+    code = "import platform; print(platform.python_version())"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def read(report: Path) -> dict[str, Any]:
+    """Returns the counts of a report of pytest, what failed, and why tests were not run."""
+    failed, skipped, run, reasons = set(), Counter[str](), 0, {}
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        run += 1
+        for kind in ("failure", "error"):
+            outcome = case.find(kind)
+            if outcome is not None:
+                failed.add(name)
+                reasons[name] = (outcome.get("message") or "").strip().splitlines()[0][:200]
+        outcome = case.find("skipped")
+        if outcome is not None:
+            skipped[outcome.get("message") or ""] += 1
+    return {
+        "run": run - sum(skipped.values()),
+        "passed": run - sum(skipped.values()) - len(failed),
+        "failed": {name: reasons[name] for name in sorted(failed)},
+        "not_run": dict(sorted(skipped.items())),
+    }
+
+
+def names(python: Path) -> dict[str, bool]:
+    """Returns which of the private names that memtrace knows the environment's torch has."""
+    command = [python, "-m", "versions.names"]
+    output = subprocess.run(command, cwd=ROOT, env={**os.environ, **TEST_ENVIRONMENT}, capture_output=True, check=True)
+    found: dict[str, bool] = json.loads(output.stdout)
+    return found
+
+
+def main() -> None:
+    """Runs the rows that are asked for, and writes the results and the page."""
+    parser = argparse.ArgumentParser(prog="python -m versions.run", description=__doc__)
+    parser.add_argument("rows", nargs="*", help="versions of torch; all rows without")
+    parser.add_argument("--environments", type=Path, default=ROOT / ".venv-versions", help="where they are kept")
+    parser.add_argument("--workers", type=int, default=2, help="processes that run tests")
+    parser.add_argument("--again", action="store_true", help="also what has been run; else what is noted stays")
+    parser.add_argument("--names-only", action="store_true", help="write the table of private names, run no test")
+    arguments = parser.parse_args()
+    page.RESULTS.mkdir(exist_ok=True)
+    for row in ROWS:
+        if arguments.rows and row.torch not in arguments.rows:
+            continue
+        python = environment(row, arguments.environments.absolute())
+        table = json.loads(page.TABLE.read_text()) if page.TABLE.exists() else {}
+        table[row.torch] = names(python)
+        table = {known.torch: table[known.torch] for known in ROWS if known.torch in table}
+        page.TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        for tests in () if arguments.names_only else TESTS:
+            noted = page.results().get(row.torch, {})
+            if arguments.again or tests not in noted.get("tests", {}):
+                found = {**noted.get("tests", {}), tests: run(python, tests, arguments.workers)}
+                ordered = {known: found[known] for known in TESTS if known in found}
+                note = {"torch": row.torch, "transformers": row.transformers, "python": version_of(python)}
+                note["tests"] = ordered
+                (page.RESULTS / f"{row.torch}.json").write_text(json.dumps(note, indent=1) + "\n")
+    page.write()
+
+
+if __name__ == "__main__":
+    main()
