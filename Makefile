@@ -25,7 +25,7 @@ BY_GROUP := --dist loadgroup --no-loadscope-reorder
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: docs help demo bench bench-gpu record-gpu-traces bench-plan test grafana-render test-long test-newest lint format venv dist debian-test constraints clean
+.PHONY: docs help demo bench bench-gpu record-gpu-traces bench-plan test grafana-render test-long test-newest test-quick lint format venv dist debian-test constraints clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,7 +70,14 @@ test-long: venv debian-test ## soak, scale and large fuzz runs, properties with 
 	$(TEST_ENV) $(PYTEST) -m '(long or hypothesis) and not gpu' --hypothesis-profile=fresh -n $(WORKERS) $(BY_GROUP)
 
 # An environment of its own, made again when one of its three files has changed. What asks torch itself is tested in it.
-NEWEST_TESTS := tests/test_versions.py tests/sources tests/attribution tests/laws tests/test_garbage.py $(wildcard tests/test_*_steps.py tests/test_tracer_*.py)
+NEWEST_TESTS := tests/test_versions.py tests/sources tests/attribution tests/laws tests/tracing
+
+QUICK := tests/laws tests/record tests/attribution tests/risk
+FAMILIES := llama-tied or gpt2 or convnet
+
+test-quick: venv ## the laws over three families, words, attribution and risk, without servers; for whoever changes a line
+	$(TEST_ENV) $(PYTEST) -n $(WORKERS) $(BY_GROUP) $(QUICK) \
+		-k '($(FAMILIES) or record or attribution or risk) and not compiled and not drawn and not alert'
 
 test-newest: $(NEWEST)/.installed ## what depends on torch, with the newest torch that memtrace knows
 	$(TEST_ENV) $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(BY_GROUP) $(NEWEST_TESTS)

@@ -116,7 +116,7 @@ def counted() -> list[Row]:
     in it.
     """
     from memtrace import MemoryTracer, TracerConfig
-    from memtrace.breakdown import AllocatorReading
+    from memtrace.record.breakdown import AllocatorReading
     from memtrace.sources.cpu import CpuEvents
 
     readings = cycle(
@@ -183,9 +183,9 @@ def replay() -> list[Row]:
 
 def history() -> list[Row]:
     """Seconds from a recorded history of CUDA's allocator to the events of a window and their replay, and growth."""
+    from memtrace.attribution.garbage import uncollected
     from memtrace.attribution.timeline import replay
-    from memtrace.garbage import uncollected
-    from memtrace.sources.cuda_history import parse_window
+    from memtrace.sources.cuda.history import parse_window
 
     recorded = json.loads(HISTORY.read_text(encoding="utf-8"))["snapshot"]
     once_through = recorded["device_traces"][0]
@@ -222,7 +222,7 @@ def traced_step(events: int) -> Any:
     temporaries of its own; there is one gradient for ten saved blocks, and addresses come back as they do in a run.
     """
     from memtrace.attribution.timeline import StepMarks
-    from memtrace.categories import Category
+    from memtrace.record.categories import Category
     from memtrace.sources.events import Event, Events, Tag, TagEvent, Window
 
     draw = random.Random(0)

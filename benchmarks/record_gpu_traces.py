@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.workloads import Training, bf16_llama, tiny
 from memtrace.sources import recording_torch_private
-from memtrace.sources.cuda import MAX_EVENTS
+from memtrace.sources.cuda.source import MAX_EVENTS
 
 SCHEMA = "memtrace.allocator-trace/1"
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures" / "gpu" / "traces"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memtrace.categories import Moment
+from memtrace.record.categories import Moment
 
 if TYPE_CHECKING:
     from planning.accuracy import Row

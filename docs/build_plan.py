@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from memtrace.categories import Category, Moment
+from memtrace.record.categories import Category, Moment
 from memtrace.cli.plan_markdown import plan_markdown
 from memtrace.planning.formula import plan_by_formula
 from memtrace.planning.hardware import COMMUNICATOR, CONTEXT, DEVICES, SLACK_RATIO, held_against
-from memtrace.planning.optimizers import OPTIMIZERS, find_optimizer
-from memtrace.planning.plan import ByteRange
+from memtrace.planning.optimizers.states import OPTIMIZERS, find_optimizer
+from memtrace.record.plan import ByteRange
 from memtrace.planning.recipe import RECIPES, Recipe, find_recipe
 from memtrace.planning.request import PlanRequest
-from memtrace.planning.sharding import ZERO3_MAX_LIVE, ZERO_REDUCE_BUCKET, Sharding, Strategy
+from memtrace.planning.sharding.shares import ZERO3_MAX_LIVE, ZERO_REDUCE_BUCKET, Sharding, Strategy
 from memtrace.planning.simulate import CONVOLUTION_PEAK, CONVOLUTION_RESERVED
-from memtrace.sources import cublas
-from memtrace.sources.simulation import MAX_OPERATORS
-from memtrace.units import MIB
+from memtrace.sources.cuda import cublas
+from memtrace.simulation.mode import MAX_OPERATORS
+from memtrace.record.units import MIB
 
 PAGE = Path(__file__).with_name("plan.md")
 
@@ -170,7 +170,7 @@ Usable is what torch calls the capacity: the driver keeps the rest.
 `--json` prints a `memtrace.plan/1`: `recipe`, `optimizer`, `setup`, `assumptions`, `total_bytes`, `moments` as in the
 step log, `allocated_bytes` (least and most), `reserved_bytes` (null where the allocator was not simulated),
 `host_bytes`, `verdict`, and with a device its `capacity_bytes`, `needed_bytes` and `headroom_bytes`.
-`memtrace.planning.plan.read_plan` reads it back.
+`memtrace.record.plan.read_plan` reads it back.
 """
 
 

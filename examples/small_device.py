@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from memtrace.units import parse_bytes
+from memtrace.record.units import parse_bytes
 
 _M_MMAP_THRESHOLD = -3
 """Of glibc's malloc.h: blocks from this size on are got from the system one by one, and given back when freed."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from memtrace.oom.document import parse_report
-from memtrace.oom_report import OomReport
-from memtrace.strict_json import parse_json
+from memtrace.record.oom_document import parse_report
+from memtrace.record.oom_report import OomReport
+from memtrace.record.strict_json import parse_json
 
 HUGE = 1 << 50
 """More bytes than any machine can give."""

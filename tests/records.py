@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from memtrace.breakdown import (
+from memtrace.record.breakdown import (
     AllocatorReading,
     BatchShape,
     Breakdown,
@@ -16,10 +16,10 @@ from memtrace.breakdown import (
     StepRecord,
     ordered_entries,
 )
-from memtrace.categories import Category, Moment
-from memtrace.limitations import Unseen
-from memtrace.risk_reading import GrowthForecast, LargestBatch, PeakForecast, RiskReading, ShapeSource
-from memtrace.snapshot import RunIdentity, Snapshot, Totals
+from memtrace.record.categories import Category, Moment
+from memtrace.record.limitations import Unseen
+from memtrace.record.risk_reading import GrowthForecast, LargestBatch, PeakForecast, RiskReading, ShapeSource
+from memtrace.record.snapshot import RunIdentity, Snapshot, Totals
 
 GIB = 2**30
 

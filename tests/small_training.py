@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memtrace.breakdown import StepRecord
 from memtrace.config import TracerConfig
+from memtrace.record.breakdown import StepRecord
 from memtrace.sources.cpu import CpuEvents
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 EVERY_STEP = TracerConfig(strict=True, port=None, step_log=False, device_poll_seconds=0, trace_every=1)
 ON_DEMAND = TracerConfig(strict=True, port=None, step_log=False, device_poll_seconds=0, trace_every=0)

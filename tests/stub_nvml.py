@@ -31,9 +31,9 @@ from functools import partial
 from pathlib import Path
 import pynvml
 from memtrace.errors import DeviceUnavailable
-from memtrace.sources.device import open_device
-from memtrace.sources.device_sampler import DeviceSampler
-from memtrace.sources.nvml import NvmlDevice
+from memtrace.sources.devices.readers import open_device
+from memtrace.sources.devices.sampler import DeviceSampler
+from memtrace.sources.devices.nvml import NvmlDevice
 
 def says(text):
     draft = Path(os.environ["STUB_NVML"] + ".draft")

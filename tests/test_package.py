@@ -45,7 +45,7 @@ def test_import_loads_nothing_heavy_and_starts_nothing() -> None:
     """Neither torch nor transformers nor the exporters are loaded by the import alone; no thread is started."""
     code = (
         "import sys, threading, memtrace;"
-        "heavy = {'torch', 'transformers', 'prometheus_client', 'pynvml', 'rich', 'memtrace.tracer'};"
+        "heavy = {'torch', 'transformers', 'prometheus_client', 'pynvml', 'rich', 'memtrace.tracing.tracer'};"
         "print(sorted(heavy & set(sys.modules)), threading.active_count())"
     )
     assert run(code) == "[] 1"

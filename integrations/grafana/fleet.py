@@ -6,8 +6,8 @@ from grafana_foundation_sdk.builders import dashboard as board
 from grafana_foundation_sdk.builders import table
 from panels import ALARM, CALM, NEUTRAL, PEAK_COLOUR, WATCH, WIDE, graph, rows, transformation, variable
 
-from memtrace import metrics
-from memtrace.snapshot import RunState
+from memtrace.record import metrics
+from memtrace.record.snapshot import RunState
 
 STATES = (RunState.OK, RunState.RUNNING, RunState.SIGNAL, RunState.EXCEPTION, RunState.OUT_OF_MEMORY, "gone")
 """From good to bad; a run has that of its worst rank. The last one neither answers nor has said that it ends."""

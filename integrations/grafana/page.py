@@ -10,7 +10,7 @@ from grafana_foundation_sdk.models import dashboard as words
 from panels import ALARM, SOURCE, WATCH, highest_first, variable
 from queries import RUN, fullest, of
 
-from memtrace import metrics
+from memtrace.record import metrics
 
 HIDDEN = words.VariableHide.HIDE_VARIABLE
 Panels = Sequence[board.Row | Builder[words.Panel]]

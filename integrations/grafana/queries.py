@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from memtrace import metrics
-from memtrace.categories import Category
-from memtrace.metric import Metric
+from memtrace.record import metrics
+from memtrace.record.categories import Category
+from memtrace.record.metric import Metric
 
 RANK = "job, instance, rank"
 SELECTOR = 'job=~"$job",instance=~"$instance",rank=~"$rank"'

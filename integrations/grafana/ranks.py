@@ -24,8 +24,8 @@ from queries import (
     of_highest,
 )
 
-from memtrace import metrics
-from memtrace.categories import Category
+from memtrace.record import metrics
+from memtrace.record.categories import Category
 
 
 def ranks_dashboard() -> board.Dashboard:

@@ -40,8 +40,8 @@ from queries import (
     unused_share,
 )
 
-from memtrace import metrics
-from memtrace.categories import COLOURS
+from memtrace.record import metrics
+from memtrace.record.categories import COLOURS
 
 COLOUR_OF = {category.value: colour for category, colour in COLOURS.items()}
 PART_COLOURS = {

@@ -13,25 +13,25 @@ if TYPE_CHECKING:
     from memtrace.adapters.lightning import MemTraceLightningCallback
     from memtrace.adapters.memory_tracer import MemoryTracer
     from memtrace.adapters.torch_optimizer import MemTraceOptimizer
-    from memtrace.breakdown import Breakdown, StepRecord
-    from memtrace.categories import Category, Moment
     from memtrace.config import TracerConfig
     from memtrace.errors import ConfigError, MemTraceError
     from memtrace.planning.simulate import plan
+    from memtrace.record.breakdown import Breakdown, StepRecord
+    from memtrace.record.categories import Category, Moment
 
 __version__ = "0.2.0"
 
 _HOMES = {
-    "Breakdown": "memtrace.breakdown",
-    "Category": "memtrace.categories",
+    "Breakdown": "memtrace.record.breakdown",
+    "Category": "memtrace.record.categories",
     "ConfigError": "memtrace.errors",
     "MemTraceCallback": "memtrace.adapters.hf_trainer",
     "MemTraceError": "memtrace.errors",
     "MemTraceLightningCallback": "memtrace.adapters.lightning",
     "MemTraceOptimizer": "memtrace.adapters.torch_optimizer",
     "MemoryTracer": "memtrace.adapters.memory_tracer",
-    "Moment": "memtrace.categories",
-    "StepRecord": "memtrace.breakdown",
+    "Moment": "memtrace.record.categories",
+    "StepRecord": "memtrace.record.breakdown",
     "TracerConfig": "memtrace.config",
     "plan": "memtrace.planning.simulate",
 }
@@ -55,7 +55,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'memtrace' has no attribute {name!r}")
-    from memtrace.packages import packages_of  # noqa: PLC0415 - nothing is loaded before a name is used
+    from memtrace.errors import packages_of  # noqa: PLC0415 - nothing is loaded before a name is used
 
     with packages_of(f"memtrace.{name}"):
         value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from memtrace.errors import ConfigError
-from memtrace.units import KIB, MIB, parse_bytes
+from memtrace.record.units import KIB, MIB, parse_bytes
 
 DEFAULT_PORT = 16368
 """First port of the metrics server; the local rank is added to it."""

@@ -13,6 +13,9 @@ The message says what was wrong, what was expected and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MemTraceError(Exception):
     """Base of all errors that memtrace raises on purpose."""
@@ -40,3 +43,32 @@ class OutputError(MemTraceError, OSError):
 
 class PlanError(MemTraceError, ValueError):
     """A plan cannot be made from the given model, configuration or options."""
+
+
+INSTALL = {
+    "accelerate": "pip install 'torch-memtrace[transformers]'",
+    "lightning": "pip install 'torch-memtrace[lightning]'",
+    "plotly": "pip install 'torch-memtrace[report]'",
+    "torch": "pip install torch, or the build for your device that https://pytorch.org/get-started names",
+    "transformers": "pip install 'torch-memtrace[transformers]'",
+}
+
+
+@contextmanager
+def packages_of(what: str) -> Iterator[None]:
+    """Says what to install where a package is missing that something needs.
+
+    Args:
+        what: what needs it, as the message begins.
+
+    Raises:
+        MissingPackageError: one of `INSTALL` is not there.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in INSTALL:
+            raise
+        message = f"{what} needs {package}, which is not installed: {INSTALL[package]}"
+        raise MissingPackageError(message, name=package) from error

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memtrace.adapters.dataset_lengths import MAX_SAMPLES, largest_batch
-from memtrace.risk_reading import LargestBatch, ShapeSource
+from memtrace.record.risk_reading import LargestBatch, ShapeSource
 
 LISTS = [[1] * length for length in (3, 11, 7)]
 

@@ -10,10 +10,10 @@ from small_training import make, step
 
 from memtrace import MemoryTracer, TracerConfig
 from memtrace.adapters.exports import Exports
+from memtrace.exporters.endpoint.server import Scrapes
 from memtrace.exporters.run_file import read_run_file, run_file_path
-from memtrace.exporters.server import Scrapes
-from memtrace.snapshot import RunState
-from memtrace.tracer import Tracer
+from memtrace.record.snapshot import RunState
+from memtrace.tracing.tracer import Tracer
 
 
 def test_who_interrupts_the_wait_for_a_scrape_does_not_wait_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

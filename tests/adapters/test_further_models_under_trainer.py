@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from memtrace import Category, MemTraceCallback, MemTraceOptimizer, Moment
 from memtrace.adapters.lightning import MemTraceLightningCallback
-from memtrace.breakdown import StepRecord
+from memtrace.record.breakdown import StepRecord
 
 SETTINGS = {"port": None, "strict": True, "step_log": False, "device_poll_seconds": 0, "trace_every": 0}
 WIDTH = 8

@@ -172,7 +172,7 @@ def test_resumed_run_goes_on_counting(tmp_path) -> None:
 
 def test_fault_inside_memtrace_never_reaches_training(tmp_path, monkeypatch, caplog) -> None:
     """One fault costs one log entry and memtrace itself; the run ends as without it."""
-    from memtrace.steps import StepInFlight
+    from memtrace.attribution.step_in_progress import StepInFlight
 
     def broken(self, batch):
         raise ZeroDivisionError("broken on purpose")

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from memtrace.adapters.lightning import MemTraceLightningCallback, trained_module
-from memtrace.categories import Category, Moment
 from memtrace.exporters.run_file import read_run_file, run_file_path
+from memtrace.record.categories import Category, Moment
 
 FEATURES, HIDDEN = 32, 64
 PARAMETERS = FEATURES * HIDDEN + HIDDEN + HIDDEN + 1

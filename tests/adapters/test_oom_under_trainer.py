@@ -15,10 +15,10 @@ from test_hf_trainer import QUIET, Rows, make_model, make_trainer
 from transformers import Trainer, TrainingArguments
 
 from memtrace import MemTraceCallback
-from memtrace.categories import Phase
-from memtrace.oom.document import parse_report
-from memtrace.oom_report import OomReport, RemedyKind, Witness
-from memtrace.strict_json import parse_json
+from memtrace.record.categories import Phase
+from memtrace.record.oom_document import parse_report
+from memtrace.record.oom_report import OomReport, RemedyKind, Witness
+from memtrace.record.strict_json import parse_json
 
 CRASH = """
 import sys

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 from memtrace import MemTraceCallback
-from memtrace.risk_reading import RiskReading, ShapeSource
+from memtrace.record.risk_reading import RiskReading, ShapeSource
 
 LENGTHS = (16, 40, 24, 64, 32, 48)
 LONGEST = 96

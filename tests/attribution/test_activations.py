@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from memtrace.attribution.activations import ActivationTags
-from memtrace.categories import Category
+from memtrace.record.categories import Category
 
 CPU = torch.device("cpu")
 ROWS, WIDTH = 5, 8

@@ -8,9 +8,9 @@ from torch import nn
 
 from memtrace.attribution.activations import ActivationTags
 from memtrace.attribution.ledger import Ledger
-from memtrace.categories import Category
+from memtrace.attribution.step_in_progress import StepInFlight
+from memtrace.record.categories import Category
 from memtrace.sources.events import Coordinates
-from memtrace.steps import StepInFlight
 
 CPU = torch.device("cpu")
 

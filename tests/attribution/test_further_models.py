@@ -14,9 +14,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memtrace import Category, ConfigError, Moment
-from memtrace.breakdown import StepRecord
+from memtrace.record.breakdown import StepRecord
 from memtrace.sources.cpu import CpuEvents
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 HELD = 4 * (WIDTH * 64 + 64 + 64 * WIDTH + WIDTH)
 """Bytes of a teacher, without its buffer."""

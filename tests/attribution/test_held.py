@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from memtrace.attribution.gradients import GradientCount
-from memtrace.attribution.held import Held
 from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.models.held import Held
 from memtrace.attribution.scan import Scan
-from memtrace.breakdown import EntryKey
-from memtrace.categories import Category
 from memtrace.config import TracerConfig
-from memtrace.tracer import Tracer
+from memtrace.record.breakdown import EntryKey
+from memtrace.record.categories import Category
+from memtrace.tracing.tracer import Tracer
 
 CPU = torch.device("cpu")
 

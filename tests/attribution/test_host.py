@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from memtrace.attribution.engines import Engine
-from memtrace.attribution.host import HostMemory
+from memtrace.attribution.models.host import HostMemory
 from memtrace.attribution.scan import Scan
-from memtrace.breakdown import EntryKey
-from memtrace.categories import Category
+from memtrace.record.breakdown import EntryKey
+from memtrace.record.categories import Category
 
 GPU = torch.device("cuda", 0)
 PARAMETERS = 6 * 5 + 5

@@ -9,7 +9,7 @@ import torch
 
 from memtrace.attribution.inputs import batch_tensors, claim_batch, count_tokens, main_input, shape_of
 from memtrace.attribution.ledger import Ledger
-from memtrace.categories import Category
+from memtrace.record.categories import Category
 
 
 def test_tensors_in_nested_arguments() -> None:

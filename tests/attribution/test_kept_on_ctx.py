@@ -10,9 +10,9 @@ import torch
 from small_training import EVERY_STEP, assert_law_1, born
 from torch import nn
 
-from memtrace.breakdown import StepRecord
-from memtrace.categories import Category, Moment
-from memtrace.tracer import Tracer
+from memtrace.record.breakdown import StepRecord
+from memtrace.record.categories import Category, Moment
+from memtrace.tracing.tracer import Tracer
 
 WIDTH, ROWS = 16, 64
 KEPT = ROWS * WIDTH * 4

@@ -11,8 +11,8 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from memtrace.attribution.ledger import PRECEDENCE, Ledger
-from memtrace.attribution.model import claim_model
-from memtrace.categories import Category
+from memtrace.attribution.models.contents import claim_model
+from memtrace.record.categories import Category
 from memtrace.sources.events import Tag
 
 CPU = torch.device("cpu")

@@ -14,12 +14,12 @@ from torch import nn
 
 from memtrace.attribution.leftovers import MOST_BLOCKS, Leftovers
 from memtrace.attribution.timeline import StepMarks, Timeline, replay
-from memtrace.breakdown import DeviceReading
 from memtrace.config import TracerConfig
+from memtrace.record.breakdown import DeviceReading
+from memtrace.record.risk_reading import GrowthForecast
 from memtrace.risk import RiskMonitor
-from memtrace.risk_reading import GrowthForecast
 from memtrace.sources.events import Event, Events, Window
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 WIDTH, ROWS = 64, 1024
 OUTPUT_BYTES = ROWS * WIDTH * 4

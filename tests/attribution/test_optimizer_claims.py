@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.model import claim_model
+from memtrace.attribution.models.contents import claim_model
 from memtrace.attribution.optimizers import HandedOver, claim_optimizers, find_optimizers
 from memtrace.attribution.scan import Scan
-from memtrace.categories import Category
 from memtrace.errors import ConfigError
+from memtrace.record.categories import Category
 
 CPU = torch.device("cpu")
 SHIPPED = {

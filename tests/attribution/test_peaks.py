@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtrace.attribution.peaks import HighWater, PeakReference, counted_peak, high_water
-from memtrace.breakdown import AllocatorReading, Breakdown, EntryKey, ordered_entries
-from memtrace.categories import Category, Moment, Phase
+from memtrace.record.breakdown import AllocatorReading, Breakdown, EntryKey, ordered_entries
+from memtrace.record.categories import Category, Moment, Phase
 
 WEIGHTS = EntryKey(Category.WEIGHTS, "trainable", "float32")
 GRADIENTS = EntryKey(Category.GRADIENTS, "", "float32")

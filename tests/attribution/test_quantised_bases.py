@@ -12,7 +12,7 @@ from torch import nn
 
 from memtrace import Category, Moment
 from memtrace.sources.cpu import CpuEvents
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 INSIDE, OUTSIDE, GROUP = 64, 128, 32
 

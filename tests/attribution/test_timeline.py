@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from memtrace.attribution.curve import MAX_STRETCHES, HighestSteps, step_curve
 from memtrace.attribution.timeline import StepMarks, Timeline, replay
-from memtrace.categories import Category, Moment, Phase
+from memtrace.record.categories import Category, Moment, Phase
 from memtrace.sources.events import Block, Event, Events, Tag, TagEvent, Window
 
 WEIGHTS = Tag(Category.WEIGHTS, "trainable", "float32")

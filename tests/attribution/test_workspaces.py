@@ -10,13 +10,13 @@ import pytest
 
 from memtrace.attribution.hidden import WORKSPACE, tag_workspaces
 from memtrace.attribution.timeline import StepMarks, Timeline, replay
-from memtrace.breakdown import EntryKey
-from memtrace.categories import Category, Moment, Phase
 from memtrace.oom.composition import StepFacts, from_blocks
-from memtrace.sources.cublas import configured_sizes
-from memtrace.sources.cuda import parse_window
+from memtrace.record.breakdown import EntryKey
+from memtrace.record.categories import Category, Moment, Phase
+from memtrace.record.units import MIB
+from memtrace.sources.cuda.cublas import configured_sizes
+from memtrace.sources.cuda.source import parse_window
 from memtrace.sources.events import Block, Event, Events, Tag, TagEvent, Window
-from memtrace.units import MIB
 
 TRACES = Path(__file__).parents[1] / "fixtures" / "gpu" / "traces"
 WEIGHTS = Tag(Category.WEIGHTS, "trainable", "float32")

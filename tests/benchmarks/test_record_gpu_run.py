@@ -10,8 +10,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.record_gpu_run import STEPS, MasterAdamW, record, write
-from memtrace.categories import Category, Moment
 from memtrace.exporters.steplog import read_step_log
+from memtrace.record.categories import Category, Moment
 
 
 def small() -> nn.Module:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from records import PEAK_ENTRIES, traced_step
 
-from memtrace.categories import Category
 from memtrace.cli import main
 from memtrace.exporters.steplog import StepLog, step_log_path
+from memtrace.record.categories import Category
 
 PLAN = {
     "schema": "memtrace.plan/1",

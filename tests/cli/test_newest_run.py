@@ -12,7 +12,7 @@ from memtrace.cli.report import read_run
 from memtrace.cli.show import choose_records, find_logs
 from memtrace.exporters.run_file import RunFile, run_file_path
 from memtrace.exporters.steplog import StepLog, step_log_path
-from memtrace.snapshot import RunIdentity, RunState
+from memtrace.record.snapshot import RunIdentity, RunState
 
 
 def write(directory: Path, rank: int, run_id: str, steps: range, begun: float) -> None:

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import memtrace
 from memtrace import MemTraceOptimizer
-from memtrace.categories import PERSISTENT, Category
 from memtrace.cli import main
 from memtrace.exporters.prometheus import render_text
-from memtrace.planning.plan import read_plan
+from memtrace.record.categories import PERSISTENT, Category
+from memtrace.record.plan import read_plan
 
 CONFIG = {**LLAMA, "use_cache": False}
 SAMPLES, POSITIONS = 4, 32

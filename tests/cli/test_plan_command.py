@@ -14,9 +14,9 @@ import pytest
 from memtrace.cli import main
 from memtrace.cli.plan_options import parse_count
 from memtrace.errors import PlanError
-from memtrace.planning.optimizers import OPTIMIZERS
-from memtrace.planning.plan import read_plan
+from memtrace.planning.optimizers.states import OPTIMIZERS
 from memtrace.planning.recipe import RECIPES
+from memtrace.record.plan import read_plan
 
 START = ["plan", "--params", "8e9", "--recipe", "bf16-master", "--optimizer", "adamw", "--activation-ratio", "0.3"]
 

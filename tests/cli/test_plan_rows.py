@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from memtrace.breakdown import Breakdown, EntryKey
-from memtrace.categories import Category, Moment
 from memtrace.cli.plan_rows import peak_rows
-from memtrace.planning.plan import ByteRange, Plan
+from memtrace.record.breakdown import Breakdown, EntryKey
+from memtrace.record.categories import Category, Moment
+from memtrace.record.plan import ByteRange, Plan
 
 
 def test_entries_that_hardly_show_share_a_row_of_their_category() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from memtrace.cli import main
-from memtrace.planning.plan import read_plan
+from memtrace.record.plan import read_plan
 
 LLAMA = {
     "model_type": "llama",

@@ -17,11 +17,11 @@ import pytest
 
 from memtrace.cli import main
 from memtrace.config import TracerConfig
+from memtrace.exporters.endpoint.server import Endpoint, serve
 from memtrace.exporters.prometheus import registry_of
-from memtrace.exporters.server import Endpoint, serve
 from memtrace.exporters.steplog import read_step_log
+from memtrace.record.snapshot import RunIdentity, RunState, Snapshot, Totals
 from memtrace.risk import RiskMonitor
-from memtrace.snapshot import RunIdentity, RunState, Snapshot, Totals
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
 INTERRUPTIBLE = """

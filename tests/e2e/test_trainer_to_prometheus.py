@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from memtrace import Category, MemTraceCallback, Moment, StepRecord
 from memtrace.exporters.steplog import read_step_log, step_log_path
-from memtrace.metrics import MAX_SERIES
+from memtrace.record.metrics import MAX_SERIES
 
 STEPS = 5
 COUNT = "count({__name__=~'memtrace_.+'})"

@@ -9,10 +9,10 @@ from typing import Any
 from conftest import WORKERS
 from entries import traced
 
-from memtrace.categories import PERSISTENT, Category, Moment
-from memtrace.planning.plan import Plan
-from memtrace.planning.sharding import Sharding
+from memtrace.planning.sharding.shares import Sharding
 from memtrace.planning.simulate import plan
+from memtrace.record.categories import PERSISTENT, Category, Moment
+from memtrace.record.plan import Plan
 
 RANKS = 2
 BOUND = 0.05

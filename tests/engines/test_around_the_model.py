@@ -13,11 +13,11 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from memtrace.breakdown import EntryKey, StepRecord
-from memtrace.categories import Category, Moment
 from memtrace.config import TracerConfig
+from memtrace.record.breakdown import EntryKey, StepRecord
+from memtrace.record.categories import Category, Moment
 from memtrace.sources.cpu import CpuEvents
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 WIDTH, LAYERS, ROWS, STEPS = 64, 3, 256, 3
 MATRIX_PRODUCTS = {torch.ops.aten.addmm.default, torch.ops.aten.mm.default}

@@ -10,8 +10,8 @@ from entries import assert_counted_as_traced, sum_of, total, traced
 from planned import HEADER, plan_of_rank, plan_rows
 from tables import check_table, per_parameter
 
-from memtrace.categories import Moment
-from memtrace.planning.sharding import Offload, Strategy, Zero3Settings
+from memtrace.planning.sharding.shares import Offload, Strategy, Zero3Settings
+from memtrace.record.categories import Moment
 
 OFFLOADED = ("zero-2-offload", "zero-3-offload")
 STAGES = (

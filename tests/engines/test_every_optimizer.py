@@ -13,11 +13,11 @@ from tables import check_table, per_parameter
 from torch import nn
 from transformers.optimization import Adafactor as TransformersAdafactor
 
-from memtrace.breakdown import Breakdown, StepRecord
-from memtrace.categories import Category, Moment
 from memtrace.config import TracerConfig
+from memtrace.record.breakdown import Breakdown, StepRecord
+from memtrace.record.categories import Category, Moment
 from memtrace.sources.cpu import CpuEvents
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 ADAM = {"exp_avg": 4.0, "exp_avg_sq": 4.0}
 EIGHT_BIT = {"state1": 1.03, "state2": 1.03, "absmax1": 0.02, "absmax2": 0.02, "qmap1": 0.03, "qmap2": 0.03}

@@ -10,7 +10,7 @@ from entries import assert_counted_as_traced, sum_of, total, traced
 from planned import HEADER, plan_rows
 from tables import check_table, per_parameter
 
-from memtrace.planning.sharding import Strategy
+from memtrace.planning.sharding.shares import Strategy
 
 VARIANTS = ("fsdp", "fsdp-keep", "fsdp-bf16", "fsdp-bf16-keep", "fsdp-bf16-offload")
 RANKS = 2

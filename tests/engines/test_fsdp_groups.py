@@ -19,9 +19,9 @@ from workers.fsdp_on_a_cpu import let_fsdp_train
 
 from memtrace.attribution.engines import find_engines
 from memtrace.config import TracerConfig
-from memtrace.limitations import Unseen
+from memtrace.record.limitations import Unseen
 from memtrace.sources import engines_torch_private
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 BLOCK, CPU = 10, torch.device("cpu")
 

@@ -13,12 +13,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.model import claim_model
-from memtrace.breakdown import StepRecord
-from memtrace.categories import Category, Moment
+from memtrace.attribution.models.contents import claim_model
 from memtrace.config import TracerConfig
+from memtrace.record.breakdown import StepRecord
+from memtrace.record.categories import Category, Moment
 from memtrace.sources.cpu import CpuEvents
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 BASES = ("float32", "bfloat16", "8-bit", "4-bit")
 HIDDEN, LAYERS, VOCABULARY, RANK = 128, 2, 256, 8

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from browser import page
 
-from memtrace.breakdown import AllocatorReading, Breakdown, EntryKey, StepCurve, StepRecord
-from memtrace.categories import Category, Moment
 from memtrace.exporters.html import first_things, render_html
 from memtrace.exporters.run_history import MAX_STEPS, OomText, RankHistory, RunHistory, observe
 from memtrace.exporters.steplog import read_step_log
 from memtrace.exporters.timeline_file import StepTimeline
+from memtrace.record.breakdown import AllocatorReading, Breakdown, EntryKey, StepCurve, StepRecord
+from memtrace.record.categories import Category, Moment
 
 RUN = Path(__file__).parents[1] / "fixtures" / "runs" / "gpt2-eager-attention.jsonl"
 ALL_DRAWN = "[...document.querySelectorAll('.plotly-graph-div')].every(div => div.querySelector('svg'))"

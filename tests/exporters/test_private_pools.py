@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from records import GIB, counted_step, gpu_snapshot, traced_step
 
-from memtrace.breakdown import StepRecord
 from memtrace.exporters.prometheus import render_text as exposition
 from memtrace.exporters.table import render_text
+from memtrace.record.breakdown import StepRecord
 
 SAYS = "replayed: gradients and activations lie in private pools"
 

@@ -14,11 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from records import GIB, breakdown, cpu_snapshot, devices, full_snapshot, gpu_snapshot, maybe, moments, sizes, steps
 
 import memtrace
-from memtrace.breakdown import EntryKey
-from memtrace.categories import Category, Moment
 from memtrace.exporters.prometheus import registry_of, render_text
-from memtrace.metrics import CATALOGUE, EXPORTED_MOMENTS, IDENTITY_LABELS, MAX_SERIES
-from memtrace.snapshot import RunIdentity, RunState, Snapshot, Totals
+from memtrace.record.breakdown import EntryKey
+from memtrace.record.categories import Category, Moment
+from memtrace.record.metrics import CATALOGUE, EXPORTED_MOMENTS, IDENTITY_LABELS, MAX_SERIES
+from memtrace.record.snapshot import RunIdentity, RunState, Snapshot, Totals
 
 EXPECTED = Path(__file__).parent / "exposition"
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from records import GIB, PEAK_ENTRIES, breakdown, counted_step, traced_step
 
-from memtrace.breakdown import EntryKey, StepRecord
-from memtrace.categories import Category, Moment
 from memtrace.exporters.ranks import MAX_RANK_COLUMNS, ranks_table
 from memtrace.exporters.table import plain_text
+from memtrace.record.breakdown import EntryKey, StepRecord
+from memtrace.record.categories import Category, Moment
 
 ACTIVATIONS = EntryKey(Category.ACTIVATIONS, "", "bfloat16")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from prometheus_server import PrometheusFactory
 from records import gpu_snapshot
 
-from memtrace.categories import Moment
+from memtrace.exporters.endpoint.server import Credentials, Endpoint, MetricsServer, TlsFiles, serve
 from memtrace.exporters.prometheus import registry_of
-from memtrace.exporters.server import Credentials, Endpoint, MetricsServer, TlsFiles, serve
+from memtrace.record.categories import Moment
 
 USER = Credentials(user="prometheus", password="s3cret:ü")
 

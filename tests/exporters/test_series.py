@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import entry_keys
 
-from memtrace.breakdown import EntryKey
-from memtrace.categories import Category, Moment
 from memtrace.exporters.series import MAX_ENTRY_SERIES, MAX_PLAN_SERIES, READERS, fold
-from memtrace.metrics import CATALOGUE, EXPORTED_MOMENTS
+from memtrace.record.breakdown import EntryKey
+from memtrace.record.categories import Category, Moment
+from memtrace.record.metrics import CATALOGUE, EXPORTED_MOMENTS
 
 Sizes = dict[tuple[Moment, EntryKey], int]
 

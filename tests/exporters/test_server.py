@@ -23,9 +23,9 @@ from records import gpu_snapshot
 
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError, OutputError
-from memtrace.exporters import server as server_module
+from memtrace.exporters.endpoint import server as server_module
+from memtrace.exporters.endpoint.server import Credentials, Endpoint, MetricsServer, TlsFiles, metrics_app, serve
 from memtrace.exporters.prometheus import registry_of, render_text
-from memtrace.exporters.server import Credentials, Endpoint, MetricsServer, TlsFiles, metrics_app, serve
 
 SECRET = "pass:word ü"
 CREDENTIALS = Credentials(user="prometheus", password=SECRET)

@@ -16,7 +16,7 @@ from records import counted_step, traced_step
 
 from memtrace.errors import LogFormatError, OutputError
 from memtrace.exporters.steplog import StepLog, read_step_log, rotated_path, step_log_path
-from memtrace.units import KIB
+from memtrace.record.units import KIB
 
 WRITER = """
     import sys

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from records import GIB, PEAK_ENTRIES, breakdown, counted_step, steps, traced_step
 from rich.console import Console
 
-from memtrace.breakdown import EntryKey, StepRecord
-from memtrace.categories import COLOURS, Category, Moment
 from memtrace.exporters.table import MAX_COMPONENTS, render_text, step_table
-from memtrace.units import MIB
+from memtrace.record.breakdown import EntryKey, StepRecord
+from memtrace.record.categories import COLOURS, Category, Moment
+from memtrace.record.units import MIB
 
 TRACED = """\
 step 12 · rank 1 · cuda:1 · traced · batch 8 x 512, 4,096 tokens · 330 ms · memtrace took 0.4 ms

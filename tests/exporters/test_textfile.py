@@ -16,7 +16,7 @@ from test_prometheus import samples, series
 
 from memtrace.errors import OutputError
 from memtrace.exporters.textfile import KEPT_SECONDS, clear_ended, textfile_path, write_textfile
-from memtrace.snapshot import RunIdentity, RunState
+from memtrace.record.snapshot import RunIdentity, RunState
 
 
 def test_the_textfile_is_the_exposition(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from records import traced_step
 from small_training import make, step
 
 from memtrace import MemoryTracer, TracerConfig
-from memtrace.breakdown import StepCurve
-from memtrace.categories import Category, Moment
 from memtrace.errors import LogFormatError, OutputError
 from memtrace.exporters.timeline_file import read_timeline, timeline_path, write_timeline
+from memtrace.record.breakdown import StepCurve
+from memtrace.record.categories import Category, Moment
 
 CURVE = StepCurve(
     seconds=(0.0, 0.5), by_category={Category.WEIGHTS: (4, 4), Category.TEMPORARIES: (0, 2)}, moments={Moment.PEAK: 0.5}

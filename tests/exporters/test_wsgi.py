@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from memtrace.exporters import wsgi
-from memtrace.exporters.wsgi import BoundedServer, RequestHandler
+from memtrace.exporters.endpoint import wsgi
+from memtrace.exporters.endpoint.wsgi import BoundedServer, RequestHandler
 
 SCRAPE = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -208,7 +208,7 @@ def run(script: str) -> subprocess.Popen[str]:
     """
     preamble = """
         import os, sys, time
-        from memtrace.exporters.wsgi import BoundedServer
+        from memtrace.exporters.endpoint.wsgi import BoundedServer
         def hello(environ, start_response):
             start_response("200 OK", [])
             return [b"hello"]

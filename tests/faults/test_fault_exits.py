@@ -92,7 +92,7 @@ DROP_ON_THE_ACCEPTING_THREAD = """
 import gc, sys, threading
 from pathlib import Path
 from faults.test_fault_exits import memtrace_threads, train_and_drop
-from memtrace.exporters.wsgi import BoundedServer
+from memtrace.exporters.endpoint.wsgi import BoundedServer
 
 BoundedServer.service_actions = lambda server: ready.is_set() and gc.collect()
 ready = threading.Event()

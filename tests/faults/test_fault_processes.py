@@ -24,10 +24,10 @@ TRAIN_WITH_DRIVER = """
     sys.path.insert(0, {tests!r})
     import torch
     from faults.training import batches, make, run_steps, state_of, train
-    import memtrace.watch
+    import memtrace.tracing.watch
     from memtrace import MemoryTracer, TracerConfig
 
-    memtrace.watch.open_device = lambda *_: open_device("cuda", "GPU-1")
+    memtrace.tracing.watch.open_device = lambda *_: open_device("cuda", "GPU-1")
     expected = train(steps=20)
     model, optimizer = make()
     config = TracerConfig(port=None, step_log=False, trace_every=10, device_poll_seconds={period})

@@ -9,10 +9,10 @@ from statistics import median
 from logged_runs import SELF_SHARE, SLOWED_SHARE, STEPS_A_SCRAPE, Log, Run
 from remote_write import INTERVAL
 
-from memtrace.breakdown import AllocatorReading, DeviceReading
-from memtrace.categories import Moment
-from memtrace.risk_reading import PeakForecast, RiskReading
-from memtrace.snapshot import Snapshot
+from memtrace.record.breakdown import AllocatorReading, DeviceReading
+from memtrace.record.categories import Moment
+from memtrace.record.risk_reading import PeakForecast, RiskReading
+from memtrace.record.snapshot import Snapshot
 
 SCRAPED_BEFORE = 4
 """Seconds from a scrape to the next point in time at which a dashboard asks."""

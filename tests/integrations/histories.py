@@ -19,7 +19,7 @@ from typing import Protocol
 from promql import RULES
 
 from memtrace.exporters.prometheus import render_text
-from memtrace.snapshot import Snapshot
+from memtrace.record.snapshot import Snapshot
 
 GB = 1e9
 INTERVAL = 15

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from remote_write import INTERVAL, Labels, Sample, labels_of, with_ends
 
-from memtrace.breakdown import (
+from memtrace.exporters.prometheus import render_text
+from memtrace.record.breakdown import (
     AllocatorReading,
     BatchShape,
     Breakdown,
@@ -21,10 +22,9 @@ from memtrace.breakdown import (
     StepRecord,
     ordered_entries,
 )
-from memtrace.categories import Category, Moment
-from memtrace.exporters.prometheus import render_text
-from memtrace.risk_reading import GrowthForecast, LargestBatch, PeakForecast, RiskReading, ShapeSource
-from memtrace.snapshot import RunIdentity, Snapshot, Totals
+from memtrace.record.categories import Category, Moment
+from memtrace.record.risk_reading import GrowthForecast, LargestBatch, PeakForecast, RiskReading, ShapeSource
+from memtrace.record.snapshot import RunIdentity, Snapshot, Totals
 
 GIB = 2**30
 STEPS_A_SCRAPE = 4

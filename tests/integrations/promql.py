@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from memtrace.metrics import CATALOGUE, IDENTITY_LABELS
+from memtrace.record.metrics import CATALOGUE, IDENTITY_LABELS
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "integrations" / "prometheus" / "memtrace.rules.yml"

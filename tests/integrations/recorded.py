@@ -14,13 +14,13 @@ from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
-from memtrace.breakdown import AllocatorReading, Breakdown, DeviceReading, StepRecord
-from memtrace.categories import Moment
 from memtrace.exporters.prometheus import render_text
 from memtrace.exporters.steplog import read_step_log
+from memtrace.record.breakdown import AllocatorReading, Breakdown, DeviceReading, StepRecord
+from memtrace.record.categories import Moment
+from memtrace.record.risk_reading import LargestBatch, ShapeSource
+from memtrace.record.snapshot import RunIdentity, Snapshot, Totals
 from memtrace.risk import RiskMonitor
-from memtrace.risk_reading import LargestBatch, ShapeSource
-from memtrace.snapshot import RunIdentity, Snapshot, Totals
 
 RUN = Path(__file__).parents[1] / "fixtures" / "runs" / "llama-dynamic-batch-size.jsonl"
 SCALE = 768

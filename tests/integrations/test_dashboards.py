@@ -20,7 +20,7 @@ from promql import ROOT, unknown
 from recorded import backfill
 from servers import prometheus
 
-from memtrace.categories import COLOURS, Category
+from memtrace.record.categories import COLOURS, Category
 
 GRAFANA = ROOT / "integrations" / "grafana"
 SHIPPED = sorted((GRAFANA / "dashboards").glob("*.json"))

@@ -20,8 +20,8 @@ import pytest
 from promql import ROOT, RULES
 from servers import Webhook, alertmanager, ask, free_port, prometheus
 
-from memtrace.categories import Moment
 from memtrace.exporters.steplog import read_step_log
+from memtrace.record.categories import Moment
 
 JOB = Path(__file__).with_name("training_job.py")
 ALERTMANAGER = ROOT / "integrations" / "alertmanager" / "alertmanager.yml"

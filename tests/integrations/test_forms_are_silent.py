@@ -16,9 +16,9 @@ from laws.test_loop_forms import EVERY_STEP, train
 from promql import RULES
 from torch import nn
 
-from memtrace.breakdown import StepRecord
-from memtrace.categories import Category, Moment
-from memtrace.tracer import Tracer
+from memtrace.record.breakdown import StepRecord
+from memtrace.record.categories import Category, Moment
+from memtrace.tracing.tracer import Tracer
 
 from test_rules import promtool  # isort: skip
 

@@ -20,7 +20,7 @@ from promql import ROOT, RULES
 from recorded import open_metrics
 from servers import ask, prometheus
 
-from memtrace.metrics import MAX_SERIES
+from memtrace.record.metrics import MAX_SERIES
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900), pytest.mark.xdist_group("scale")]
 

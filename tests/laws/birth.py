@@ -14,11 +14,11 @@ import torch
 from laws.families import Combination
 from laws.loop import Loop
 
-from memtrace.breakdown import StepRecord
 from memtrace.config import TracerConfig
+from memtrace.record.breakdown import StepRecord
 from memtrace.sources.cpu import CpuEvents
 from memtrace.sources.events import Window
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 STRICT = TracerConfig(strict=True, port=None, step_log=False, device_poll_seconds=0, trace_every=0)
 

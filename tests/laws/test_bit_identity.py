@@ -10,7 +10,7 @@ from laws.families import Combination, combinations
 from laws.loop import Loop
 
 from memtrace.config import TracerConfig
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 STEPS = 3
 EVERY_STEP = TracerConfig(strict=True, port=None, step_log=False, device_poll_seconds=0, trace_every=1)

@@ -12,8 +12,8 @@ import torch
 from laws.birth import BornRun, run_from_birth
 from laws.families import FAMILIES, Combination, Recipe, Way, combinations
 
-from memtrace.breakdown import Breakdown, EntryKey
-from memtrace.categories import Category, Moment
+from memtrace.record.breakdown import Breakdown, EntryKey
+from memtrace.record.categories import Category, Moment
 
 Entries = dict[EntryKey, int]
 

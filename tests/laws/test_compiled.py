@@ -7,9 +7,9 @@ import torch
 import torch._dynamo.utils  # what compiles a model has loaded it before a tracer is attached
 from torch import nn
 
-from memtrace.categories import Category, Moment
 from memtrace.config import TracerConfig
-from memtrace.tracer import Tracer
+from memtrace.record.categories import Category, Moment
+from memtrace.tracing.tracer import Tracer
 
 
 class Net(nn.Module):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from memtrace.attribution.held import Held
 from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.models.held import Held
 from memtrace.attribution.scan import Scan
-from memtrace.categories import Category, Moment
 from memtrace.config import TracerConfig
-from memtrace.tracer import Tracer
+from memtrace.record.categories import Category, Moment
+from memtrace.tracing.tracer import Tracer
 
 WIDTH = 16
 

@@ -15,7 +15,7 @@ from laws.surroundings import hooks_of, unchanged
 from memtrace.config import TracerConfig
 from memtrace.sources.cpu import CpuEvents
 from memtrace.sources.events import Window
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 TRACED = TracerConfig(strict=True, port=None, step_log=False, trace_every=1)
 COUNTED = TracerConfig(strict=True, port=None, step_log=False, trace_every=0)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from memtrace.config import TracerConfig
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 TRACED = TracerConfig(strict=True, port=None, step_log=False, device_poll_seconds=0, trace_every=1)
 Body = Callable[[nn.Module, torch.Tensor], torch.Tensor]

@@ -24,8 +24,8 @@ from torch import nn
 from memtrace.adapters.hf_trainer import MemTraceCallback
 from memtrace.config import TracerConfig
 from memtrace.sources import torch_private
-from memtrace.sources.device_sampler import _ThreadRun
-from memtrace.tracer import Tracer
+from memtrace.sources.devices.sampler import _ThreadRun
+from memtrace.tracing.tracer import Tracer
 
 QUIET: dict[str, Any] = {"strict": True, "port": None, "step_log": False, "device_poll_seconds": 0}
 CONFIGS = {

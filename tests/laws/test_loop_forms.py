@@ -13,10 +13,10 @@ from laws.birth import events_from_birth
 from laws.loop_forms import FORMS, Form, Training
 from nothing_left import recorders_of_torch
 
-from memtrace.categories import Category, Moment
 from memtrace.config import TracerConfig
+from memtrace.record.categories import Category, Moment
 from memtrace.sources.events import EventSource
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 QUIET: dict[str, Any] = {"strict": True, "port": None, "step_log": False, "device_poll_seconds": 0, "history": 1000}
 EVERY_STEP, DEFAULT = TracerConfig(**QUIET, trace_every=1), TracerConfig(**QUIET)

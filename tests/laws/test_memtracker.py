@@ -12,8 +12,8 @@ from laws.families import FAMILIES, Combination, Recipe, Way
 from laws.loop import Loop
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 
-from memtrace.breakdown import Breakdown
-from memtrace.categories import Category, Moment
+from memtrace.record.breakdown import Breakdown
+from memtrace.record.categories import Category, Moment
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Module is None:UserWarning"),  # MemTracker's modules of freed outputs

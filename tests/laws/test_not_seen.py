@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memtrace.breakdown import AllocatorReading
 from memtrace.config import TracerConfig
 from memtrace.exporters.prometheus import registry_of
-from memtrace.limitations import Unseen
+from memtrace.record.breakdown import AllocatorReading
+from memtrace.record.limitations import Unseen
 from memtrace.sources.cpu import CpuEvents
 from memtrace.sources.events import Window
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 CONFIG = TracerConfig(strict=True, port=None, step_log=False, device_poll_seconds=0, trace_every=1)
 ROWS = torch.ones(4, 8)

@@ -18,8 +18,8 @@ from laws.loop import Loop
 from torch.profiler import ProfilerActivity, profile
 
 from memtrace.attribution.timeline import Lifetime, StepMarks, Timeline
-from memtrace.breakdown import EntryKey
-from memtrace.categories import Category, Moment, Phase
+from memtrace.record.breakdown import EntryKey
+from memtrace.record.categories import Category, Moment, Phase
 from memtrace.sources.torch_private import tells_of_nodes
 
 NO_OPERATOR = "(a copy of the random number generator's state)"

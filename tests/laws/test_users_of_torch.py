@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memtrace.config import TracerConfig
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 QUIET: dict[str, Any] = {"strict": True, "port": None, "step_log": False, "device_poll_seconds": 0}
 CONFIGS = {"traced": TracerConfig(**QUIET, trace_every=1), "counted": TracerConfig(**QUIET, trace_every=0)}

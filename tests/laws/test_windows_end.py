@@ -21,10 +21,10 @@ from laws.ways import WAYS, Way, every_step
 from nothing_left import recorders_of_torch
 
 from memtrace.config import TracerConfig
-from memtrace.limitations import Unseen
+from memtrace.record.limitations import Unseen
 from memtrace.sources.cpu import CpuEvents
 from memtrace.sources.events import Window
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 QUIET: dict[str, Any] = {"strict": True, "port": None, "step_log": False, "device_poll_seconds": 0}
 TRACED = TracerConfig(**QUIET, trace_every=1)

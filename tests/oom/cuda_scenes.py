@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memtrace.attribution.hidden import HiddenBuffers
-from memtrace.breakdown import AllocatorReading, BatchShape, DeviceReading
-from memtrace.categories import Category, Phase
 from memtrace.oom.advice import ModelFacts
 from memtrace.oom.composition import StepFacts, from_blocks
 from memtrace.oom.fragmentation import parse_fragmentation
 from memtrace.oom.scene import Scene, describe
-from memtrace.oom_report import FailedRequest, OomReport, RemedyKind, Witness
-from memtrace.snapshot import RunIdentity, Snapshot
-from memtrace.sources.cuda_allocator import live_blocks
+from memtrace.record.breakdown import AllocatorReading, BatchShape, DeviceReading
+from memtrace.record.categories import Category, Phase
+from memtrace.record.oom_report import FailedRequest, OomReport, RemedyKind, Witness
+from memtrace.record.snapshot import RunIdentity, Snapshot
+from memtrace.sources.cuda.allocator import live_blocks
 from memtrace.sources.events import Tag, TagEvent
 
 MIB, GIB = 2**20, 2**30

@@ -5,9 +5,9 @@ from __future__ import annotations
 from cuda_scenes import GIB, GRADIENTS, MIB, SAVED, WEIGHTS
 
 from memtrace.attribution.timeline import replay
-from memtrace.breakdown import EntryKey
-from memtrace.categories import Category, Phase
 from memtrace.oom.composition import MAX_ENTRIES, Holding, StepFacts, compose, from_blocks, from_ledger, from_timeline
+from memtrace.record.breakdown import EntryKey
+from memtrace.record.categories import Category, Phase
 from memtrace.sources.events import Block, Event, Events, TagEvent, Window
 
 ACTIVATIONS = EntryKey(Category.ACTIVATIONS, "", "")

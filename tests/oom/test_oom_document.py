@@ -9,14 +9,14 @@ import pytest
 from cuda_scenes import CASES, Case, report_of
 from records import traced_step
 
-from memtrace.categories import Moment, Phase
 from memtrace.errors import LogFormatError
 from memtrace.oom.composition import Holding
-from memtrace.oom.document import encode, parse_report
 from memtrace.oom.failure import MAX_MESSAGE
 from memtrace.oom.holders import largest_blocks, largest_holders
-from memtrace.oom_report import FailedRequest, OomReport, Witness
-from memtrace.strict_json import parse_json
+from memtrace.record.categories import Moment, Phase
+from memtrace.record.oom_document import encode, parse_report
+from memtrace.record.oom_report import FailedRequest, OomReport, Witness
+from memtrace.record.strict_json import parse_json
 
 FULL = replace(
     report_of(CASES[0]),

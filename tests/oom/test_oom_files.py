@@ -13,9 +13,9 @@ from memtrace.cli.report import read_run
 from memtrace.errors import OutputError
 from memtrace.exporters.html import render_html
 from memtrace.exporters.steplog import StepLog, step_log_path
-from memtrace.oom.document import parse_report
 from memtrace.oom.files import write_report
-from memtrace.strict_json import parse_json
+from memtrace.record.oom_document import parse_report
+from memtrace.record.strict_json import parse_json
 
 
 def names(directory: Path) -> list[str]:

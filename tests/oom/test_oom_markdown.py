@@ -8,9 +8,9 @@ import pytest
 from cuda_scenes import CASES, GIB, MIB, Case, report_of
 from test_oom_document import FULL
 
-from memtrace.categories import Phase
 from memtrace.oom.markdown import headline, render_markdown
-from memtrace.oom_report import FailedRequest, Holder, OomReport, Witness
+from memtrace.record.categories import Phase
+from memtrace.record.oom_report import FailedRequest, Holder, OomReport, Witness
 
 
 def tables(text: str) -> list[list[str]]:

@@ -11,16 +11,16 @@ from greedy_training import GreedyModel
 
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
-from memtrace.breakdown import AllocatorReading
-from memtrace.categories import Phase
+from memtrace.attribution.step_in_progress import StepInFlight
+from memtrace.attribution.window import TraceWindow
 from memtrace.guard import Guard
 from memtrace.oom import watch as watch_module
 from memtrace.oom.watch import LOOK_SECONDS, OomWatch
-from memtrace.oom_report import OomReport, RemedyKind, Witness
-from memtrace.snapshot import RunIdentity, Snapshot
+from memtrace.record.breakdown import AllocatorReading
+from memtrace.record.categories import Phase
+from memtrace.record.oom_report import OomReport, RemedyKind, Witness
+from memtrace.record.snapshot import RunIdentity, Snapshot
 from memtrace.sources.events import Window
-from memtrace.steps import StepInFlight
-from memtrace.tracing import TraceWindow
 
 CASE = CASES[0]
 

@@ -13,8 +13,8 @@ from greedy_training import reports_in
 from torch import nn
 
 from memtrace import MemoryTracer, TracerConfig
-from memtrace.categories import Phase
-from memtrace.oom_report import OomReport, Witness
+from memtrace.record.categories import Phase
+from memtrace.record.oom_report import OomReport, Witness
 
 pytestmark = pytest.mark.gpu
 

@@ -11,8 +11,8 @@ import torch
 from greedy_training import HUGE, PLACES, Training, ask_for_too_much, reports_in
 
 from memtrace import Category, MemoryTracer, MemTraceOptimizer, TracerConfig
-from memtrace.categories import Phase
-from memtrace.oom_report import OomReport, Witness
+from memtrace.record.categories import Phase
+from memtrace.record.oom_report import OomReport, Witness
 
 PHASES = {"forward": Phase.FORWARD, "backward": Phase.BACKWARD, "optimizer": Phase.OPTIMIZER}
 
@@ -94,7 +94,7 @@ PASSED_OVER = {"trace_every": None, "overhead_budget": 0, "max_trace_interval": 
 @pytest.fixture
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a slow machine a second would pass, and bring a record."""
-    monkeypatch.setattr("memtrace.sampling._LONGEST_GAP_SECONDS", 1e9)
+    monkeypatch.setattr("memtrace.tracing.schedule._LONGEST_GAP_SECONDS", 1e9)
 
 
 @pytest.mark.usefixtures("no_clock")

@@ -10,10 +10,10 @@ from laws.birth import run_from_birth
 from laws.families import Combination, Family, Recipe, Way
 from planning.larger_families import FAMILIES
 
-from memtrace.breakdown import Breakdown, EntryKey
-from memtrace.categories import PERSISTENT, Category, Moment
-from memtrace.planning.plan import Plan
 from memtrace.planning.simulate import plan
+from memtrace.record.breakdown import Breakdown, EntryKey
+from memtrace.record.categories import PERSISTENT, Category, Moment
+from memtrace.record.plan import Plan
 
 RECIPES = {
     Recipe.FP32: "fp32",

@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, Qwen2Config
 
-from memtrace.planning.models import BatchSettings, ModelSettings
-from memtrace.planning.plan import Plan
 from memtrace.planning.recipe import find_recipe
 from memtrace.planning.simulate import plan
 from memtrace.planning.simulation_request import SimulationRequest, plan_simulated
-from memtrace.units import GB, GIB, MIB
+from memtrace.record.plan import Plan
+from memtrace.record.units import GB, GIB, MIB
+from memtrace.simulation.models.builds import BatchSettings, ModelSettings
 
 WITHIN = 0.05
 """A row with a larger error says why."""

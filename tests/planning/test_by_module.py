@@ -8,14 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from memtrace.attribution.timeline import Lifetime, Timeline
-from memtrace.categories import Category
 from memtrace.planning.by_module import Holding, ModuleSpans, Span, activation_holders
+from memtrace.planning.optimizers.simulated import StepKernels, make_optimizer
 from memtrace.planning.recipe import find_recipe
 from memtrace.planning.simulated_run import Training, run_two_steps
-from memtrace.planning.torch_optimizers import StepKernels, make_optimizer
+from memtrace.record.categories import Category
+from memtrace.simulation.kernels import Target
 from memtrace.sources.events import Tag
 from memtrace.sources.hooks import HookSet
-from memtrace.sources.kernels import Target
 
 
 def timeline(*made: tuple[int, str]) -> Timeline:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from records import PEAK_ENTRIES, breakdown, traced_step
 
-from memtrace.breakdown import EntryKey
-from memtrace.categories import Category, Moment
 from memtrace.errors import PlanError
 from memtrace.planning.comparison import compare
-from memtrace.planning.plan import ByteRange, Plan
+from memtrace.record.breakdown import EntryKey
+from memtrace.record.categories import Category, Moment
+from memtrace.record.plan import ByteRange, Plan
 
 WEIGHTS = EntryKey(Category.WEIGHTS, "trainable", "bfloat16")
 

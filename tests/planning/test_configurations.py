@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from memtrace.errors import PlanError
-from memtrace.planning.configurations import configuration_of, load_configuration
+from memtrace.simulation.models.configurations import configuration_of, load_configuration
 
 LLAMA = {
     "model_type": "llama",

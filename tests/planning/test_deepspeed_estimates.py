@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from memtrace.categories import Category, Moment
 from memtrace.errors import PlanError
-from memtrace.planning.deepspeed_estimates import Cluster, plan_by_deepspeed, zero2_estimate, zero3_estimate
-from memtrace.planning.optimizers import find_optimizer
+from memtrace.planning.optimizers.states import find_optimizer
 from memtrace.planning.recipe import find_recipe
 from memtrace.planning.request import PlanRequest
-from memtrace.planning.sharding import Offload, Sharding, Strategy
+from memtrace.planning.sharding.deepspeed_estimates import Cluster, plan_by_deepspeed, zero2_estimate, zero3_estimate
+from memtrace.planning.sharding.shares import Offload, Sharding, Strategy
+from memtrace.record.categories import Category, Moment
 
 P, LARGEST = 2_851_000_000, 32_000_000
 ONE, TWO_NODES, ODD = Cluster(), Cluster(gpus_per_node=8, nodes=2), Cluster(gpus_per_node=3, nodes=5)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtrace.errors import PlanError
-from memtrace.planning.find_max import find_max
+from memtrace.planning.what_if.find_max import find_max
 
 
 @given(st.integers(1, 5000), st.integers(1, 64), st.integers(1, 10_000))

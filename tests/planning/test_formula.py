@@ -9,16 +9,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from memtrace.breakdown import EntryKey
-from memtrace.categories import PERSISTENT, Category, Moment
 from memtrace.errors import PlanError
 from memtrace.planning.formula import plan_by_formula
-from memtrace.planning.optimizers import OPTIMIZERS, find_optimizer
-from memtrace.planning.plan import Plan
+from memtrace.planning.optimizers.states import OPTIMIZERS, find_optimizer
 from memtrace.planning.recipe import RECIPES, find_recipe
 from memtrace.planning.request import PlanRequest
-from memtrace.planning.sharding import ZERO_STAGES, Offload, Sharding, Strategy
-from memtrace.units import GB, GIB
+from memtrace.planning.sharding.shares import ZERO_STAGES, Offload, Sharding, Strategy
+from memtrace.record.breakdown import EntryKey
+from memtrace.record.categories import PERSISTENT, Category, Moment
+from memtrace.record.plan import Plan
+from memtrace.record.units import GB, GIB
 
 MODEL_STATES = (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
 

@@ -7,13 +7,13 @@ import torch
 from laws.birth import STRICT, events_from_birth
 from torch import nn
 
-from memtrace.breakdown import EntryKey, StepRecord
-from memtrace.categories import Category, Moment
 from memtrace.planning.formula import plan_by_formula
-from memtrace.planning.optimizers import find_optimizer
+from memtrace.planning.optimizers.states import find_optimizer
 from memtrace.planning.recipe import find_recipe
 from memtrace.planning.request import PlanRequest
-from memtrace.tracer import Tracer
+from memtrace.record.breakdown import EntryKey, StepRecord
+from memtrace.record.categories import Category, Moment
+from memtrace.tracing.tracer import Tracer
 
 COMPARED = (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.OPTIMIZER_STATE)
 SIDE = 64

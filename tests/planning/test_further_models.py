@@ -13,24 +13,24 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, T5Config
 
 import memtrace
-from memtrace.breakdown import EntryKey, StepRecord
-from memtrace.categories import PERSISTENT, Category, Moment
 from memtrace.errors import PlanError
 from memtrace.planning.comparison import compare
 from memtrace.planning.formula import plan_by_formula
 from memtrace.planning.further import FurtherModel
-from memtrace.planning.models import BatchSettings, make_batch
-from memtrace.planning.optimizers import find_optimizer
-from memtrace.planning.plan import Plan
+from memtrace.planning.optimizers.states import find_optimizer
 from memtrace.planning.recipe import find_recipe
-from memtrace.planning.remedies import remedies
 from memtrace.planning.request import PlanRequest
-from memtrace.planning.sharding import Offload, Sharding, Strategy
-from memtrace.planning.simulated_remedies import candidates
+from memtrace.planning.sharding.shares import Offload, Sharding, Strategy
 from memtrace.planning.simulation_request import SimulationRequest, plan_simulated
-from memtrace.sources.kernels import Target
-from memtrace.tracer import Tracer
-from memtrace.units import format_bytes
+from memtrace.planning.what_if.remedies import remedies
+from memtrace.planning.what_if.simulated_remedies import candidates
+from memtrace.record.breakdown import EntryKey, StepRecord
+from memtrace.record.categories import PERSISTENT, Category, Moment
+from memtrace.record.plan import Plan
+from memtrace.record.units import format_bytes
+from memtrace.simulation.kernels import Target
+from memtrace.simulation.models.builds import BatchSettings, make_batch
+from memtrace.tracing.tracer import Tracer
 
 SIZES: dict[str, Any] = {"vocab_size": 2000, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 STUDENT = LlamaConfig(**SIZES, num_hidden_layers=2, use_cache=False)

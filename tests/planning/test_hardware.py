@@ -17,11 +17,11 @@ from memtrace.planning.hardware import (
     held_against,
     known_as,
 )
-from memtrace.planning.optimizers import find_optimizer
-from memtrace.planning.plan import Fit, Plan, Verdict
+from memtrace.planning.optimizers.states import find_optimizer
 from memtrace.planning.recipe import find_recipe
 from memtrace.planning.request import PlanRequest
-from memtrace.units import GB, GIB, MIB
+from memtrace.record.plan import Fit, Plan, Verdict
+from memtrace.record.units import GB, GIB, MIB
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)

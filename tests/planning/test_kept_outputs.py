@@ -10,10 +10,10 @@ import torch
 from transformers import LlamaConfig, T5Config
 
 import memtrace
-from memtrace.categories import Category, Moment
-from memtrace.planning.models import BatchSettings, ModelSettings, build_model, make_batch
 from memtrace.planning.recipe import find_recipe
 from memtrace.planning.simulation_request import SimulationRequest, plan_simulated, with_weights
+from memtrace.record.categories import Category, Moment
+from memtrace.simulation.models.builds import BatchSettings, ModelSettings, build_model, make_batch
 
 CONFIG = LlamaConfig(
     vocab_size=4000, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4

@@ -10,10 +10,10 @@ import transformers
 from torch import nn
 
 import memtrace
-from memtrace.categories import Category, Moment
 from memtrace.errors import PlanError
-from memtrace.planning.models import BatchSettings, ModelSettings, build_model, make_batch, model_class
-from memtrace.planning.plan import Plan
+from memtrace.record.categories import Category, Moment
+from memtrace.record.plan import Plan
+from memtrace.simulation.models.builds import BatchSettings, ModelSettings, build_model, make_batch, model_class
 
 TEXT = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 POSITIONS = 24

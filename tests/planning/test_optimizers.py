@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers.training_args import OptimizerNames
 
-from memtrace.categories import Category, Moment
 from memtrace.errors import PlanError
 from memtrace.planning.formula import plan_by_formula
-from memtrace.planning.optimizer_layouts import LBFGS_HISTORY, MATRIX_SIDE, RANK
-from memtrace.planning.optimizers import OPTIMIZERS, find_optimizer
+from memtrace.planning.optimizers.layouts import LBFGS_HISTORY, MATRIX_SIDE, RANK
+from memtrace.planning.optimizers.simulated import StepKernels, keeps_only, make_optimizer, steps_fused
+from memtrace.planning.optimizers.states import OPTIMIZERS, find_optimizer
+from memtrace.planning.optimizers.trainer import NOT_PLANNED
 from memtrace.planning.recipe import find_recipe
 from memtrace.planning.request import PlanRequest
-from memtrace.planning.torch_optimizers import StepKernels, keeps_only, make_optimizer, steps_fused
-from memtrace.planning.trainer_optimizers import NOT_PLANNED
+from memtrace.record.categories import Category, Moment
 
 SHAPE = (8, 8)
 DENSE = [

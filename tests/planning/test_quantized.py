@@ -15,14 +15,14 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 import memtrace
 from memtrace.attribution.storages import state_tensors
-from memtrace.categories import Category, Moment
 from memtrace.errors import PlanError
-from memtrace.planning.models import BatchSettings, ModelSettings, build_model, make_batch
-from memtrace.planning.plan import Plan
-from memtrace.planning.quantized import Linear4bit
 from memtrace.planning.recipe import find_recipe
-from memtrace.planning.sharding import Sharding, Strategy
+from memtrace.planning.sharding.shares import Sharding, Strategy
 from memtrace.planning.simulation_request import SimulationRequest, plan_simulated, simulate
+from memtrace.record.categories import Category, Moment
+from memtrace.record.plan import Plan
+from memtrace.simulation.models.builds import BatchSettings, ModelSettings, build_model, make_batch
+from memtrace.simulation.models.quantized import Linear4bit
 
 CONFIG = LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4)
 LINEAR = 2 * (4 * 128 * 128 + 3 * 128 * 320)

@@ -6,12 +6,12 @@ from fractions import Fraction
 
 import pytest
 
-from memtrace.categories import Category, Moment
 from memtrace.errors import PlanError
 from memtrace.planning.formula import plan_by_formula
-from memtrace.planning.optimizers import find_optimizer
+from memtrace.planning.optimizers.states import find_optimizer
 from memtrace.planning.recipe import DTYPE_BYTES, NF4_BASE, RECIPES, find_recipe
 from memtrace.planning.request import PlanRequest
+from memtrace.record.categories import Category, Moment
 
 P = 10**9
 

@@ -15,10 +15,10 @@ from torch import nn
 from transformers.integrations import sdpa_attention
 
 import memtrace
-from memtrace.categories import Category, Moment
-from memtrace.planning.plan import Plan
-from memtrace.planning.sharding import Sharding, Strategy
+from memtrace.planning.sharding.shares import Sharding, Strategy
 from memtrace.planning.simulate import CONVOLUTION_PEAK, CONVOLUTION_RESERVED
+from memtrace.record.categories import Category, Moment
+from memtrace.record.plan import Plan
 
 MEASURED: Mapping[str, Any] = json.loads(
     (Path(__file__).parents[1] / "fixtures" / "gpu" / "plans.json").read_text(encoding="utf-8")

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from memtrace.categories import Category, Moment
 from memtrace.planning.formula import plan_by_formula
-from memtrace.planning.optimizers import find_optimizer
+from memtrace.planning.optimizers.states import find_optimizer
 from memtrace.planning.recipe import find_recipe
-from memtrace.planning.remedies import CHECKPOINTED_SHARE, remedies
 from memtrace.planning.request import PlanRequest
-from memtrace.planning.sharding import Offload, Sharding, Strategy
-from memtrace.units import GB
+from memtrace.planning.sharding.shares import Offload, Sharding, Strategy
+from memtrace.planning.what_if.remedies import CHECKPOINTED_SHARE, remedies
+from memtrace.record.categories import Category, Moment
+from memtrace.record.units import GB
 
 
 def request(recipe: str = "bf16-master", optimizer: str = "adamw", **fields: Any) -> PlanRequest:

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from memtrace.categories import Category, Moment
 from memtrace.cli import main
 from memtrace.errors import PlanError
-from memtrace.planning.deepspeed_settings import read_deepspeed
-from memtrace.planning.plan import Plan
-from memtrace.planning.sharding import Offload, Sharding, Strategy, Zero3Settings
+from memtrace.planning.sharding.deepspeed_settings import read_deepspeed
+from memtrace.planning.sharding.shares import Offload, Sharding, Strategy, Zero3Settings
 from memtrace.planning.simulate import plan
+from memtrace.record.categories import Category, Moment
+from memtrace.record.plan import Plan
 
 CONFIG = LlamaConfig(
     vocab_size=512,

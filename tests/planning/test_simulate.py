@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import memtrace
-from memtrace.breakdown import EntryKey
-from memtrace.categories import Category, Moment
 from memtrace.errors import PlanError
-from memtrace.planning.plan import Plan, Verdict, parse_plan, plan_document
-from memtrace.planning.torch_optimizers import StepKernels, make_optimizer
+from memtrace.planning.optimizers.simulated import StepKernels, make_optimizer
+from memtrace.record.breakdown import EntryKey
+from memtrace.record.categories import Category, Moment
+from memtrace.record.plan import Plan, Verdict, parse_plan, plan_document
 
 WIDTH, DEPTH, SAMPLES = 64, 4, 16
 WEIGHTS = DEPTH * (WIDTH * WIDTH + WIDTH)

@@ -11,16 +11,16 @@ import pytest
 import transformers
 
 from memtrace.errors import PlanError
-from memtrace.planning.models import BatchSettings, ModelSettings
-from memtrace.planning.plan import Plan
 from memtrace.planning.recipe import find_recipe
-from memtrace.planning.sharding import Sharding, Strategy
-from memtrace.planning.simulated_remedies import candidates, simulated_remedies
+from memtrace.planning.sharding.shares import Sharding, Strategy
 from memtrace.planning.simulated_run import SimulatedRun
 from memtrace.planning.simulation_request import SimulationRequest, plan_simulated, simulate
-from memtrace.sources import simulation
-from memtrace.sources.kernels import Target
-from memtrace.sources.operator_results import OperatorResults
+from memtrace.planning.what_if.simulated_remedies import candidates, simulated_remedies
+from memtrace.record.plan import Plan
+from memtrace.simulation import mode as simulation
+from memtrace.simulation.kernels import Target
+from memtrace.simulation.models.builds import BatchSettings, ModelSettings
+from memtrace.simulation.operator_results import OperatorResults
 
 _WIDTH = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = transformers.LlamaConfig(vocab_size=300, num_key_value_heads=2, **_WIDTH)

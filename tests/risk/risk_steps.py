@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from memtrace.breakdown import AllocatorReading, BatchShape, Breakdown, DeviceReading, EntryKey, StepRecord
-from memtrace.categories import Category, Moment, Phase
+from memtrace.record.breakdown import AllocatorReading, BatchShape, Breakdown, DeviceReading, EntryKey, StepRecord
+from memtrace.record.categories import Category, Moment, Phase
 
 
 def breakdown(moment: Moment, sizes: dict[Category, int], *, phase: Phase = Phase.BACKWARD) -> Breakdown:

@@ -1,8 +1,8 @@
 """The warning in words."""
 
-from memtrace.categories import Category
+from memtrace.record.categories import Category
+from memtrace.record.risk_reading import GrowthForecast, LargestBatch, PeakForecast, RiskReading, ShapeSource
 from memtrace.risk import advise
-from memtrace.risk_reading import GrowthForecast, LargestBatch, PeakForecast, RiskReading, ShapeSource
 
 GIB = 2**30
 

@@ -16,12 +16,12 @@ from statistics import NormalDist
 import pytest
 from test_replay import RUNS, tokens_of
 
-from memtrace.categories import Moment
 from memtrace.exporters.steplog import read_step_log
+from memtrace.record.categories import Moment
+from memtrace.record.risk_reading import LargestBatch, ShapeSource
 from memtrace.risk import RiskMonitor
 from memtrace.risk.monitor import STANDARD_DEVIATIONS
 from memtrace.risk.peak import positions_of
-from memtrace.risk_reading import LargestBatch, ShapeSource
 
 RULES = Path(__file__).parents[2] / "integrations" / "prometheus" / "memtrace.rules.yml"
 CAPACITIES = [0.801 + 0.002 * step for step in range(200)]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from memtrace.categories import Category
+from memtrace.record.categories import Category
 from memtrace.risk.growth import MIN_STEPS, Growth, GrowthTrend, Level
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 from risk_steps import counted, on_cpu, traced
 
-from memtrace.breakdown import EntryKey
-from memtrace.categories import Category, Moment
+from memtrace.record.breakdown import EntryKey
+from memtrace.record.categories import Category, Moment
+from memtrace.record.risk_reading import LargestBatch, RiskReading, ShapeSource
 from memtrace.risk import RiskMonitor
-from memtrace.risk_reading import LargestBatch, RiskReading, ShapeSource
 
 
 def largest(tokens: int) -> LargestBatch:

@@ -2,9 +2,9 @@
 
 from risk_steps import batch, breakdown, traced
 
-from memtrace.categories import Category, Moment, Phase
+from memtrace.record.categories import Category, Moment, Phase
+from memtrace.record.risk_reading import LargestBatch, PeakForecast, ShapeSource
 from memtrace.risk.peak import MAX_POINTS, PeakModel
-from memtrace.risk_reading import LargestBatch, PeakForecast, ShapeSource
 
 
 def target(tokens: int, positions: int | None = None) -> LargestBatch:

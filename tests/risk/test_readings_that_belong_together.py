@@ -15,13 +15,13 @@ import pytest
 import yaml
 from records import breakdown
 
-from memtrace.breakdown import AllocatorReading, BatchShape, DeviceReading, EntryKey, StepRecord
-from memtrace.categories import Category, Moment
 from memtrace.exporters.prometheus import render_text
+from memtrace.record.breakdown import AllocatorReading, BatchShape, DeviceReading, EntryKey, StepRecord
+from memtrace.record.categories import Category, Moment
+from memtrace.record.risk_reading import LargestBatch, ShapeSource
+from memtrace.record.snapshot import RunIdentity, Snapshot
 from memtrace.risk import RiskMonitor
-from memtrace.risk_reading import LargestBatch, ShapeSource
-from memtrace.snapshot import RunIdentity, Snapshot
-from memtrace.sources.device_sampler import DeviceSampler
+from memtrace.sources.devices.sampler import DeviceSampler
 
 ROOT = Path(__file__).parents[2]
 RUN = json.loads((ROOT / "tests" / "fixtures" / "gpu" / "variable-lengths.json").read_text())

@@ -10,12 +10,12 @@ from statistics import median
 
 import pytest
 
-from memtrace.breakdown import StepRecord
-from memtrace.categories import Moment
 from memtrace.exporters.steplog import read_step_log
+from memtrace.record.breakdown import StepRecord
+from memtrace.record.categories import Moment
+from memtrace.record.risk_reading import LargestBatch, PeakForecast, ShapeSource
 from memtrace.risk import RiskMonitor
 from memtrace.risk.peak import positions_of
-from memtrace.risk_reading import LargestBatch, PeakForecast, ShapeSource
 
 RUNS = sorted((Path(__file__).parents[1] / "fixtures" / "runs").glob("*.jsonl"))
 NAMES = [path.stem for path in RUNS]

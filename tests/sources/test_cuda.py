@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from memtrace.attribution.timeline import StepMarks, replay
-from memtrace.breakdown import AllocatorReading
-from memtrace.categories import Category, Moment
 from memtrace.errors import LogFormatError
-from memtrace.sources.cuda_allocator import live_blocks, parse_counters
-from memtrace.sources.cuda_history import parse_window
+from memtrace.record.breakdown import AllocatorReading
+from memtrace.record.categories import Category, Moment
+from memtrace.sources.cuda.allocator import live_blocks, parse_counters
+from memtrace.sources.cuda.history import parse_window
 from memtrace.sources.events import Block, Event, Tag, TagEvent
 
 US = 1000

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from spoiling import json_values, spoilt
 from test_cuda import BEGIN, END, block, entry, segment, snapshot
 
-from memtrace.breakdown import AllocatorReading
 from memtrace.errors import LogFormatError
-from memtrace.sources.cuda_allocator import live_blocks, parse_counters
-from memtrace.sources.cuda_history import parse_window
+from memtrace.record.breakdown import AllocatorReading
+from memtrace.sources.cuda.allocator import live_blocks, parse_counters
+from memtrace.sources.cuda.history import parse_window
 from memtrace.sources.events import Block, Window
 
 STATS = {

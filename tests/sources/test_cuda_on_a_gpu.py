@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from memtrace.sources import recording_torch_private
-from memtrace.sources.cuda import CudaEvents
-from memtrace.sources.cuda_allocator import allowed_bytes
+from memtrace.sources.cuda.allocator import allowed_bytes
+from memtrace.sources.cuda.source import CudaEvents
 from memtrace.sources.events import Window
 
 pytestmark = pytest.mark.gpu

@@ -12,10 +12,10 @@ import pytest
 import torch
 from fake_cuda import FakeAllocator
 
-from memtrace.breakdown import AllocatorReading
+from memtrace.record.breakdown import AllocatorReading
 from memtrace.sources import recording_torch_private
-from memtrace.sources.cuda import DEFAULT_EVENTS, MAX_EVENTS, MAX_FOREIGN_EVENTS, CudaEvents
-from memtrace.sources.cuda_allocator import segments
+from memtrace.sources.cuda.allocator import segments
+from memtrace.sources.cuda.source import DEFAULT_EVENTS, MAX_EVENTS, MAX_FOREIGN_EVENTS, CudaEvents
 from memtrace.sources.events import Block, Window
 
 

@@ -4,8 +4,8 @@ import pytest
 from stub_nvml import StubProcess
 
 from memtrace.errors import DeviceUnavailable
-from memtrace.sources.device import open_device
-from memtrace.sources.process import CpuDevice
+from memtrace.sources.devices.host import CpuDevice
+from memtrace.sources.devices.readers import open_device
 
 
 def test_the_cpu() -> None:

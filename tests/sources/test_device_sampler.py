@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 from stub_nvml import StubProcess
 
-from memtrace.breakdown import AllocatorReading, DeviceReading
 from memtrace.errors import DeviceUnavailable
-from memtrace.sources.device_sampler import THREAD_NAME, DeviceSampler
-from memtrace.sources.process import CpuDevice, refreshed
+from memtrace.record.breakdown import AllocatorReading, DeviceReading
+from memtrace.sources.devices.host import CpuDevice, refreshed
+from memtrace.sources.devices.sampler import THREAD_NAME, DeviceSampler
 
 HOUR = 3600.0
 GPU = "device GPU-1111 Stub\ntotal 1000\nfree 1000\n"

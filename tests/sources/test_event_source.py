@@ -7,9 +7,9 @@ import logging
 import pytest
 import torch
 
-from memtrace.breakdown import AllocatorReading
+from memtrace.record.breakdown import AllocatorReading
 from memtrace.sources.cpu import CpuEvents
-from memtrace.sources.cuda import CudaEvents
+from memtrace.sources.cuda.source import CudaEvents
 from memtrace.sources.event_source import event_source
 
 

@@ -7,11 +7,11 @@ import logging
 import pytest
 import torch
 
-from memtrace.breakdown import DeviceReading
 from memtrace.errors import DeviceUnavailable
-from memtrace.sources.device_sampler import DeviceSampler
-from memtrace.sources.fresh_readings import refresh_of, with_memory_by_torch
-from memtrace.sources.process import refreshed
+from memtrace.record.breakdown import DeviceReading
+from memtrace.sources.devices.fresh_readings import refresh_of, with_memory_by_torch
+from memtrace.sources.devices.host import refreshed
+from memtrace.sources.devices.sampler import DeviceSampler
 
 HOUR = 3600.0
 

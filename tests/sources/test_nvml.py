@@ -319,7 +319,7 @@ class TestInitialisation:
 
 
 class TestListing:
-    LIST = "from memtrace.sources.nvml import device_uuids; result = device_uuids()"
+    LIST = "from memtrace.sources.devices.nvml import device_uuids; result = device_uuids()"
 
     def test_gpus_are_listed_in_the_order_of_the_driver(self, stub_driver: StubProcess) -> None:
         """Instances of a GPU are not GPUs of their own."""
@@ -331,5 +331,5 @@ class TestListing:
         """Whichever call fails, the error is one, and the count of initialisations is given back."""
         stub_driver.says(f"{GPU}refuse {function} 999")
         caught = "try:\n    device_uuids()\nexcept DeviceUnavailable as error:\n    result = str(error)"
-        message = stub_driver.run(f"from memtrace.sources.nvml import device_uuids\n{caught}")
+        message = stub_driver.run(f"from memtrace.sources.devices.nvml import device_uuids\n{caught}")
         assert "the NVIDIA driver" in message

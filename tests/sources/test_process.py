@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from memtrace.sources.process import CpuDevice, Room, cgroup_rooms, parse_meminfo, parse_statm, tightest
+from memtrace.sources.devices.host import CpuDevice, Room, cgroup_rooms, parse_meminfo, parse_statm, tightest
 
 MIB = 2**20
 MEMINFO = "MemTotal:       16384 kB\nMemFree:         1024 kB\nMemAvailable:   12288 kB\nSwapTotal:  0 kB\n"

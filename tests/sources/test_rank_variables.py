@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memtrace.process import Process
+from memtrace.record.process import Process
 from memtrace.sources.ranks import LAUNCHERS, Place, identify, launch_id, launched_as
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from memtrace.risk_reading import LargestBatch, ShapeSource
+from memtrace.record.risk_reading import LargestBatch, ShapeSource
 
 TOKENS = "input_ids"
 LENGTH = "length"

@@ -10,21 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from memtrace.breakdown import StepRecord
 from memtrace.config import TracerConfig
 from memtrace.errors import OutputError
 from memtrace.exporters.claims import Claim
-from memtrace.exporters.page import render_page
+from memtrace.exporters.endpoint.page import render_page
+from memtrace.exporters.endpoint.server import Endpoint, MetricsServer, serve
 from memtrace.exporters.prometheus import registry_of
 from memtrace.exporters.run_file import RunFile, run_file_path
-from memtrace.exporters.server import Endpoint, MetricsServer, serve
 from memtrace.exporters.steplog import StepLog, step_log_path
 from memtrace.exporters.targets import TargetFile, clear_stale, target_path
 from memtrace.exporters.textfile import clear_ended, textfile_path, write_textfile
 from memtrace.exporters.timeline_file import write_timeline
 from memtrace.oom.files import write_report
-from memtrace.oom_report import OomReport
-from memtrace.snapshot import RunIdentity, RunState, Snapshot
+from memtrace.record.breakdown import StepRecord
+from memtrace.record.oom_report import OomReport
+from memtrace.record.snapshot import RunIdentity, RunState, Snapshot
 from memtrace.sources.termination import TERMINATION
 
 logger = logging.getLogger("memtrace")

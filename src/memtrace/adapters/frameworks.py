@@ -12,7 +12,7 @@ from torch import nn
 
 from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.adapters.said import say_where, show_table
-from memtrace.attribution.further import FurtherModels
+from memtrace.attribution.models.further import FurtherModels
 from memtrace.attribution.optimizers import HandedOver
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError

@@ -15,7 +15,7 @@ from memtrace.adapters.frameworks import attached_tracer, end_run
 from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.adapters.output_directory import log_directory
 from memtrace.adapters.trainer_models import models_of_the_caller
-from memtrace.attribution.further import FurtherModels
+from memtrace.attribution.models.further import FurtherModels
 from memtrace.config import TracerConfig
 from memtrace.guard import Guard, ask
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from memtrace.adapters.frameworks import attached_tracer, end_run
 from memtrace.adapters.memory_tracer import MemoryTracer
-from memtrace.attribution.further import FurtherModels
+from memtrace.attribution.models.further import FurtherModels
 from memtrace.config import TracerConfig
 from memtrace.guard import Guard
 

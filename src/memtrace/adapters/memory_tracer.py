@@ -16,17 +16,17 @@ from torch import nn
 from memtrace.adapters import forgotten
 from memtrace.adapters.exports import Exports
 from memtrace.adapters.said import say_where, show_table
-from memtrace.attribution.further import FurtherModels
+from memtrace.attribution.models.further import FurtherModels
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
 from memtrace.oom.failure import out_of_memory
-from memtrace.oom_report import OomReport
-from memtrace.snapshot import RunState, Snapshot
+from memtrace.record.oom_report import OomReport
+from memtrace.record.snapshot import RunState, Snapshot
 from memtrace.sources.at_exit import at_exit
 from memtrace.sources.events import EventSource
 from memtrace.sources.failures import FAILURES
 from memtrace.sources.termination import TERMINATION
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 
 class MemoryTracer(Tracer):

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from memtrace.exporters.table import render_text
-from memtrace.snapshot import Snapshot
+from memtrace.record.snapshot import Snapshot
 
 
 def say_where(url: str | None, log: Path | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from memtrace.attribution.further import Find
+from memtrace.attribution.models.further import Find
 from memtrace.guard import ask
 
 _MAX_FRAMES = 16

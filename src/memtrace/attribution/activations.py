@@ -7,9 +7,9 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from memtrace.attribution.model import HasParameters
+from memtrace.attribution.models.contents import HasParameters
 from memtrace.attribution.storages import storages_of
-from memtrace.categories import Category
+from memtrace.record.categories import Category
 from memtrace.sources import torch_private
 from memtrace.sources.events import MEMORY, Coordinates, TagEvent, tags_of
 

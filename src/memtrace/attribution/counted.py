@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.peaks import HighWater, PeakReference, counted_peak, high_water
 from memtrace.attribution.scan import Scan
-from memtrace.breakdown import AllocatorReading, Breakdown, EntryKey, ordered_entries
-from memtrace.categories import PERSISTENT, Category, Moment
+from memtrace.record.breakdown import AllocatorReading, Breakdown, EntryKey, ordered_entries
+from memtrace.record.categories import PERSISTENT, Category, Moment
 from memtrace.sources.events import Tag
 
 

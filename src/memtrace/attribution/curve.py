@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from memtrace.attribution.timeline import StepMarks, Timeline
-from memtrace.breakdown import StepCurve
-from memtrace.categories import Category, Moment
+from memtrace.record.breakdown import StepCurve
+from memtrace.record.categories import Category, Moment
 
 MAX_STRETCHES = 160
 """Stretches that the changes of a step are cut into, each with one point: a picture has no more columns to show."""

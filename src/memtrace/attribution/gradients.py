@@ -9,8 +9,8 @@ from math import ceil
 import torch
 
 from memtrace.attribution.storages import storages_of
-from memtrace.breakdown import EntryKey
-from memtrace.categories import Category
+from memtrace.record.breakdown import EntryKey
+from memtrace.record.categories import Category
 from memtrace.sources.events import dtype_name
 from memtrace.sources.torch_private import alive
 

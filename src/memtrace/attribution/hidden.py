@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memtrace.attribution.timeline import Lifetime
-from memtrace.categories import Category
+from memtrace.record.categories import Category
 from memtrace.sources.events import Tag, TagEvent
 
 WORKSPACE = Tag(Category.WORKSPACES, "cublas", "")
@@ -45,7 +45,7 @@ def tag_workspaces(lifetimes: Sequence[Lifetime], sizes: Sequence[int]) -> None:
 
     Args:
         lifetimes: the blocks of a window, after all else was tagged.
-        sizes: of the workspaces that there can be, in bytes; see `memtrace.sources.cublas`.
+        sizes: of the workspaces that there can be, in bytes; see `memtrace.sources.cuda.cublas`.
     """
     _tag_sizes([life for life in lifetimes if life.end is None], sizes, WORKSPACE)
 

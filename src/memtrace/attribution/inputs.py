@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from memtrace.attribution.ledger import Ledger
-from memtrace.categories import Category
 from memtrace.guard import ask
+from memtrace.record.categories import Category
 
 _MAX_DEPTH = 8
 _PLAIN = (list, tuple, dict)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from memtrace.attribution.storages import storages_of
-from memtrace.categories import Category
+from memtrace.record.categories import Category
 from memtrace.sources.events import MEMORY, Coordinates, Tag, TagEvent, tags_of
 from memtrace.sources.torch_private import alive
 

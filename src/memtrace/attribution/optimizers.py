@@ -21,8 +21,8 @@ from torch import nn
 from memtrace.attribution.inputs import contents
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.storages import state_tensors
-from memtrace.categories import Category
 from memtrace.guard import ask
+from memtrace.record.categories import Category
 
 _MASTER_NAME = re.compile(r"master|fp32|float32|full_precision")
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Self
 
-from memtrace.breakdown import AllocatorReading, Breakdown, EntryKey, ordered_entries
-from memtrace.categories import PERSISTENT, Category, Moment, Phase
+from memtrace.record.breakdown import AllocatorReading, Breakdown, EntryKey, ordered_entries
+from memtrace.record.categories import PERSISTENT, Category, Moment, Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

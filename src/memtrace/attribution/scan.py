@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from memtrace.attribution.engines import Engine, find_engines
-from memtrace.attribution.further import FurtherModels
 from memtrace.attribution.gradients import GradientCount, gradient_bytes
-from memtrace.attribution.held import Held
 from memtrace.attribution.hidden import HiddenBuffers
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.model import Role, check_model, claim_gradients, claim_model, device_of
+from memtrace.attribution.models.contents import Role, check_model, claim_gradients, claim_model, device_of
+from memtrace.attribution.models.further import FurtherModels
+from memtrace.attribution.models.held import Held
 from memtrace.attribution.optimizers import (
     HandedOver,
     claim_kept_elsewhere,
@@ -29,11 +29,11 @@ from memtrace.attribution.optimizers import (
 )
 from memtrace.attribution.storages import canonical_device
 from memtrace.attribution.timeline import Lifetime
-from memtrace.breakdown import EntryKey
-from memtrace.categories import Category
 from memtrace.errors import ConfigError
-from memtrace.limitations import Limitation
-from memtrace.sources.cublas import workspace_sizes
+from memtrace.record.breakdown import EntryKey
+from memtrace.record.categories import Category
+from memtrace.record.limitations import Limitation
+from memtrace.sources.cuda.cublas import workspace_sizes
 from memtrace.sources.torch_private import has_gradient_hooks, optimizers_in_backward
 
 logger = logging.getLogger("memtrace")

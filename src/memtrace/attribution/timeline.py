@@ -16,8 +16,8 @@ from math import inf
 from operator import itemgetter
 
 from memtrace.attribution.ledger import PRECEDENCE
-from memtrace.breakdown import Breakdown, EntryKey, ordered_entries
-from memtrace.categories import Category, Moment, Phase
+from memtrace.record.breakdown import Breakdown, EntryKey, ordered_entries
+from memtrace.record.categories import Category, Moment, Phase
 from memtrace.sources.events import Block, Tag, TagEvent, Window
 
 _STEP_BOUND = frozenset({(Category.ACTIVATIONS, ""), (Category.TRANSIENT_WEIGHTS, "autocast")})

@@ -1,4 +1,8 @@
-"""The `memtrace` command: one file for each subcommand, and one place where errors become messages."""
+"""The `memtrace` command: one file for each subcommand, and one place where errors become messages.
+
+In come arguments and files. Out goes text for people, or JSON. Must not need torch before a command needs it. A new
+command is a file with a `Command`, and its place in `COMMANDS`.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,7 @@ from memtrace.cli.plan import PlanCommand
 from memtrace.cli.report import Report
 from memtrace.cli.show import Show
 from memtrace.cli.watch import Watch
-from memtrace.errors import MemTraceError
-from memtrace.packages import packages_of
+from memtrace.errors import MemTraceError, packages_of
 
 COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Compare(), Report(), Watch())
 """Every subcommand, in the order of the help."""

@@ -13,14 +13,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from memtrace.breakdown import StepRecord
-from memtrace.categories import Moment
 from memtrace.cli.show import choose_records, console, find_logs
 from memtrace.errors import ConfigError
 from memtrace.exporters.table import category_name
 from memtrace.planning.comparison import Difference, compare
-from memtrace.planning.plan import Plan, read_plan
-from memtrace.units import format_bytes
+from memtrace.record.breakdown import StepRecord
+from memtrace.record.categories import Moment
+from memtrace.record.plan import Plan, read_plan
+from memtrace.record.units import format_bytes
 
 
 class Compare:

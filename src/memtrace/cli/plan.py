@@ -19,11 +19,11 @@ from memtrace.cli.plan_table import plan_table
 from memtrace.cli.show import console
 from memtrace.cli.simulation_options import add_simulation_arguments, check_simulation_options
 from memtrace.errors import PlanError
-from memtrace.planning.deepspeed_estimates import plan_by_deepspeed
 from memtrace.planning.formula import plan_by_formula
 from memtrace.planning.hardware import held_against
-from memtrace.planning.plan import Plan, Verdict, plan_document
-from memtrace.planning.remedies import Remedy, remedies
+from memtrace.planning.sharding.deepspeed_estimates import plan_by_deepspeed
+from memtrace.planning.what_if.remedies import Remedy, remedies
+from memtrace.record.plan import Plan, Verdict, plan_document
 
 if TYPE_CHECKING:
     from memtrace.planning.by_module import Holding

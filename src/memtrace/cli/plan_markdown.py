@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from memtrace.cli.plan_rows import facts, gigabytes, headline, holding_rows, peak_rows, remedy_rows
-from memtrace.planning.plan import Plan
-from memtrace.planning.remedies import Remedy
+from memtrace.planning.what_if.remedies import Remedy
+from memtrace.record.plan import Plan
 
 if TYPE_CHECKING:
     from memtrace.planning.by_module import Holding

@@ -13,11 +13,11 @@ from memtrace.errors import PlanError
 from memtrace.planning.further import FurtherModel
 from memtrace.planning.hardware import find_device
 from memtrace.planning.local_device import local_device
-from memtrace.planning.optimizers import OPTIMIZERS, find_optimizer
+from memtrace.planning.optimizers.states import OPTIMIZERS, find_optimizer
 from memtrace.planning.recipe import DTYPE_BYTES, RECIPES, find_recipe
 from memtrace.planning.request import PlanRequest
-from memtrace.planning.sharding import ZERO_STAGES, Offload, Sharding, Strategy
-from memtrace.units import parse_bytes
+from memtrace.planning.sharding.shares import ZERO_STAGES, Offload, Sharding, Strategy
+from memtrace.record.units import parse_bytes
 
 _COUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})?)\s*([kKmMbBtT]?)\s*")
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}

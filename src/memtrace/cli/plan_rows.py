@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memtrace.categories import Category, Moment
-from memtrace.planning.plan import Fit, Plan, Verdict
-from memtrace.planning.remedies import Remedy
-from memtrace.planning.sharding import Strategy
-from memtrace.units import GB, GIB, format_bytes
+from memtrace.planning.sharding.shares import Strategy
+from memtrace.planning.what_if.remedies import Remedy
+from memtrace.record.categories import Category, Moment
+from memtrace.record.plan import Fit, Plan, Verdict
+from memtrace.record.units import GB, GIB, format_bytes
 
 if TYPE_CHECKING:
     from memtrace.planning.by_module import Holding

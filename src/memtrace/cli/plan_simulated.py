@@ -15,14 +15,14 @@ from rich.console import Console
 from memtrace.cli.simulation_options import simulation_of
 from memtrace.errors import PlanError
 from memtrace.planning.by_module import Holding, activation_holders
-from memtrace.planning.find_max import LIMIT, find_max
 from memtrace.planning.hardware import held_against, known_as
-from memtrace.planning.models import longest_text
-from memtrace.planning.plan import Plan, Verdict
-from memtrace.planning.remedies import Remedy
-from memtrace.planning.simulated_remedies import simulated_remedies
 from memtrace.planning.simulation_request import SimulationRequest, plan_simulated, simulate
-from memtrace.sources.operator_results import OperatorResults
+from memtrace.planning.what_if.find_max import LIMIT, find_max
+from memtrace.planning.what_if.remedies import Remedy
+from memtrace.planning.what_if.simulated_remedies import simulated_remedies
+from memtrace.record.plan import Plan, Verdict
+from memtrace.simulation.models.builds import longest_text
+from memtrace.simulation.operator_results import OperatorResults
 
 _SEQUENCE_STEP = 64
 """Tokens between two lengths that a search tries."""

@@ -11,11 +11,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memtrace.categories import COLOURS, Moment
 from memtrace.cli.plan_rows import facts, gigabytes, headline, holding_rows, peak_rows, remedy_rows
 from memtrace.exporters.table import CompositionBar, category_name, printable
-from memtrace.planning.plan import Plan, Verdict
-from memtrace.planning.remedies import Remedy
+from memtrace.planning.what_if.remedies import Remedy
+from memtrace.record.categories import COLOURS, Moment
+from memtrace.record.plan import Plan, Verdict
 
 if TYPE_CHECKING:
     from memtrace.planning.by_module import Holding

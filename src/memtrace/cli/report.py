@@ -11,9 +11,9 @@ from memtrace.errors import ConfigError, LogFormatError, OutputError
 from memtrace.exporters.run_history import OomText, RankHistory, RunHistory, observe
 from memtrace.exporters.steplog import newest_run, read_step_log
 from memtrace.exporters.timeline_file import read_timeline, timeline_path
-from memtrace.oom.document import parse_report
-from memtrace.strict_json import parse_json
-from memtrace.units import parse_bytes
+from memtrace.record.oom_document import parse_report
+from memtrace.record.strict_json import parse_json
+from memtrace.record.units import parse_bytes
 
 
 class Report:

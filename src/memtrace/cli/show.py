@@ -14,14 +14,14 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from memtrace.breakdown import StepRecord
-from memtrace.categories import Moment
 from memtrace.errors import ConfigError, LogFormatError
 from memtrace.exporters.ranks import ranks_table
 from memtrace.exporters.run_file import run_files
 from memtrace.exporters.steplog import begins_a_run, read_step_log, step_log_path
 from memtrace.exporters.table import TABLE_WIDTH, printable, step_table
-from memtrace.snapshot import RunState
+from memtrace.record.breakdown import StepRecord
+from memtrace.record.categories import Moment
+from memtrace.record.snapshot import RunState
 
 _RECENT = 100
 """Records with a peak that are kept of each log, to find a step that all ranks have."""

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from memtrace.cli.plan_options import further_of, sharding_of
 from memtrace.errors import PlanError
-from memtrace.planning.deepspeed_settings import read_deepspeed
 from memtrace.planning.recipe import find_recipe
-from memtrace.planning.sharding import Sharding
+from memtrace.planning.sharding.deepspeed_settings import read_deepspeed
+from memtrace.planning.sharding.shares import Sharding
 
 if TYPE_CHECKING:
     from memtrace.planning.simulation_request import SimulationRequest
@@ -112,12 +112,12 @@ def simulation_of(arguments: argparse.Namespace) -> SimulationRequest:
         PlanError: the configuration cannot be used, or an option has no meaning.
     """
     try:
-        from memtrace.planning.configurations import load_configuration  # noqa: PLC0415 - torch and transformers
+        from memtrace.simulation.models.configurations import load_configuration  # noqa: PLC0415 - torch and transformers
     except ImportError as error:
         raise PlanError(f"--config needs transformers ({error}): pip install torch-memtrace[transformers]") from error
-    from memtrace.planning.models import BatchSettings, ModelSettings, longest_text  # noqa: PLC0415
     from memtrace.planning.simulation_request import SimulationRequest, with_weights  # noqa: PLC0415
-    from memtrace.sources.kernels import Target  # noqa: PLC0415
+    from memtrace.simulation.kernels import Target  # noqa: PLC0415
+    from memtrace.simulation.models.builds import BatchSettings, ModelSettings, longest_text  # noqa: PLC0415
 
     recipe = find_recipe(arguments.recipe)
     configuration = load_configuration(arguments.config)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
-from memtrace.snapshot import RunIdentity
+from memtrace.record.snapshot import RunIdentity
 
 try:
     import fcntl

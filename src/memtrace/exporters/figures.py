@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from plotly import graph_objects as go
 
-from memtrace.breakdown import Breakdown, StepCurve
-from memtrace.categories import COLOURS, Category, Moment
 from memtrace.exporters.run_history import Observed, RankHistory, RunHistory
-from memtrace.risk_reading import ShapeSource
-from memtrace.units import GIB, MIB
+from memtrace.record.breakdown import Breakdown, StepCurve
+from memtrace.record.categories import COLOURS, Category, Moment
+from memtrace.record.risk_reading import ShapeSource
+from memtrace.record.units import GIB, MIB
 
 CAPACITY_COLOUR, FORECAST_COLOUR, PEAK_COLOUR = "#444c56", "#c98a1b", "#1f60c4"
 FAR_ABOVE = 4

@@ -11,12 +11,12 @@ from html import escape
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
-from memtrace.categories import Category, Moment
 from memtrace.exporters.figures import figures
 from memtrace.exporters.run_history import RankHistory, RunHistory
 from memtrace.exporters.table import printable
+from memtrace.record.categories import Category, Moment
+from memtrace.record.units import format_bytes
 from memtrace.risk import WARN_AT, advise
-from memtrace.units import format_bytes
 
 UNATTRIBUTED_SHARE = 0.10
 """Share of the peak held by nobody from which a report speaks of it; as in the alert rules."""

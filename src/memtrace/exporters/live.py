@@ -11,15 +11,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memtrace import metrics
-from memtrace.categories import Category, Moment
 from memtrace.errors import LogFormatError
 from memtrace.exporters.table import CompositionBar, Scale, category_name, printable
-from memtrace.metric import Metric
-from memtrace.metrics import EXPORTED_MOMENTS
+from memtrace.record import metrics
+from memtrace.record.categories import Category, Moment
+from memtrace.record.metric import Metric
+from memtrace.record.metrics import EXPORTED_MOMENTS
+from memtrace.record.snapshot import RunState
+from memtrace.record.units import format_bytes
 from memtrace.risk import WARN_AT
-from memtrace.snapshot import RunState
-from memtrace.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,9 +14,9 @@ from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
 from memtrace.exporters.series import READERS, Labels
-from memtrace.metric import Metric, MetricType
-from memtrace.metrics import CATALOGUE, RUN_INFO
-from memtrace.snapshot import Snapshot
+from memtrace.record.metric import Metric, MetricType
+from memtrace.record.metrics import CATALOGUE, RUN_INFO
+from memtrace.record.snapshot import Snapshot
 
 
 class SnapshotCollector(Collector):

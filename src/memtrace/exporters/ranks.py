@@ -11,9 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memtrace.breakdown import StepRecord
-from memtrace.categories import Category, Moment
 from memtrace.exporters.table import Scale, category_name
+from memtrace.record.breakdown import StepRecord
+from memtrace.record.categories import Category, Moment
 
 MAX_RANK_COLUMNS = 6
 """Ranks that have a column each; more are summed up as lowest, median and highest."""

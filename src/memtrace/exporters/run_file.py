@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from memtrace.errors import LogFormatError, OutputError
-from memtrace.process import Process
-from memtrace.snapshot import RunIdentity, RunState
-from memtrace.strict_json import Fields, parse_json
-from memtrace.whole_file import write_whole
+from memtrace.record.process import Process
+from memtrace.record.snapshot import RunIdentity, RunState
+from memtrace.record.strict_json import Fields, parse_json
+from memtrace.record.whole_file import write_whole
 
 RUN_SCHEMA = "memtrace.run/1"
 REFRESH_SECONDS = 30.0

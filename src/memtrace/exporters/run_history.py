@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from memtrace.breakdown import StepRecord
-from memtrace.categories import Moment
 from memtrace.exporters.timeline_file import StepTimeline
+from memtrace.record.breakdown import StepRecord
+from memtrace.record.categories import Moment
+from memtrace.record.risk_reading import RiskReading, largest_by_setting
+from memtrace.record.snapshot import RunIdentity, Snapshot
 from memtrace.risk import RiskMonitor
-from memtrace.risk_reading import RiskReading, largest_by_setting
-from memtrace.snapshot import RunIdentity, Snapshot
 
 MAX_STEPS = 2000
 """Steps of a rank that are kept: beyond it every second one is dropped, so that a report stays one that opens."""

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 import memtrace
-from memtrace import metrics
-from memtrace.breakdown import AllocatorReading, DeviceReading, EntryKey, StepRecord
-from memtrace.categories import Category, Moment
-from memtrace.metric import Metric
-from memtrace.metrics import EXPORTED_MOMENTS
-from memtrace.risk_reading import PeakForecast, RiskReading
-from memtrace.snapshot import RunState, Snapshot
+from memtrace.record import metrics
+from memtrace.record.breakdown import AllocatorReading, DeviceReading, EntryKey, StepRecord
+from memtrace.record.categories import Category, Moment
+from memtrace.record.metric import Metric
+from memtrace.record.metrics import EXPORTED_MOMENTS
+from memtrace.record.risk_reading import PeakForecast, RiskReading
+from memtrace.record.snapshot import RunState, Snapshot
 
 MAX_NOT_SEEN = 2
 """Series of `memtrace_not_seen` at most, the newest ones; fewer where every category is planned and held at every

@@ -10,11 +10,11 @@ from io import FileIO
 from pathlib import Path
 from typing import Self
 
-from memtrace.breakdown import StepRecord
 from memtrace.config import DEFAULT_LOG_MAX_BYTES
 from memtrace.errors import LogFormatError, OutputError
-from memtrace.schema import StepEncoder, parse_step
-from memtrace.strict_json import parse_json
+from memtrace.record.breakdown import StepRecord
+from memtrace.record.schema import StepEncoder, parse_step
+from memtrace.record.strict_json import parse_json
 
 logger = logging.getLogger("memtrace")
 

@@ -11,9 +11,9 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from memtrace.breakdown import AllocatorReading, Breakdown, DeviceReading, EntryKey, StepRecord
-from memtrace.categories import COLOURS, PERSISTENT, Category, Moment
-from memtrace.units import GIB, MIB, format_bytes
+from memtrace.record.breakdown import AllocatorReading, Breakdown, DeviceReading, EntryKey, StepRecord
+from memtrace.record.categories import COLOURS, PERSISTENT, Category, Moment
+from memtrace.record.units import GIB, MIB, format_bytes
 
 TABLE_WIDTH = 100
 """Columns of a table that is not drawn on a terminal."""

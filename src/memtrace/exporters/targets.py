@@ -17,10 +17,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from memtrace.errors import LogFormatError, OutputError
-from memtrace.process import Process
-from memtrace.snapshot import RunState
-from memtrace.strict_json import Fields, parse_json
-from memtrace.whole_file import write_whole
+from memtrace.record.process import Process
+from memtrace.record.snapshot import RunState
+from memtrace.record.strict_json import Fields, parse_json
+from memtrace.record.whole_file import write_whole
 
 _EVERY_ADDRESS = ("0.0.0.0", "::")
 """What an endpoint that listens everywhere calls itself; others reach it by the name of the machine."""

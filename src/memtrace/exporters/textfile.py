@@ -18,10 +18,10 @@ from prometheus_client import generate_latest
 from memtrace.errors import LogFormatError, OutputError
 from memtrace.exporters.claims import safe_name
 from memtrace.exporters.prometheus import registry_of
-from memtrace.process import Process
-from memtrace.snapshot import RunIdentity, RunState, Snapshot
-from memtrace.strict_json import Fields, parse_json
-from memtrace.whole_file import write_whole
+from memtrace.record.process import Process
+from memtrace.record.snapshot import RunIdentity, RunState, Snapshot
+from memtrace.record.strict_json import Fields, parse_json
+from memtrace.record.whole_file import write_whole
 
 KEPT_SECONDS = 3600.0
 """How long a run's file stays after its end, at least: as long as the alerts remember what has ended."""

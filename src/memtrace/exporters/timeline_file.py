@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from memtrace.breakdown import StepCurve, StepRecord
-from memtrace.categories import Category, Moment
 from memtrace.errors import LogFormatError, OutputError
-from memtrace.strict_json import Fields, parse_json
-from memtrace.whole_file import write_whole
+from memtrace.record.breakdown import StepCurve, StepRecord
+from memtrace.record.categories import Category, Moment
+from memtrace.record.strict_json import Fields, parse_json
+from memtrace.record.whole_file import write_whole
 
 TIMELINE_SCHEMA = "memtrace.timeline/1"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from memtrace.breakdown import BatchShape, EntryKey
-from memtrace.categories import Category, Phase
-from memtrace.oom_report import FailedRequest, Fragmentation, Remedy, RemedyKind
-from memtrace.units import format_bytes
+from memtrace.record.breakdown import BatchShape, EntryKey
+from memtrace.record.categories import Category, Phase
+from memtrace.record.oom_report import FailedRequest, Fragmentation, Remedy, RemedyKind
+from memtrace.record.units import format_bytes
 
 _CHECKPOINT_SHARE = 2 / 34
 """What a checkpointed transformer layer keeps of what it saves otherwise: its input, 2 of the 34 bytes for each element

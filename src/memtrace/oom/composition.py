@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from memtrace.attribution.hidden import WORKSPACE, HiddenBuffers
 from memtrace.attribution.ledger import PRECEDENCE
 from memtrace.attribution.timeline import Lifetime, Timeline
-from memtrace.breakdown import EntryKey, ordered_entries
-from memtrace.categories import Category, Phase
-from memtrace.oom_report import Composition
+from memtrace.record.breakdown import EntryKey, ordered_entries
+from memtrace.record.categories import Category, Phase
+from memtrace.record.oom_report import Composition
 from memtrace.sources.events import Block, Tag, TagEvent
 
 MAX_ENTRIES = 60

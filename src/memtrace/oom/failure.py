@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from memtrace.errors import ConfigError
-from memtrace.units import MIB, parse_bytes
+from memtrace.record.units import MIB, parse_bytes
 
 MAX_MESSAGE = 300
 """Characters of an exception's first line in a report."""

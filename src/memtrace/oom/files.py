@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from memtrace.errors import OutputError
-from memtrace.oom.document import encode
 from memtrace.oom.markdown import render_markdown
-from memtrace.oom_report import OomReport
-from memtrace.whole_file import write_whole
+from memtrace.record.oom_document import encode
+from memtrace.record.oom_report import OomReport
+from memtrace.record.whole_file import write_whole
 
 _PENDING = "-pending"
 

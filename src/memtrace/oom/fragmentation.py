@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from memtrace.oom_report import Fragmentation
-from memtrace.sources.cuda_allocator import is_private
+from memtrace.record.oom_report import Fragmentation
+from memtrace.sources.cuda.allocator import is_private
 
 
 def parse_fragmentation(segments: object, device_index: int) -> Fragmentation:

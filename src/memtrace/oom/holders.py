@@ -10,9 +10,9 @@ from torch import nn
 
 from memtrace.attribution.optimizers import optimizer_parameters
 from memtrace.attribution.storages import state_tensors, storages_of
-from memtrace.categories import Category
 from memtrace.oom.composition import Holding
-from memtrace.oom_report import Holder, LargeBlock
+from memtrace.record.categories import Category
+from memtrace.record.oom_report import Holder, LargeBlock
 
 MAX_HOLDERS = 20
 """Names in a report: with layers taken together, more than most models have."""

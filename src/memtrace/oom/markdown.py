@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 
-from memtrace.breakdown import AllocatorReading, EntryKey
-from memtrace.categories import Phase
-from memtrace.oom_report import FailedRequest, OomReport, Witness
-from memtrace.units import format_bytes
+from memtrace.record.breakdown import AllocatorReading, EntryKey
+from memtrace.record.categories import Phase
+from memtrace.record.oom_report import FailedRequest, OomReport, Witness
+from memtrace.record.units import format_bytes
 
 _PLACES = {
     Phase.FORWARD: "in the forward pass",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from memtrace.breakdown import AllocatorReading, BatchShape, Breakdown, StepRecord
-from memtrace.categories import Moment
 from memtrace.oom.advice import ModelFacts, Situation, remedies
 from memtrace.oom.composition import Holding, bounded, compose
 from memtrace.oom.holders import largest_blocks, largest_holders
-from memtrace.oom_report import FailedRequest, Fragmentation, OomReport
-from memtrace.snapshot import Snapshot
+from memtrace.record.breakdown import AllocatorReading, BatchShape, Breakdown, StepRecord
+from memtrace.record.categories import Moment
+from memtrace.record.oom_report import FailedRequest, Fragmentation, OomReport
+from memtrace.record.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

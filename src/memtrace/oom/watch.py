@@ -14,7 +14,8 @@ from torch import nn
 
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
-from memtrace.categories import Phase
+from memtrace.attribution.step_in_progress import StepInFlight
+from memtrace.attribution.window import TraceWindow
 from memtrace.guard import Guard
 from memtrace.oom.advice import ModelFacts
 from memtrace.oom.composition import Holding, StepFacts, from_blocks, from_ledger, from_timeline
@@ -23,13 +24,12 @@ from memtrace.oom.fragmentation import parse_fragmentation
 from memtrace.oom.holders import module_names, repeated_blocks
 from memtrace.oom.markdown import headline
 from memtrace.oom.scene import Scene, describe, with_request
-from memtrace.oom_report import FailedRequest, Fragmentation, OomReport, Witness
-from memtrace.snapshot import Snapshot
-from memtrace.sources.cuda_allocator import live_blocks, segments
+from memtrace.record.categories import Phase
+from memtrace.record.oom_report import FailedRequest, Fragmentation, OomReport, Witness
+from memtrace.record.snapshot import Snapshot
+from memtrace.sources.cuda.allocator import live_blocks, segments
 from memtrace.sources.events import EventSource
 from memtrace.sources.failures import FAILURES
-from memtrace.steps import StepInFlight
-from memtrace.tracing import TraceWindow
 
 LOOK_SECONDS = 10.0
 """For so long after the allocator has told of a failure that no exception followed, further ones are not looked into: a

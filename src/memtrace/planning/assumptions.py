@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from memtrace.planning.further import further_sharding
 from memtrace.planning.recipe import DTYPE_BYTES
 from memtrace.planning.request import PlanRequest
-from memtrace.planning.sharding import ZERO3_MAX_LIVE, ZERO_REDUCE_BUCKET, Offload, Strategy
-from memtrace.units import GB
+from memtrace.planning.sharding.shares import ZERO3_MAX_LIVE, ZERO_REDUCE_BUCKET, Offload, Strategy
+from memtrace.record.units import GB
 
 
 def of(request: PlanRequest) -> Iterator[str]:

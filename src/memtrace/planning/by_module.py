@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from memtrace.attribution.timeline import Timeline
-from memtrace.categories import Category
+from memtrace.record.categories import Category
 from memtrace.sources.hooks import HookSet
 
 _POSITION = re.compile(r"(?<=\.)\d+(?=\.|$)")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from memtrace.breakdown import Breakdown, StepRecord
-from memtrace.categories import Category, Moment
 from memtrace.errors import PlanError
-from memtrace.planning.plan import Plan
+from memtrace.record.breakdown import Breakdown, StepRecord
+from memtrace.record.categories import Category, Moment
+from memtrace.record.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

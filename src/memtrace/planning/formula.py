@@ -11,20 +11,20 @@ from dataclasses import replace
 from fractions import Fraction
 from math import ceil
 
-from memtrace.breakdown import Breakdown, EntryKey, ordered_entries
-from memtrace.categories import Category, Moment
 from memtrace.planning import assumptions
 from memtrace.planning.further import further_setup
-from memtrace.planning.plan import ByteRange, Plan
 from memtrace.planning.recipe import DEEPSPEED_CONVERTS, DTYPE_BYTES, under_deepspeed
 from memtrace.planning.request import PlanRequest
-from memtrace.planning.sharding import (
+from memtrace.planning.sharding.shares import (
     ZERO3_MAX_LIVE,
     ZERO3_SUB_GROUP,
     ZERO_REDUCE_BUCKET,
     Offload,
     Strategy,
 )
+from memtrace.record.breakdown import Breakdown, EntryKey, ordered_entries
+from memtrace.record.categories import Category, Moment
+from memtrace.record.plan import ByteRange, Plan
 
 LARGEST_MATRIX = Fraction(1, 3)
 """Share of a transformer layer that its largest matrix has at most: 4 of 12 squares of the hidden size in GPT's layers,

@@ -9,7 +9,7 @@ from typing import Any
 
 from memtrace.errors import PlanError
 from memtrace.planning.recipe import DTYPE_BYTES, Recipe
-from memtrace.planning.sharding import Sharding
+from memtrace.planning.sharding.shares import Sharding
 
 MAX_PARAMETERS = 10**15
 

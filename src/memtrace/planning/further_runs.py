@@ -12,10 +12,10 @@ from torch import nn
 from memtrace.errors import PlanError
 from memtrace.planning.further import FurtherModel
 from memtrace.planning.held_types import cast_as_loaded
-from memtrace.planning.models import BatchSettings, build_bare, make_inputs, make_labels, model_class
 from memtrace.planning.recipe import Recipe
 from memtrace.planning.simulate import model_loss
-from memtrace.units import format_bytes
+from memtrace.record.units import format_bytes
+from memtrace.simulation.models.builds import BatchSettings, build_bare, make_inputs, make_labels, model_class
 
 
 class Held(nn.Module):

@@ -14,9 +14,9 @@ from types import MappingProxyType
 
 from memtrace.errors import PlanError
 from memtrace.planning.lookup import by_name
-from memtrace.planning.plan import ByteRange, Fit, Plan
-from memtrace.sources import cublas
-from memtrace.units import GIB, MIB
+from memtrace.record.plan import ByteRange, Fit, Plan
+from memtrace.record.units import GIB, MIB
+from memtrace.sources.cuda import cublas
 
 CONTEXT = ByteRange(low=256 * MIB, high=GIB)
 """What a process holds on a GPU beside torch's allocator: the CUDA context, loaded kernels, libraries.
@@ -60,7 +60,7 @@ class Device:
 
 
 _MI300X_WORKSPACE = 128 * MIB
-"""hipBLAS's on gfx942. Source: as `memtrace.sources.cublas`."""
+"""hipBLAS's on gfx942. Source: as `memtrace.sources.cuda.cublas`."""
 
 
 def _device(*, name: str, marketing: str, driver_mib: int, usable_gib: float, capability: int) -> Device:

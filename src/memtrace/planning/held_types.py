@@ -7,9 +7,9 @@ import re
 import torch
 from torch import nn
 
-from memtrace.planning.quantized import quantize, quantized_layers
 from memtrace.planning.recipe import Recipe
-from memtrace.planning.sharding import Sharding, Strategy
+from memtrace.planning.sharding.shares import Sharding, Strategy
+from memtrace.simulation.models.quantized import quantize, quantized_layers
 
 
 def hold_as(model: nn.Module, recipe: Recipe, sharding: Sharding) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from memtrace.errors import DeviceUnavailable, PlanError
-from memtrace.sources.device import open_device
-from memtrace.sources.nvml import device_uuids
+from memtrace.sources.devices.nvml import device_uuids
+from memtrace.sources.devices.readers import open_device
 
 
 def local_device(environment: Mapping[str, str]) -> tuple[str, int]:

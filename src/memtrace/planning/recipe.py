@@ -1,7 +1,7 @@
 """Recipes: which copies of a model a training set-up keeps, and in which element type.
 
 A recipe fixes weights, master copies, gradients and the type of the arithmetic. What the optimizer keeps is in
-`memtrace.planning.optimizers`, and who keeps which share of it in `memtrace.planning.sharding`.
+`memtrace.planning.optimizers.states`, and who keeps which share of it in `memtrace.planning.sharding.shares`.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from math import ceil
 
 from memtrace.errors import PlanError
 from memtrace.planning.further import MAX_PARAMETERS, FurtherModel, check_further
-from memtrace.planning.optimizer_layouts import OptimizerLayout
+from memtrace.planning.optimizers.layouts import OptimizerLayout
 from memtrace.planning.recipe import DTYPE_BYTES, LORA_TRAINABLE_RATIO, Recipe
-from memtrace.planning.sharding import Sharding, Strategy
+from memtrace.planning.sharding.shares import Sharding, Strategy
 
 _NOT_MEGATRON = frozenset({Strategy.ZERO0, Strategy.ZERO2, Strategy.ZERO3, Strategy.FSDP})
 

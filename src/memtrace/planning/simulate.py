@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from memtrace.categories import Moment
+from memtrace.allocator.caching_allocator import CachingAllocator, replay
 from memtrace.errors import PlanError
-from memtrace.planning.caching_allocator import CachingAllocator, replay
 from memtrace.planning.further import FurtherModel, further_setup, further_sharding
 from memtrace.planning.hardware import Device, find_device, held_against
-from memtrace.planning.optimizers import find_optimizer
-from memtrace.planning.plan import ByteRange, Plan
+from memtrace.planning.optimizers.simulated import StepKernels, keeps_only, make_optimizer, steps_fused
+from memtrace.planning.optimizers.states import find_optimizer
+from memtrace.planning.optimizers.updates import MakeOptimizer
 from memtrace.planning.recipe import Recipe, find_recipe
-from memtrace.planning.sharding import Offload, Sharding, Strategy
-from memtrace.planning.sharding_assumptions import sharding_assumptions
+from memtrace.planning.sharding.assumptions import sharding_assumptions
+from memtrace.planning.sharding.shares import Offload, Sharding, Strategy
 from memtrace.planning.simulated_run import WORKSPACES, Loss, SimulatedRun, Training, run_two_steps
-from memtrace.planning.torch_optimizers import StepKernels, keeps_only, make_optimizer, steps_fused
-from memtrace.planning.updates import MakeOptimizer
-from memtrace.sources import cublas, kernels
-from memtrace.sources.kernels import Target
+from memtrace.record.categories import Moment
+from memtrace.record.plan import ByteRange, Plan
+from memtrace.simulation import kernels
+from memtrace.simulation.kernels import Target
+from memtrace.sources.cuda import cublas
 
 CONVOLUTION_PEAK, CONVOLUTION_RESERVED = 0.03, 0.10
 """Shares by which a plan without the scratch of convolutions may be too low.
@@ -58,11 +59,12 @@ def plan(
         make_batch: returns one micro batch, for instance a dict of tensors on the CPU. Integers count by value (a mask
             with padding takes another way through a model than one without), others by shape alone.
         recipe: precision of weights, master copies and products, by name; see `memtrace.planning.recipe`.
-        optimizer: by name, see `memtrace.planning.optimizers`, or a function that makes one for a list of parameters.
+        optimizer: by name, see `memtrace.planning.optimizers.states`, or a function that makes one for a list of
+            parameters.
         loss: returns the loss for (model, batch). By default the batch is passed to the model, by name where it is a
             mapping, and the loss is what the model returns as `loss`.
         accumulation_steps: micro batches for each optimizer step.
-        sharding: a `memtrace.planning.sharding.Sharding`: DDP, FSDP2 or DeepSpeed's ZeRO, and the rank that is
+        sharding: a `memtrace.planning.sharding.shares.Sharding`: DDP, FSDP2 or DeepSpeed's ZeRO, and the rank that is
             planned. FSDP2 itself is run, on ranks that are not there; DDP and ZeRO are modelled.
         device: `cuda` or `cpu`: whose kernels and whose allocator. The name of a GPU, such as `H200`, stands for `cuda`
             with what the libraries keep on that one, and adds the verdict whether the step fits it.

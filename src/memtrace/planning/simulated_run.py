@@ -11,27 +11,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from memtrace.attribution.further import FurtherModels
+from memtrace.attribution.models.further import FurtherModels
 from memtrace.attribution.timeline import StepMarks, Timeline
-from memtrace.breakdown import BatchShape, Breakdown
-from memtrace.categories import Moment
 from memtrace.errors import MemTraceError, PlanError
 from memtrace.planning.by_module import Span
 from memtrace.planning.held_types import hold_as
-from memtrace.planning.outputs import Outputs
-from memtrace.planning.quantized import parameter_count
+from memtrace.planning.optimizers.updates import MakeOptimizer, Updates, updates_of
 from memtrace.planning.recipe import Recipe, under_deepspeed
-from memtrace.planning.sharding import Sharding, Strategy
+from memtrace.planning.sharding.shares import Sharding, Strategy
 from memtrace.planning.step_recorder import StepRecorder
-from memtrace.planning.updates import MakeOptimizer, Updates, updates_of
-from memtrace.sources import cublas
-from memtrace.sources.cuda_functions import CudaFunctions
+from memtrace.record.breakdown import BatchShape, Breakdown
+from memtrace.record.categories import Moment
+from memtrace.simulation.cuda_functions import CudaFunctions
+from memtrace.simulation.kernels import Target
+from memtrace.simulation.mode import Simulation
+from memtrace.simulation.models.outputs import Outputs
+from memtrace.simulation.models.quantized import parameter_count
+from memtrace.simulation.operator_results import OperatorResults, map_tensors
+from memtrace.simulation.results import Operator
+from memtrace.simulation.tensor import DEVICE
+from memtrace.sources.cuda import cublas
 from memtrace.sources.events import Event
-from memtrace.sources.kernels import Target
-from memtrace.sources.operator_results import OperatorResults, map_tensors
-from memtrace.sources.results import Operator
-from memtrace.sources.simulated_tensor import DEVICE
-from memtrace.sources.simulation import Simulation
 
 Loss = Callable[..., torch.Tensor]
 """Returns the loss for a model and a batch; further models are handed over by name."""
@@ -231,8 +231,8 @@ def _sharded(model: nn.Module, training: Training, stack: ExitStack) -> nn.Modul
     sharding = training.sharding
     if sharding.strategy is not Strategy.FSDP:
         return model
-    from memtrace.planning.sharded_updates import fully_sharded  # noqa: PLC0415 - torch.distributed takes a second
-    from memtrace.sources.fake_ranks import fake_ranks  # noqa: PLC0415
+    from memtrace.planning.sharding.updates import fully_sharded  # noqa: PLC0415 - torch.distributed takes a second
+    from memtrace.simulation.fake_ranks import fake_ranks  # noqa: PLC0415
 
     stack.enter_context(fake_ranks(sharding.rank, sharding.world_size))
     return fully_sharded(model, training.recipe, sharding)
@@ -242,13 +242,13 @@ def _sharded_beside(model: nn.Module, training: Training, updates: Updates) -> n
     """Returns a further model as one rank holds it: shared out where the trained one is."""
     sharding = training.sharding
     if sharding.strategy is Strategy.FSDP:
-        from memtrace.planning.sharded_updates import OffloadedUpdates, fully_sharded  # noqa: PLC0415 - as above
+        from memtrace.planning.sharding.updates import OffloadedUpdates, fully_sharded  # noqa: PLC0415 - as above
 
         model = fully_sharded(model, training.recipe, sharding, trained=False)
         if isinstance(updates, OffloadedUpdates):
             updates.offload(model)
     if sharding.strategy is Strategy.ZERO3:
-        from memtrace.planning.zero3_updates import Zero3Updates  # noqa: PLC0415
+        from memtrace.planning.sharding.zero3 import Zero3Updates  # noqa: PLC0415
 
         assert isinstance(updates, Zero3Updates)
         updates.shard_beside(model)
@@ -263,7 +263,7 @@ def _updates(model: nn.Module, training: Training, simulation: Simulation, stack
     if sharding.strategy is Strategy.FSDP and not sharding.offloads_weights:
         return Updates(trainable, make)
     if not sharding.is_zero:
-        from memtrace.planning.sharded_updates import (  # noqa: PLC0415 - torch.distributed takes a second
+        from memtrace.planning.sharding.updates import (  # noqa: PLC0415 - torch.distributed takes a second
             DdpUpdates,
             OffloadedUpdates,
         )
@@ -282,9 +282,9 @@ def _zero_updates(
     stack: ExitStack,
 ) -> Updates:
     sharding, make = training.sharding, training.make_optimizer
-    from memtrace.planning.zero3_modules import ZeroFunctions  # noqa: PLC0415
-    from memtrace.planning.zero3_updates import Zero3Updates  # noqa: PLC0415
-    from memtrace.planning.zero_updates import Zero0Updates, ZeroUpdates  # noqa: PLC0415
+    from memtrace.planning.sharding.zero import Zero0Updates, ZeroUpdates  # noqa: PLC0415
+    from memtrace.planning.sharding.zero3 import Zero3Updates  # noqa: PLC0415
+    from memtrace.planning.sharding.zero3_modules import ZeroFunctions  # noqa: PLC0415
 
     if sharding.strategy is Strategy.ZERO3:
         updates = Zero3Updates(model, make, sharding, training.target, simulation.on_host)

@@ -12,16 +12,16 @@ from memtrace.errors import PlanError
 from memtrace.planning.further import FurtherModel, check_further, further_setup, further_sharding
 from memtrace.planning.further_runs import loss_beside, make_further_inputs, makers, said_of
 from memtrace.planning.hardware import Device
-from memtrace.planning.models import BatchSettings, ModelSettings, build_model, make_batch
-from memtrace.planning.plan import Plan
+from memtrace.planning.optimizers.simulated import StepKernels, make_optimizer
 from memtrace.planning.recipe import DTYPE_BYTES, Recipe, under_deepspeed
-from memtrace.planning.sharding import Sharding
+from memtrace.planning.sharding.shares import Sharding
 from memtrace.planning.simulate import model_loss, plan_of, step_kernels, workspaces_of
 from memtrace.planning.simulated_run import SimulatedRun, Training, run_two_steps
-from memtrace.planning.torch_optimizers import StepKernels, make_optimizer
-from memtrace.sources.kernels import FLASH, Target
-from memtrace.sources.operator_results import OperatorResults
-from memtrace.units import GB
+from memtrace.record.plan import Plan
+from memtrace.record.units import GB
+from memtrace.simulation.kernels import FLASH, Target
+from memtrace.simulation.models.builds import BatchSettings, ModelSettings, build_model, make_batch
+from memtrace.simulation.operator_results import OperatorResults
 
 MATTERS = 0.01
 """Share of the peak from which on the form of the loop is worth a sentence."""
@@ -35,7 +35,7 @@ class SimulationRequest:
     """What a simulated plan is made from; `dataclasses.replace` makes the next one."""
 
     configuration: Any
-    """An object of transformers: see `memtrace.planning.configurations`."""
+    """An object of transformers: see `memtrace.simulation.models.configurations`."""
     recipe: Recipe
     optimizer: str = "adamw"
     model: ModelSettings = field(default_factory=ModelSettings)

@@ -9,20 +9,20 @@ import torch
 from torch import nn
 
 from memtrace.attribution.engines.engine import Engine
-from memtrace.attribution.further import FurtherModels
 from memtrace.attribution.inputs import claim_batch, main_input
 from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.models.further import FurtherModels
 from memtrace.attribution.scan import Scan
+from memtrace.attribution.step_in_progress import StepInFlight
 from memtrace.attribution.timeline import StepMarks, Timeline
-from memtrace.breakdown import BatchShape
+from memtrace.attribution.window import TraceWindow
 from memtrace.guard import Guard
 from memtrace.planning.by_module import ModuleSpans
-from memtrace.planning.updates import Updates
+from memtrace.planning.optimizers.updates import Updates
+from memtrace.record.breakdown import BatchShape
+from memtrace.simulation.mode import Simulation
+from memtrace.simulation.tensor import DEVICE
 from memtrace.sources.hooks import HookSet
-from memtrace.sources.simulated_tensor import DEVICE
-from memtrace.sources.simulation import Simulation
-from memtrace.steps import StepInFlight
-from memtrace.tracing import TraceWindow
 
 
 class StepRecorder:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from memtrace.categories import Category
-from memtrace.risk_reading import GrowthForecast, LargestBatch, PeakForecast, RiskReading, ShapeSource
-from memtrace.units import format_bytes
+from memtrace.record.categories import Category
+from memtrace.record.risk_reading import GrowthForecast, LargestBatch, PeakForecast, RiskReading, ShapeSource
+from memtrace.record.units import format_bytes
 
 _REMEDIES = {
     Category.ACTIVATIONS: "use gradient checkpointing, a smaller micro batch with more accumulation, or a shorter "

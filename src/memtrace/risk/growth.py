@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
-from memtrace.categories import Category
+from memtrace.record.categories import Category
 
 WINDOW = 64
 """Steps with known persistent memory that are looked at. Slower growth is left to the alert rules, which see hours."""

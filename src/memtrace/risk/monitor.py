@@ -6,11 +6,11 @@ from collections import deque
 from collections.abc import Mapping
 from math import erfc, sqrt
 
-from memtrace.breakdown import Breakdown, StepRecord
-from memtrace.categories import Category, Moment
+from memtrace.record.breakdown import Breakdown, StepRecord
+from memtrace.record.categories import Category, Moment
+from memtrace.record.risk_reading import GrowthForecast, LargestBatch, PeakForecast, RiskReading, ShapeSource
 from memtrace.risk.growth import Growth, GrowthTrend, Level
 from memtrace.risk.peak import BASE, PeakModel
-from memtrace.risk_reading import GrowthForecast, LargestBatch, PeakForecast, RiskReading, ShapeSource
 
 WARN_AT = 0.5
 """`oom_risk_ratio` from which a run is more likely than not to run out of memory."""

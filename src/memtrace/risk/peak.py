@@ -7,10 +7,10 @@ The second part has a floor that small batches do not get below: the temporaries
 
 from __future__ import annotations
 
-from memtrace.breakdown import BatchShape, Breakdown
-from memtrace.categories import PERSISTENT, Category, Phase
+from memtrace.record.breakdown import BatchShape, Breakdown
+from memtrace.record.categories import PERSISTENT, Category, Phase
+from memtrace.record.risk_reading import LargestBatch, PeakForecast
 from memtrace.risk.shapes import ShapePoint, estimate
-from memtrace.risk_reading import LargestBatch, PeakForecast
 
 MAX_POINTS = 96
 """Shapes that are kept; the smallest ones go first, because they say least about the largest."""

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable
 
-from memtrace.breakdown import AllocatorReading
+from memtrace.record.breakdown import AllocatorReading
 from memtrace.sources import recording_torch_private, torch_private
 from memtrace.sources.events import Events, Window
 

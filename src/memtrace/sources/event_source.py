@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import torch
 
-from memtrace.breakdown import AllocatorReading
+from memtrace.record.breakdown import AllocatorReading
 from memtrace.sources import torch_private
 from memtrace.sources.cpu import CpuEvents
-from memtrace.sources.cuda import CudaEvents
+from memtrace.sources.cuda.source import CudaEvents
 from memtrace.sources.events import EventSource, Window
 
 logger = logging.getLogger("memtrace")

@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol, Self, overload
 
 import torch
 
-from memtrace.breakdown import AllocatorReading
-from memtrace.categories import Category
+from memtrace.record.breakdown import AllocatorReading
+from memtrace.record.categories import Category
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

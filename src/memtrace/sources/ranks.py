@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from memtrace.guard import ask
-from memtrace.process import Process
-from memtrace.snapshot import RunIdentity
+from memtrace.record.process import Process
+from memtrace.record.snapshot import RunIdentity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

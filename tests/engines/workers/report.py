@@ -15,7 +15,7 @@ from all_threads import AllThreadsEvents
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from memtrace.breakdown import StepRecord
+from memtrace.record.breakdown import StepRecord
 
 MICRO_BATCHES = 2
 

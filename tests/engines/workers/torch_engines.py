@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memtrace.attribution.engines import find_engines
 from memtrace.config import TracerConfig
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 let_fsdp_train()
 

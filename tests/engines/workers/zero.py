@@ -16,7 +16,7 @@ from model import batch, build_lora, build_model
 from report import MICRO_BATCHES, checksum, peak_without_memtrace, record_to_json, write_report
 
 from memtrace.config import TracerConfig
-from memtrace.tracer import Tracer
+from memtrace.tracing.tracer import Tracer
 
 BUCKET_ELEMENTS = 20_000
 STEPS = 3

@@ -1,4 +1,9 @@
-"""Training engines: where those that shard, flatten or bucket keep their bytes. One file and one row each."""
+"""Training engines: where those that shard, flatten or bucket keep their bytes. One file and one row each.
+
+In come a model and its optimizers as the user handed them over. Out go claims on the ledger. Must not import an
+engine's library: one that is not loaded trains nothing. A new engine is a file with a subclass of `Engine` and a
+`find`, and its row in `ENGINES`.
+"""
 
 from __future__ import annotations
 

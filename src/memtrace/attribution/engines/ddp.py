@@ -16,8 +16,8 @@ from torch import nn
 
 from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.hidden import HiddenBuffers
-from memtrace.categories import Category
-from memtrace.limitations import unread_engine
+from memtrace.record.categories import Category
+from memtrace.record.limitations import unread_engine
 from memtrace.sources import engines_torch_private
 from memtrace.sources.events import Tag, dtype_name
 

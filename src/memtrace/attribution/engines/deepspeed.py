@@ -16,9 +16,9 @@ from torch import nn
 
 from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.model import Role
+from memtrace.attribution.models.contents import Role
 from memtrace.attribution.optimizers import wrapping_chain
-from memtrace.categories import Category
+from memtrace.record.categories import Category
 
 _HELD: tuple[tuple[str, Role], ...] = (
     ("bit16_groups_flat", Role(Category.WEIGHTS, "trainable")),  # ZeRO 1 and 2

@@ -9,8 +9,8 @@ from torch import nn
 
 from memtrace.attribution.hidden import HiddenBuffers
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.model import Role
-from memtrace.limitations import Limitation
+from memtrace.attribution.models.contents import Role
+from memtrace.record.limitations import Limitation
 
 
 class Engine:

@@ -16,9 +16,9 @@ from torch import nn
 
 from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.model import Role
-from memtrace.categories import Category
-from memtrace.limitations import unread_engine
+from memtrace.attribution.models.contents import Role
+from memtrace.record.categories import Category
+from memtrace.record.limitations import unread_engine
 from memtrace.sources import engines_torch_private
 from memtrace.sources.engines_torch_private import FlatParameter
 

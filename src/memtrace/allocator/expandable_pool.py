@@ -1,0 +1,138 @@
+"""A pool of the caching allocator with one segment that grows by pages: `expandable_segments:True`."""
+
+from __future__ import annotations
+
+from memtrace.allocator.blocks import MIN_BLOCK, Block, FreeBlocks
+
+_ADDRESS_SPACE = 2**46
+"""More than any device has: how far a segment can grow."""
+
+
+class ExpandablePool:
+    """A segment of address space, of which pages are mapped to memory when they are needed.
+
+    Args:
+        page: bytes by which it grows, 2 MiB in the small pool and 20 MiB in the large one.
+        first_address: where the segment begins, a multiple of the page.
+    """
+
+    def __init__(self, page: int, first_address: int) -> None:
+        self.reserved_bytes = 0
+        self._page = page
+        self._free = FreeBlocks()
+        self._holes: dict[int, Block] = {}
+        """Address space without memory, by address: the end of the segment, and what was given back before it."""
+        self._add_hole(Block(first_address, _ADDRESS_SPACE, mapped=False))
+
+    def allocate(self, size: int) -> Block:
+        """Best fit, the block that can grow last; else new pages at the lowest address with room."""
+        block = self._best_fit(size) or self._grow(size)
+        self._free.remove(block)
+        if block.size - size >= MIN_BLOCK:
+            self._free.add(block.split(size))
+        block.free = False
+        return block
+
+    def release(self, block: Block) -> None:
+        """Merges the block with free neighbours that have memory behind them."""
+        block.free = True
+        self._add_free(block)
+
+    def empty(self) -> None:
+        """Gives back the pages that lie whole in free blocks (unmap_block)."""
+        for block in self._free.all():
+            begin = -(-block.address // self._page) * self._page
+            end = (block.address + block.size) // self._page * self._page
+            if begin < end:
+                self._free.remove(block)
+                self._unmap(block, begin, end)
+
+    def _best_fit(self, size: int) -> Block | None:
+        """Returns the smallest free block that is large enough (get_free_block).
+
+        A block before a hole counts as large as it can grow to, so that any other that fits comes first.
+        """
+        best = None
+        for block in self._free.at_least(size):
+            if best is not None and _room(block) >= _room(best):
+                break
+            best = block
+        return best
+
+    def _grow(self, size: int) -> Block:
+        """Returns a free block of at least `size` bytes, made by mapping pages (try_allocate_expandable_block)."""
+        block = self._lowest_room(size)
+        if not block.mapped:
+            block = self._map(block, min(block.size, size))
+        while block.size < size:
+            hole = block.after
+            assert hole is not None and not hole.mapped
+            block = self._map(hole, min(hole.size, size - block.size))
+        return block
+
+    def _lowest_room(self, size: int) -> Block:
+        """Returns where the lowest run of free blocks and holes begins that has room (find_expandable_block)."""
+        for address in sorted(self._holes):
+            hole = self._holes[address]
+            begin = hole.before if hole.before is not None and hole.before.free else hole
+            if _run(begin, size) >= size:
+                return begin
+        raise AssertionError("the address space of a segment is used up")
+
+    def _map(self, hole: Block, size: int) -> Block:
+        """Puts whole pages behind the beginning of a hole; returns the free block that they are now part of."""
+        del self._holes[hole.address]
+        size = -(-size // self._page) * self._page
+        rest = hole.split(size) if size < hole.size else None
+        hole.mapped = True
+        if rest is not None:
+            self._add_hole(rest)
+        self.reserved_bytes += size
+        return self._add_free(hole)
+
+    def _unmap(self, block: Block, begin: int, end: int) -> None:
+        """Makes a hole of the pages from `begin` to `end` of a block that is in no list."""
+        if begin > block.address:
+            head, block = block, block.split(begin - block.address)
+            self._free.add(head)
+        if end < block.address + block.size:
+            self._free.add(block.split(end - block.address))
+        self.reserved_bytes -= block.size
+        block.mapped = False
+        self._add_hole(block)
+
+    def _add_free(self, block: Block) -> Block:
+        """Adds a free block together with its free neighbours; returns what they make up."""
+        if block.after is not None and block.after.free and block.after.mapped:
+            self._free.remove(block.after)
+            block.absorb_next()
+        if block.before is not None and block.before.free and block.before.mapped:
+            block = block.before
+            self._free.remove(block)
+            block.absorb_next()
+        self._free.add(block)
+        return block
+
+    def _add_hole(self, block: Block) -> None:
+        """Adds a hole together with the holes beside it."""
+        if block.after is not None and not block.after.mapped:
+            del self._holes[block.after.address]
+            block.absorb_next()
+        if block.before is not None and not block.before.mapped:
+            block = block.before
+            block.absorb_next()
+        self._holes[block.address] = block
+
+
+def _room(block: Block) -> int:
+    """Returns the size that a free block can have without a move: its own, and that of a hole after it."""
+    return block.size + (block.after.size if block.after is not None and not block.after.mapped else 0)
+
+
+def _run(block: Block | None, enough: int) -> int:
+    """Returns the bytes of neighbouring blocks that are not in use, from this one on; stops when it is enough."""
+    total = 0
+    while block is not None and block.free and total < enough:
+        total += block.size
+        block = block.after
+    return total

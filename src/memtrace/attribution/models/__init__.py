@@ -1,0 +1,5 @@
+"""What models hold: weights, buffers, quantised forms, parts on the host, and further models beside the trained one.
+
+In comes a module. Out go its tensors with their role. Must not know events. A new quantisation goes into `quantised`,
+another place where models hide into `further`.
+"""

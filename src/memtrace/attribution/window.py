@@ -1,0 +1,307 @@
+"""One window of events with everything that tags blocks while it is open."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from memtrace.attribution.activations import ActivationTags
+from memtrace.attribution.engines import Engine
+from memtrace.attribution.hidden import known_hidden, tag_hidden, tag_workspaces
+from memtrace.attribution.inputs import batch_tensors
+from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.leftovers import Leftovers
+from memtrace.attribution.scan import Scan
+from memtrace.attribution.step_in_progress import StepInFlight
+from memtrace.attribution.timeline import Timeline, replay
+from memtrace.guard import Guard
+from memtrace.record.categories import Category
+from memtrace.sources.events import EventSource, TagEvent
+from memtrace.sources.hooks import HookSet
+from memtrace.sources.saved_tensors import SavedTensorHooks, SavedTensors, saved_tensors
+from memtrace.sources.torch_private import after_backward, backward_is_running, saved_tensor_hooks_allowed
+
+MAX_NOTES = 400_000
+"""Tags and deaths that are noted in one window at most; each takes about 100 B."""
+
+_FORBIDS_HOOKS = "support saved tensor hooks"
+"""Part of the message of `torch.func.grad` and its kind."""
+
+
+class TraceWindow:
+    """Opens a source, tags what autograd saves and accumulates, and replays the window when it is closed.
+
+    A source that is open already when memtrace is attached (a window from birth, begun before the model was built)
+    stays open until the first step that is to be traced ends: nothing was there before it, so that a block that
+    nobody claims cannot hide.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        scan: Scan,
+        source: EventSource,
+        ledger: Ledger,
+        guard: Guard,
+        current_step: Callable[[], StepInFlight | None],
+        trace_activations: bool = True,
+    ) -> None:
+        self._model, self._scan = model, scan
+        self._source, self._ledger, self._guard = source, ledger, guard
+        self._current_step = current_step
+        self._trace_activations = trace_activations
+        self.leftovers = Leftovers(ledger.device, ledger.coordinates)
+        """What traced steps have left behind."""
+        self._hooks = HookSet()
+        self._leftover = HookSet()
+        """A hook that takes off what a window abandoned inside a backward pass had to leave."""
+        self._base: Sequence[TagEvent] = ()
+        self._tags: ActivationTags | None = None
+        self._saved = self._listener()
+        self._forward_passes = 0
+        self._transformed = False
+        """Whether the model was called where hooks are forbidden: `torch.func` is used, and may be by a loss too."""
+        self._awaits_end = False
+        """Whether torch will tell of the end of the backward pass at work."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether blocks are being tagged."""
+        return self._tags is not None
+
+    @property
+    def saved(self) -> Sequence[TagEvent]:
+        """The tensors saved for backward since the window began; their storages may be gone. Empty without a window."""
+        return () if self._tags is None else self._tags.notes
+
+    def adopt(self) -> bool:
+        """Goes on with a source that was opened before memtrace was attached; returns whether there is one."""
+        if not self._source.is_open:
+            return False
+        self._ledger.begin_journal()
+        self._scan.claim_persistent(self._ledger, anew=False)
+        self._install()
+        return True
+
+    def open(self, expected_allocations: int | None = None) -> bool:
+        """Looks at all persistent storages anew and begins a window; False where the source cannot record now.
+
+        Args:
+            expected_allocations: see `EventSource.open`.
+        """
+        self._let_go()
+        expected = () if expected_allocations is None else (expected_allocations,)
+        if not self._source.open(*expected):
+            return False
+        self._ledger.clear(keep=Category.INPUTS)
+        self._scan.claim_persistent(self._ledger)
+        self._ledger.begin_journal()
+        self._base = [*self._ledger.live(), *known_hidden(self._scan.hidden())]
+        self._install()
+        return True
+
+    def forward_begins(self) -> None:
+        """Puts the saved-tensor hooks on for a forward pass; without a window, takes off what a backward pass left."""
+        self._saved.listening, self._awaits_end = True, False
+        self._transformed = self._transformed or not saved_tensor_hooks_allowed()
+        if not self.is_open:
+            self._let_go()
+        elif self._trace_activations:
+            self._saved.push()
+
+    def outgrown(self, forward_passes: int) -> bool:
+        """Notes a forward pass, and returns whether the open window has more than one step may have.
+
+        Args:
+            forward_passes: how many of the model one step may have, those without gradients included.
+        """
+        self._forward_passes += 1
+        return self._forward_passes > forward_passes or len(self.saved) + self._ledger.journal_length > MAX_NOTES
+
+    def explain(self, error: BaseException) -> None:
+        """Tells what to do in a note on an exception of `torch.func` that the saved-tensor hooks are the reason of.
+
+        Nothing tells before that a model will use `torch.func`. From then on the hooks stay off.
+        """
+        ours = isinstance(self._saved, SavedTensorHooks) and self._saved.is_on
+        if ours and isinstance(error, RuntimeError) and _FORBIDS_HOOKS in str(error):
+            self._trace_activations = False
+            self._saved.pop()
+            error.add_note("memtrace: its hooks on saved tensors are the reason; set trace_activations=False")
+
+    def forward_ends(self, output: object) -> None:
+        """Takes off what hears of saved tensors where the user's own hooks lie below; else a loss may still follow.
+
+        Also where `torch.func` is used, which raises beside hooks: what such a loss saves is known by its life.
+        """
+        if self.is_open:
+            self._saved.forward_ended(batch_tensors(output))
+            self.leftovers.note(batch_tensors(output))
+        if self._saved.covers_user_hooks or self._transformed:
+            self._saved.pop()
+
+    def leaves_thread(self) -> None:
+        """Takes it off at the end of a forward pass on any thread but the main one.
+
+        That thread may have been made for this forward pass alone, and nobody could take it off there later. What a
+        loss saves is then known by its life.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            self._saved.pop()
+
+    def backward_ends(self, inside: torch.optim.Optimizer | None = None) -> None:
+        """Claims the gradients before an optimizer uses them.
+
+        Also after a backward pass whose end was told: they may have been made anew since.
+
+        Args:
+            inside: the optimizer, where it steps inside the backward pass, which goes on: it is one of many.
+        """
+        self._saved.listening = True
+        if inside is not None and not self._scan.engines:
+            self._scan.claim_gradients_of(inside, self._ledger)
+        else:
+            self._saved.pop()
+            self._scan.claim_gradients(self._ledger)
+
+    def close(self) -> Timeline | None:
+        """Ends the window and replays it; None where the source lost events."""
+        assert self._tags is not None, "close() without open()"
+        self._scan.claim_persistent(self._ledger, anew=False)
+        notes = self._tags.notes
+        self._uninstall()
+        window = self._source.close()
+        journal = self._ledger.end_journal()
+        base, self._base = self._base, ()
+        if not window.complete:
+            return None
+        timeline = replay(window, base, [*notes, *journal])
+        for hidden in self._scan.hidden():
+            tag_hidden(timeline.lifetimes, hidden)
+        tag_workspaces(timeline.lifetimes, self._scan.workspace_sizes())
+        self._scan.recognise(timeline.lifetimes, self._ledger)
+        return timeline
+
+    def abandon(self) -> None:
+        """Takes everything off and forgets the window; safe at any time.
+
+        Inside a backward pass the recording and the saved-tensor hooks cannot come off: they do with the model's next
+        forward pass, or when this is called again.
+        """
+        self._uninstall()
+        self._ledger.end_journal()
+        self._base = ()
+        if backward_is_running() and (self._saved.is_on or self._source.is_open):
+            self._leftover.before_forward(self._model, lambda *_: self._let_go())
+        else:
+            self._let_go()
+
+    def _listener(self) -> SavedTensors:
+        """Returns what learns of saved tensors. Engines that shard weights put others in their place."""
+        wrap, self._replaces = self._guard.wrap, bool(self._scan.engines)
+        return saved_tensors(wrap(self._packed), wrap(self._unpacked), wrap(self._kept), replaces=self._replaces)
+
+    def release(self) -> None:
+        """Takes everything off for good; what autograd still holds of this window refers to nothing of it."""
+        self.abandon()
+        self._saved.forget()
+
+    def _install(self) -> None:
+        self._tags = ActivationTags(self._scan.held, self._ledger.device, self._ledger.coordinates)
+        self.leftovers.begin()
+        self._forward_passes = 0
+        if self._replaces != bool(self._scan.engines):
+            self._saved = self._listener()
+        # Most gradients are there when the backward pass has ended: torch calls a parameter's hooks in each step from
+        # then on, also when there are none any more.
+        passing = self._scan.passing_gradients() if self._trace_activations else self._scan.gradient_leaves()
+        first = not self._scan.engines  # an engine's hooks make of it what is there at the end of the backward pass
+        self._hooks.after_gradient(passing, self._guard.wrap(self._gradient), first=first)
+        for engine, module in self._scan.gathering():
+            gathered = partial(self._gathered, engine)
+            self._hooks.before_forward(module, self._guard.wrap(gathered), prepend=False)
+
+    def _uninstall(self) -> None:
+        self._tags = None
+        self._saved.pop()
+        self._hooks.close()
+
+    def _let_go(self) -> None:
+        """Takes off the saved-tensor hooks and ends the recording, where an abandoned window has left them."""
+        if backward_is_running():
+            return
+        self._leftover.close()
+        self._saved.pop()
+        self._source.abandon()
+
+    def _packed(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        step = self._current_step()
+        if self._tags is None or step is None:
+            return None
+        self._tags.pack(tensor)
+        step.packed()
+        stand_in = None
+        if self._scan.engines:
+            self._ledger.note(tensor)
+            self._scan.claim_passing(self._ledger)
+            stand_in = self._scan.saved_as(tensor)
+        if self._source.interrupted():
+            self.abandon()
+        return stand_in
+
+    def _kept(self, kept: object) -> None:
+        """Tags what hooks of the user keep in place of a saved tensor, as far as it is on the device."""
+        if self._tags is not None:
+            for tensor in batch_tensors(kept):
+                self._tags.pack(tensor)
+
+    def _unpacked(self, tensor: torch.Tensor | None) -> bool:
+        """Notes that the backward pass is at work; returns whether that is all there is to know of it."""
+        step = self._current_step()
+        if self._tags is None or step is None:
+            return False
+        step.backward_runs()
+        if self._scan.engines and tensor is not None:
+            self._claim_role(tensor)
+            self._scan.claim_passing(self._ledger)
+            return False
+        self._awaits_end = self._awaits_end or after_backward(self._guard.wrap(self._backward_ended))
+        return self._awaits_end
+
+    def _gathered(self, engine: Engine, module: nn.Module, *args: object) -> None:
+        if self._tags is not None:
+            engine.claim_gathered(module, self._ledger)
+
+    def _claim_role(self, tensor: torch.Tensor) -> None:
+        """Claims what an engine has put together again for the backward pass."""
+        role = self._scan.role_of(tensor) if isinstance(tensor, nn.Parameter) else None
+        if role is None:
+            self._ledger.note(tensor)
+        else:
+            self._ledger.claim(tensor, role.category, role.component)
+
+    def _backward_ended(self) -> None:
+        """Claims what a backward pass has left, and hears the next one."""
+        self._saved.listening, self._awaits_end = True, False
+        step = self._current_step()
+        if self._tags is not None and step is not None:
+            self._scan.backward_ended(self._ledger)
+            step.backward_ends()
+
+    def _gradient(self, parameter: torch.Tensor) -> None:
+        step = self._current_step()
+        if self._tags is None or step is None:
+            return
+        if parameter.grad is not None:
+            self._ledger.claim(parameter.grad, Category.GRADIENTS)
+        if self._scan.engines:
+            self._claim_role(parameter)
+            self._scan.claim_passing(self._ledger)
+        step.gradients_accumulated()
+        if self._source.interrupted():
+            self.abandon()

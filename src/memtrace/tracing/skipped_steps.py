@@ -1,0 +1,337 @@
+"""Steps that are passed over: counted, and nothing else, where steps are so short that records would take too much."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from time import perf_counter_ns
+from typing import Any
+
+import torch
+from torch import nn
+
+from memtrace.attribution.inputs import shape_of, tokens_of
+from memtrace.attribution.scan import Scan
+from memtrace.attribution.step_in_progress import StepInFlight
+from memtrace.guard import Guard
+from memtrace.record.categories import Phase
+from memtrace.sources.torch_private import (
+    after_backward,
+    backward_is_running,
+    current_autograd_node,
+    frame_compiler,
+    leave_out_of_graphs,
+)
+from memtrace.tracing.cycle import Cycle
+from memtrace.tracing.dropped import DroppedGradients
+from memtrace.tracing.schedule import TraceSchedule
+
+Hook = Callable[..., None]
+
+ENDLESS = 512
+"""Forward passes of one step after which memtrace says that it does not end."""
+
+_TIMED_EVERY = 8
+"""Of so many steps that are passed over, one is timed and stands for all: two looks at the clock are among the dearest
+things that are done in one. Fewer than this at a time are not timed."""
+
+_CALLS = nn.modules.module.__file__
+"""Where torch calls a module, and its hooks also when it has raised."""
+
+
+class PassedSteps:
+    """The steps until the next record.
+
+    A step that is passed over reads no counter and makes no record. What a report of a failure says of the step is
+    noted all the same.
+
+    These are the hooks that run most often of all, in steps of less than a millisecond. Calls are what takes time
+    there, with caches that the training has filled: so each hook is one function, which sets plain attributes and calls
+    nothing in Python. All else is done by what it goes on to, under the guard.
+
+    Args:
+        scan: knows whether there is one optimizer or more.
+        cycle: knows when a step is over.
+        guard: knows what memtrace has taken so far, apart from these hooks.
+        explicit: whether the loop tells where steps begin and end.
+        main_input_name: of the argument that gives a batch its shape; None where the model does not say.
+    """
+
+    def __init__(self, scan: Scan, cycle: Cycle, guard: Guard, *, explicit: bool, main_input_name: str | None) -> None:
+        self._scan, self._cycle, self._guard = scan, cycle, guard
+        self.dropped = DroppedGradients(scan)
+        """Knows whether the loop has dropped what a step was for."""
+        self._explicit, self._main_input_name = explicit, main_input_name or ""
+        self.left = 0
+        """How many steps are still to be passed over, the one at work included."""
+        self.done = 0
+        """How many steps have been passed over."""
+        self.number: int | None = None
+        """Number of the step that is being passed over; None between steps."""
+        self.passes = 0
+        """Forward passes of the step that is being passed over."""
+        self._looked_at = ENDLESS
+        """How many of them there may be until somebody looks whether the step is endless."""
+        self.seconds = 0.0
+        """What memtrace took for the steps that were passed over last."""
+        self._alone = False
+        """Whether a step is over as soon as any optimizer has stepped."""
+        self._inside = False
+        """Whether an optimizer has stepped inside the backward pass at work."""
+        self._over = False
+        """Whether that backward pass has ended: it is the end of the step, unless the loop steps an optimizer too."""
+        self._updated = False
+        """Whether such a backward pass of the step at work has ended."""
+        self._unheard = False
+        """Whether the step at work has begun without a forward pass of the model."""
+        self._spent_ns = 0
+        self._planned_ns = 0
+        self._next = 1
+        self._largest_tokens = 0
+        self._phase = Phase.OUTSIDE
+        self._shape: tuple[int, ...] | None = None
+        self._dtype: torch.dtype | None = None
+
+    @property
+    def spent_ns(self) -> int:
+        """What memtrace has taken so far, with its share in steps that were passed over; nanoseconds."""
+        return self._guard.spent_ns + self._spent_ns
+
+    def before_forward(self, otherwise: Hook) -> Hook:
+        """Returns the hook before each forward pass of the model.
+
+        It notes the forward passes of steps that are passed over, as far as it can tell at a glance that the batch is
+        not larger than any with a record, and goes on to `otherwise` with all others.
+        """
+
+        named, explicit = self._main_input_name, self._explicit
+        outside, forward, dropped = Phase.OUTSIDE, Phase.FORWARD, self.dropped
+        records_gradients, timed_every = torch.is_grad_enabled, _TIMED_EVERY
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if self.left and not self._over and frame_compiler() is None and (self.number is not None or not explicit):
+                begin_ns = 0 if self.left % timed_every else perf_counter_ns()
+                batch = kwargs.get(named) if kwargs else None
+                if batch is None and args:
+                    batch = args[0]
+                if (
+                    type(batch) is torch.Tensor
+                    and self.passes < self._looked_at
+                    and not (self.passes and dropped.are_dropped)
+                    and records_gradients()
+                    and (self._phase is outside or current_autograd_node() is None)
+                ):
+                    try:
+                        shape = batch.shape
+                    except RuntimeError:  # a nested tensor has none
+                        shape = None
+                    as_before = shape is not None and shape == self._shape
+                    if as_before or (shape is not None and batch.numel() <= self._largest_tokens):
+                        if not as_before:
+                            self._shape, self._dtype = shape, batch.dtype
+                        self._phase, self._inside = forward, False
+                        self.number = self.number or self._next
+                        self.passes += 1
+                        if begin_ns:
+                            self._spent_ns += (perf_counter_ns() - begin_ns) * timed_every
+                        return
+            otherwise(module, args, kwargs)
+
+        leave_out_of_graphs(hook)
+        return hook
+
+    def after_forward(self, otherwise: Hook) -> Hook:
+        """Returns the hook after each forward pass; `otherwise` gets module, output and what was raised.
+
+        A model may return None, and within the handling of some other exception: its own is the one that torch has
+        caught where it calls modules.
+        """
+
+        forward, backward = Phase.FORWARD, Phase.BACKWARD
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            if self.left and output is not None:
+                if self._phase is forward:  # else it was not one of the step, but an evaluation
+                    self._phase = backward
+                return
+            error = sys.exception() if output is None else None
+            caught = None if error is None or error.__traceback__ is None else error.__traceback__.tb_frame.f_code
+            otherwise(module, output, error if caught is not None and caught.co_filename == _CALLS else None)
+
+        leave_out_of_graphs(hook)
+        return hook
+
+    def before_optimizer(self, otherwise: Hook) -> Hook:
+        """Returns the hook before each step of an optimizer."""
+
+        explicit, stepping, dropped = self._explicit, Phase.OPTIMIZER, self.dropped
+
+        def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if self.left and not self._over:
+                self._phase, dropped.has_come = stepping, False
+                if self.number is None and not explicit:
+                    self.number, self._unheard = self._next, True
+            else:
+                otherwise(optimizer, args, kwargs)
+
+        return hook
+
+    def after_optimizer(self, otherwise: Hook) -> Hook:
+        """Returns the hook after each step of an optimizer.
+
+        It ends a step that is passed over, but for the last one: unless the loop tells where steps end, or more than
+        this optimizer has to step. One whose own `step` calls that of its base class may be told of twice. Of those
+        that step inside a backward pass, where each parameter may have one, the first is all there is to know.
+        """
+        outside, backward, dropped = Phase.OUTSIDE, Phase.BACKWARD, self.dropped
+
+        def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if self._alone and self.left > 1 and self.number is not None and not dropped.in_a_row:
+                self.left -= 1
+                self.done += 1
+                self._next += 1
+                self.number = None
+                self.passes = 0
+                self._phase = outside
+            elif self._inside and self.left and current_autograd_node() is not None:
+                self._phase = backward
+            else:
+                otherwise(optimizer, args, kwargs)
+
+        return hook
+
+    def plan(self, schedule: TraceSchedule, *, following: int) -> None:
+        """Passes over as many steps from now on as the schedule says, unless one has a larger batch than any record.
+
+        Args:
+            schedule: when there are records.
+            following: number of the next step, where the loop does not tell it.
+        """
+        self.left, self._next = schedule.steps_to_pass(), following
+        self._largest_tokens = schedule.largest_tokens
+        self._alone = not self._explicit and self._scan.ends_with_any
+        self._planned_ns, self.seconds = self.spent_ns, 0.0
+
+    def hasten(self) -> None:
+        """Passes over no step after the one at work."""
+        if self.number is None:
+            self.stop()
+        else:
+            self.left = 1
+
+    def stop(self) -> int | None:
+        """Passes over no more, also not what is left of the step at work; returns its number."""
+        if self._over:
+            self.step_ends()
+        number = self.number
+        if self.left:
+            self.left = 0
+            self._finish()
+        return number
+
+    def begins(self, number: int | None) -> None:
+        """Notes that the loop begins a step, with its own number if it has one."""
+        self.number = number or self._next
+
+    def takes(self, batch: torch.Tensor | None) -> bool:
+        """Notes a forward pass of a step that is passed over.
+
+        Returns:
+            False where none is: there are no such steps now, or its batch is larger than any with a record.
+        """
+        if self._over or (self.passes and self.dropped.are_dropped and self.dropped.end_step()):
+            self.step_ends()
+        if not self.left:
+            return False
+        shape, dtype = None, None
+        if batch is not None:
+            shape, dtype = shape_of(batch), batch.dtype
+            if tokens_of(shape, dtype) > self._largest_tokens:
+                return False
+        self.number = self.number or self._next
+        if self.passes >= self._looked_at:
+            self._looked_at += ENDLESS
+        self.passes += 1
+        self._shape, self._dtype, self._phase, self._inside = shape, dtype, Phase.FORWARD, False
+        return True
+
+    def optimizer_begins(self) -> bool:
+        """Notes that an optimizer begins its step; returns whether that is in a step that is passed over."""
+        if self._over and self._unheard and backward_is_running():
+            self.step_ends()
+        self._over = False  # a second loss of the same step, or an optimizer that the loop steps
+        if self.left:
+            self._phase, self._unheard = Phase.OPTIMIZER, self._unheard or self.number is None
+            self.number = self.number or self._next
+        return bool(self.left)
+
+    def optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
+        """Notes that an optimizer has stepped, which may end a step that is passed over; nothing where none is."""
+        self._phase = Phase.OUTSIDE
+        if not self._explicit and self.number is not None:
+            over = self._cycle.stepped(optimizer)
+            self.dropped.stepped()
+            if self.updated():
+                return
+            self._over = self._updated
+            if over:
+                self.step_ends()
+
+    def updated(self) -> bool:
+        """Notes that something was updated; returns whether the end of a backward pass will be the end of the step."""
+        if self.number is not None and not self._inside:
+            self._inside = after_backward(self._guard.wrap(self._backward_ended))
+        return self._inside
+
+    def _backward_ended(self) -> None:
+        self._updated = self._over = self._inside
+        self._inside, self._phase = False, Phase.OUTSIDE
+
+    def step_ends(self) -> None:
+        """Counts a step."""
+        self.left -= 1
+        self.done += 1
+        self._next += 1
+        self._cycle.ends()
+        self._forget()
+        if not self.left:
+            self._finish()
+
+    def in_flight(self) -> StepInFlight | None:
+        """Returns what is known of the step that is being passed over; None between steps."""
+        if self.number is None:
+            return None
+        step = StepInFlight(number=self.number, read=lambda: None)
+        step.resumes(self._phase, self._shape, self._dtype)
+        return step
+
+    def _forget(self) -> None:
+        self.number = None
+        self._inside = self._over = self._updated = self._unheard = False
+        self.passes, self._looked_at = 0, ENDLESS
+
+    def _finish(self) -> None:
+        self._forget()
+        self._phase = Phase.OUTSIDE
+        self.seconds = (self.spent_ns - self._planned_ns) / 1e9
+
+
+class CurrentStep:
+    """The step at work: one that is followed, or one that is being skipped.
+
+    Args:
+        passed: knows of the latter.
+    """
+
+    def __init__(self, passed: PassedSteps) -> None:
+        self.passed = passed
+        self.step: StepInFlight | None = None
+        """The step that is followed; None between steps, and in those that are skipped."""
+
+    def with_marks(self) -> StepInFlight | None:
+        """Returns the step that is followed."""
+        return self.step
+
+    def any(self) -> StepInFlight | None:
+        """Returns the step at work, with as much as is known of it."""
+        return self.step or self.passed.in_flight()

@@ -1,0 +1,52 @@
+"""A step that is not traced says what the ledger knows, and agrees with a traced one where it says anything."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from memtrace.config import TracerConfig
+from memtrace.record.categories import Category, Moment
+from memtrace.tracing.tracer import Tracer
+
+
+def run_with_masters(*, zero_grad: bool) -> Tracer:
+    """Four steps of a bfloat16 model with float32 master copies; the second one is traced."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).bfloat16()
+    masters = [parameter.detach().float().requires_grad_() for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(masters)
+    with Tracer(model, optimizer, TracerConfig(strict=True, trace_every=0)) as tracer:
+        for _ in range(4):
+            model(torch.randn(4, 8, dtype=torch.bfloat16)).square().mean().backward()
+            for master, parameter in zip(masters, model.parameters(), strict=True):
+                master.grad = parameter.grad.float()
+            optimizer.step()
+            with torch.no_grad():
+                for master, parameter in zip(masters, model.parameters(), strict=True):
+                    parameter.copy_(master)
+            if zero_grad:
+                optimizer.zero_grad()
+                model.zero_grad()
+    return tracer
+
+
+def test_counted_step_end_agrees_with_the_traced_one() -> None:
+    """Weights, masters, both kinds of gradients and the optimizer's state are the same, to the byte."""
+    tracer = run_with_masters(zero_grad=True)
+    counted, traced = tracer.history[-1], tracer.history[1]
+    assert (counted.traced, traced.traced) == (False, True)
+    for category in (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE):
+        left, right = counted.moments[Moment.STEP_END], traced.moments[Moment.STEP_END]
+        assert left[category] == right[category] > 0, category
+    assert counted.moments[Moment.STEP_END][Category.GRADIENTS] == sum(3 * 2 * n for n in (8 * 16, 16, 16 * 4, 4))
+
+
+def test_counted_step_does_not_claim_what_it_did_not_see() -> None:
+    """On a CPU there is no counter: nothing follows the batch, no allocated total, and the breakdown says estimated."""
+    counted = run_with_masters(zero_grad=False).history[-1]
+    step_end = counted.moments[Moment.STEP_END]
+    assert step_end.estimated
+    assert step_end.allocated_bytes is None
+    assert step_end[Category.ACTIVATIONS] == step_end[Category.TEMPORARIES] == step_end[Category.UNATTRIBUTED] == 0
+    assert counted.device_memory.process_bytes > 0
