@@ -12,8 +12,13 @@ from versions import page
 from versions.names import NAMES, has
 from versions.rows import ROWS
 
-SOURCES = Path(__file__).parent.parent / "src" / "memtrace" / "sources"
-HOMES = ("torch_private.py", "recording_torch_private.py", "engines_torch_private.py", "torch_fake.py")
+PACKAGE = Path(__file__).parent.parent / "src" / "memtrace"
+HOMES = (
+    "sources/torch_private.py",
+    "sources/recording_torch_private.py",
+    "sources/engines_torch_private.py",
+    "simulation/torch_fake.py",
+)
 ROOMS = {"_C", "_autograd", "_dynamo", "_functorch", "_ops", "_profiler"}
 """Modules of torch: what is asked of them has a name of its own."""
 PREFIXES = {"_saved_"}
@@ -34,7 +39,7 @@ def last(spelling: str) -> str:
 
 def test_every_private_name_in_the_code_is_in_the_list() -> None:
     """And the list has none that the code does not use."""
-    used = set().union(*(private_names(SOURCES / home) for home in HOMES)) - ROOMS - PREFIXES
+    used = set().union(*(private_names(PACKAGE / home) for home in HOMES)) - ROOMS - PREFIXES
     listed = {last(spelling) for name in NAMES for spelling in name.spellings}
     assert used - listed == set()
     assert {one for one in listed if one.startswith("_")} - used == set()

@@ -100,8 +100,8 @@ def glance() -> Panels:
         ),
         number(
             "Time until a leak fills the memory",
-            "Only where what outlives steps grows steadily.",
-            (f"min({of(metrics.TIME_TO_LIMIT)})", "time left"),
+            "Only where persistent memory grows steadily.",
+            (f"min({of(metrics.TIME_TO_LIMIT)})", "time to out-of-memory"),
             unit="s",
             levels=[(None, ALARM), (3600, WATCH), (86400, NEUTRAL)],
             none="no leak",
@@ -173,7 +173,7 @@ def peak() -> Panels:
 
 
 def forecast() -> Panels:
-    """Returns the row of what is foreseen: the largest batch, and growth."""
+    """Returns the row of what is forecast: the largest batch, and growth."""
     expected, band = selected(metrics.PREDICTED_PEAK), selected(metrics.PREDICTED_PEAK_BAND)
     return [
         board.Row("What is to come"),

@@ -71,7 +71,7 @@ class TracerConfig:
 
     port: int | None = _setting("port", DEFAULT_PORT)
     """Port of the Prometheus endpoint on the first local rank; each further local rank takes the next one, and a
-    port in use is passed over for the next free one. 0 takes any free port. None opens no port."""
+    port in use is skipped for the next free one. 0 takes any free port. None opens no port."""
     address: str = _setting("address", "127.0.0.1")
     """Address that the endpoint listens on. Only this machine can reach the default."""
     tls_cert_file: str | os.PathLike[str] | None = _setting("tls_cert_file", None)

@@ -172,12 +172,12 @@ def test_resumed_run_goes_on_counting(tmp_path) -> None:
 
 def test_fault_inside_memtrace_never_reaches_training(tmp_path, monkeypatch, caplog) -> None:
     """One fault costs one log entry and memtrace itself; the run ends as without it."""
-    from memtrace.attribution.step_in_progress import StepInFlight
+    from memtrace.attribution.step_in_progress import StepInProgress
 
     def broken(self, batch):
         raise ZeroDivisionError("broken on purpose")
 
-    monkeypatch.setattr(StepInFlight, "forward_begins", broken)
+    monkeypatch.setattr(StepInProgress, "forward_begins", broken)
     bare = make_trainer(tmp_path)
     bare.train()
     callback = MemTraceCallback(port=None)

@@ -124,7 +124,7 @@ def test_crash_of_the_script_is_reported_before_the_traceback(tmp_path: Path) ->
 
 
 def test_second_training_after_a_run_that_ended_well_reports_nothing(tmp_path: Path) -> None:
-    """A new on_train_begin without a step in flight is an ordinary second run."""
+    """A new on_train_begin without a step in progress is an ordinary second run."""
     callback = MemTraceCallback(**QUIET)
     for _ in range(2):
         make_trainer(tmp_path, callback, max_steps=2, auto_find_batch_size=True, model=make_model()).train()

@@ -1,4 +1,4 @@
-"""What the callback foresees in a real Trainer."""
+"""What the callback forecasts in a real Trainer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONGEST = 96
 
 
 def train(directory: Path, **settings: Any) -> RiskReading:
-    """Trains on texts of which the longest comes last, stops before it, and returns what was foreseen."""
+    """Trains on texts of which the longest comes last, stops before it, and returns what was forecast."""
     tokens = [[7] * length for length in (*LENGTHS, LONGEST)]
     table = datasets.Dataset.from_dict({"input_ids": tokens, "labels": tokens})
     config = LlamaConfig(

@@ -8,7 +8,7 @@ from torch import nn
 
 from memtrace.attribution.activations import ActivationTags
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.step_in_progress import StepInFlight
+from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.record.categories import Category
 from memtrace.sources.events import Coordinates
 
@@ -41,7 +41,7 @@ def test_activations_are_noted_in_the_given_coordinates(counted: Coordinates) ->
 
 def test_a_step_is_marked_on_the_given_clock(counted: Coordinates) -> None:
     """A step begins, runs forward and ends at readings of the clock that it was given."""
-    step = StepInFlight(number=1, read=lambda: None, now_ns=counted.now_ns)
+    step = StepInProgress(number=1, read=lambda: None, now_ns=counted.now_ns)
     step.forward_begins(None)
     step.forward_ends()
     marks = step.ends()

@@ -13,7 +13,7 @@ from memtrace.record.categories import Category
 
 
 def test_tensors_in_nested_arguments() -> None:
-    """In sequences and mappings, in order; what is no tensor is passed over."""
+    """In sequences and mappings, in order; what is no tensor is skipped."""
     a, b, c = torch.zeros(1), torch.zeros(2), torch.zeros(3)
     assert [t.numel() for t in batch_tensors(([a, "text"], {"x": (b, None), "y": {"z": c}}, 7))] == [1, 2, 3]
 

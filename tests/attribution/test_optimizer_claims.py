@@ -184,7 +184,7 @@ def floats(count: int) -> torch.Tensor:
     ],
 )
 def test_unknown_nested_state(state: Any, expected: dict[str, int]) -> None:
-    """Named by the path of names to it, whatever it is kept in; what is no tensor is passed over, and cycles end."""
+    """Named by the path of names to it, whatever it is kept in; what is no tensor is skipped, and cycles end."""
     found = claimed(*with_state(state))
     assert found == {f"optimizer_state/{path}/float32": size for path, size in expected.items()}
 

@@ -61,7 +61,7 @@ def test_page_opens_without_an_error_or_a_request(tmp_path: Path) -> None:
     assert wrong == []
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
     assert headings[0] == "What to do first"
-    assert {"What the peak is made of", "Forecast", "Peak against tokens", "What outlives steps"} <= set(headings)
+    assert {"What the peak is made of", "Forecast", "Peak against tokens", "Persistent memory"} <= set(headings)
     assert {"Timeline of step 7", "Allocator", "Ranks", "oom-rank0-x"} <= set(headings)
 
 

@@ -177,7 +177,7 @@ PANELS: Mapping[str, Callable[[Life, float], Shown]] = {
     "Forecast for the largest batch": lambda life, at: {
         "forecast": max(life.each(lambda said: forecast(said).predicted_bytes / capacity(said), at))
     },
-    "Time until a leak fills the memory": lambda life, at: {"time left": min(life.each(time_to_limit, at))},
+    "Time until a leak fills the memory": lambda life, at: {"time to out-of-memory": min(life.each(time_to_limit, at))},
     "Ranks seen of expected": lambda life, at: {"seen": len(life.ranks(at)), "expected": life.run.ranks + 1},
     "Time since the last step": lambda life, at: {"since the last step": at - min(life.each(last_step, at))},
     "Steps an hour": lambda life, at: {"steps": STEPS_A_SCRAPE * int(life.run.run_id) * 3600 / INTERVAL},

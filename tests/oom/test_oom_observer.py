@@ -11,7 +11,7 @@ from greedy_training import GreedyModel
 
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
-from memtrace.attribution.step_in_progress import StepInFlight
+from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.attribution.window import TraceWindow
 from memtrace.guard import Guard
 from memtrace.oom import watch as watch_module
@@ -57,7 +57,7 @@ class Scene:
     def __init__(self) -> None:
         self.published: list[OomReport] = []
         self.now = 1000.0
-        self.step: StepInFlight | None = StepInFlight(number=7, read=lambda: None)
+        self.step: StepInProgress | None = StepInProgress(number=7, read=lambda: None)
         self.step.forward_begins(torch.zeros(8, 4))
         self.step.before_forward = AllocatorReading(
             allocated_bytes=0, reserved_bytes=0, requested_bytes=CASE.before_forward
@@ -97,7 +97,7 @@ class Scene:
         return [(report.step, report.request.pending) for report in self.published]
 
     def begin_step(self, number: int) -> None:
-        self.step = StepInFlight(number=number, read=lambda: None)
+        self.step = StepInProgress(number=number, read=lambda: None)
 
     def allocator_says(self, device: int = 0, segment: int = 2 * GIB, free: int = 100 * MIB) -> None:
         self.watch._allocator_says(device, segment, free)

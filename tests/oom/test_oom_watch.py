@@ -110,7 +110,7 @@ def test_step_that_is_passed_over_is_named_too(tmp_path: Path, place: str) -> No
 
 @pytest.mark.usefixtures("no_clock")
 def test_failures_of_steps_that_are_passed_over_are_told_apart(tmp_path: Path) -> None:
-    """The bound on reports is one for each step, not for all that are passed over."""
+    """The bound on reports is one for each step, not for all that are skipped."""
     training = Training()
     with MemoryTracer(training.model, training.optimizer, TracerConfig(**settings(tmp_path, **PASSED_OVER))) as tracer:
         for _ in range(5):
@@ -220,7 +220,7 @@ class Silent(torch.nn.Module):
 
 @pytest.mark.usefixtures("no_clock")
 def test_model_that_returns_none_has_not_failed(tmp_path: Path) -> None:
-    """Neither in recorded steps nor in those that are passed over, also while a failure of others is handled."""
+    """Neither in recorded steps nor in those that are skipped, also while a failure of others is handled."""
     model = Silent()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with MemoryTracer(model, optimizer, TracerConfig(**settings(tmp_path, **PASSED_OVER))) as tracer:

@@ -103,7 +103,7 @@ def test_a_driver_figure_that_is_no_number_is_left_out() -> None:
 
 
 def test_unknown_fields_are_ignored() -> None:
-    """Fields of a newer memtrace are passed over at every level."""
+    """Fields of a newer memtrace are skipped at every level."""
     found = document()
     for holder in holders(found):
         if isinstance(holder, dict) and holder is not found["moments"]:

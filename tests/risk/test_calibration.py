@@ -39,9 +39,9 @@ def readings_of(path: Path) -> Iterator[Reading]:
     happened = longest.moments[Moment.PEAK].total_bytes
     monitor = RiskMonitor(batch)
     for record in records[: records.index(longest)]:
-        foreseen = monitor.observe(record, headroom_bytes=None).peak
-        if foreseen is not None:
-            expected = NormalDist(foreseen.predicted_bytes, foreseen.band_bytes / STANDARD_DEVIATIONS)
+        forecast = monitor.observe(record, headroom_bytes=None).peak
+        if forecast is not None:
+            expected = NormalDist(forecast.predicted_bytes, forecast.band_bytes / STANDARD_DEVIATIONS)
             for share in CAPACITIES:
                 yield path.stem, 1 - expected.cdf(happened * share), share < 1
 

@@ -1,4 +1,4 @@
-"""The trend of what outlives steps."""
+"""The trend of persistent memory."""
 
 from collections.abc import Callable
 

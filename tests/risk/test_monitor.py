@@ -26,7 +26,7 @@ def follow(monitor: RiskMonitor, lengths: list[int], *, capacity: int | None = 1
 
 
 def test_risk_is_high_before_the_batch_that_does_not_fit() -> None:
-    """Steps of up to 40 positions foresee that 120 positions (1060 bytes) do not fit 1000."""
+    """Steps of up to 40 positions forecast that 120 positions (1060 bytes) do not fit 1000."""
     reading = follow(RiskMonitor(largest(240)), [10, 20, 30, 40, 15, 25, 35])
     assert reading.peak is not None
     assert reading.peak.predicted_bytes == 100 + 4 * 240
@@ -48,7 +48,7 @@ def test_risk_is_a_half_where_the_forecast_is_the_capacity() -> None:
 
 
 def test_longest_seen_stands_for_the_largest_batch() -> None:
-    """Where nobody says how large batches can be, the largest one so far is foreseen."""
+    """Where nobody says how large batches can be, the largest one so far is forecast."""
     reading = follow(RiskMonitor(), [10, 40, 20])
     assert reading.peak is not None
     assert reading.peak.batch == LargestBatch(tokens=80, positions=40, source=ShapeSource.LONGEST_SEEN)

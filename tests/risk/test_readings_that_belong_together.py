@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 RUN = json.loads((ROOT / "tests" / "fixtures" / "gpu" / "variable-lengths.json").read_text())
 LIMIT: int = RUN["limit_bytes"]
 FORECAST_FROM = 65
-"""The step from which on such a run, of which every eighth step is known, foresees 11.18 GB."""
+"""The step from which on such a run, of which every eighth step is known, forecasts 11.18 GB."""
 GB = 10**9
 
 

@@ -1,7 +1,7 @@
 """The forecast against what happened, on recorded fine-tunes of several families and recipes.
 
 `tests/fixtures/runs/record_runs.py` made the records. A run is replayed up to the step before its longest batch; what
-was then foreseen for a batch of that shape is compared with the peak that it had.
+was then forecast for a batch of that shape is compared with the peak that it had.
 """
 
 from dataclasses import dataclass
@@ -23,17 +23,17 @@ NAMES = [path.stem for path in RUNS]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    foreseen: PeakForecast
+    forecast: PeakForecast
     happened: int
 
     @property
     def error(self) -> float:
         """Of the forecast, as a share of what happened."""
-        return abs(self.foreseen.predicted_bytes - self.happened) / self.happened
+        return abs(self.forecast.predicted_bytes - self.happened) / self.happened
 
     @property
     def within_band(self) -> bool:
-        return abs(self.foreseen.predicted_bytes - self.happened) <= self.foreseen.band_bytes
+        return abs(self.forecast.predicted_bytes - self.happened) <= self.forecast.band_bytes
 
 
 def tokens_of(record: StepRecord) -> int:
@@ -48,14 +48,14 @@ def replay(path: Path, *, up_to: float = 1.0) -> Replay:
     assert longest.batch is not None
     batch = LargestBatch(tokens=tokens_of(longest), positions=positions_of(longest.batch), source=ShapeSource.DATASET)
     monitor = RiskMonitor(batch)
-    foreseen: PeakForecast | None = None
+    forecast: PeakForecast | None = None
     for record in records:
         if up_to == 1.0 and record is longest:
             break
         if tokens_of(record) <= up_to * batch.tokens:
-            foreseen = monitor.observe(record, headroom_bytes=None).peak
-    assert foreseen is not None
-    return Replay(foreseen=foreseen, happened=longest.moments[Moment.PEAK].total_bytes)
+            forecast = monitor.observe(record, headroom_bytes=None).peak
+    assert forecast is not None
+    return Replay(forecast=forecast, happened=longest.moments[Moment.PEAK].total_bytes)
 
 
 def test_there_are_runs_to_judge_by() -> None:

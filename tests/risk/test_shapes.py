@@ -23,9 +23,9 @@ def points(samples: int, positions: range, linear: float, quadratic: float, floo
 @example(linear=401923.5, target=70)  # rounded to whole bytes these points fit a curve better, by millionths of a byte
 def test_line_is_extrapolated(linear: float, target: int) -> None:
     """Bytes in proportion to tokens stay so, without a quadratic term, several times beyond what was seen."""
-    foreseen = estimate(points(2, range(20, 60, 3), linear, 0), 2 * target, target)
-    assert foreseen.nbytes == pytest.approx(linear * 2 * target, rel=1e-3)
-    assert not foreseen.quadratic
+    forecast = estimate(points(2, range(20, 60, 3), linear, 0), 2 * target, target)
+    assert forecast.nbytes == pytest.approx(linear * 2 * target, rel=1e-3)
+    assert not forecast.quadratic
 
 
 @pytest.mark.parametrize("seed", [100, 202, 315, 722, 959])
@@ -38,16 +38,16 @@ def test_rounded_blocks_do_not_bend_the_line(seed: int) -> None:
         nbytes = sum(math.ceil(rate * 2 * length / 512) * 512 for rate in rates)
         return ShapePoint(tokens=2 * length, positions=length, nbytes=nbytes)
 
-    foreseen = estimate([point(length) for length in chance.sample(range(20, 200), 16)], 1000, 500)
-    assert not foreseen.quadratic
-    assert foreseen.nbytes == pytest.approx(point(500).nbytes, rel=1e-3)
+    forecast = estimate([point(length) for length in chance.sample(range(20, 200), 16)], 1000, 500)
+    assert not forecast.quadratic
+    assert forecast.nbytes == pytest.approx(point(500).nbytes, rel=1e-3)
 
 
 def test_stored_attention_scores_are_found() -> None:
     """Bytes with the square of the length are extrapolated with the square of the length."""
-    foreseen = estimate(points(2, range(20, 60, 3), 1000, 50), 400, 200)
-    assert foreseen.quadratic
-    assert foreseen.nbytes == pytest.approx(1000 * 400 + 50 * 400 * 200, rel=1e-3)
+    forecast = estimate(points(2, range(20, 60, 3), 1000, 50), 400, 200)
+    assert forecast.quadratic
+    assert forecast.nbytes == pytest.approx(1000 * 400 + 50 * 400 * 200, rel=1e-3)
 
 
 def test_quadratic_term_follows_the_length_and_not_the_tokens() -> None:
@@ -58,29 +58,29 @@ def test_quadratic_term_follows_the_length_and_not_the_tokens() -> None:
 
 def test_floor_of_small_batches_does_not_bend_the_line() -> None:
     """Peaks that lie elsewhere in the step for small batches are left out of the line for large ones."""
-    foreseen = estimate(points(2, range(10, 60, 2), 1000, 0, floor=45_000), 400, 200)
-    assert foreseen.nbytes == pytest.approx(400_000, rel=0.02)
+    forecast = estimate(points(2, range(10, 60, 2), 1000, 0, floor=45_000), 400, 200)
+    assert forecast.nbytes == pytest.approx(400_000, rel=0.02)
 
 
 def test_one_size_is_extrapolated_in_proportion_with_a_wide_band() -> None:
     """With nothing but one shape to go by, the bytes grow with the tokens and the band says how little is known."""
-    foreseen = estimate([ShapePoint(tokens=100, positions=50, nbytes=1000)], 200, 100)
-    assert foreseen.nbytes == 2000
-    assert foreseen.band == pytest.approx(300)
+    forecast = estimate([ShapePoint(tokens=100, positions=50, nbytes=1000)], 200, 100)
+    assert forecast.nbytes == 2000
+    assert forecast.band == pytest.approx(300)
 
 
 def test_what_was_seen_needs_no_band() -> None:
     """At the one shape that was seen, with one and the same peak, nothing is extrapolated."""
-    foreseen = estimate([ShapePoint(tokens=100, positions=50, nbytes=1000)], 100, 50)
-    assert (foreseen.nbytes, foreseen.band) == (1000, 0)
+    forecast = estimate([ShapePoint(tokens=100, positions=50, nbytes=1000)], 100, 50)
+    assert (forecast.nbytes, forecast.band) == (1000, 0)
 
 
 def test_band_of_a_far_target_admits_a_curve() -> None:
     """Few points of nearly one size that could be a line or a curve: the band reaches from one to the other."""
     seen = points(2, range(40, 46), 1000, 5)
     truth = 1000 * 800 + 5 * 800 * 400
-    foreseen = estimate(seen, 800, 400)
-    assert abs(foreseen.nbytes - truth) <= foreseen.band
+    forecast = estimate(seen, 800, 400)
+    assert abs(forecast.nbytes - truth) <= forecast.band
 
 
 def test_peaks_that_fall_with_size_make_no_line() -> None:

@@ -79,7 +79,7 @@ class TestCgroups:
         assert list(cgroup_rooms("0::/mine\n", tmp_path)) == [Room(600, None)]
 
     def test_text_that_is_no_membership(self, tmp_path: Path) -> None:
-        """Lines of another form are passed over."""
+        """Lines of another form are skipped."""
         assert list(cgroup_rooms("\nnonsense\n1:2\n", tmp_path)) == []
 
 

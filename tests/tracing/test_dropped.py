@@ -114,7 +114,7 @@ def test_a_skipped_update_ends_the_step(
     assert all(map(torch.equal, *weights))
     totals, history = watched.snapshot().totals, watched.history
     assert totals.steps == MANY
-    assert (totals.passed_steps > 0) == (settings == "skipped")
+    assert (totals.skipped_steps > 0) == (settings == "skipped")
     assert {record.batch and record.batch.tokens for record in history} == {micro_batches * ROWS * WIDTH}
     assert_law_1(history)
     for record in history:

@@ -251,7 +251,7 @@ def recorded(
         traced = schedule.wants(step, has_state=True, tokens=100)
         passed = passing * (step - numbers[-1] - 1) if numbers else 0.0
         ended = record(step, traced=traced, now=step * seconds, seconds=seconds, cost=cost + passed)
-        schedule.ended(ended, passed_seconds=passed)
+        schedule.ended(ended, skipped_seconds=passed)
         numbers.append(step)
         left = schedule.steps_to_pass()
     return numbers
@@ -286,7 +286,7 @@ def test_there_is_a_record_every_second_and_for_every_due_trace() -> None:
 
 
 def test_the_largest_batch_with_a_record_is_told() -> None:
-    """A larger one is not passed over."""
+    """A larger one is not skipped."""
     schedule = budgeted()
     schedule.ended(record(1, traced=False, tokens=100))
     schedule.ended(record(2, traced=False, tokens=50))

@@ -181,20 +181,20 @@ class Towers(nn.Module):
 SETTINGS = {
     "traced": TracerConfig(**QUIET, trace_every=1),
     "counted": TracerConfig(**QUIET, trace_every=0),
-    "passed over": TracerConfig(**QUIET, overhead_budget=0, max_trace_interval=10),
+    "skipped": TracerConfig(**QUIET, overhead_budget=0, max_trace_interval=10),
 }
 
 
 MANY = 48
-"""Steps, of which those from the 33rd on are passed over where that is allowed."""
+"""Steps, of which those from the 33rd on are skipped where that is allowed."""
 
 
 def check(tracer: Tracer, settings: str) -> None:
-    """All steps are counted, and of those that are passed over some."""
+    """All steps are counted, and of those that are skipped some."""
     totals = tracer.snapshot().totals
     assert totals.steps == MANY
-    assert (totals.passed_steps > 0) == (settings == "passed over")
-    assert len(tracer.history) == MANY - totals.passed_steps
+    assert (totals.skipped_steps > 0) == (settings == "skipped")
+    assert len(tracer.history) == MANY - totals.skipped_steps
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -85,7 +85,7 @@ class Ledger:
 
     @property
     def device(self) -> torch.device:
-        """The device whose storages are kept; others are passed over."""
+        """The device whose storages are kept; others are skipped."""
         return self._device
 
     @property

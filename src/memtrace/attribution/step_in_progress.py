@@ -1,4 +1,4 @@
-"""The step in flight: what happened so far, until it is frozen into a StepRecord."""
+"""The step in progress: what happened so far, until it is frozen into a StepRecord."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_READS = 4096
 
 
 @dataclass(slots=True, kw_only=True)
-class StepInFlight:
+class StepInProgress:
     """Marks and readings of one step. Times are nanoseconds of the clock of the events, `now_ns`.
 
     The forward pass ends when the last tensor is saved for it: a loss outside the model belongs to it. The backward

@@ -16,7 +16,7 @@ from memtrace.attribution.inputs import batch_tensors
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.leftovers import Leftovers
 from memtrace.attribution.scan import Scan
-from memtrace.attribution.step_in_progress import StepInFlight
+from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.attribution.timeline import Timeline, replay
 from memtrace.guard import Guard
 from memtrace.record.categories import Category
@@ -48,7 +48,7 @@ class TraceWindow:
         source: EventSource,
         ledger: Ledger,
         guard: Guard,
-        current_step: Callable[[], StepInFlight | None],
+        current_step: Callable[[], StepInProgress | None],
         trace_activations: bool = True,
     ) -> None:
         self._model, self._scan = model, scan

@@ -143,7 +143,7 @@ def holding_rows(holdings: Sequence[Holding]) -> Iterator[tuple[str, str, str, s
 
 
 def remedy_rows(found: list[Remedy]) -> Iterator[tuple[str, str, str, str]]:
-    """Yields name, saving, what is left at the peak and the verdict of each remedy."""
+    """Yields name, saving, the peak that remains and the verdict of each remedy."""
     for remedy in found:
         fit = remedy.plan.fit
         verdict = "" if fit is None else _VERDICTS[fit.verdict]

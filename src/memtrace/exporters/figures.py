@@ -49,7 +49,7 @@ def figures(run: RunHistory) -> Iterator[tuple[str, str, go.Figure]]:
         )
         yield "Forecast", _whose_forecast(peaks[-1]), _forecast(peaks, axis)
     if any(step.record.batch is not None for step in peaks):
-        yield "Peak against tokens", "Each point is a step; the cross is what is foreseen.", _tokens(peaks, axis)
+        yield "Peak against tokens", "Each point is a step; the cross is what is forecast.", _tokens(peaks, axis)
     if rank.timeline is not None:
         yield (
             f"Timeline of step {rank.timeline.step}",
@@ -64,7 +64,7 @@ def figures(run: RunHistory) -> Iterator[tuple[str, str, go.Figure]]:
         )
     if sum(Moment.STEP_END in step.record.moments for step in rank.steps) > 1:
         yield (
-            "What outlives steps",
+            "Persistent memory",
             f"Rank {rank.rank} at the end of each step. A steady rise is a leak.",
             _composition(rank.steps, Moment.STEP_END, axis, capacity=False),
         )
@@ -127,11 +127,11 @@ def _line(
 
 
 def _forecast(steps: Sequence[Observed], axis: Axis) -> go.Figure:
-    foreseen = [(step.record.step, step.risk.peak) for step in steps if step.risk.peak is not None]
-    numbers = [number for number, _ in foreseen]
+    forecast = [(step.record.step, step.risk.peak) for step in steps if step.risk.peak is not None]
+    numbers = [number for number, _ in forecast]
     style = {"color": FORECAST_COLOUR}
-    upper = [axis(peak.predicted_bytes + peak.band_bytes) for _, peak in foreseen]
-    lower = [axis(peak.predicted_bytes - peak.band_bytes) for _, peak in foreseen]
+    upper = [axis(peak.predicted_bytes + peak.band_bytes) for _, peak in forecast]
+    lower = [axis(peak.predicted_bytes - peak.band_bytes) for _, peak in forecast]
     traces = [
         go.Scatter(
             x=[step.record.step for step in steps],
@@ -152,8 +152,8 @@ def _forecast(steps: Sequence[Observed], axis: Axis) -> go.Figure:
         ),
         go.Scatter(
             x=numbers,
-            y=[axis(peak.predicted_bytes) for _, peak in foreseen],
-            name="foreseen",
+            y=[axis(peak.predicted_bytes) for _, peak in forecast],
+            name="forecast",
             mode="lines",
             line=style,
         ),
@@ -165,12 +165,12 @@ def _forecast(steps: Sequence[Observed], axis: Axis) -> go.Figure:
 def _whose_forecast(step: Observed) -> str:
     peak = step.risk.peak
     if peak is None:
-        return "No batch is known that a peak could be foreseen for."
+        return "No batch is known that a peak could be forecast for."
     if peak.batch.source is ShapeSource.LONGEST_SEEN:
         return (
-            "The largest batch seen so far, as its peak was foreseen after each step. --max-tokens looks further ahead."
+            "The largest batch seen so far, as its peak was forecast after each step. --max-tokens looks further ahead."
         )
-    return f"A micro batch of {peak.batch.tokens} tokens, as its peak was foreseen after each step."
+    return f"A micro batch of {peak.batch.tokens} tokens, as its peak was forecast after each step."
 
 
 def _timeline(curve: StepCurve) -> go.Figure:
@@ -234,7 +234,7 @@ def _tokens(steps: Sequence[Observed], axis: Axis) -> go.Figure:
                 x=[peak.batch.tokens],
                 y=[axis(peak.predicted_bytes)],
                 error_y={"type": "constant", "value": axis(peak.band_bytes)},
-                name="foreseen",
+                name="forecast",
                 mode="markers",
                 marker={"color": FORECAST_COLOUR, "size": 12, "symbol": "x"},
             )

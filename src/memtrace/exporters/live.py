@@ -91,7 +91,7 @@ def _headline(scrape: Scrape) -> Iterator[str]:
 
 
 def _verdict(scrape: Scrape) -> Text:
-    """Returns one line: how the run has ended, or whether memtrace is at work and what it foresees."""
+    """Returns one line: how the run has ended, or whether memtrace is at work and what it forecasts."""
     state = scrape.label(metrics.RUN_STATE, "state")
     if state in set(RunState) - {RunState.RUNNING}:
         return Text(f"the run has {RunState(state).words}; figures are as of its end", "yellow")

@@ -1,4 +1,4 @@
-"""What a report shows of a run: its ranks, each with its steps and what was foreseen after them."""
+"""What a report shows of a run: its ranks, each with its steps and what was forecast after them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_STEPS = 2000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """One step with what was foreseen after it."""
+    """One step with what was forecast after it."""
 
     record: StepRecord
     risk: RiskReading
@@ -84,7 +84,7 @@ def observe(
     limit_bytes: int | None = None,
     max_tokens: int | None = None,
 ) -> RankHistory | None:
-    """Returns the history of one rank, foreseen again step by step; None where it has no step.
+    """Returns the history of one rank, forecast again step by step; None where it has no step.
 
     Args:
         records: all steps of the rank, in order. The forecast learns from every one; `MAX_STEPS` at most are kept.

@@ -121,8 +121,8 @@ class StepLog:
 def read_step_log(path: str | os.PathLike[str]) -> Iterator[StepRecord]:
     """Yields the records of a step log in the order of writing, those of its older part first.
 
-    The end of a file that is being written, or whose writer was killed, may be a part of a line: it is passed over. A
-    part of a line further up is passed over too, with one warning for the file.
+    The end of a file that is being written, or whose writer was killed, may be a part of a line: it is skipped. A
+    part of a line further up is skipped too, with one warning for the file.
 
     Raises:
         LogFormatError: no such file can be read, a line has not the form of a step record, or no line has.

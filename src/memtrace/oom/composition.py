@@ -30,7 +30,7 @@ class Holding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFacts:
-    """What is known of the step in flight, to tell its blocks from those that nobody claims."""
+    """What is known of the step in progress, to tell its blocks from those that nobody claims."""
 
     phase: Phase
     requested_before_forward: int | None = None
@@ -59,7 +59,7 @@ def from_blocks(
         known: tags of live storages, and of tensors saved for backward; the latter count only where the block still
             has their size, since the tensor may be gone and its address in use again.
         hidden: sizes of buffers that an engine shows nobody: an untagged block of that size is one of them.
-        step: what is known of the step in flight.
+        step: what is known of the step in progress.
         workspaces: sizes of the blocks that cuBLAS may hold: at most one untagged block of each.
 
     Returns:
@@ -93,7 +93,7 @@ def from_timeline(timeline: Timeline, begin_ns: int, phase: Phase) -> list[Holdi
 
     Args:
         timeline: the replayed window.
-        begin_ns: when the step in flight began.
+        begin_ns: when the step in progress began.
         phase: where it was at the end of the window: what lives then and is saved for nothing belongs to that phase.
     """
     first = timeline.position(begin_ns)

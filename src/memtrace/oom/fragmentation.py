@@ -14,7 +14,7 @@ def parse_fragmentation(segments: object, device_index: int) -> Fragmentation:
 
     Args:
         segments: what `torch.cuda.memory_snapshot()` returns. Fields come and go between versions of torch: what has
-            not the expected form is passed over.
+            not the expected form is skipped.
         device_index: the device; a segment that does not name one counts.
     """
     free: list[int] = []

@@ -14,7 +14,7 @@ from torch import nn
 
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
-from memtrace.attribution.step_in_progress import StepInFlight
+from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.attribution.window import TraceWindow
 from memtrace.guard import Guard
 from memtrace.oom.advice import ModelFacts
@@ -72,7 +72,7 @@ class OomWatch:
         ledger: Ledger,
         window: TraceWindow,
         guard: Guard,
-        current_step: Callable[[], StepInFlight | None],
+        current_step: Callable[[], StepInProgress | None],
         snapshot: Callable[[], Snapshot],
         publish: Publish,
         clock: Callable[[], float] = time.monotonic,
@@ -119,7 +119,7 @@ class OomWatch:
         error.add_note(self._note)
 
     def restarted(self) -> None:
-        """Reports the step in flight, which was given up for lack of memory, unless that failure is known."""
+        """Reports the step in progress, which was given up for lack of memory, unless that failure is known."""
         step, notice = self._current_step(), self._taken_notice()
         if step is None or self._failed_step == step.number:
             return
@@ -143,7 +143,7 @@ class OomWatch:
             self._publish(report)
         self._notice = _Notice(step=_number(step), request=request, report=report)
 
-    def _failed(self, witness: Witness, step: StepInFlight | None) -> FailedRequest:
+    def _failed(self, witness: Witness, step: StepInProgress | None) -> FailedRequest:
         """Returns what is known of a failed allocation at once: who tells of it, and where the training is."""
         evaluation = step is None and not self._model.training
         return FailedRequest(witness=witness, phase=_phase(step), evaluation=evaluation)
@@ -152,12 +152,12 @@ class OomWatch:
         self._guard.run(self.raised, error)
 
     def _taken_notice(self) -> _Notice | None:
-        """Forgets what the allocator told last, and returns it where it was told in the step in flight."""
+        """Forgets what the allocator told last, and returns it where it was told in the step in progress."""
         notice, self._notice = self._notice, None
         return notice if notice is not None and notice.step == _number(self._current_step()) else None
 
     def _settle(
-        self, request: FailedRequest, step: StepInFlight | None, known: OomReport | None
+        self, request: FailedRequest, step: StepInProgress | None, known: OomReport | None
     ) -> tuple[OomReport, Path | None]:
         """Publishes the report of a failure that is one of the run: the known one, completed, or a new one."""
         self._failed_step, self._next_look = _number(step), -math.inf
@@ -167,7 +167,7 @@ class OomWatch:
             report = with_request(known, replace(request, witness=Witness.ALLOCATOR), self._facts())
         return report, self._publish(report)
 
-    def _look(self, request: FailedRequest, step: StepInFlight | None) -> OomReport:
+    def _look(self, request: FailedRequest, step: StepInProgress | None) -> OomReport:
         """Returns the report of what is live now."""
         reading = self._source.reading()
         names = module_names(self._model, self._scan.optimizers, self._ledger.device)
@@ -196,7 +196,7 @@ class OomWatch:
             )
         )
 
-    def _on_cuda(self, step: StepInFlight | None, listed: Sequence[Any]) -> tuple[list[Holding], bool, Fragmentation]:
+    def _on_cuda(self, step: StepInProgress | None, listed: Sequence[Any]) -> tuple[list[Holding], bool, Fragmentation]:
         index = self._ledger.device.index
         known = [*self._ledger.live(), *self._window.saved]
         before = None if step is None else step.before_forward
@@ -210,7 +210,7 @@ class OomWatch:
         holdings, estimated = from_blocks(blocks, known, hidden, facts, self._scan.workspace_sizes())
         return holdings, estimated, parse_fragmentation(listed, index)
 
-    def _on_cpu(self, step: StepInFlight | None) -> tuple[list[Holding], bool]:
+    def _on_cpu(self, step: StepInProgress | None) -> tuple[list[Holding], bool]:
         """Reads an open window, which ends it: the step that it was for has failed."""
         if step is not None and self._window.is_open:
             timeline = self._window.close()
@@ -236,11 +236,11 @@ def _checkpoints(model: nn.Module) -> bool:
     return False
 
 
-def _phase(step: StepInFlight | None) -> Phase:
+def _phase(step: StepInProgress | None) -> Phase:
     return Phase.OUTSIDE if step is None else step.phase
 
 
-def _number(step: StepInFlight | None) -> int | None:
+def _number(step: StepInProgress | None) -> int | None:
     return None if step is None else step.number
 
 

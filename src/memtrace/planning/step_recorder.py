@@ -13,7 +13,7 @@ from memtrace.attribution.inputs import claim_batch, main_input
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.attribution.scan import Scan
-from memtrace.attribution.step_in_progress import StepInFlight
+from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.attribution.timeline import StepMarks, Timeline
 from memtrace.attribution.window import TraceWindow
 from memtrace.guard import Guard
@@ -47,7 +47,7 @@ class StepRecorder:
         self.modules, self._by_module = ModuleSpans(simulation.events.coordinates.now_ns), by_module
         self._clock = simulation.events.coordinates.now_ns
         self._ledger = Ledger(DEVICE, simulation.events.coordinates)
-        self._step: StepInFlight | None = None
+        self._step: StepInProgress | None = None
         self._hooks = HookSet()
         engines = [updates] if isinstance(updates, Engine) else []
         self._scan = Scan(model, updates.optimizer, engines, further)
@@ -78,7 +78,7 @@ class StepRecorder:
         if not self.ready or not torch.is_grad_enabled():
             return
         if self._step is None:
-            self._step = StepInFlight(
+            self._step = StepInProgress(
                 number=2,
                 read=lambda: None,
                 now_ns=self._clock,

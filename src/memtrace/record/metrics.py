@@ -6,6 +6,7 @@ computes it. Where a value is not known, its series is absent; it is never 0, -1
 
 from __future__ import annotations
 
+from memtrace.record import glossary
 from memtrace.record.categories import Moment
 from memtrace.record.metric import Metric, MetricType, Unit
 
@@ -92,7 +93,7 @@ OVERHEAD = Metric(
     name="memtrace_overhead_ratio",
     type=MetricType.GAUGE,
     unit=Unit.RATIO,
-    help="Share of the wall time since memtrace was attached that it has cost, its own time and slower steps together.",
+    help=glossary.OVERHEAD.meaning,
     absent="before the first step has ended",
 )
 RETRIES = Metric(
@@ -146,7 +147,7 @@ STEP_PEAK = Metric(
     name="memtrace_step_peak_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
-    help="Most memory allocated at once within a step: the newest step whose peak is known or estimated.",
+    help=glossary.PEAK.meaning,
     absent="before the first traced step; on a GPU before the first step",
 )
 RUN_PEAK = Metric(
@@ -172,7 +173,7 @@ PREDICTED_PEAK = Metric(
     name="memtrace_predicted_peak_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
-    help="What the largest micro batch that the run can still meet is expected to take at its peak.",
+    help=glossary.FORECAST_PEAK.meaning,
     absent="before the first step with a known peak",
 )
 PREDICTED_PEAK_BAND = Metric(
@@ -192,14 +193,14 @@ CAPACITY = Metric(
     name="memtrace_capacity_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
-    help="What the tensors of the run may take in all: what they took at the end of the last step, plus the headroom.",
+    help=glossary.CAPACITY.meaning,
     absent="as memtrace_headroom_bytes",
 )
 OOM_RISK = Metric(
     name="memtrace_oom_risk_ratio",
     type=MetricType.GAUGE,
     unit=Unit.RATIO,
-    help="Probability, 0 to 1, that the largest micro batch to come, or a leak within the hour, exceeds the capacity.",
+    help=glossary.RISK.meaning,
     absent="where the capacity or the predicted peak is not known",
 )
 GROWTH = Metric(
@@ -207,14 +208,14 @@ GROWTH = Metric(
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
     labels=("category",),
-    help="How much what outlives steps grows with each of them, with the category that grows most.",
+    help=glossary.GROWTH.meaning,
     absent="where there is no steady growth",
 )
 TIME_TO_LIMIT = Metric(
     name="memtrace_time_to_limit_seconds",
     type=MetricType.GAUGE,
     unit=Unit.SECONDS,
-    help="Time until that growth has brought the predicted peak to the capacity, at the pace of the last steps.",
+    help=glossary.TIME_TO_OOM.meaning,
     absent="where there is no steady growth, or no known capacity",
 )
 PLAN = Metric(
@@ -229,7 +230,7 @@ ALLOCATED = Metric(
     name="memtrace_allocator_allocated_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
-    help="Blocks in use at the end of the last step, rounded as the allocator rounds them.",
+    help=glossary.ALLOCATED.meaning,
     absent=_NO_ALLOCATOR,
 )
 ALLOCATOR_PEAK = Metric(
@@ -243,28 +244,28 @@ RESERVED = Metric(
     name="memtrace_allocator_reserved_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
-    help="What the allocator held of the device at the end of the last step, in use or cached.",
+    help=glossary.RESERVED.meaning,
     absent=_NO_ALLOCATOR,
 )
 SLACK = Metric(
     name="memtrace_allocator_slack_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
-    help="Reserved minus allocated and private pools: what torch can use again without asking the device.",
+    help=glossary.SLACK.meaning,
     absent=_NO_ALLOCATOR,
 )
 PRIVATE_POOL = Metric(
     name="memtrace_allocator_private_pool_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
-    help="What private pools (CUDA graphs, MemPool) hold beyond the blocks in use in them: neither slack nor headroom.",
+    help=glossary.PRIVATE_POOL.meaning,
     absent="on a CPU, and where torch does not tell",
 )
 NON_TORCH = Metric(
     name="memtrace_non_torch_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
-    help="What this process holds on the device beyond what the allocator reserved: context, NCCL, libraries.",
+    help=glossary.NON_TORCH.meaning,
     absent="on a CPU, in most containers, and until a reading of the device belongs to one of the allocator's",
 )
 DEVICE_TOTAL = Metric(
@@ -306,17 +307,14 @@ DEVICE_LIMIT = Metric(
     name="memtrace_device_limit_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
-    help="What the run may use of the device: device_limit_bytes of its settings, else all that the device has.",
+    help=glossary.DEVICE_LIMIT.meaning,
     absent="where neither is known",
 )
 HEADROOM = Metric(
     name="memtrace_headroom_bytes",
     type=MetricType.GAUGE,
     unit=Unit.BYTES,
-    help=(
-        "What the run can still allocate: free memory of the device plus allocator slack, within "
-        "memtrace_device_limit_bytes and what set_per_process_memory_fraction allows; below 0 when the run is over one."
-    ),
+    help=glossary.HEADROOM.meaning,
     absent="where free memory is not known; on a GPU until a reading of the device belongs to one of the allocator's",
 )
 DEVICE_UTILIZATION = Metric(

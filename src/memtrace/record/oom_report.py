@@ -156,7 +156,7 @@ class OomReport:
     device: str
     unix_seconds: float
     step: int | None
-    """Number of the step in flight; None between steps."""
+    """Number of the step in progress; None between steps."""
     batch: BatchShape | None
     request: FailedRequest
     composition: Composition

@@ -1,4 +1,4 @@
-"""What is foreseen of a run's memory: plain data that the risk calculation makes and exporters show."""
+"""What is forecast of a run's memory: plain data that the risk calculation makes and exporters show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ShapeSource(StrEnum):
     DATASET = "dataset"
     """The lengths of the training data, as the adapter read them."""
     LONGEST_SEEN = "longest_seen"
-    """Nobody: the largest batch so far stands for it, and a larger one is not foreseen."""
+    """Nobody: the largest batch so far stands for it, and a larger one is not forecast."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

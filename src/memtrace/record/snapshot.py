@@ -57,8 +57,8 @@ class Totals:
     """Counters since the tracer was attached."""
 
     steps: int = 0
-    passed_steps: int = 0
-    """Those of `steps` that were passed over without a record."""
+    skipped_steps: int = 0
+    """Those of `steps` that were skipped without a record."""
     traced_steps: int = 0
     self_seconds: float = 0.0
     slowed_seconds: float = 0.0
@@ -69,9 +69,9 @@ class Totals:
     highest_peak_bytes: int | None = None
     """The highest peak of a step so far; None before one was known."""
 
-    def with_passed(self, passed_steps: int) -> Totals:
-        """Returns the counters when so many steps in all have been passed over."""
-        return replace(self, steps=self.steps + passed_steps - self.passed_steps, passed_steps=passed_steps)
+    def with_skipped(self, skipped_steps: int) -> Totals:
+        """Returns the counters when so many steps in all have been skipped."""
+        return replace(self, steps=self.steps + skipped_steps - self.skipped_steps, skipped_steps=skipped_steps)
 
     def after(self, record: StepRecord) -> Totals:
         """Returns the counters after one more step that has a record."""
@@ -81,7 +81,7 @@ class Totals:
         ]
         return Totals(
             steps=self.steps + 1,
-            passed_steps=self.passed_steps,
+            skipped_steps=self.skipped_steps,
             traced_steps=self.traced_steps + record.traced,
             self_seconds=self.self_seconds + record.self_seconds,
             slowed_seconds=self.slowed_seconds + record.slowed_seconds,
@@ -115,7 +115,7 @@ class Snapshot:
     limit_bytes: int | None = None
     """What the run may use of the device: `device_limit_bytes`, else the device's total."""
     risk: RiskReading | None = None
-    """What was foreseen after the latest step; None before the first one."""
+    """What was forecast after the latest step; None before the first one."""
     not_seen: tuple[Unseen, ...] = ()
     """What of the run memtrace cannot see."""
     plan: Mapping[Moment, Breakdown] = field(default_factory=dict)

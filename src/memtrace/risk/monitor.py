@@ -71,7 +71,7 @@ class RiskMonitor:
             self._trend.add(level)
         learned = self._learn(record, base)
         capacity = self._capacity(record, headroom_bytes)
-        peak = self._foresee(base, learned)
+        peak = self._forecast_peak(base, learned)
         growth = _until_limit(self._trend.growth(), capacity, base if peak is None else peak.predicted_bytes)
         return RiskReading(
             step=record.step,
@@ -156,10 +156,10 @@ class RiskMonitor:
         self._capacities.append(max(0, headroom_bytes + _held(end)))
         return max(self._capacities)
 
-    def _foresee(self, base: int, learned: bool) -> PeakForecast | None:
+    def _forecast_peak(self, base: int, learned: bool) -> PeakForecast | None:
         if self._forecast is None or learned or self._forecast[1] != base:
             batch = self._largest_batch()
-            forecast = None if batch is None else self._model.foresee(batch, base=base)
+            forecast = None if batch is None else self._model.forecast(batch, base=base)
             self._forecast = None if forecast is None else (forecast, base)
         return None if self._forecast is None else self._forecast[0]
 

@@ -32,7 +32,7 @@ def positions_of(batch: BatchShape) -> int:
 
 
 class PeakModel:
-    """Learns from the peaks of steps and foresees the peak of a batch. Holds at most `MAX_POINTS` shapes."""
+    """Learns from the peaks of steps and forecasts the peak of a batch. Holds at most `MAX_POINTS` shapes."""
 
     def __init__(self) -> None:
         self._points: dict[tuple[int, int], ShapePoint] = {}
@@ -65,7 +65,7 @@ class PeakModel:
         if len(self._points) > MAX_POINTS:
             del self._points[min(self._points)]
 
-    def foresee(self, batch: LargestBatch, *, base: int) -> PeakForecast | None:
+    def forecast(self, batch: LargestBatch, *, base: int) -> PeakForecast | None:
         """Returns the forecast for a batch on top of `base` bytes; None before the first step with a known peak.
 
         It is never below the peak of a smaller batch that was seen.
@@ -75,9 +75,9 @@ class PeakModel:
         nbytes, band, quadratic = float(self._floor or 0), 0.0, False
         if self._points:
             positions = batch.positions or self._likely_positions(batch.tokens)
-            foreseen = estimate(tuple(self._points.values()), batch.tokens, positions)
-            nbytes = max(nbytes, foreseen.nbytes, self._highest_within(batch.tokens, positions))
-            band, quadratic = foreseen.band, foreseen.quadratic
+            forecast = estimate(tuple(self._points.values()), batch.tokens, positions)
+            nbytes = max(nbytes, forecast.nbytes, self._highest_within(batch.tokens, positions))
+            band, quadratic = forecast.band, forecast.quadratic
         predicted = base + round(nbytes)
         return PeakForecast(
             predicted_bytes=predicted,

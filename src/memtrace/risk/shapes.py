@@ -2,7 +2,7 @@
 
 What a step allocates for its batch is the largest of several curves, because the peak of a short batch lies elsewhere
 in the step than that of a long one. So points count for more the larger their batch, a model may do without the
-smaller half of them, and the model is chosen that would have foreseen the largest batches from the others.
+smaller half of them, and the model is chosen that would have forecast the largest batches from the others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from statistics import median
 from memtrace.risk.regression import Fit, Row, fit
 
 HELD_OUT_SHARE = 0.3
-"""Share of the points, those with most tokens, that a model must foresee from the others."""
+"""Share of the points, those with most tokens, that a model must forecast from the others."""
 SIMPLER_UNLESS = 0.5
 """A less simple model is used where its worst error is below this share of the simpler one's."""
 ROUNDING_SHARE = 2e-4
@@ -102,7 +102,7 @@ def estimate(points: Sequence[ShapePoint], tokens: int, positions: int) -> Estim
     target = ShapePoint(tokens=tokens, positions=positions, nbytes=0)
     by_size = sorted(points, key=lambda point: (point.tokens, point.positions))
     models = [model for form in _FORMS if (model := form.fitted(by_size)) is not None]
-    judged = [(model, error) for model in models if (error := _foreseen_wrongly(by_size, model.form)) is not None]
+    judged = [(model, error) for model in models if (error := _forecast_wrongly(by_size, model.form)) is not None]
     if not judged:
         return _barely_known(models[0], by_size, target) if models else _proportional(by_size, target)
     chosen, worst = judged[0]
@@ -128,7 +128,7 @@ def _held_out(points: Sequence[ShapePoint]) -> int:
     return max(1, round(HELD_OUT_SHARE * len(points)))
 
 
-def _foreseen_wrongly(points: Sequence[ShapePoint], form: _Form) -> float | None:
+def _forecast_wrongly(points: Sequence[ShapePoint], form: _Form) -> float | None:
     """Returns the worst error on the largest points of a model made without them, as a share of what they took.
 
     None where too few points are left to make one.

@@ -34,8 +34,8 @@ class FailureRelay:
 
     The allocator's observer cannot be taken off again: it is attached once, with the first subscriber on a CUDA device,
     and does nothing while there is none. `sys.excepthook` and `sys.exit` are chained while there are subscribers: no
-    hook is told of a SystemExit, and nothing knows the exit code once the interpreter ends. A `raise SystemExit(1)` is
-    seen by neither. Subscribers are held weakly, must not raise, and are not told of anything in a forked child.
+    hook hears of a SystemExit, and nothing knows the exit code once the interpreter ends. A `raise SystemExit(1)` is
+    seen by neither. Subscribers are held weakly, must not raise, and hear of nothing in a forked child.
     """
 
     def __init__(self) -> None:
@@ -59,11 +59,11 @@ class FailureRelay:
         """Tells bound methods of failures from now on; returns what ends that.
 
         Args:
-            on_allocation_failure: is told of failed device allocations, where torch has an observer for them.
+            on_allocation_failure: is notified of failed device allocations, where torch has an observer for them.
                 None: nobody is.
-            on_crash: is told of an exception that ends the process.
+            on_crash: is notified of an exception that ends the process.
             cuda: whether the subscriber's device is a CUDA device, which must be initialised.
-            on_exit: is told of `sys.exit()` with an error on the main thread. None: nobody is.
+            on_exit: is notified of `sys.exit()` with an error on the main thread. None: nobody is.
         """
         if cuda and self._observing is None:
             self._observing = recording_torch_private.attach_oom_observer(self._allocation_failed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from memtrace.attribution.step_in_progress import StepInFlight
+from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.attribution.window import TraceWindow
 from memtrace.record.limitations import Unseen, endless_step, no_forward, traces_given_up
 from memtrace.tracing.publication import Publication
@@ -33,7 +33,7 @@ class StepBounds:
         self._without_forward = 0
         """Steps in a row in which no forward pass was heard."""
 
-    def look(self, step: StepInFlight | None, window: TraceWindow, *, skipped_passes: int) -> None:
+    def look(self, step: StepInProgress | None, window: TraceWindow, *, skipped_passes: int) -> None:
         """Looks before each forward pass how many the step has had.
 
         A window that has outgrown what one step may take ends, and its step goes on without. A step that has had more
@@ -53,7 +53,7 @@ class StepBounds:
             window.abandon()
             step.lost = True
 
-    def ended(self, step: StepInFlight, model: nn.Module) -> None:
+    def ended(self, step: StepInProgress, model: nn.Module) -> None:
         """Notes a finished step."""
         self._most = max(self._most, step.micro_batches)
         self._without_forward = 0 if step.micro_batches else self._without_forward + 1

@@ -22,7 +22,7 @@ Listener = Callable[[StepRecord], None]
 
 
 class Publication:
-    """The newest state of one tracer, and those who are told of it.
+    """The newest state of one tracer, and those who are notified of it.
 
     The snapshot is replaced as a whole, so that it can be read from any thread; everything else belongs to the
     training thread.
@@ -32,7 +32,7 @@ class Publication:
         history: how many records are kept.
         largest: the largest micro batch that the run can still meet; None where nobody knows.
         plan: the plan that the run was given, by moment.
-        passed: returns how many steps have been passed over without a record. They are added when somebody looks,
+        skipped: returns how many steps have been skipped without a record. They are added when somebody looks,
             which is not in every step.
     """
 
@@ -43,7 +43,7 @@ class Publication:
         history: int,
         largest: LargestBatch | None,
         plan: Mapping[Moment, Breakdown],
-        passed: Callable[[], int],
+        skipped: Callable[[], int],
     ) -> None:
         self._snapshot = Snapshot(identity=identity, up=False, plan=plan)
         self._history: deque[StepRecord] = deque(maxlen=history)
@@ -52,13 +52,17 @@ class Publication:
         self._warned = False
         self._said: set[Unseen] = set()
         """What the log has been told of things that are not seen."""
-        self._passed = passed
+        self._skipped = skipped
 
     @property
     def snapshot(self) -> Snapshot:
         """The state after the last step; its device reading is the one of that step."""
-        found, passed = self._snapshot, self._passed()
-        return found if passed == found.totals.passed_steps else replace(found, totals=found.totals.with_passed(passed))
+        found, skipped = self._snapshot, self._skipped()
+        return (
+            found
+            if skipped == found.totals.skipped_steps
+            else replace(found, totals=found.totals.with_skipped(skipped))
+        )
 
     @property
     def steps(self) -> int:
@@ -108,7 +112,7 @@ class Publication:
         self._risk.expect(batch)
 
     def publish(self, record: StepRecord) -> None:
-        """Takes in a finished step, foresees, warns once in the log of the run when the risk is high, and tells."""
+        """Takes in a finished step, forecasts, warns once in the log of the run when the risk is high, and tells."""
         self._history.append(record)
         self._snapshot = replace(
             self._snapshot,

@@ -23,7 +23,7 @@ _SEEN = 0.6
 takes to call a hook, and that training goes on with caches that memtrace has used."""
 _RECORDS_SHARE = 0.5
 """Share of it that is for counting, where it is not enough for a record of every step: for what the steps take that are
-passed over, and from the rest for records."""
+skipped, and from the rest for records."""
 _LONGEST_GAP_SECONDS = 1.0
 """Time without a record at most, as long as there are steps: a scrape sees nothing older."""
 _MOVED = 0.01
@@ -97,7 +97,7 @@ class TraceSchedule:
         self.largest_tokens = 0
         """Tokens of the largest micro batch of the recorded steps."""
         self._record_costs: deque[float] = deque(maxlen=_NEIGHBOURS)
-        self._pass_costs: deque[float] = deque(maxlen=_NEIGHBOURS)
+        self._skip_costs: deque[float] = deque(maxlen=_NEIGHBOURS)
         self._intervals: deque[float] = deque(maxlen=_NEIGHBOURS)
 
     @property
@@ -159,7 +159,7 @@ class TraceSchedule:
         longest = _LONGEST_GAP_SECONDS / max(interval, 1e-9)
         if not self.given_up and not self.untraceable:
             longest = min(longest, self._next_line() - self._previous_step)
-        earned = _RECORDS_SHARE * self._budget * interval - (median(self._pass_costs) if self._pass_costs else 0.0)
+        earned = _RECORDS_SHARE * self._budget * interval - (median(self._skip_costs) if self._skip_costs else 0.0)
         apart = longest if earned * longest < cost else cost / earned
         return max(0, ceil(apart) - 1)
 
@@ -171,19 +171,19 @@ class TraceSchedule:
         """
         return max(0.0, seconds - median(self._neighbours)) if self._neighbours else 0.0
 
-    def ended(self, record: StepRecord, passed_seconds: float = 0.0, *, lost: bool = False) -> None:
+    def ended(self, record: StepRecord, skipped_seconds: float = 0.0, *, lost: bool = False) -> None:
         """Notes a finished step, traced or not, with what it took.
 
         Args:
             record: the step. Its `self_seconds` are all that memtrace took since the record before.
-            passed_seconds: what of that the steps took that were skipped.
+            skipped_seconds: what of that the steps took that were skipped.
             lost: whether it was to be traced and its window told nothing.
         """
         seconds = record.step_seconds or 0.0
         began = record.unix_seconds - seconds if self._previous_end is None else self._previous_end
         self._previous_end = record.unix_seconds
         cost = record.self_seconds + record.slowed_seconds
-        self._note_pace(record, record.unix_seconds - began, passed_seconds)
+        self._note_pace(record, record.unix_seconds - began, skipped_seconds)
         self._credit_seconds += self._budget * max(0.0, record.unix_seconds - began)
         if record.traced:
             self._last, self._tried, self._on_demand, self._changed = record, record.step, False, False
@@ -195,7 +195,7 @@ class TraceSchedule:
             self.lost(record.step, cost)
         else:
             self._neighbours.append(seconds)
-            self._record_costs.append(max(0.0, record.self_seconds - passed_seconds))
+            self._record_costs.append(max(0.0, record.self_seconds - skipped_seconds))
             self._changed = self._changed or (self._last is not None and picture_changed(record, self._last))
             self._credit_seconds -= cost
 
@@ -250,7 +250,7 @@ class TraceSchedule:
         grid = min(self._grid() or longest, longest)
         return (self._previous_step // grid + 1) * grid
 
-    def _note_pace(self, record: StepRecord, wall_seconds: float, passed_seconds: float) -> None:
+    def _note_pace(self, record: StepRecord, wall_seconds: float, skipped_seconds: float) -> None:
         if not self._records:
             self._first_step = self._previous_step = record.step - 1
         steps, self._previous_step = record.step - self._previous_step, record.step
@@ -259,7 +259,7 @@ class TraceSchedule:
             self.largest_tokens = max(self.largest_tokens, record.batch.largest_micro_batch_tokens)
         self._intervals.append(max(0.0, wall_seconds) / max(1, steps))
         if steps > 1:
-            self._pass_costs.append(passed_seconds / (steps - 1))
+            self._skip_costs.append(skipped_seconds / (steps - 1))
 
 
 def _power_within(steps: int) -> int:

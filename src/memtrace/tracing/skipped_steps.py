@@ -1,4 +1,4 @@
-"""Steps that are passed over: counted, and nothing else, where steps are so short that records would take too much."""
+"""Steps that are skipped: counted, and nothing else, where steps are so short that records would take too much."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from memtrace.attribution.inputs import shape_of, tokens_of
 from memtrace.attribution.scan import Scan
-from memtrace.attribution.step_in_progress import StepInFlight
+from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.guard import Guard
 from memtrace.record.categories import Phase
 from memtrace.sources.torch_private import (
@@ -32,17 +32,17 @@ ENDLESS = 512
 """Forward passes of one step after which memtrace says that it does not end."""
 
 _TIMED_EVERY = 8
-"""Of so many steps that are passed over, one is timed and stands for all: two looks at the clock are among the dearest
+"""Of so many steps that are skipped, one is timed and stands for all: two looks at the clock are among the dearest
 things that are done in one. Fewer than this at a time are not timed."""
 
 _CALLS = nn.modules.module.__file__
 """Where torch calls a module, and its hooks also when it has raised."""
 
 
-class PassedSteps:
+class SkippedSteps:
     """The steps until the next record.
 
-    A step that is passed over reads no counter and makes no record. What a report of a failure says of the step is
+    A step that is skipped reads no counter and makes no record. What a report of a failure says of the step is
     noted all the same.
 
     These are the hooks that run most often of all, in steps of less than a millisecond. Calls are what takes time
@@ -63,17 +63,17 @@ class PassedSteps:
         """Knows whether the loop has dropped what a step was for."""
         self._explicit, self._main_input_name = explicit, main_input_name or ""
         self.left = 0
-        """How many steps are still to be passed over, the one at work included."""
+        """How many steps are still to be skipped, the one at work included."""
         self.done = 0
-        """How many steps have been passed over."""
+        """How many steps have been skipped."""
         self.number: int | None = None
-        """Number of the step that is being passed over; None between steps."""
+        """Number of the step that is being skipped; None between steps."""
         self.passes = 0
-        """Forward passes of the step that is being passed over."""
+        """Forward passes of the step that is being skipped."""
         self._looked_at = ENDLESS
         """How many of them there may be until somebody looks whether the step is endless."""
         self.seconds = 0.0
-        """What memtrace took for the steps that were passed over last."""
+        """What memtrace took for the steps that were skipped last."""
         self._alone = False
         """Whether a step is over as soon as any optimizer has stepped."""
         self._inside = False
@@ -94,13 +94,13 @@ class PassedSteps:
 
     @property
     def spent_ns(self) -> int:
-        """What memtrace has taken so far, with its share in steps that were passed over; nanoseconds."""
+        """What memtrace has taken so far, with its share in steps that were skipped; nanoseconds."""
         return self._guard.spent_ns + self._spent_ns
 
     def before_forward(self, otherwise: Hook) -> Hook:
         """Returns the hook before each forward pass of the model.
 
-        It notes the forward passes of steps that are passed over, as far as it can tell at a glance that the batch is
+        It notes the forward passes of steps that are skipped, as far as it can tell at a glance that the batch is
         not larger than any with a record, and goes on to `otherwise` with all others.
         """
 
@@ -179,7 +179,7 @@ class PassedSteps:
     def after_optimizer(self, otherwise: Hook) -> Hook:
         """Returns the hook after each step of an optimizer.
 
-        It ends a step that is passed over, but for the last one: unless the loop tells where steps end, or more than
+        It ends a step that is skipped, but for the last one: unless the loop tells where steps end, or more than
         this optimizer has to step. One whose own `step` calls that of its base class may be told of twice. Of those
         that step inside a backward pass, where each parameter may have one, the first is all there is to know.
         """
@@ -234,7 +234,7 @@ class PassedSteps:
         self.number = number or self._next
 
     def takes(self, batch: torch.Tensor | None) -> bool:
-        """Notes a forward pass of a step that is passed over.
+        """Notes a forward pass of a step that is skipped.
 
         Returns:
             False where none is: there are no such steps now, or its batch is larger than any with a record.
@@ -256,7 +256,7 @@ class PassedSteps:
         return True
 
     def optimizer_begins(self) -> bool:
-        """Notes that an optimizer begins its step; returns whether that is in a step that is passed over."""
+        """Notes that an optimizer begins its step; returns whether that is in a step that is skipped."""
         if self._over and self._unheard and backward_is_running():
             self.step_ends()
         self._over = False  # a second loss of the same step, or an optimizer that the loop steps
@@ -266,7 +266,7 @@ class PassedSteps:
         return bool(self.left)
 
     def optimizer_ends(self, optimizer: torch.optim.Optimizer) -> None:
-        """Notes that an optimizer has stepped, which may end a step that is passed over; nothing where none is."""
+        """Notes that an optimizer has stepped, which may end a step that is skipped; nothing where none is."""
         self._phase = Phase.OUTSIDE
         if not self._explicit and self.number is not None:
             over = self._cycle.stepped(optimizer)
@@ -297,11 +297,11 @@ class PassedSteps:
         if not self.left:
             self._finish()
 
-    def in_flight(self) -> StepInFlight | None:
-        """Returns what is known of the step that is being passed over; None between steps."""
+    def in_progress(self) -> StepInProgress | None:
+        """Returns what is known of the step that is being skipped; None between steps."""
         if self.number is None:
             return None
-        step = StepInFlight(number=self.number, read=lambda: None)
+        step = StepInProgress(number=self.number, read=lambda: None)
         step.resumes(self._phase, self._shape, self._dtype)
         return step
 
@@ -323,15 +323,15 @@ class CurrentStep:
         passed: knows of the latter.
     """
 
-    def __init__(self, passed: PassedSteps) -> None:
-        self.passed = passed
-        self.step: StepInFlight | None = None
+    def __init__(self, passed: SkippedSteps) -> None:
+        self.skipped = passed
+        self.step: StepInProgress | None = None
         """The step that is followed; None between steps, and in those that are skipped."""
 
-    def with_marks(self) -> StepInFlight | None:
+    def with_marks(self) -> StepInProgress | None:
         """Returns the step that is followed."""
         return self.step
 
-    def any(self) -> StepInFlight | None:
+    def any(self) -> StepInProgress | None:
         """Returns the step at work, with as much as is known of it."""
-        return self.step or self.passed.in_flight()
+        return self.step or self.skipped.in_progress()

@@ -86,13 +86,13 @@ class Tracer:
             history=self.config.history,
             largest=largest_by_setting(self.config.max_tokens),
             plan={} if self.config.plan is None else read_plan(Path(self.config.plan)).moments,
-            passed=self._passed_steps,
+            skipped=self._skipped_steps,
         )
         self._highest = HighestSteps()
         self._attached = False
         self._last_window: Callable[[], TraceWindow | None] = lambda: None
-        self._passed_before = 0
-        """Steps that were passed over in earlier watches."""
+        self._skipped_before = 0
+        """Steps that were skipped in earlier watches."""
         self._watch: Watch | None = self._begin_watch(model, optimizers, source)
         """What holds the training; None after `detach()`."""
         self._subject = _Subject(model, optimizers)
@@ -170,14 +170,14 @@ class Tracer:
             self._guard.run(self._watch.window.explain, error)
 
     def report_restart(self) -> None:
-        """Makes an OOM report of a step in flight that the loop has given up because memory had run out."""
+        """Makes an OOM report of a step in progress that the loop has given up because memory had run out."""
         if self._watch is not None:
             self._guard.run(self._watch.oom.restarted)
 
     def trace_next(self) -> None:
         """Makes the next step a traced one."""
         if self._watch is not None:
-            self._watch.passed.hasten()
+            self._watch.skipped.hasten()
         self._schedule.ask()
 
     def attach(self) -> None:
@@ -201,7 +201,7 @@ class Tracer:
             self._guard.run(self._watch.begin, number)
 
     def end_step(self) -> None:
-        """Ends the step in flight, where the loop tells its steps."""
+        """Ends the step in progress, where the loop tells its steps."""
         if self._watch is not None:
             self._guard.run(self._watch.end)
 
@@ -219,16 +219,16 @@ class Tracer:
         watch, self._watch, self._attached = self._watch, None, False
         if watch is not None:
             watch.release()
-            self._passed_before += watch.passed.done
+            self._skipped_before += watch.skipped.done
             self._last_window = weakref.ref(watch.window)
         window = self._last_window()
         if window is not None:  # it was released inside a backward pass: the model's next forward pass ends it, or this
             window.abandon()
 
-    def _passed_steps(self) -> int:
-        """Returns how many steps were passed over without a record, for the snapshot of any thread."""
+    def _skipped_steps(self) -> int:
+        """Returns how many steps were skipped without a record, for the snapshot of any thread."""
         watch = self._watch
-        return self._passed_before + (0 if watch is None else watch.passed.done)
+        return self._skipped_before + (0 if watch is None else watch.skipped.done)
 
     def _switch_off(self) -> None:
         """Ends measuring after a fault; what exports the snapshot goes on, and says that memtrace is not up."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memtrace.attribution.scan import Scan
-from memtrace.attribution.step_in_progress import StepInFlight
+from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.guard import Guard
 from memtrace.sources.hooks import HookSet
 from memtrace.sources.torch_private import after_backward, backward_is_running
@@ -33,7 +33,7 @@ class UpdatesInBackward:
 
     def __init__(self, scan: Scan, cycle: Cycle, guard: Guard, current: CurrentStep) -> None:
         self._scan, self._cycle, self._guard, self._current = scan, cycle, guard, current
-        self._dropped = current.passed.dropped
+        self._dropped = current.skipped.dropped
         self._is_stepped = self._listens = False
 
     def begins(self) -> bool:
@@ -47,7 +47,7 @@ class UpdatesInBackward:
         step.marks = None  # a second loss of the same step, or an optimizer that the loop steps
         return False
 
-    def ends(self, step: StepInFlight, optimizer: torch.optim.Optimizer) -> bool:
+    def ends(self, step: StepInProgress, optimizer: torch.optim.Optimizer) -> bool:
         """Notes that an optimizer has stepped; returns whether the step of the training is over now."""
         over = self._cycle.stepped(optimizer)
         self._dropped.stepped()
@@ -57,7 +57,7 @@ class UpdatesInBackward:
             step.marks = step.ends()
         return over
 
-    def look(self, step: StepInFlight | None, hooks: HookSet) -> bool:
+    def look(self, step: StepInProgress | None, hooks: HookSet) -> bool:
         """Looks whether the step is over though no optimizer has stepped; call before each forward pass.
 
         It is where the loop has dropped its gradients. Now and then, as long as no optimizer is stepped, memtrace looks
@@ -79,7 +79,7 @@ class UpdatesInBackward:
             hooks.after_gradient([taken], self._guard.wrap(self._taken), first=True)
         return self._listens
 
-    def _awaits_end(self, step: StepInFlight) -> bool:
+    def _awaits_end(self, step: StepInProgress) -> bool:
         """Returns whether something was updated inside a backward pass whose end will be told."""
         waits = step.awaits_end and backward_is_running()
         step.awaits_end = waits or after_backward(self._guard.wrap(self._backward_ended))
@@ -90,7 +90,7 @@ class UpdatesInBackward:
             return
         step = self._current.step
         if step is None:
-            self._current.passed.updated()
+            self._current.skipped.updated()
         else:
             self._awaits_end(step)
 

@@ -18,7 +18,7 @@ from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.attribution.models.host import HostMemory
 from memtrace.attribution.scan import Scan
-from memtrace.attribution.step_in_progress import StepInFlight
+from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.attribution.storages import canonical_device
 from memtrace.attribution.timeline import StepMarks
 from memtrace.attribution.window import TraceWindow
@@ -44,7 +44,7 @@ from memtrace.tracing.entries import Entries
 from memtrace.tracing.forward_passes import ForwardPasses
 from memtrace.tracing.publication import Publication
 from memtrace.tracing.schedule import TraceSchedule
-from memtrace.tracing.skipped_steps import CurrentStep, PassedSteps
+from memtrace.tracing.skipped_steps import CurrentStep, SkippedSteps
 from memtrace.tracing.updates import UpdatesInBackward
 
 
@@ -95,11 +95,11 @@ class Watch:
         self.sampler: DeviceSampler | None = None
         self._main_input_name = getattr(model, "main_input_name", None)
         self._cycle = Cycle(self._scan)
-        self.passed = PassedSteps(
+        self.skipped = SkippedSteps(
             self._scan, self._cycle, guard, explicit=explicit, main_input_name=self._main_input_name
         )
-        self._current = CurrentStep(self.passed)
-        self._spent_before_ns = self.passed.spent_ns
+        self._current = CurrentStep(self.skipped)
+        self._spent_before_ns = self.skipped.spent_ns
         self._allocations: int | None = None
         """Allocations of the last step with a record, by the counters; None where there are none."""
         self._micro_batches = 0
@@ -160,29 +160,29 @@ class Watch:
         if not self.window.adopt():
             self._scan.claim_persistent(self._ledger, anew=False)
         self._host.look()
-        wrap, passed = self._guard.wrap, self.passed
-        begins = passed.before_forward(outside_graphs(wrap(self._on_forward)))
-        ends = passed.after_forward(outside_graphs(wrap(self._on_forward_end)))
+        wrap, skipped = self._guard.wrap, self.skipped
+        begins = skipped.before_forward(outside_graphs(wrap(self._on_forward)))
+        ends = skipped.after_forward(outside_graphs(wrap(self._on_forward_end)))
         self._hooks.before_forward(self.model, begins)
         self._hooks.after_forward(self.model, ends)
         self._entries = Entries(self.model, begins, ends, self._guard)
         self._hooks.callback(self._entries.release)
-        before = passed.before_optimizer(wrap(self._on_optimizer))
-        after = passed.after_optimizer(wrap(self._on_optimizer_end))
+        before = skipped.before_optimizer(wrap(self._on_optimizer))
+        after = skipped.after_optimizer(wrap(self._on_optimizer_end))
         for optimizer in self._scan.optimizers:
             self._hooks.around_steps(optimizer, self._scan.parts_of(optimizer), before, after)
         if not self._explicit:
-            self.passed.dropped.follow(self.model, self._hooks)
+            self.skipped.dropped.follow(self.model, self._hooks)
         self._hooks.callback(self.oom.subscribe())
         self._hooks.callback(at_exit(self._exits))
 
     def release(self) -> None:
-        """Takes off every hook, ends the window and the sampling thread, and forgets a step in flight.
+        """Takes off every hook, ends the window and the sampling thread, and forgets a step in progress.
 
         Nothing of it refers to itself: who drops it then lets the training go at once.
         """
         self._current.step = None
-        self.passed.stop()
+        self.skipped.stop()
         with ExitStack() as ending:  # each of them, whatever the others raise
             ending.callback(self._ledger.clear)
             if self.sampler is not None:
@@ -203,8 +203,8 @@ class Watch:
 
     def begin(self, number: int | None) -> None:
         """Begins a step, where the loop tells its steps; `number` is the loop's own count, from 1."""
-        if self.passed.left:
-            self.passed.begins(number)
+        if self.skipped.left:
+            self.skipped.begins(number)
         else:
             self._begin(number)
 
@@ -213,8 +213,8 @@ class Watch:
             self._follow()
         number = number or self._published.steps + 1
         prepares = self._scan.prepares_gradients
-        self._current.step = StepInFlight(
-            number=number, read=self._read, prepares_gradients=prepares, spent_ns=self.passed.spent_ns
+        self._current.step = StepInProgress(
+            number=number, read=self._read, prepares_gradients=prepares, spent_ns=self.skipped.spent_ns
         )
 
     def _read(self) -> AllocatorReading | None:
@@ -224,7 +224,7 @@ class Watch:
             self.sampler.note(reading)
         return reading
 
-    def _decide(self, step: StepInFlight, batch: torch.Tensor | None) -> None:
+    def _decide(self, step: StepInProgress, batch: torch.Tensor | None) -> None:
         """Makes the step a traced one or a counted one, once its first batch is known.
 
         One that allocates more often than the source has room for is traced from its last micro batch on, as far as the
@@ -257,20 +257,20 @@ class Watch:
         step = self._current.step
         begins = step is None or step.entered_by in (None, id(module)) or not self._entries.are_followed
         if begins:
-            self._bounds.look(step, self.window, skipped_passes=self.passed.passes)
+            self._bounds.look(step, self.window, skipped_passes=self.skipped.passes)
         if not self._passes.is_training(module):
             return
-        if self._explicit and self._current.step is None and self.passed.number is None:
+        if self._explicit and self._current.step is None and self.skipped.number is None:
             return
         if begins and not self._explicit and self._updates.look(step, self._hooks):
             self.settle()
         if module is self.model:
             self._entries.model_begins()
         batch = main_input(args, kwargs, self._main_input_name)
-        if self._current.step is None and self.passed.takes(batch):
+        if self._current.step is None and self.skipped.takes(batch):
             return
         if self._current.step is None:
-            self._begin(self.passed.stop())
+            self._begin(self.skipped.stop())
         step = self._current.step
         assert step is not None
         if begins:
@@ -281,7 +281,7 @@ class Watch:
             claim_batch(args, kwargs, self._ledger)
         self.window.forward_begins()
 
-    def _forward_begins(self, step: StepInFlight, module: nn.Module, batch: torch.Tensor | None) -> None:
+    def _forward_begins(self, step: StepInProgress, module: nn.Module, batch: torch.Tensor | None) -> None:
         if step.recorded is None:
             self._scan.look_in_forward()
             for limitation in self._scan.limitations:
@@ -309,7 +309,7 @@ class Watch:
         if self._updates.begins() and not (self.window.is_open and backward_is_running()):
             self.end()
         if self._current.step is None:
-            if self._explicit or self.passed.optimizer_begins():
+            if self._explicit or self.skipped.optimizer_begins():
                 return
             self._begin()
         assert self._current.step is not None
@@ -320,14 +320,14 @@ class Watch:
     def _on_optimizer_end(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         step = self._current.step
         if step is None:
-            self.passed.optimizer_ends(optimizer)
+            self.skipped.optimizer_ends(optimizer)
             return
         step.optimizer_ends(inside_backward=backward_is_running())
         if not self._explicit and self._updates.ends(step, optimizer):
             self.settle()
 
     def settle(self) -> None:
-        """Ends the step in flight if it is over.
+        """Ends the step in progress if it is over.
 
         Where optimizers step inside the backward pass that comes later, with the next forward pass or with `detach()`:
         torch keeps a recording on until the backward pass has ended.
@@ -336,21 +336,21 @@ class Watch:
             self.end()
 
     def end(self) -> None:
-        """Ends the step in flight and publishes its record."""
+        """Ends the step in progress and publishes its record."""
         step, self._current.step = self._current.step, None
         if step is None:
-            if self.passed.number is not None:
-                self.passed.step_ends()
+            if self.skipped.number is not None:
+                self.skipped.step_ends()
             return
         self._cycle.ends()
         marks = step.marks or step.ends()
-        seconds, inside = (marks.end_ns - marks.begin_ns) / 1e9, (self.passed.spent_ns - step.spent_ns) / 1e9
+        seconds, inside = (marks.end_ns - marks.begin_ns) / 1e9, (self.skipped.spent_ns - step.spent_ns) / 1e9
         moments, curve = self._seen(step, marks)
         water = self._counted.water(step.reads)
         end = step.readings.get(Moment.STEP_END)
         if self._scan.keep_up(self._ledger, None if end is None else end.requested_bytes) or moments is not None:
             self._host.look()
-        spent_ns, identity = self.passed.spent_ns, self._published.snapshot.identity
+        spent_ns, identity = self.skipped.spent_ns, self._published.snapshot.identity
         record = StepRecord(
             step=step.number,
             rank=identity.rank,
@@ -375,17 +375,19 @@ class Watch:
         self._allocations = step.allocations() or self._allocations
         self._micro_batches = step.micro_batches
         lost = step.lost or (bool(step.recorded) and moments is None)
-        self._schedule.ended(record, passed_seconds=self.passed.seconds, lost=lost)
+        self._schedule.ended(record, skipped_seconds=self.skipped.seconds, lost=lost)
         self._bounds.ended(step, self.model)
         self._entries.step_ends(step.entered_by, window_is_open=self.window.is_open)
         if record.traced:
             self._published.sees(Unseen.TRACE)
         self._published.publish(record)
-        self.passed.plan(self._schedule, following=self._published.steps + 1)
-        if self.passed.left:
+        self.skipped.plan(self._schedule, following=self._published.steps + 1)
+        if self.skipped.left:
             self._entries.steps_are_skipped()
 
-    def _seen(self, step: StepInFlight, marks: StepMarks) -> tuple[Mapping[Moment, Breakdown] | None, StepCurve | None]:
+    def _seen(
+        self, step: StepInProgress, marks: StepMarks
+    ) -> tuple[Mapping[Moment, Breakdown] | None, StepCurve | None]:
         """Ends the window and returns what it says of the step; nothing without one, or where it lost events."""
         if not step.recorded or not self.window.is_open:
             return None, None

@@ -82,7 +82,7 @@ class DeepSpeedEngine(Engine):
         self._gathered: dict[int, nn.Parameter] = {}
         """Parameters by the address at which they were gathered last."""
         registries = (getattr(module, "ds_inflight_param_registry", None) for module in modules)
-        self._in_flight = [registry for registry in registries if registry is not None]
+        self._in_progress = [registry for registry in registries if registry is not None]
         """All-gathers that were begun for modules to come, with their flat outputs."""
         self.name = "DeepSpeed ZeRO-3" if self._shards_weights else "DeepSpeed"
 
@@ -133,7 +133,7 @@ class DeepSpeedEngine(Engine):
             if role is not None and parameter.numel() == getattr(parameter, "ds_numel", None):
                 ledger.claim(parameter, role.category, role.component)
                 self._gathered[parameter.data_ptr()] = parameter
-        for registry in self._in_flight:
+        for registry in self._in_progress:
             for handle in registry.values():
                 for gather in getattr(handle, "handles", (handle,)):
                     _claim(getattr(gather, "partitions", None), Role(Category.COMM_BUFFERS, "all_gather"), ledger)

@@ -166,7 +166,7 @@ class MetricsServer:
 def serve(registry: CollectorRegistry, endpoint: Endpoint, page: Callable[[], str] | None = None) -> MetricsServer:
     """Serves a registry until the returned server is closed, and at `/` the page where there is one.
 
-    A port in use is passed over for the next free one.
+    A port in use is skipped for the next free one.
 
     Raises:
         ConfigError: the certificate and the key cannot be loaded.

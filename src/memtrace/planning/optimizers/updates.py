@@ -21,7 +21,7 @@ class Updates:
         self.optimizer = make_optimizer(parameters)
 
     def micro_batch_begins(self, *, last: bool) -> None:
-        """Is told of each micro batch, and whether it is the last one before the step."""
+        """Is notified of each micro batch, and whether it is the last one before the step."""
 
     def micro_batch_ends(self) -> None:
         """Is told where the backward pass of a micro batch is over."""

@@ -63,7 +63,7 @@ class _Flight:
 
 
 class Fetching:
-    """Gathers and releases, told of each module's beginning and end.
+    """Gathers and releases, notified of each module's beginning and end.
 
     Args:
         held: the parameters of each module, without those of its children; what modules take of others is added.
@@ -71,7 +71,7 @@ class Fetching:
         world_size: ranks.
         on_gloo: whether gathers go through a copy, as gloo's do.
         from_host: whether the shares are offloaded: a copy on the device is gathered from.
-        note: is told of each flat tensor of a gather, with None, and of gathered weights, with their parameter.
+        note: is notified of each flat tensor of a gather, with None, and of gathered weights, with their parameter.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Very short steps: a sample of them has a record, all of them are counted, and what is new is not passed over.
+"""Very short steps: a sample of them has a record, all of them are counted, and what is new is not skipped.
 
 A budget of 0 makes every step too short, whatever the machine: then records come with the traces, every ten steps.
 """
@@ -86,7 +86,7 @@ def test_where_the_loop_tells_its_steps() -> None:
 
 
 def test_several_optimizers_and_micro_batches_are_one_step() -> None:
-    """Also where they are passed over."""
+    """Also where they are skipped."""
     model, _ = make()
     first = torch.optim.SGD(model.first.parameters(), lr=0.1, momentum=0.9)
     second = torch.optim.SGD([*model.second.parameters(), *model.head.parameters()], lr=0.1)
@@ -146,7 +146,7 @@ class Packed(nn.Module):
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_batches(layout: torch.layout) -> None:
-    """Which have no shape that could be looked at in passing: recorded, traced and passed over like others."""
+    """Which have no shape that could be looked at in passing: recorded, traced and skipped like others."""
     model = Packed()
     optimizer = torch.optim.AdamW(model.parameters())
     with traced(model, optimizer, SPARSE) as tracer:
