@@ -76,7 +76,7 @@ def test_memtrace_that_is_off_is_told(url: str, state: list[Snapshot], capsys: p
     assert "memtrace has switched itself off" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("state_at_end", set(RunState) - {RunState.RUNNING})
+@pytest.mark.parametrize("state_at_end", [state for state in RunState if state is not RunState.RUNNING])
 def test_how_the_run_has_ended_is_told(
     url: str, state: list[Snapshot], state_at_end: RunState, capsys: pytest.CaptureFixture[str]
 ) -> None:

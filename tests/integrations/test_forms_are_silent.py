@@ -8,13 +8,13 @@ from itertools import accumulate
 from pathlib import Path
 
 import pytest
-import test_updates
 import torch
 import yaml
 from laws.loop_forms import FORMS, Form, Training, one, rows, update
 from laws.test_loop_forms import EVERY_STEP, train
 from promql import RULES
 from torch import nn
+from tracing import test_updates
 
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.categories import Category, Moment

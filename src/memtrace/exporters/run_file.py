@@ -18,7 +18,7 @@ from pathlib import Path
 from memtrace.errors import LogFormatError, OutputError
 from memtrace.record.process import Process
 from memtrace.record.snapshot import RunIdentity, RunState
-from memtrace.record.strict_json import Fields, parse_json
+from memtrace.record.strict_json import Fields, read_document
 from memtrace.record.whole_file import write_whole
 
 RUN_SCHEMA = "memtrace.run/1"
@@ -127,15 +127,9 @@ def read_run_file(path: str | os.PathLike[str]) -> RunStatus | None:
     Raises:
         LogFormatError: the file cannot be read, or is no run file.
     """
-    source = str(path)
-    try:
-        text = Path(path).read_bytes()
-    except FileNotFoundError:
+    run = read_document(path, "run file", RUN_SCHEMA)
+    if run is None:
         return None
-    except OSError as error:
-        raise LogFormatError(f"{source}: the run file cannot be read: {error.strerror or error}") from error
-    run = Fields.of(parse_json(text, source), source)
-    run.schema(RUN_SCHEMA)
     return RunStatus(
         run_name=run.text("run"),
         run_id=run.text("run_id"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from memtrace.errors import LogFormatError, OutputError
 from memtrace.record.breakdown import StepCurve, StepRecord
 from memtrace.record.categories import Category, Moment
-from memtrace.record.strict_json import Fields, parse_json
+from memtrace.record.strict_json import Fields, read_document
 from memtrace.record.whole_file import write_whole
 
 TIMELINE_SCHEMA = "memtrace.timeline/1"
@@ -63,20 +63,16 @@ def read_timeline(path: str | os.PathLike[str]) -> StepTimeline | None:
     Raises:
         LogFormatError: the file cannot be read, or is no timeline.
     """
-    source = str(path)
-    try:
-        text = Path(path).read_bytes()
-    except FileNotFoundError:
+    found = read_document(path, "timeline", TIMELINE_SCHEMA)
+    if found is None:
         return None
-    except OSError as error:
-        raise LogFormatError(f"{source}: the timeline cannot be read: {error.strerror or error}") from error
-    found = Fields.of(parse_json(text, source), source)
-    found.schema(TIMELINE_SCHEMA)
     seconds = _ascending(found)
     sizes = found.object("categories")
     by_category = {category: sizes.integers(category) for category in sizes.words(Category)}
     if any(len(row) != len(seconds) for row in by_category.values()):
-        raise LogFormatError(f"{source}: each of categories must have one size for each of the {len(seconds)} seconds")
+        raise LogFormatError(
+            f"{found.source}: each of categories must have one size for each of the {len(seconds)} seconds"
+        )
     times = found.object("moments")
     return StepTimeline(
         step=found.integer("step"),

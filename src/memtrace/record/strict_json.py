@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from memtrace.errors import LogFormatError
@@ -32,6 +34,29 @@ def parse_json(text: str | bytes, source: str) -> Any:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # wrong JSON and wrong UTF-8 are ValueErrors
         raise LogFormatError(f"{source}: must be one JSON value, but {error}") from error
+
+
+def read_document(path: str | os.PathLike[str], what: str, schema: str) -> Fields | None:
+    """Returns the fields of a JSON file that says which schema it has; None where there is no such file.
+
+    Args:
+        path: the file.
+        what: what it is, for the message.
+        schema: what its field `schema` must say.
+
+    Raises:
+        LogFormatError: the file cannot be read, or has not that schema.
+    """
+    source = str(path)
+    try:
+        text = Path(path).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LogFormatError(f"{source}: the {what} cannot be read: {error.strerror or error}") from error
+    found = Fields.of(parse_json(text, source), source)
+    found.schema(schema)
+    return found
 
 
 def _refuse_constant(name: str) -> NoReturn:
