@@ -7,6 +7,8 @@ from dataclasses import dataclass
 TESTS = (
     "tests/sources",
     "tests/attribution",
+    "tests/simulation",
+    "tests/tracing",
     "tests/planning/test_simulate.py",
     "tests/planning/test_sharded_plans.py",
     "tests/planning/test_by_module.py",
