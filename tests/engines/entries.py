@@ -45,3 +45,19 @@ def assert_counted_as_traced(run: dict[str, Any], *, gradients: bool = True) -> 
         found = kept(record["moments"]["step_end"], gradients=gradients)
         assert found == at_the_end, (record["step"], sorted(found.items() ^ at_the_end.items()))
     return at_the_end
+
+
+def assert_law_1(run: dict[str, Any], traced_steps: int = 2) -> None:
+    """On every traced step and moment the categories are what was allocated, byte for byte."""
+    steps = list(traced(run))
+    assert len(steps) == traced_steps
+    for step in steps:
+        for moment in step["moments"].values():
+            assert sum_of(moment) == moment["allocated_bytes"]
+
+
+def assert_trained_alike(run: dict[str, Any], engine: str) -> None:
+    """Losses and final weights are those of the run without memtrace; the engine was found."""
+    assert run["losses"] == run["plain_losses"]
+    assert run["same_weights"]
+    assert run["engines"] == [engine]

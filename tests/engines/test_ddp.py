@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from entries import assert_counted_as_traced, sum_of, total, traced
+from entries import assert_counted_as_traced, assert_law_1, assert_trained_alike, total, traced
 from planned import HEADER, plan_rows
 from tables import check_table, per_parameter
 
@@ -16,37 +14,25 @@ RANKS = 2
 pytestmark = pytest.mark.xdist_group("torch-engines")
 
 
-@pytest.fixture(scope="module")
-def runs(torch_engines) -> list[dict[str, Any]]:
-    return torch_engines
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rank", range(RANKS))
-def test_categories_add_up(runs, variant, rank):
+def test_categories_add_up(torch_engines, variant, rank):
     """On every traced step and moment the categories are what was allocated, byte for byte."""
-    steps = list(traced(runs[rank][variant]))
-    assert len(steps) == 2
-    for step in steps:
-        for moment in step["moments"].values():
-            assert sum_of(moment) == moment["allocated_bytes"]
+    assert_law_1(torch_engines[rank][variant])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rank", range(RANKS))
-def test_training_is_the_same(runs, variant, rank):
+def test_training_is_the_same(torch_engines, variant, rank):
     """Losses and final weights are those of the run without memtrace; the engine was found."""
-    run = runs[rank][variant]
-    assert run["losses"] == run["plain_losses"]
-    assert run["same_weights"]
-    assert run["engines"] == ["DDP"]
+    assert_trained_alike(torch_engines[rank][variant], "DDP")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rank", range(RANKS))
-def test_everything_is_whole_on_each_rank(runs, variant, rank):
+def test_everything_is_whole_on_each_rank(torch_engines, variant, rank):
     """Weights, gradients and both moments have four bytes a parameter; nothing is padded."""
-    run = runs[rank][variant]
+    run = torch_engines[rank][variant]
     size = 4 * sum(run["numels"])
     for step in traced(run):
         moment = step["moments"]["backward_end"]
@@ -57,9 +43,9 @@ def test_everything_is_whole_on_each_rank(runs, variant, rank):
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
-def test_buckets_are_a_second_copy_of_the_gradients(runs, rank):
+def test_buckets_are_a_second_copy_of_the_gradients(torch_engines, rank):
     """In the step in which the reducer rebuilds its buckets, and in a later one whose window opened after that."""
-    run = runs[rank]["ddp"]
+    run = torch_engines[rank]["ddp"]
     for step in traced(run):
         for moment in ("backward_end", "step_end", "peak"):
             assert total(step["moments"][moment], "comm_buffers", "bucket", "float32") == 4 * sum(run["numels"])
@@ -67,46 +53,46 @@ def test_buckets_are_a_second_copy_of_the_gradients(runs, rank):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rank", range(RANKS))
-def test_counted_steps_have_the_buckets_too(runs, variant, rank):
+def test_counted_steps_have_the_buckets_too(torch_engines, variant, rank):
     """To the byte, as traced ones have them at their end, with all else that outlives a step. Of gradients that are
     views of buckets nothing is seen in a counted step once the loop has dropped them: the bucket stays."""
-    run = runs[rank][variant]
+    run = torch_engines[rank][variant]
     end = assert_counted_as_traced(run, gradients=variant == "ddp")
     buckets = sum(size for (category, *_), size in end.items() if category == "comm_buffers")
     assert buckets == (4 * sum(run["numels"]) if variant == "ddp" else 0)
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
-def test_gradients_that_are_views_need_no_buckets(runs, rank):
+def test_gradients_that_are_views_need_no_buckets(torch_engines, rank):
     """With `gradient_as_bucket_view` the bucket is the gradient."""
-    for step in traced(runs[rank]["ddp-view"]):
+    for step in traced(torch_engines[rank]["ddp-view"]):
         for moment in step["moments"].values():
             assert total(moment, "comm_buffers") == 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_hardly_anything_is_unattributed(runs, variant):
+def test_hardly_anything_is_unattributed(torch_engines, variant):
     """At the peak at most 1 % is claimed by nobody: the loss that the loop keeps."""
-    for run in (rank[variant] for rank in runs):
+    for run in (rank[variant] for rank in torch_engines):
         for step in traced(run):
             peak = step["moments"]["peak"]
             assert total(peak, "unattributed") <= 0.01 * peak["allocated_bytes"]
 
 
-def test_the_page_has_the_measured_bytes(runs):
+def test_the_page_has_the_measured_bytes(torch_engines):
     """docs/engines.md shows rank 0."""
     rows = []
     for variant, label in (("ddp", "default"), ("ddp-view", "`gradient_as_bucket_view`")):
-        run = runs[0][variant]
+        run = torch_engines[0][variant]
         moment = list(traced(run))[-1]["moments"]["backward_end"]
         parts = [total(moment, name) for name in ("weights", "gradients", "optimizer_state", "comm_buffers")]
         rows.append([label, *(per_parameter(part, sum(run["numels"])) for part in parts)])
     check_table("ddp", ["", "weights", "gradients", "optimizer state", "comm_buffers"], rows)
 
 
-def test_simulated_plans_are_what_each_rank_measured(runs):
+def test_simulated_plans_are_what_each_rank_measured(torch_engines):
     """Persistent categories to the byte on both ranks, the peak within 5 %; docs/engines.md shows the errors."""
-    check_table("ddp plans", HEADER, plan_rows(runs, PLANS), exact=False)
+    check_table("ddp plans", HEADER, plan_rows(torch_engines, PLANS), exact=False)
 
 
 PLANS = {

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
-from entries import assert_counted_as_traced, sum_of, total, traced
+from entries import assert_counted_as_traced, assert_law_1, assert_trained_alike, total, traced
 from planned import HEADER, plan_rows
 from tables import check_table, per_parameter
 
@@ -15,11 +14,6 @@ from memtrace.planning.sharding.shares import Strategy
 VARIANTS = ("fsdp", "fsdp-keep", "fsdp-bf16", "fsdp-bf16-keep", "fsdp-bf16-offload")
 RANKS = 2
 pytestmark = pytest.mark.xdist_group("torch-engines")
-
-
-@pytest.fixture(scope="module")
-def runs(torch_engines) -> list[dict[str, Any]]:
-    return torch_engines
 
 
 def sharded(shapes: list[list[int]], rank: int | None = None) -> int:
@@ -34,37 +28,30 @@ def sharded(shapes: list[list[int]], rank: int | None = None) -> int:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rank", range(RANKS))
-def test_categories_add_up(runs, variant, rank):
+def test_categories_add_up(torch_engines, variant, rank):
     """On every traced step and moment the categories are what was allocated, byte for byte."""
-    steps = list(traced(runs[rank][variant]))
-    assert len(steps) == 2
-    for step in steps:
-        for moment in step["moments"].values():
-            assert sum_of(moment) == moment["allocated_bytes"]
+    assert_law_1(torch_engines[rank][variant])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rank", range(RANKS))
-def test_counted_steps_end_as_traced_ones(runs, rank, variant):
+def test_counted_steps_end_as_traced_ones(torch_engines, rank, variant):
     """With all that outlives a step, the buckets among it, to the byte."""
-    assert_counted_as_traced(runs[rank][variant])
+    assert_counted_as_traced(torch_engines[rank][variant])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rank", range(RANKS))
-def test_training_is_the_same(runs, variant, rank):
+def test_training_is_the_same(torch_engines, variant, rank):
     """Losses and final shards are those of the run without memtrace; the engine was found."""
-    run = runs[rank][variant]
-    assert run["losses"] == run["plain_losses"]
-    assert run["same_weights"]
-    assert run["engines"] == ["FSDP2"]
+    assert_trained_alike(torch_engines[rank][variant], "FSDP2")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rank", range(RANKS))
-def test_shards_have_their_closed_form(runs, variant, rank):
+def test_shards_have_their_closed_form(torch_engines, variant, rank):
     """Shards are masters where bf16 computes and weights where float32 does; state is that of the unpadded rows."""
-    run = runs[rank][variant]
+    run = torch_engines[rank][variant]
     held, other = ("master_weights", "weights") if "bf16" in variant else ("weights", "master_weights")
     for step in traced(run):
         for moment in step["moments"].values():
@@ -76,19 +63,19 @@ def test_shards_have_their_closed_form(runs, variant, rank):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rank", range(RANKS))
-def test_reduced_gradients_have_their_closed_form(runs, variant, rank):
+def test_reduced_gradients_have_their_closed_form(torch_engines, variant, rank):
     """After the backward pass this rank has the gradients of its shards in float32, padded like them."""
-    run = runs[rank][variant]
+    run = torch_engines[rank][variant]
     for step in traced(run):
         moment = step["moments"]["backward_end"]
         assert total(moment, "gradients", "", "float32") == 4 * sharded(run["shapes"])
 
 
 @pytest.mark.parametrize("variant", ["fsdp-keep", "fsdp-bf16-keep"])
-def test_without_resharding_all_weights_are_gathered_after_the_forward_pass(runs, variant):
+def test_without_resharding_all_weights_are_gathered_after_the_forward_pass(torch_engines, variant):
     """They are transient, whole, padded, and in the precision that computes; after the step they are gone."""
     kind, width = ("bfloat16", 2) if "bf16" in variant else ("float32", 4)
-    for run in (rank[variant] for rank in runs):
+    for run in (rank[variant] for rank in torch_engines):
         for step in traced(run):
             gathered = total(step["moments"]["forward_end"], "transient_weights", "all_gather", kind)
             assert gathered == RANKS * width * sharded(run["shapes"])
@@ -96,9 +83,9 @@ def test_without_resharding_all_weights_are_gathered_after_the_forward_pass(runs
 
 
 @pytest.mark.parametrize(("variant", "width"), [("fsdp", 4), ("fsdp-bf16", 2)])
-def test_with_resharding_only_the_root_is_gathered_after_the_forward_pass(runs, variant, width):
+def test_with_resharding_only_the_root_is_gathered_after_the_forward_pass(torch_engines, variant, width):
     """The layers' copies are freed after each layer; FSDP keeps those of the root module for the backward pass."""
-    for run in (rank[variant] for rank in runs):
+    for run in (rank[variant] for rank in torch_engines):
         layers = [shape for shape, name in zip(run["shapes"], run["names"], strict=True) if "encoder.layer" in name]
         root = sharded(run["shapes"]) - sharded(layers)
         for step in traced(run):
@@ -106,15 +93,15 @@ def test_with_resharding_only_the_root_is_gathered_after_the_forward_pass(runs, 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_hardly_anything_is_unattributed(runs, variant):
+def test_hardly_anything_is_unattributed(torch_engines, variant):
     """At the peak at most 1 % is claimed by nobody: the loss that the loop keeps."""
-    for run in (rank[variant] for rank in runs):
+    for run in (rank[variant] for rank in torch_engines):
         for step in traced(run):
             peak = step["moments"]["peak"]
             assert total(peak, "unattributed") <= 0.01 * peak["allocated_bytes"]
 
 
-def test_the_page_has_the_measured_bytes(runs):
+def test_the_page_has_the_measured_bytes(torch_engines):
     """docs/engines.md shows rank 0."""
     names = {
         "fsdp": "float32, reshard",
@@ -124,7 +111,7 @@ def test_the_page_has_the_measured_bytes(runs):
     }
     rows = []
     for variant, label in names.items():
-        run = runs[0][variant]
+        run = torch_engines[0][variant]
         moments = next(traced(run))["moments"]
         parts = [
             total(moments["backward_end"], name)
@@ -135,9 +122,9 @@ def test_the_page_has_the_measured_bytes(runs):
     check_table("fsdp", ["", "weights", "masters", "gradients", "optimizer state", "gathered copies"], rows)
 
 
-def test_simulated_plans_are_what_each_rank_measured(runs):
+def test_simulated_plans_are_what_each_rank_measured(torch_engines):
     """Persistent categories to the byte on both ranks, the peak within 5 %; docs/engines.md shows the errors."""
-    check_table("fsdp plans", HEADER, plan_rows(runs, PLANS), exact=False)
+    check_table("fsdp plans", HEADER, plan_rows(torch_engines, PLANS), exact=False)
 
 
 PLANS = {
