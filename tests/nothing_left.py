@@ -37,7 +37,7 @@ def recorders_of_torch() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "autograd"):
         return {}
-    from memtrace.sources.torch_private import has_saved_tensor_hooks
+    from memtrace.sources.autograd_torch_private import has_saved_tensor_hooks
 
     found = {
         "saved-tensor hooks": has_saved_tensor_hooks(),

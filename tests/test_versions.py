@@ -15,6 +15,7 @@ from versions.rows import ROWS
 PACKAGE = Path(__file__).parent.parent / "src" / "memtrace"
 HOMES = (
     "sources/torch_private.py",
+    "sources/autograd_torch_private.py",
     "sources/recording_torch_private.py",
     "sources/engines_torch_private.py",
     "simulation/torch_fake.py",

@@ -23,7 +23,7 @@ from torch import nn
 
 from memtrace.adapters.hf_trainer import MemTraceCallback
 from memtrace.config import TracerConfig
-from memtrace.sources import torch_private
+from memtrace.sources import autograd_torch_private
 from memtrace.sources.devices.sampler import _ThreadRun
 from memtrace.tracing.tracer import Tracer
 
@@ -146,7 +146,7 @@ def end_by_force(kept: Tracer | None) -> None:
     if torch.autograd._profiler_enabled():
         torch.autograd._enable_record_function(True)
         torch.autograd._disable_profiler()
-    while torch_private.has_saved_tensor_hooks():
+    while autograd_torch_private.has_saved_tensor_hooks():
         torch._C._autograd._pop_saved_tensors_default_hooks()
 
 

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from memtrace.attribution.timeline import Lifetime, StepMarks, Timeline
 from memtrace.record.breakdown import EntryKey
 from memtrace.record.categories import Category, Moment, Phase
-from memtrace.sources.torch_private import tells_of_nodes
+from memtrace.sources.autograd_torch_private import tells_of_nodes
 
 NO_OPERATOR = "(a copy of the random number generator's state)"
 BACKWARD = "a node of the backward pass"

@@ -17,10 +17,10 @@ from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from memtrace.sources import torch_private
+from memtrace.sources import autograd_torch_private, torch_private
+from memtrace.sources.autograd_torch_private import has_saved_tensor_hooks
 from memtrace.sources.hooks import HookSet
 from memtrace.sources.saved_tensors import SavedTensorHooks
-from memtrace.sources.torch_private import has_saved_tensor_hooks
 
 
 class TestHookSet:
@@ -366,7 +366,7 @@ class TestSavedTensorHooks:
         watch, outer, inner = Watch(), Boxes(), Boxes()
         with outer(), inner():
             watch.pair.push()
-            assert watch.pair.is_on == (torch_private._innermost_hooks is not None)
+            assert watch.pair.is_on == (autograd_torch_private._innermost_hooks is not None)
             saved_once()
             assert watch.pair.pop()
         assert (outer.packed, inner.packed) == (0, 1)

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from memtrace.config import TracerConfig
 from memtrace.record.categories import Category, Moment
-from memtrace.sources import torch_private
+from memtrace.sources import autograd_torch_private
 from memtrace.tracing.tracer import Tracer
 
 AS_BY_DEFAULT = replace(EVERY_STEP, trace_every=None, history=200)
@@ -127,7 +127,7 @@ class TestSteps:
             tracer.begin_step()
             loss_of(model).backward()
             tracer.end_step()
-            assert not torch_private.has_saved_tensor_hooks()
+            assert not autograd_torch_private.has_saved_tensor_hooks()
         moments = tracer.history[-1].moments
         assert set(moments) == set(Moment)
         assert moments[Moment.BACKWARD_END][Category.GRADIENTS] == parameter_bytes(model)

@@ -11,7 +11,7 @@ from torch import nn
 
 from memtrace.config import TracerConfig
 from memtrace.record.categories import Category, Moment
-from memtrace.sources.torch_private import tells_of_nodes
+from memtrace.sources.autograd_torch_private import tells_of_nodes
 from memtrace.tracing.tracer import Tracer
 
 ROWS, WIDTH = 64, 32

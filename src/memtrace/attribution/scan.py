@@ -33,8 +33,8 @@ from memtrace.errors import ConfigError
 from memtrace.record.breakdown import EntryKey
 from memtrace.record.categories import Category
 from memtrace.record.limitations import Limitation
+from memtrace.sources.autograd_torch_private import has_gradient_hooks, optimizers_in_backward
 from memtrace.sources.cuda.cublas import workspace_sizes
-from memtrace.sources.torch_private import has_gradient_hooks, optimizers_in_backward
 
 logger = logging.getLogger("memtrace")
 

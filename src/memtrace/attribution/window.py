@@ -20,10 +20,10 @@ from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.attribution.timeline import Timeline, replay
 from memtrace.guard import Guard
 from memtrace.record.categories import Category
+from memtrace.sources.autograd_torch_private import after_backward, backward_is_running, saved_tensor_hooks_allowed
 from memtrace.sources.events import EventSource, TagEvent
 from memtrace.sources.hooks import HookSet
 from memtrace.sources.saved_tensors import SavedTensorHooks, SavedTensors, saved_tensors
-from memtrace.sources.torch_private import after_backward, backward_is_running, saved_tensor_hooks_allowed
 
 MAX_NOTES = 400_000
 """Tags and deaths that are noted in one window at most; each takes about 100 B."""

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 
 from memtrace.record.breakdown import AllocatorReading
-from memtrace.sources import recording_torch_private, torch_private
+from memtrace.sources import autograd_torch_private, recording_torch_private
 from memtrace.sources.events import Events, Window
 
 
@@ -217,7 +217,7 @@ def _records_elsewhere() -> bool:
 def _may_stop(thread: threading.Thread) -> bool:
     """Returns whether this thread may end a recording of that one: it is the same, or that one has ended."""
     here = thread is threading.current_thread() or not thread.is_alive()
-    return here and not torch_private.backward_is_running()
+    return here and not autograd_torch_private.backward_is_running()
 
 
 def _end_what_is_left() -> None:

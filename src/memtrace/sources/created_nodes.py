@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from memtrace.sources import torch_private
+from memtrace.sources import autograd_torch_private
 
 _MOST_OUTPUTS = 16
 """Tensors in the output of a forward pass that are asked for their nodes."""
@@ -48,9 +48,9 @@ class CreatedNodes:
 
     def push(self) -> None:
         """Hears of this thread's nodes from now on; not from inside a backward pass, where it would not last."""
-        if not self.is_on and not torch_private.backward_is_running():
+        if not self.is_on and not autograd_torch_private.backward_is_running():
             self._of_thread.owner = owner = _Owner()  # before anything is on: then somebody answers for it
-            torch_private.push_node_creation_hook(_weakly(self._created))
+            autograd_torch_private.push_node_creation_hook(_weakly(self._created))
             owner.is_on = True
 
     def pop(self) -> bool:
@@ -75,10 +75,10 @@ class CreatedNodes:
         self._on_saved = self._on_asked = _nothing
 
     def _created(self, node: Any) -> None:
-        for tensor in torch_private.kept_on(node):
+        for tensor in autograd_torch_private.kept_on(node):
             self._on_saved(tensor)
-        if torch_private.saved_tensor_hooks() is None:
-            for tensor in torch_private.saved_by(node):
+        if autograd_torch_private.saved_tensor_hooks() is None:
+            for tensor in autograd_torch_private.saved_by(node):
                 self._on_saved(tensor)
 
     def _begins(self, _: object) -> None:
@@ -100,8 +100,8 @@ class _Owner:
 
     def pop(self) -> bool:
         """Takes the hook off; returns whether it is off."""
-        if self.is_on and not torch_private.backward_is_running() and threading.get_ident() == self._thread:
-            torch_private.pop_node_creation_hook()
+        if self.is_on and not autograd_torch_private.backward_is_running() and threading.get_ident() == self._thread:
+            autograd_torch_private.pop_node_creation_hook()
             self.is_on = False
         return not self.is_on
 

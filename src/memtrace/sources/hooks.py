@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from memtrace.sources import torch_private
+from memtrace.sources import autograd_torch_private, torch_private
 
 
 class HookSet:
@@ -122,7 +122,7 @@ class HookSet:
             if parameter.requires_grad and parameter.is_leaf:
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 if first:
-                    torch_private.call_first(parameter, handle.id)
+                    autograd_torch_private.call_first(parameter, handle.id)
                 handles.append(handle)
 
     def callback(self, function: Callable[[], Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from memtrace.sources import torch_private
+from memtrace.sources import autograd_torch_private
 from memtrace.sources.created_nodes import CreatedNodes
 
 OnSaved = Callable[[torch.Tensor], torch.Tensor | None]
@@ -69,7 +69,7 @@ def saved_tensors(on_saved: OnSaved, on_asked: OnAsked, on_kept: OnKept, *, repl
         on_kept: see `OnKept`.
         replaces: whether `on_saved` may return a tensor, and `on_asked` must hear of every tensor: then hooks it is.
     """
-    if torch_private.tells_of_nodes() and not replaces:
+    if autograd_torch_private.tells_of_nodes() and not replaces:
         return CreatedNodes(on_saved, on_asked)
     return SavedTensorHooks(on_saved, on_asked, on_kept)
 
@@ -133,14 +133,14 @@ class SavedTensorHooks:
         if (pair := self._pair) is not None:
             pair.in_forward = True
             return
-        if not torch_private.saved_tensor_hooks_allowed() or torch_private.backward_is_running():
+        if not autograd_torch_private.saved_tensor_hooks_allowed() or autograd_torch_private.backward_is_running():
             return
-        below = torch_private.saved_tensor_hooks()
-        if below is None and torch_private.has_saved_tensor_hooks():
+        below = autograd_torch_private.saved_tensor_hooks()
+        if below is None and autograd_torch_private.has_saved_tensor_hooks():
             return  # nobody knows which hooks of the user ours would have to call
         pair = _Pair(self, below=below)
         self._of_thread.owner = _Owner(pair)  # before anything is on: then somebody answers for it
-        torch_private.push_saved_tensor_hooks(pair.pack, pair.unpack)
+        autograd_torch_private.push_saved_tensor_hooks(pair.pack, pair.unpack)
         pair.is_on = True
 
     def pop(self) -> bool:
@@ -166,7 +166,7 @@ def _kept_below(output: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     known = {*waiting}
     while waiting and len(known) < _MOST_NODES:
         node = waiting.pop()
-        yield from torch_private.kept_on(node)
+        yield from autograd_torch_private.kept_on(node)
         for below, _ in node.next_functions:
             if below is not None and below not in known:
                 known.add(below)
@@ -210,7 +210,7 @@ class _Kept(NamedTuple):
 class _Pair:
     """One pair on the stack. Tensors that were saved through it come back through it, also when it is off again."""
 
-    def __init__(self, hooks: SavedTensorHooks, below: torch_private.SavedTensorHooks | None) -> None:
+    def __init__(self, hooks: SavedTensorHooks, below: autograd_torch_private.SavedTensorHooks | None) -> None:
         self._hooks = weakref.ref(hooks)
         """Weakly: torch's stack and its graphs hold this pair where Python's collector cannot look."""
         self.below = below
@@ -230,11 +230,11 @@ class _Pair:
         """Takes the pair off; returns whether it is off."""
         if not self.is_on:
             return True
-        if torch_private.backward_is_running() or threading.get_ident() != self._thread:
+        if autograd_torch_private.backward_is_running() or threading.get_ident() != self._thread:
             return False
-        if not torch_private.are_innermost((self.pack, self.unpack), self.below):
+        if not autograd_torch_private.are_innermost((self.pack, self.unpack), self.below):
             return False
-        torch_private.pop_saved_tensor_hooks()
+        autograd_torch_private.pop_saved_tensor_hooks()
         self.is_on = False
         return True
 

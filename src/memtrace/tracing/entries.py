@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from memtrace.guard import Guard
+from memtrace.sources.autograd_torch_private import backward_is_running
 from memtrace.sources.hooks import HookSet, outside_graphs
-from memtrace.sources.torch_private import backward_is_running
 
 _MOST = 64
 """Modules that are followed in a window at most: a loop may call each layer of a model by itself."""

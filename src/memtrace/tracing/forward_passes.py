@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from memtrace.attribution.inputs import batch_tensors
-from memtrace.sources.torch_private import backward_is_running
+from memtrace.sources.autograd_torch_private import backward_is_running
 
 
 class ForwardPasses:

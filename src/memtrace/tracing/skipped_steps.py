@@ -15,13 +15,8 @@ from memtrace.attribution.scan import Scan
 from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.guard import Guard
 from memtrace.record.categories import Phase
-from memtrace.sources.torch_private import (
-    after_backward,
-    backward_is_running,
-    current_autograd_node,
-    frame_compiler,
-    leave_out_of_graphs,
-)
+from memtrace.sources.autograd_torch_private import after_backward, backward_is_running, current_autograd_node
+from memtrace.sources.torch_private import frame_compiler, leave_out_of_graphs
 from memtrace.tracing.cycle import Cycle
 from memtrace.tracing.dropped import DroppedGradients
 from memtrace.tracing.schedule import TraceSchedule

@@ -7,8 +7,8 @@ import torch
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.guard import Guard
+from memtrace.sources.autograd_torch_private import after_backward, backward_is_running
 from memtrace.sources.hooks import HookSet
-from memtrace.sources.torch_private import after_backward, backward_is_running
 from memtrace.tracing.cycle import Cycle
 from memtrace.tracing.skipped_steps import CurrentStep
 

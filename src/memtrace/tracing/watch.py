@@ -30,6 +30,7 @@ from memtrace.record.categories import Moment
 from memtrace.record.limitations import Unseen, too_large
 from memtrace.record.snapshot import Snapshot
 from memtrace.sources.at_exit import at_exit
+from memtrace.sources.autograd_torch_private import backward_is_running
 from memtrace.sources.devices.fresh_readings import refresh_of
 from memtrace.sources.devices.readers import open_device
 from memtrace.sources.devices.sampler import DeviceSampler
@@ -37,7 +38,7 @@ from memtrace.sources.event_source import event_source
 from memtrace.sources.events import EventSource
 from memtrace.sources.hooks import HookSet, outside_graphs
 from memtrace.sources.ranks import identify
-from memtrace.sources.torch_private import backward_is_running, runs_without_memory
+from memtrace.sources.torch_private import runs_without_memory
 from memtrace.tracing.bounds import StepBounds
 from memtrace.tracing.cycle import Cycle
 from memtrace.tracing.entries import Entries
