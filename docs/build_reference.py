@@ -79,7 +79,7 @@ def render_settings() -> str:
 # Settings
 
 Each is a keyword argument of `MemTraceCallback`, `MemTraceLightningCallback` and `MemTraceOptimizer`, and a field of
-`TracerConfig`, which `MemoryTracer(model, optimizer, TracerConfig(...))` takes. None has to be set. What code does not
+`TracerConfig`, which `MemoryTracer(model, optimizer, TracerConfig(...))` takes too. None has to be set. What code does not
 set is taken from the environment: `MEMTRACE_PORT` is `port`. There, true and false are written as such or as 1 and 0,
 and an empty value or `none` is None.
 

@@ -22,6 +22,8 @@ NOT_RUN = {
     "pip install": "installs from a registry; continuous integration installs the wheel that it has built",
     "curl -s http://127.0.0.1:16368/metrics": "asks a run that goes on, at the default port, which may be another's here",
     "MEMTRACE_LINGER_SECONDS=30 python finetune.py": "the script of the reader",
+    "git clone": "needs the address of the repository",
+    "make ": "set up an environment of their own; continuous integration runs them",
     "docker compose": "needs Docker and images from a registry; tests/integrations checks the file",
     "kubectl apply": "needs a cluster; tests/integrations checks the manifests against their schemas",
 }
@@ -42,9 +44,9 @@ NO_CODE = {
 }
 """Indented blocks that are no commands, by page and beginning."""
 
-LANGUAGES = {"console", "python", "yaml", "promql"}
-"""What a fence may hold: commands, Python and settings, which are run and read here, and expressions, which
-tests/integrations/test_rules.py reads."""
+LANGUAGES = {"console", "python", "yaml", "promql", "mermaid"}
+"""What a fence may hold: commands, Python and settings, which are run and read here, expressions, which
+tests/integrations/test_rules.py reads, and the picture that tests/test_development.py makes anew."""
 
 STATUS = {
     "memtrace plan --params 8e9 --activation-ratio 0.3 --device H100-80GB --what-if": 2,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from memtrace.sources import autograd_torch_private
+from memtrace.sources.hooks import weakly
 
 _MOST_OUTPUTS = 16
 """Tensors in the output of a forward pass that are asked for their nodes."""
@@ -50,7 +50,7 @@ class CreatedNodes:
         """Hears of this thread's nodes from now on; not from inside a backward pass, where it would not last."""
         if not self.is_on and not autograd_torch_private.backward_is_running():
             self._of_thread.owner = owner = _Owner()  # before anything is on: then somebody answers for it
-            autograd_torch_private.push_node_creation_hook(_weakly(self._created))
+            autograd_torch_private.push_node_creation_hook(weakly(self._created))
             owner.is_on = True
 
     def pop(self) -> bool:
@@ -68,7 +68,7 @@ class CreatedNodes:
         made_by = (tensor.grad_fn for tensor in islice(output, _MOST_OUTPUTS))
         nodes = {id(node): node for node in made_by if node is not None}
         for node in nodes.values():
-            node.register_prehook(_weakly(self._begins))
+            node.register_prehook(weakly(self._begins))
 
     def forget(self) -> None:
         """Calls nobody from now on, and holds nobody."""
@@ -104,18 +104,6 @@ class _Owner:
             autograd_torch_private.pop_node_creation_hook()
             self.is_on = False
         return not self.is_on
-
-
-def _weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Returns what calls a bound method as long as its object is there: torch holds it where no collector can look."""
-    alive = weakref.WeakMethod(method)
-
-    def call(argument: Any) -> None:
-        found = alive()
-        if found is not None:
-            found(argument)
-
-    return call
 
 
 def _nothing(_: object) -> None:

@@ -130,6 +130,18 @@ class HookSet:
         self._stack.callback(function)
 
 
+def weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Returns what calls a bound method as long as its object is there: torch holds it where no collector can look."""
+    alive = weakref.WeakMethod(method)
+
+    def call(argument: Any) -> None:
+        found = alive()
+        if found is not None:
+            found(argument)
+
+    return call
+
+
 def _remove(handles: list[RemovableHandle]) -> None:
     while handles:
         handles.pop().remove()
