@@ -10,7 +10,8 @@ from typing import Any, Self
 
 import torch
 import transformers
-from laws.families import FAMILIES, POSITIONS, SAMPLES, VOCABULARY, Batch, Family
+from laws.families import FAMILIES, POSITIONS, SAMPLES, VOCABULARY, Family
+from model_families import Batch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
