@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import re
@@ -193,7 +194,11 @@ def test_a_plain_loop_says_where_its_metrics_are_and_shows_its_table(tmp_path: P
 
 
 def test_when_nothing_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `quiet`, on other ranks of the machine, and no table where an exception has ended the run."""
+    """With `quiet`, on other ranks of the machine, and no table where an exception has ended the run.
+
+    Without a stderr neither: stdout, where tqdm would write to, is the script's own.
+    """
+    importlib.import_module("tqdm")
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters())
     settings = {**NOWHERE, "trace_every": 1}
@@ -218,6 +223,7 @@ def test_when_nothing_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: p
         with MemTraceOptimizer(optimizer, model, **settings):
             train(model, optimizer)
         monkeypatch.undo()
+        assert capsys.readouterr() == ("", "")
 
 
 CELL = """

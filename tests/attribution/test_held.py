@@ -11,7 +11,7 @@ from torch import nn
 
 from memtrace.attribution.gradients import GradientCount
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.models.held import Held
+from memtrace.attribution.models.held import Held, weakly
 from memtrace.attribution.scan import Scan
 from memtrace.config import TracerConfig
 from memtrace.record.breakdown import EntryKey
@@ -114,7 +114,7 @@ def test_totals_are_added_up_anew_after_every_change() -> None:
 def test_gradients_of_many_parameters_are_counted_as_they_come_and_go() -> None:
     """All at once in the next count; a few as soon as their turn has come."""
     parameters = [nn.Parameter(torch.zeros(2)) for _ in range(200)]
-    count = GradientCount(parameters, CPU)
+    count = GradientCount(map(weakly, parameters), CPU)
 
     def counted() -> int:
         return sum(count.count().values())

@@ -74,6 +74,20 @@ def test_a_traced_step_grows_with_the_parameters(mesh: DeviceMesh) -> None:
     assert many <= 4.2 * few
 
 
+def test_a_model_is_moved_between_steps(mesh: DeviceMesh) -> None:
+    """As where the weights leave the device for a generation: torch swaps a DTensor, if nobody refers to it weakly."""
+    model = sharded(mesh, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = TracerConfig(strict=True, port=None, step_log=False, trace_every=2, device_poll_seconds=0)
+    with Tracer(model, optimizer, config) as tracer:
+        for _ in range(4):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.to(CPU)
+        assert [record.traced for record in tracer.history] == [False, True, False, True]
+
+
 def test_roles_follow_the_parameters(mesh: DeviceMesh) -> None:
     """Sharded and gathered forms are known, other parameters are plain weights."""
     model = sharded(mesh, 2)

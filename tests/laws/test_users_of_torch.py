@@ -178,6 +178,15 @@ def swapped_parameters(training: Training) -> torch.Tensor:
     return result
 
 
+def swapped_tensors(training: Training) -> torch.Tensor:
+    """Other tensors become the parameters, which stay the same objects: torch refuses where weak references are."""
+    before = [*map(id, training.model.parameters())]
+    for parameter in training.model.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach() * 0.5))
+    assert [*map(id, training.model.parameters())] == before
+    return training.model(training.rows())
+
+
 BETWEEN: tuple[Callable[[Training], torch.Tensor], ...] = (
     vmap,
     functional_call,
@@ -192,6 +201,7 @@ BETWEEN: tuple[Callable[[Training], torch.Tensor], ...] = (
     gradients_with_respect_to_the_input,
     inference_mode,
     swapped_parameters,
+    swapped_tensors,
 )
 """What is done between two steps, and once more between the forward and the backward pass of one."""
 
@@ -206,7 +216,7 @@ WHOLE_STEPS: tuple[Callable[[Training], torch.Tensor], ...] = (
 )
 """What contains whole steps."""
 
-CHANGES_WEIGHTS_INSIDE_A_STEP = (state_loaded, swapped_parameters)
+CHANGES_WEIGHTS_INSIDE_A_STEP = (state_loaded, swapped_parameters, swapped_tensors)
 
 
 def name_of(used: Any) -> str:

@@ -26,9 +26,11 @@ def show_table(snapshot: Snapshot) -> None:
 
 def _write(text: str) -> None:
     """Writes a text above the progress bars that are still being drawn. A stderr that takes none is no fault."""
+    if sys.stderr is None:  # tqdm writes to stdout then
+        return
     tqdm = sys.modules.get("tqdm")
     with suppress(OSError, ValueError):
         if tqdm is not None and hasattr(tqdm, "tqdm"):
             tqdm.tqdm.write(text, file=sys.stderr)
-        elif sys.stderr is not None:
+        else:
             sys.stderr.write(f"{text}\n")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import ceil
 
 import torch
@@ -12,7 +11,6 @@ from memtrace.attribution.storages import storages_of
 from memtrace.record.breakdown import EntryKey
 from memtrace.record.categories import Category
 from memtrace.sources.events import dtype_name
-from memtrace.sources.torch_private import alive
 
 _ASKED = 64
 
@@ -23,16 +21,17 @@ class GradientCount:
     A gradient has the shape of its parameter in every step. So they are measured one by one only where another set of
     parameters has one than the time before, and where one is sparse and has another size each time. To ask a parameter
     whether it has one takes about 0.2 us: of more than 64, each count asks 64 others, evenly spread. Where all
-    gradients come or go that is seen at once; where a few do, after as many counts as it takes to ask all. Parameters
-    are held weakly.
+    gradients come or go that is seen at once; where a few do, after as many counts as it takes to ask all. None is kept
+    alive.
 
     Args:
-        parameters: those of the model and those that its optimizers hold instead, each once.
+        parameters: what returns one each as long as it is there (`Held.reference_to`): those of the model and those
+            that its optimizers hold instead, each once.
         device: where the gradients are that count.
     """
 
-    def __init__(self, parameters: Iterable[torch.Tensor], device: torch.device) -> None:
-        self._parameters = [weakref.ref(parameter) for parameter in parameters]
+    def __init__(self, parameters: Iterable[Callable[[], torch.Tensor | None]], device: torch.device) -> None:
+        self._parameters = list(parameters)
         self.device = device
         self._present: list[bool] | None = None
         self._apart = max(1, ceil(len(self._parameters) / _ASKED))
@@ -44,7 +43,7 @@ class GradientCount:
         self._turn = (self._turn + 1) % self._apart
         asked = slice(self._turn, None, self._apart)
         if self._present is None or self._present[asked] != [*map(_has_gradient, self._parameters[asked])]:
-            found = [None if (parameter := alive(weak)) is None else parameter.grad for weak in self._parameters]
+            found = [None if (parameter := find()) is None else parameter.grad for find in self._parameters]
             gradients = [gradient for gradient in found if gradient is not None]
             strided = all(gradient.layout is torch.strided for gradient in gradients)
             self._present = [gradient is not None for gradient in found] if strided else None
@@ -52,8 +51,8 @@ class GradientCount:
         return self._counted
 
 
-def _has_gradient(weak: weakref.ref[torch.Tensor]) -> bool:
-    parameter = alive(weak)
+def _has_gradient(find: Callable[[], torch.Tensor | None]) -> bool:
+    parameter = find()
     return parameter is not None and parameter.grad is not None
 
 

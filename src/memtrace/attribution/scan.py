@@ -195,7 +195,9 @@ class Scan:
             of_owners = [owner.grad for owner in owners if owner.grad is not None]
             return gradient_bytes([*of_owners, *of_engines], device)
         if self._gradients is None or self._gradients.device != device:
-            self._gradients = GradientCount(self._gradient_owners(self.held.parameters()), device)
+            held = self.held
+            owners = self._gradient_owners(held.parameters())
+            self._gradients = GradientCount(map(held.reference_to, owners), device)
         return self._gradients.count()
 
     def backward_ended(self, ledger: Ledger) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -136,15 +136,32 @@ def sparse_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     return []
 
 
-def held_by(module: torch.nn.Module) -> tuple[Iterable[torch.nn.Parameter | None], Iterable[torch.Tensor | None]]:
-    """Returns the parameters and the buffers of a module itself, None among them.
+def held_by(
+    module: torch.nn.Module,
+) -> tuple[Mapping[str, torch.nn.Parameter | None], Mapping[str, torch.Tensor | None]]:
+    """Returns the parameters and the buffers of a module itself by name, None among them.
 
     The public calls take ten times as long; they are asked where torch has changed.
     """
     try:
-        return module._parameters.values(), module._buffers.values()
+        return module._parameters, module._buffers
     except AttributeError:
-        return module.parameters(recurse=False), module.buffers(recurse=False)
+        return dict(module.named_parameters(recurse=False)), dict(module.named_buffers(recurse=False))
+
+
+def identities(modules: Iterable[torch.nn.Module | None]) -> list[int]:
+    """Returns the identities of what these modules hold themselves, in order; 0 stands for a module that is gone."""
+    found: list[int] = []
+    for module in modules:
+        if module is None:
+            found.append(0)
+            continue
+        parameters, buffers = held_by(module)
+        if parameters:
+            found += map(id, parameters.values())
+        if buffers:
+            found += map(id, buffers.values())
+    return found
 
 
 def holdings(modules: Iterable[torch.nn.Module | None]) -> list[int]:

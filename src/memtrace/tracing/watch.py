@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -117,8 +116,9 @@ class Watch:
     def _set_up(self, device: torch.device, source: EventSource | None = None) -> None:
         """Sets up what belongs to one device."""
         self._device = device
-        here = (p for p in self._scan.held.parameters() if canonical_device(p.device) == device)
-        self._anchor = next(map(weakref.ref, here), lambda: None)
+        held = self._scan.held
+        here = (p for p in held.parameters() if canonical_device(p.device) == device)
+        self._anchor = next(map(held.reference_to, here), lambda: None)
         """A parameter that tells when the model is moved; of none where an engine keeps all of them elsewhere."""
         self._source = source or event_source(device)
         self._ledger = Ledger(device)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from memtrace.attribution.models.quantised import is_packed, packed_tensors
-from memtrace.sources.torch_private import alive, held_by, holdings
+from memtrace.sources.torch_private import alive, held_by, holdings, identities
+
+_Tensor = TypeVar("_Tensor", bound=torch.Tensor)
 
 
 class Held:
     """The parameters and buffers of some modules, each once, in the order in which the model lists them.
 
-    They are held weakly: what the model lets go is let go. A walk takes about 0.5 us a module and a tensor.
+    Nothing of it is kept alive. Parameters and buffers are known by their place, a module and a name: torch swaps no
+    tensor of which there is a weak reference (`torch.utils.swap_tensors`, and with it `module.to()` of a DTensor). A
+    walk takes about 0.5 us a module and a tensor.
 
     Args:
         modules: a model's modules, each once.
@@ -23,34 +29,34 @@ class Held:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
-        parameters: dict[int, nn.Parameter] = {}
-        buffers: dict[int, torch.Tensor] = {}
+        self._modules = [weakref.ref(module) for module in modules]
+        self._parameters: dict[int, Callable[[], nn.Parameter | None]] = {}
+        self._buffers: dict[int, Callable[[], torch.Tensor | None]] = {}
         packed: dict[int, torch.Tensor] = {}
-        for module in modules:
+        for module, holder in zip(modules, self._modules, strict=True):
             own_parameters, own_buffers = held_by(module)
             quantised = False
-            for parameter in own_parameters:
+            for name, parameter in own_parameters.items():
                 if parameter is not None:
-                    parameters[id(parameter)] = parameter
+                    self._parameters.setdefault(id(parameter), _place(holder, 0, own_parameters, name, parameter))
                     quantised = quantised or (not parameter.requires_grad and is_packed(parameter))
-            for buffer in own_buffers:
+            for name, buffer in own_buffers.items():
                 if buffer is not None:
-                    buffers[id(buffer)] = buffer
+                    self._buffers.setdefault(id(buffer), _place(holder, 1, own_buffers, name, buffer))
                     quantised = quantised or is_packed(buffer)
             if quantised:
                 packed.update((id(tensor), tensor) for tensor in packed_tensors(module))
-        self._parameters: list[weakref.ref[nn.Parameter]] = [
-            weakref.ref(parameter) for parameter in parameters.values()
-        ]
-        self._buffers: list[weakref.ref[torch.Tensor]] = [weakref.ref(buffer) for buffer in buffers.values()]
-        self._packed: list[weakref.ref[torch.Tensor]] = [weakref.ref(tensor) for tensor in packed.values()]
-        self._modules = [weakref.ref(module) for module in modules]
-        self._looked = self._look()
+        self._packed = [weakref.ref(tensor) for tensor in packed.values()]
+        self._identities, self._looked = self._identify(), self._look()
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of it is still there. Where something has gone, the model may have got another in its place."""
-        return len(self.parameters()) == len(self._parameters) and len(self.buffers()) == len(self._buffers)
+        """Whether all of it is still in its place, and nothing else. Takes about 0.1 us a module and a tensor."""
+        return self._identities == self._identify()
+
+    def reference_to(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor | None]:
+        """Returns what returns this tensor as long as it is held, or where it is not held here, as long as it lives."""
+        return self._parameters.get(id(tensor)) or self._buffers.get(id(tensor)) or weakly(tensor)
 
     @property
     def is_as_walked(self) -> bool:
@@ -60,17 +66,44 @@ class Held:
         """
         return self._looked == self._look()
 
+    def _identify(self) -> list[int]:
+        return identities([weak() for weak in self._modules])
+
     def _look(self) -> list[int]:
         return holdings([weak() for weak in self._modules])
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that are still there."""
-        return [parameter for weak in self._parameters if (parameter := alive(weak)) is not None]
+        return [parameter for find in self._parameters.values() if (parameter := find()) is not None]
 
     def buffers(self) -> list[torch.Tensor]:
         """Returns the buffers that are still there."""
-        return [buffer for weak in self._buffers if (buffer := alive(weak)) is not None]
+        return [buffer for find in self._buffers.values() if (buffer := find()) is not None]
 
     def packed(self) -> list[torch.Tensor]:
         """Returns what quantised layers keep of their weights in other places than parameters, buffers among it."""
         return [tensor for weak in self._packed if (tensor := alive(weak)) is not None]
+
+
+def weakly(tensor: _Tensor) -> Callable[[], _Tensor | None]:
+    """Returns what returns a tensor as long as it lives."""
+    return partial(alive, weakref.ref(tensor))
+
+
+def _place(
+    module: weakref.ref[nn.Module], which: int, held: Mapping[str, _Tensor | None], name: str, tensor: _Tensor
+) -> Callable[[], _Tensor | None]:
+    """Returns what returns a tensor as long as its module holds it by this name.
+
+    As long as it lives where the module holds tensors in no dictionary, as a scripted one does.
+    """
+    return partial(_at, module, which, name, id(tensor)) if isinstance(held, dict) else weakly(tensor)
+
+
+def _at(module: weakref.ref[nn.Module], which: int, name: str, identity: int) -> Any:
+    holder = module()
+    if holder is None:
+        return None
+    held: Any = held_by(holder)[which]
+    found = dict.get(held, name)  # of `dict` itself: what ZeRO-3 has put in its place gathers what it is asked for
+    return found if id(found) == identity else None
