@@ -87,7 +87,7 @@ class FailureRelay:
 
     def _unsubscribe(self, number: int) -> None:
         self._subscribers.pop(number, None)
-        self._unchain_if_idle()
+        self._forget_the_dead()  # of a tracer that was dropped all are gone, and one of them tells
 
     def _unchain_if_idle(self) -> None:
         if self._subscribers:
