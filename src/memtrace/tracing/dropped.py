@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from memtrace.attribution.scan import Scan
-from memtrace.sources.hooks import HookSet
+from memtrace.sources.hooks import HookSet, weakly
 
 _IN_A_ROW = 3
 """Steps with dropped gradients in a row after which they are a part of each step."""
@@ -51,7 +51,7 @@ class DroppedGradients:
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.requires_grad and parameter.is_leaf:
                     self._holder, self._name = weakref.ref(module), name
-                    hooks.after_gradient((parameter,), _weakly(self._comes), first=True)
+                    hooks.after_gradient((parameter,), weakly(self._comes), first=True)
                     return
 
     @property
@@ -86,17 +86,6 @@ class DroppedGradients:
     def _comes(self, parameter: torch.Tensor) -> None:
         self.has_come = True
         self._identity, self._version = id(parameter), parameter._version
-
-
-def _weakly(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
-    """Returns a hook that keeps nothing alive: Python's collector does not see what a parameter's hooks refer to."""
-    alive = weakref.WeakMethod(method)
-
-    def comes(parameter: torch.Tensor) -> None:
-        if (heard := alive()) is not None:
-            heard(parameter)
-
-    return comes
 
 
 def _nobody() -> None:
