@@ -22,7 +22,7 @@ from memtrace.guard import Guard
 from memtrace.record.categories import Category
 from memtrace.sources.autograd_torch_private import after_backward, backward_is_running, saved_tensor_hooks_allowed
 from memtrace.sources.events import EventSource, TagEvent
-from memtrace.sources.hooks import HookSet
+from memtrace.sources.hooks import HookSet, weakly
 from memtrace.sources.saved_tensors import SavedTensorHooks, SavedTensors, saved_tensors
 
 MAX_NOTES = 400_000
@@ -221,7 +221,7 @@ class TraceWindow:
         # then on, also when there are none any more.
         passing = self._scan.passing_gradients() if self._trace_activations else self._scan.gradient_leaves()
         first = not self._scan.engines  # an engine's hooks make of it what is there at the end of the backward pass
-        self._hooks.after_gradient(passing, self._guard.wrap(self._gradient), first=first)
+        self._hooks.after_gradient(passing, weakly(self._gradient_comes), first=first)
         for engine, module in self._scan.gathering():
             gathered = partial(self._gathered, engine)
             self._hooks.before_forward(module, self._guard.wrap(gathered), prepend=False)
@@ -292,6 +292,9 @@ class TraceWindow:
         if self._tags is not None and step is not None:
             self._scan.backward_ended(self._ledger)
             step.backward_ends()
+
+    def _gradient_comes(self, parameter: torch.Tensor) -> None:
+        self._guard.run(self._gradient, parameter)
 
     def _gradient(self, parameter: torch.Tensor) -> None:
         step = self._current_step()

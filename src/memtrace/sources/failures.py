@@ -82,7 +82,7 @@ class FailureRelay:
         number = self._count
         on_failure = None if on_allocation_failure is None else weakref.WeakMethod(on_allocation_failure)
         exits = None if on_exit is None else weakref.WeakMethod(on_exit)
-        self._subscribers[number] = (on_failure, weakref.WeakMethod(on_crash), exits)
+        self._subscribers[number] = (on_failure, weakref.WeakMethod(on_crash, self._died), exits)
         return partial(self._unsubscribe, number)
 
     def _unsubscribe(self, number: int) -> None:
@@ -98,6 +98,9 @@ class FailureRelay:
         if sys.exit is self._chained_exit:
             sys.exit = self._exit_before
             self._chained_exit = None
+
+    def _died(self, _: object) -> None:
+        self._forget_the_dead()
 
     def _forget_the_dead(self) -> None:
         """Drops subscribers that are gone, and those of the process that this one was forked from."""

@@ -147,6 +147,17 @@ def _remove(handles: list[RemovableHandle]) -> None:
         handles.pop().remove()
 
 
+def weakly(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+    """Returns a hook that keeps nothing alive: Python's collector does not see what a parameter's hooks refer to."""
+    alive = weakref.WeakMethod(method)
+
+    def comes(parameter: torch.Tensor) -> None:
+        if (heard := alive()) is not None:
+            heard(parameter)
+
+    return comes
+
+
 def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
     """Returns the hook as torch's compiler leaves it, and what it calls, out of a graph, where the compiler is loaded.
 
