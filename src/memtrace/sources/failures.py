@@ -86,8 +86,9 @@ class FailureRelay:
         return partial(self._unsubscribe, number)
 
     def _unsubscribe(self, number: int) -> None:
-        self._subscribers.pop(number, None)
-        self._forget_the_dead()  # of a tracer that was dropped all are gone, and one of them tells
+        # A new dictionary: Python's collector may end a tracer, and so call this, while another one is gone through.
+        self._subscribers = {other: methods for other, methods in self._subscribers.items() if other != number}
+        self._unchain_if_idle()
 
     def _unchain_if_idle(self) -> None:
         if self._subscribers:

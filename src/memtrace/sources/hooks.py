@@ -131,7 +131,7 @@ class HookSet:
 
 
 def weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Returns what calls a bound method as long as its object is there: torch holds it where no collector can look."""
+    """Returns what calls a bound method as long as its object is there: torch holds hooks where no collector looks."""
     alive = weakref.WeakMethod(method)
 
     def call(argument: Any) -> None:
@@ -145,17 +145,6 @@ def weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
 def _remove(handles: list[RemovableHandle]) -> None:
     while handles:
         handles.pop().remove()
-
-
-def weakly(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
-    """Returns a hook that keeps nothing alive: Python's collector does not see what a parameter's hooks refer to."""
-    alive = weakref.WeakMethod(method)
-
-    def comes(parameter: torch.Tensor) -> None:
-        if (heard := alive()) is not None:
-            heard(parameter)
-
-    return comes
 
 
 def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
