@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 
@@ -10,6 +11,11 @@ from features import missing
 from hypothesis import HealthCheck, settings
 
 pytest_plugins = ("nothing_left", "prometheus_server", "stub_nvml")
+
+# pytest imports readline, which may write the size of a terminal into the environment of the workers: tables would be
+# as wide as that.
+for _size in ("COLUMNS", "LINES"):
+    os.environ.pop(_size, None)
 
 # The same examples every time, on every machine, and no limit that the clock decides. `make test-long` tries fresh ones
 # (`--hypothesis-profile=fresh`); what those find becomes an `@example` of its test.
