@@ -100,12 +100,12 @@ class MemoryTracer(Tracer):
         """Installs the hooks and opens the exports; a tracer that is attached already is left as it is."""
         if self._exports is not None:
             return
-        forgotten.begins(self)
         super().attach()
         if self.attached:
             self._guard.set_up(self._open_exports, undo=super().detach)
 
     def _open_exports(self) -> None:
+        forgotten.begins(self)
         run_dir = self._default_log_dir or Path("memtrace-runs") / self.identity.run_name
         exports = Exports.open(_weak_snapshot(self), self.identity, self.config, self.config.log_path(run_dir))
         # Where the script ends, or drops the tracer, without a detach, the port and the log are given back too.
@@ -164,7 +164,7 @@ class MemoryTracer(Tracer):
         if error is not None and id(error) != self._handled:
             self._crashed(error)
         super().detach()
-        forgotten.ends(self)
+        self._guard.finish(partial(forgotten.ends, self))
         self._guard.finish(self._show_table)
         self._guard.finish(self._drop_exports)
 

@@ -62,12 +62,13 @@ def start_memory_profiler() -> None:
             "",  # trace id
         )
         activities = {torch.profiler.ProfilerActivity.CPU}
+        _silence_allocator()  # before there is a recording that a fault in it would leave on
         with _kineto_silenced():
             torch.autograd._prepare_profiler(config, activities)  # type: ignore[attr-defined]
             torch.autograd._enable_profiler(config, activities)  # type: ignore[attr-defined]
         torch.autograd._enable_record_function(False)  # type: ignore[attr-defined]
-        _silence_allocator()
     except (AttributeError, TypeError) as error:
+        _give_back_log_level()
         raise ProfilerUnavailable(f"torch {torch.__version__} cannot record memory events: {error}") from error
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from memtrace.attribution.scan import Scan
+from memtrace.guard import Guard
 from memtrace.sources.hooks import HookSet, weakly
 
 _IN_A_ROW = 3
@@ -29,10 +30,11 @@ class DroppedGradients:
 
     Args:
         scan: knows the parameters and the engines.
+        guard: runs what torch calls.
     """
 
-    def __init__(self, scan: Scan) -> None:
-        self._scan = scan
+    def __init__(self, scan: Scan, guard: Guard) -> None:
+        self._scan, self._guard = scan, guard
         self._holder: Callable[[], nn.Module | None] = _nobody
         self._name = ""
         self._identity = self._version = 0
@@ -51,7 +53,7 @@ class DroppedGradients:
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.requires_grad and parameter.is_leaf:
                     self._holder, self._name = weakref.ref(module), name
-                    hooks.after_gradient((parameter,), weakly(self._comes), first=True)
+                    hooks.after_gradient((parameter,), weakly(self._hears), first=True)
                     return
 
     @property
@@ -82,6 +84,9 @@ class DroppedGradients:
         if not self._in_this_step:
             self.in_a_row = 0
         self.has_come = self._in_this_step = False
+
+    def _hears(self, parameter: torch.Tensor) -> None:
+        self._guard.run(self._comes, parameter)
 
     def _comes(self, parameter: torch.Tensor) -> None:
         self.has_come = True

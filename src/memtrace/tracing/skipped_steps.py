@@ -54,7 +54,7 @@ class SkippedSteps:
 
     def __init__(self, scan: Scan, cycle: Cycle, guard: Guard, *, explicit: bool, main_input_name: str | None) -> None:
         self._scan, self._cycle, self._guard = scan, cycle, guard
-        self.dropped = DroppedGradients(scan)
+        self.dropped = DroppedGradients(scan, guard)
         """Knows whether the loop has dropped what a step was for."""
         self._explicit, self._main_input_name = explicit, main_input_name or ""
         self.left = 0
