@@ -200,7 +200,7 @@ class TestSavedTensorHooks:
     @pytest.fixture(autouse=True, params=["told", "looked for"])
     def innermost(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         if request.param == "looked for":
-            monkeypatch.setattr(torch_private, "_innermost_hooks", None)
+            monkeypatch.setattr(autograd_torch_private, "_innermost_hooks", None)
 
     def test_it_stays_on_until_it_is_taken_off(self) -> None:
         """From one call to a later one; pushing or popping twice does nothing."""
@@ -330,7 +330,7 @@ class TestSavedTensorHooks:
         assert not watch.pair.is_on
         watch.pair.push()
         assert watch.pair.is_on, "the next forward pass puts them on again"
-        watch.pair.forward_ended(None)
+        watch.pair.forward_ended(())
         assert watch.pair.pop()
 
     def test_where_the_user_has_forbidden_them(self) -> None:
