@@ -46,8 +46,9 @@ ROWS = [
 LEFT_BY_THE_FORWARD_PASS = {
     Way.PLAIN: {LOGITS, LOSS},
     Way.ACCUMULATION: {LOGITS, LOSS},
-    # Positions for rotary embeddings, which the checkpoint keeps as arguments and does not save as activations.
-    Way.REENTRANT: {LOGITS, LOSS, "aten::add"},
+    # Positions for rotary embeddings, which the checkpoint keeps as arguments and does not save as activations, and for
+    # each layer the state of the random number generator.
+    Way.REENTRANT: {LOGITS, LOSS, "aten::add", "CheckpointFunction"},
     Way.NON_REENTRANT: {LOGITS, LOSS, "aten::add", "aten::mul", NO_OPERATOR},
 }
 

@@ -119,9 +119,17 @@ def saved_by(node: Any) -> Iterator[torch.Tensor]:
             yield from (part for part in value if isinstance(part, torch.Tensor))
 
 
+_GENERATORS = frozenset({"fwd_cpu_state", "fwd_device_states", "fwd_gpu_states"})
+"""What `torch.utils.checkpoint` keeps of random number generators on its `ctx`, by the names of its versions."""
+
+
 def kept_on(node: Any) -> Iterator[torch.Tensor]:
-    """Yields the tensors that a Function of the user has put on its `ctx`, by themselves or in plain containers."""
-    for value in list(vars(node).values()) if isinstance(node, torch.autograd.function.FunctionCtx) else ():
+    """Yields the tensors that a Function of the user has put on its `ctx`, by themselves or in plain containers.
+
+    The states of random number generators that a checkpoint keeps are left out: the host's, whatever computes.
+    """
+    kept = dict(vars(node)) if isinstance(node, torch.autograd.function.FunctionCtx) else {}
+    for value in (value for name, value in kept.items() if name not in _GENERATORS):
         if isinstance(value, torch.Tensor):
             yield value
         elif type(value) in (list, tuple, dict):
