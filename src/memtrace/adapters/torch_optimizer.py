@@ -73,7 +73,7 @@ class MemTraceOptimizer(_Base):
         config = TracerConfig.from_settings(settings)
         if isinstance(optimizer, MemTraceOptimizer):
             optimizer.close()
-            optimizer = optimizer._memtrace_optimizer
+            optimizer = _bare(optimizer)
         tracer = MemoryTracer(model, optimizer, config, further_models=further_models)
         object.__setattr__(self, "_memtrace_optimizer", optimizer)
         object.__setattr__(self, "_memtrace_step", None)

@@ -24,7 +24,6 @@ def write_whole(path: Path, content: str | bytes) -> None:
     try:
         draft.write_bytes(data)
         draft.replace(path)
-    except BaseException:
+    finally:  # it is gone where it took its place
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        raise

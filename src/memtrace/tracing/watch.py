@@ -91,21 +91,18 @@ class Watch:
         self._guard, self._schedule, self._published = guard, schedule, published
         self._snapshot, self._publish_oom, self._highest = snapshot, publish_oom, highest
         self._scan = Scan(model, optimizers, further=further)
-        self._hooks = HookSet()
         self.sampler: DeviceSampler | None = None
         self._main_input_name = getattr(model, "main_input_name", None)
-        self._cycle = Cycle(self._scan)
+        self._hooks, self._cycle = HookSet(), Cycle(self._scan)
         self.skipped = SkippedSteps(
             self._scan, self._cycle, guard, explicit=explicit, main_input_name=self._main_input_name
         )
-        self._current = CurrentStep(self.skipped)
-        self._spent_before_ns = self.skipped.spent_ns
+        self._current, self._spent_before_ns = CurrentStep(self.skipped), self.skipped.spent_ns
         self._allocations: int | None = None
         """Allocations of the last step with a record, by the counters; None where there are none."""
         self._micro_batches = 0
         """Its micro batches."""
-        self._bounds = StepBounds(published, schedule)
-        self._passes = ForwardPasses(model)
+        self._bounds, self._passes = StepBounds(published, schedule), ForwardPasses(model)
         self._set_up(self._scan.device, source)
 
     @property
