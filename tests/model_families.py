@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -175,7 +175,7 @@ class ConvNet(nn.Module):
 def lstm_kernel(hidden: torch.Tensor) -> AbstractContextManager[object]:
     """Leaves oneDNN out for bfloat16: some processors have its LSTM for that, others raise."""
     low = torch.is_autocast_enabled("cpu") or hidden.dtype is torch.bfloat16
-    return torch.backends.mkldnn.flags(enabled=not low)
+    return torch.backends.mkldnn.flags(enabled=False) if low else nullcontext()
 
 
 class Recurrent(nn.Module):

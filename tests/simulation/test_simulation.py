@@ -157,6 +157,19 @@ def test_an_lstm_is_told_of_its_new_parameters(simulation: Simulation) -> None:
     assert all(isinstance(weight, SimulatedTensor) for weight in module._flat_weights)
 
 
+@pytest.mark.parametrize("time", ["first", "again"])
+def test_one_gradient_for_two_biases_is_copied_for_one(simulation: Simulation, time: str) -> None:
+    """oneDNN's LSTM returns one tensor as the gradient of both: autograd clones it, also when asked a second time."""
+    lstm = nn.LSTM(16, 16, batch_first=True)
+    simulation.adopt_module(lstm)
+    with simulation, torch.backends.mkldnn.flags(enabled=True):
+        lstm(torch.zeros(4, 8, 16))[0].sum().backward()
+    first, second = (
+        bias.grad.untyped_storage() for bias in (lstm.bias_ih_l0, lstm.bias_hh_l0) if bias.grad is not None
+    )
+    assert first is not second
+
+
 def test_values_of_integers_are_known(simulation: Simulation) -> None:
     """What follows from the batch's integers can be asked for, as model code does."""
     mask = simulation.adopt(torch.tensor([[1, 1, 0], [1, 1, 1]]))

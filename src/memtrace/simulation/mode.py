@@ -16,7 +16,7 @@ from memtrace.simulation.events import SimulatedEvents
 from memtrace.simulation.kernels import Target, scratch_bytes
 from memtrace.simulation.known_values import KnownValues, run
 from memtrace.simulation.operator_results import Call, OperatorResults, map_tensors
-from memtrace.simulation.results import Constant, Input, NewTensor, Operator, Result, ViewOf
+from memtrace.simulation.results import Constant, NewTensor, Operator, Result, Same, ViewOf
 from memtrace.simulation.sharded_lists import without_wrappers, wrapped
 from memtrace.simulation.tensor import (
     DEVICE,
@@ -255,7 +255,7 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
             begin = begin_of(base) * base.element_size() // layout.dtype.itemsize
             tensors.append(tensor_on(base.untyped_storage(), layout, begin + result.offset))
             return tensors[-1]
-        if isinstance(result, Input):
+        if isinstance(result, Same):
             if torch.Tag.inplace_view in call.operator.tags:
                 with torch_fake.without_dispatch():
                     call.operator(*call.args, **call.kwargs)

@@ -13,7 +13,7 @@ import torch
 
 from memtrace.simulation import torch_fake
 from memtrace.simulation.kernels import Target, asked_layouts, corrected
-from memtrace.simulation.results import Constant, Input, NewTensor, Operator, Result, Several, ViewOf
+from memtrace.simulation.results import Constant, NewTensor, Operator, Result, Same, Several, ViewOf
 from memtrace.simulation.tensor import DEVICE, Layout, begin_of, layout_of
 
 _AS_STRIDED = torch.ops.aten.as_strided.default
@@ -116,7 +116,7 @@ class OperatorResults:
             fake_args = map_tensors(lambda _: next(following), args)
             fake_kwargs = map_tensors(lambda _: next(following), kwargs)
             result = operator(*fake_args, **fake_kwargs)
-        return corrected(self.target, operator, layouts, _describe(result, list(fakes), len(fakes)))
+        return corrected(self.target, operator, layouts, _describe(result, list(fakes)))
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
@@ -171,15 +171,15 @@ def _pick(value: Any, position: int, count: int) -> Any:
     return [value[position]] if isinstance(value, (list, tuple)) and len(value) == count else value
 
 
-def _describe(value: Any, tensors: list[torch.Tensor], inputs: int) -> Result:
-    """Returns the description of a fake result; tensors that are no input are appended to `tensors`."""
+def _describe(value: Any, tensors: list[torch.Tensor]) -> Result:
+    """Returns the description of a fake result; new tensors are appended to `tensors`, which begin as the inputs."""
     if isinstance(value, (list, tuple)):
-        return Several(type(value), tuple(_describe(item, tensors, inputs) for item in value))
+        return Several(type(value), tuple(_describe(item, tensors) for item in value))
     if not isinstance(value, torch.Tensor):
         return Constant(value)
-    for position, tensor in enumerate(tensors[:inputs]):
+    for position, tensor in enumerate(tensors):
         if tensor is value:
-            return Input(position)
+            return Same(position)
     storage = value.untyped_storage()
     result: Result = NewTensor(layout_of(value), storage.nbytes(), begin_of(value))
     for position, tensor in enumerate(tensors):

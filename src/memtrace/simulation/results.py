@@ -34,10 +34,11 @@ class ViewOf:
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
-    """One of the tensors among the arguments, itself."""
+class Same:
+    """A tensor among the arguments, or an output before it, itself: a second owner, which autograd copies for."""
 
     position: int
+    """Counts as `ViewOf` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,4 +56,4 @@ class Constant:
     value: object
 
 
-Result = NewTensor | ViewOf | Input | Several | Constant
+Result = NewTensor | ViewOf | Same | Several | Constant

@@ -94,8 +94,14 @@ def fake_mode_is_on() -> bool:
 
 
 def fake_kernels() -> FakeTensorMode:
-    """Returns a mode in which operators compute shapes, strides and element types, and nothing else."""
-    return FakeTensorMode()
+    """Returns a mode in which operators compute shapes, strides and element types, and nothing else.
+
+    Without torch's own cache, which is one for the process and does not know that two results are one tensor: the
+    second plan of an LSTM would be another than the first.
+    """
+    mode = FakeTensorMode()
+    mode.cache_enabled = False
+    return mode
 
 
 __all__ = [
