@@ -18,6 +18,7 @@ from memtrace.planning.by_module import Holding, activation_holders
 from memtrace.planning.hardware import held_against, known_as
 from memtrace.planning.simulation_request import SimulationRequest, plan_simulated, simulate
 from memtrace.planning.what_if.find_max import LIMIT, find_max
+from memtrace.planning.what_if.in_processes import usable_processes
 from memtrace.planning.what_if.remedies import Remedy
 from memtrace.planning.what_if.simulated_remedies import simulated_remedies
 from memtrace.record.plan import Plan, Verdict
@@ -65,7 +66,9 @@ def answer(arguments: argparse.Namespace, device: Device | None) -> Answer:
             plan = replace(plan, setup={**plan.setup, f"largest_{arguments.find_max.replace('-', '_')}": found})
         remedies = holdings = None
         if arguments.what_if:
-            remedies = simulated_remedies(request, plan, lambda name: status.update(f"simulating {name}"))
+            remedies = simulated_remedies(
+                request, plan, lambda name: status.update(f"simulating {name}"), processes=usable_processes()
+            )
         if arguments.by_module:
             forward_end = run.marks.forward_end_ns
             holdings = [] if forward_end is None else activation_holders(run.timeline, run.spans, forward_end)

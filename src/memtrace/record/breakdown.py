@@ -36,6 +36,9 @@ class Breakdown:
     estimated: bool = False
     """True where the entries follow from counters and earlier traces instead of events."""
 
+    def __reduce__(self) -> tuple[object, ...]:  # a read-only view of a dict can be neither pickled nor copied
+        return _breakdown, (self.moment, dict(self.entries), self.allocated_bytes, self.estimated)
+
     def __getitem__(self, category: Category) -> int:
         """Bytes of one category; 0 where it has none."""
         return sum(size for key, size in self.entries.items() if key.category is category)
@@ -56,6 +59,14 @@ class Breakdown:
         for key, size in self.entries.items():
             totals[key.category] = totals.get(key.category, 0) + size
         return {category: totals[category] for category in Category if category in totals}
+
+
+def _breakdown(
+    moment: Moment, entries: dict[EntryKey, int], allocated_bytes: int | None, estimated: bool, /
+) -> Breakdown:
+    return Breakdown(
+        moment=moment, entries=MappingProxyType(entries), allocated_bytes=allocated_bytes, estimated=estimated
+    )
 
 
 _ORDER = {category: position for position, category in enumerate(Category)}

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from memtrace.errors import LogFormatError
@@ -112,7 +111,7 @@ def parse_moments(moments: Fields) -> Mapping[Moment, Breakdown]:
         LogFormatError: a moment is not known, or its breakdown has not the documented form.
     """
     found = moments.by_word(Moment).items()
-    return MappingProxyType({moment: _parse_breakdown(moment, breakdown) for moment, breakdown in found})
+    return {moment: _parse_breakdown(moment, breakdown) for moment, breakdown in found}
 
 
 def _step_head(record: StepRecord) -> dict[str, Any]:

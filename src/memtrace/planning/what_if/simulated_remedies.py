@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from memtrace.errors import PlanError
 from memtrace.planning.further import without_each
 from memtrace.planning.recipe import find_recipe
-from memtrace.planning.simulation_request import SimulationRequest, plan_simulated
+from memtrace.planning.simulation_request import SimulationRequest
+from memtrace.planning.what_if.in_processes import plans_of
 from memtrace.planning.what_if.remedies import Remedy, other_shardings
 from memtrace.record.plan import Plan
 from memtrace.simulation.operator_results import OperatorResults
 
 
 def simulated_remedies(
-    request: SimulationRequest, plan: Plan, say: Callable[[str], None] = lambda name: None
+    request: SimulationRequest, plan: Plan, say: Callable[[str], None] = lambda name: None, *, processes: int = 1
 ) -> list[Remedy]:
     """Returns the changes that save anything at the peak of `plan`, the largest saving first.
 
@@ -24,19 +24,18 @@ def simulated_remedies(
     Args:
         request: what `plan` was made from.
         plan: what the changes are held against.
-        say: is called with the name of each change before it is simulated.
+        say: is called with the name of each change before it is waited for.
+        processes: how many simulate at once, see `plans_of`; the answer is the same.
     """
     found = []
     results = OperatorResults(request.target) if request.results is None else request.results
-    request = replace(request, results=results, by_module=False)
-    for name, changed in candidates(request):
+    changes = list(candidates(replace(request, results=results, by_module=False)))
+    plans = plans_of([changed for _, changed in changes], processes)
+    for name, changed in changes:
         say(name)
-        try:
-            after = plan_simulated(changed)
-        except PlanError:
-            continue
-        saved = plan.total_bytes - after.total_bytes
-        if saved > 0:
+        after = next(plans)
+        if after is not None and plan.total_bytes > after.total_bytes:
+            saved = plan.total_bytes - after.total_bytes
             found.append(Remedy(name=name, plan=after, saved_bytes=saved, world_size=changed.sharding.world_size))
     return sorted(found, key=lambda remedy: -remedy.saved_bytes)
 
