@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from memtrace.sources import autograd_torch_private, torch_private
 from memtrace.sources.autograd_torch_private import has_saved_tensor_hooks
-from memtrace.sources.hooks import HookSet
+from memtrace.sources.hooks import HookSet, others_take_gradient, weakly
 from memtrace.sources.saved_tensors import SavedTensorHooks
 
 
@@ -100,6 +100,21 @@ class TestHookSet:
         handle.remove()
         (weight * 3).sum().backward()
         assert calls == [3.0, "takes", "second", "takes"]
+
+    def test_a_hook_of_memtrace_on_a_gradient_takes_nothing(self) -> None:
+        """Who looks whether somebody takes gradients finds others' hooks, of both kinds, and not memtrace's own."""
+        weight = nn.Parameter(torch.ones(2))
+        with HookSet() as hooks:
+            hooks.after_gradient([weight], weakly(self.hears), first=True)
+            assert not others_take_gradient(weight)
+            after = weight.register_post_accumulate_grad_hook(lambda _: None)
+            assert others_take_gradient(weight)
+            after.remove()
+            weight.register_hook(lambda _: None)
+            assert others_take_gradient(weight)
+
+    def hears(self, _: torch.Tensor) -> None:
+        """Stands for a method of memtrace that is told of a gradient."""
 
     def test_after_each_gradient_that_can_come(self) -> None:
         """Of parameters that are trained; frozen ones and results have none accumulated."""

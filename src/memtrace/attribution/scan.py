@@ -33,8 +33,9 @@ from memtrace.errors import ConfigError
 from memtrace.record.breakdown import EntryKey
 from memtrace.record.categories import Category
 from memtrace.record.limitations import Limitation
-from memtrace.sources.autograd_torch_private import has_gradient_hooks, optimizers_in_backward
+from memtrace.sources.autograd_torch_private import optimizers_in_backward
 from memtrace.sources.cuda.cublas import workspace_sizes
+from memtrace.sources.hooks import others_take_gradient
 
 logger = logging.getLogger("memtrace")
 
@@ -222,19 +223,15 @@ class Scan:
             yield from self.gradient_leaves()
             return
         for parameter in self.held.parameters():
-            if id(parameter) in self._without_gradient or has_gradient_hooks(parameter):
+            if id(parameter) in self._without_gradient or others_take_gradient(parameter):
                 yield parameter
 
-    def taken(self, *, besides: nn.Parameter | None = None) -> nn.Parameter | None:
-        """Returns a parameter with a hook on its gradient, where there is one and no gradient is left anywhere.
-
-        Args:
-            besides: one with a hook of memtrace.
-        """
+    def taken(self) -> nn.Parameter | None:
+        """Returns a parameter with a hook on its gradient, where there is one and no gradient is left anywhere."""
         parameters = [parameter for parameter in self.held.parameters() if parameter.requires_grad]
         if any(parameter.grad is not None for parameter in parameters):
             return None
-        return next((p for p in parameters if p is not besides and has_gradient_hooks(p)), None)
+        return next(filter(others_take_gradient, parameters), None)
 
     def gathering(self) -> Iterator[tuple[Engine, nn.Module]]:
         """Yields each module whose weights an engine puts together for its forward pass, with the engine."""

@@ -192,16 +192,13 @@ def optimizers_in_backward(parameters: Iterable[torch.Tensor]) -> list[Any]:
     return [one for parameter in parameters for one in getattr(parameter, "_in_backward_optimizers", ())]
 
 
-def has_gradient_hooks(parameter: torch.Tensor) -> bool:
-    """Returns whether somebody has a hook on the gradient of this leaf, before or after it is accumulated.
+def gradient_hooks(parameter: torch.Tensor) -> list[Any]:
+    """Returns the hooks on the gradient of this leaf, before and after it is accumulated.
 
-    No public call tells of hooks. False where torch has changed.
+    No public call tells of hooks. None where torch has changed.
     """
-    return bool(
-        getattr(parameter, "_backward_hooks", None)
-        or getattr(parameter, "_post_accumulate_grad_hooks", None)
-        or optimizers_in_backward((parameter,))
-    )
+    found = (getattr(parameter, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
+    return [hook for hooks in found if hooks for hook in hooks.values()]
 
 
 def call_first(parameter: torch.Tensor, number: int) -> None:

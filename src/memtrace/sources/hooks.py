@@ -130,16 +130,31 @@ class HookSet:
         self._stack.callback(function)
 
 
-def weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Returns what calls a bound method as long as its object is there: torch holds hooks where no collector looks."""
-    alive = weakref.WeakMethod(method)
+class _WeakHook:
+    """Calls a bound method as long as its object is there."""
 
-    def call(argument: Any) -> None:
-        found = alive()
+    def __init__(self, method: Callable[[Any], None]) -> None:
+        self._alive = weakref.WeakMethod(method)
+
+    def __call__(self, argument: Any) -> None:
+        found = self._alive()
         if found is not None:
             found(argument)
 
-    return call
+
+def weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Returns what calls a bound method as long as its object is there: torch holds hooks where no collector looks.
+
+    The form of every hook of memtrace on a gradient that outlives a step.
+    """
+    return _WeakHook(method)
+
+
+def others_take_gradient(parameter: nn.Parameter) -> bool:
+    """Returns whether others than memtrace hear of the gradient of this leaf, or use it within the backward pass."""
+    hooks = autograd_torch_private.gradient_hooks(parameter)
+    theirs = any(not isinstance(hook, _WeakHook) for hook in hooks)
+    return theirs or bool(autograd_torch_private.optimizers_in_backward((parameter,)))
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

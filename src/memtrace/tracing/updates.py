@@ -72,7 +72,7 @@ class UpdatesInBackward:
             return False
         if step is None or not step.micro_batches or step.micro_batches % _IN_VAIN:
             return False
-        taken = self._scan.taken(besides=self._dropped.parameter)
+        taken = self._scan.taken()
         if taken is not None:
             self._listens = True
             step.marks = step.ends()
