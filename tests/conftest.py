@@ -40,6 +40,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuses a pytest with which groups are not kept together: everything that tests share would be made twice.
+
+    pytest-xdist 3.8 writes the group into `_nodeid`, which pytest 9.2 does not read any more.
+    """
+    if config.getoption("dist", default="no") == "loadgroup" and not hasattr(pytest.Item, "_nodeid"):
+        raise pytest.UsageError("pytest-xdist cannot keep groups together with this pytest: see constraints.txt")
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
     """Every test draws the same random numbers, whichever ran before it in its process."""
