@@ -50,7 +50,7 @@ PACKAGES = (
     "plotly",
     "prometheus-client",
     "psutil",
-    "pytest",
+    "pytest<9.2",
     "pytest-timeout",
     "pytest-xdist",
     "rich",
@@ -65,7 +65,6 @@ ROWS = (
         transformers="4.50.3",
         others=("accelerate==1.6.0", "peft==0.15.2", "bitsandbytes==0.45.5", "deepspeed==0.16.5", "trl==0.16.1"),
         lost=(
-            "Simulated plans can crash in torch 2.6 or are refused; plans by formula are to be used.",
             "Simulated plans of quantised layers under FSDP2 are refused: `fully_shard` takes no `ignored_params`.",
             "FSDP2 does not train on a CPU by itself; the tests give it what it lacks there.",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -196,6 +197,28 @@ def test_the_same_plan_twice_is_the_same_plan() -> None:
     documents = [plan_document(planned(lambda: Tower(dropout=0.1))) for _ in range(2)]
     assert documents[0] == documents[1]
     assert parse_plan(documents[0], "plan.json").moments == planned(lambda: Tower(dropout=0.1)).moments
+
+
+def test_plans_do_not_depend_on_when_cycles_are_collected() -> None:
+    """One plan after the other, collected after every few objects: torch before 2.10 then took storages for its own.
+
+    Python goes on collecting where it did before, also after a plan that was refused.
+    """
+    before = gc.get_threshold()
+    expected = plan_document(planned(lambda: Tower(dropout=0.1)))
+    gc.set_threshold(20)
+    try:
+        for _ in range(8):
+            assert plan_document(planned(lambda: Tower(dropout=0.1))) == expected
+        with pytest.raises(PlanError):
+            planned(batch=dict)
+        assert gc.isenabled()
+        gc.disable()
+        planned()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+        gc.set_threshold(*before)
 
 
 def test_random_numbers_of_the_caller_are_as_before() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +30,6 @@ _SEQUENCE_STEP = 64
 _GROWN = 1.5
 """Operators grow by more than this with twice the length where code loops over positions; else not at all."""
 
-_ALLOCATIONS = 100_000
-"""Objects that are made between two looks for reference cycles."""
-
 Device = tuple[str, int]
 """Name and usable bytes."""
 
@@ -53,7 +49,7 @@ def answer(arguments: argparse.Namespace, device: Device | None) -> Answer:
     Raises:
         PlanError: a plan cannot be made from them.
     """
-    with _without_remarks(), _seldom_collected(), Console(stderr=True).status("simulating a training step") as status:
+    with _without_remarks(), Console(stderr=True).status("simulating a training step") as status:
         request = simulation_of(arguments)
         request = replace(request, results=OperatorResults(request.target), by_module=arguments.by_module)
         if device is not None:
@@ -90,17 +86,6 @@ def _without_remarks() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-@contextmanager
-def _seldom_collected() -> Iterator[None]:
-    """Lets Python look for reference cycles seldom: a simulation makes many objects, and looking takes long."""
-    before = gc.get_threshold()
-    gc.set_threshold(_ALLOCATIONS, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def _search(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from memtrace.planning.sharding.shares import Sharding, Strategy
 from memtrace.planning.step_recorder import StepRecorder
 from memtrace.record.breakdown import BatchShape, Breakdown
 from memtrace.record.categories import Moment
+from memtrace.simulation import torch_fake
 from memtrace.simulation.cuda_functions import CudaFunctions
 from memtrace.simulation.kernels import Target
 from memtrace.simulation.mode import Simulation
@@ -123,6 +125,14 @@ def run_two_steps(training: Training) -> SimulatedRun:
     _check_sharding(training)
     if training.sharding.is_zero:
         training = replace(training, recipe=under_deepspeed(training.recipe))
+    try:
+        with uncollected():
+            return _run(training)
+    finally:
+        torch_fake.collect_storages()
+
+
+def _run(training: Training) -> SimulatedRun:
     simulation = Simulation(training.target, training.results)
     simulation.events.open()
     with torch.random.fork_rng(devices=[]), ExitStack() as stack:
@@ -175,6 +185,21 @@ def run_two_steps(training: Training) -> SimulatedRun:
         operators=simulation.operators,
         kinds=frozenset(simulation.kinds),
     )
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keeps Python from looking for reference cycles: when it does depends on what else was made in this process.
+
+    What lies in a cycle is then never freed within the two steps, and the same plan is the same bytes each time.
+    """
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Apart from `torch_private`, because torch's fake kernels take half a second to l
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
 TensorType = TypeVar("TensorType", bound=torch.Tensor)
@@ -32,6 +34,9 @@ DEVICE_OF = torch.ops.prim.device.default
 
 no_torch_function: Callable[..., Any] = torch._C._disabled_torch_function_impl
 """`__torch_function__` of a tensor class that leaves Python calls as they are."""
+
+
+_MISTAKES_OWNERS = TorchVersion(torch.__version__) < TorchVersion("2.10")
 
 
 def operators(*names: str) -> frozenset[torch._ops.OpOverload]:
@@ -75,6 +80,16 @@ def is_engine_sum(gradient: torch.Tensor) -> bool:
     dense = gradient.numel() * gradient.element_size() == storage.nbytes()
     alone = torch._C._storage_Use_Count(storage._cdata) == 2
     return dense and alone and gradient._use_count() == 4  # type: ignore[attr-defined]
+
+
+def collect_storages() -> None:
+    """Frees the reference cycles of a simulation that is over, where torch must not meet them later.
+
+    Before 2.10 the owner of a storage, Python or C++, can be mistaken when the cycle collector meets the storages of
+    one simulation in the middle of the next: torch refuses a storage of its own, or reads memory that was freed.
+    """
+    if _MISTAKES_OWNERS:
+        gc.collect()
 
 
 @contextmanager
