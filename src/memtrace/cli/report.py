@@ -73,9 +73,9 @@ def read_run(directory: Path, limit_bytes: int | None, max_tokens: int | None) -
         raise LogFormatError(f"{directory}: there is no finished step yet")
     home = logs[0].parent
     launches = {history.last.record.run_id for history in ranks}
-    reports = [_read_report(path) for path in sorted(home.glob("oom-rank*.md")) if _launch(path) in {None, *launches}]
+    reports = [_read_report(path) for path in sorted(home.glob("oom-rank*.md")) if launch_of(path) in {None, *launches}]
     named = home if directory.is_dir() else directory
-    return RunHistory(name=_name(named.resolve()), ranks=ranks, oom_reports=reports)
+    return RunHistory(name=run_name(named.resolve()), ranks=ranks, oom_reports=reports)
 
 
 def _of_the_newest_launch(ranks: list[RankHistory]) -> list[RankHistory]:
@@ -91,14 +91,14 @@ def _read_rank(log: Path, limit_bytes: int | None, max_tokens: int | None) -> Ra
     return replace(history, timeline=read_timeline(timeline_path(log.parent, history.rank)))
 
 
-def _name(directory: Path) -> str:
+def run_name(directory: Path) -> str:
     """Returns the name of the run: that of the directory, or of the one above where it is Trainer's."""
     if directory.name in ("memtrace", "_memtrace"):
         return directory.parent.name
     return directory.stem if directory.is_file() else directory.name
 
 
-def _launch(path: Path) -> str | None:
+def launch_of(path: Path) -> str | None:
     """Returns the launch that a report is of, which the document beside it says; None where it says none."""
     document = path.with_suffix(".json")
     try:
