@@ -101,7 +101,9 @@ class Exports:
                     exports._target = TargetFile(
                         target_path(log_dir, identity.rank), exports._server.url, identity.run_id
                     )
-                exports._run_file = RunFile(run_file_path(log_dir, identity.rank), identity, exports.url)
+                exports._run_file = RunFile(
+                    run_file_path(log_dir, identity.rank), identity, exports.url, limit_bytes=config.device_limit_bytes
+                )
             if config.oom_reports:
                 exports._oom_directory, exports._oom_reports = log_dir, config.oom_reports
             opening.pop_all()
@@ -150,7 +152,7 @@ class Exports:
             self._log.write(record)
         if self._run_file is not None:
             try:
-                self._run_file.refresh(record.unix_seconds)
+                self._run_file.step(record)
             except OutputError as error:
                 self._run_file = None
                 logger.warning("memtrace: %s; from now on there is none", error)
@@ -169,6 +171,8 @@ class Exports:
         if not self._is_ours:
             return None
         path = None
+        if self._run_file is not None and not report.request.pending:
+            self._run_file.count_oom()
         try:
             if self._oom_directory is not None:
                 path = write_report(self._oom_directory, report, keep=self._oom_reports)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from memtrace.cli.report import launch_of, run_name
+from memtrace.cli.report import run_name
 from memtrace.cli.run_logs import RankLog, rank_logs
 from memtrace.errors import LogFormatError, OutputError
 from memtrace.exporters.csv_table import write_csv, write_header

@@ -73,7 +73,7 @@ def read_run(directory: Path, limit_bytes: int | None, max_tokens: int | None) -
         raise LogFormatError(f"{directory}: there is no finished step yet")
     home = logs[0].parent
     launches = {history.last.record.run_id for history in ranks}
-    reports = [_read_report(path) for path in sorted(home.glob("oom-rank*.md")) if launch_of(path) in {None, *launches}]
+    reports = [_read_report(path) for path in sorted(home.glob("oom-rank*.md")) if _launch(path) in {None, *launches}]
     named = home if directory.is_dir() else directory
     return RunHistory(name=run_name(named.resolve()), ranks=ranks, oom_reports=reports)
 
@@ -98,7 +98,7 @@ def run_name(directory: Path) -> str:
     return directory.stem if directory.is_file() else directory.name
 
 
-def launch_of(path: Path) -> str | None:
+def _launch(path: Path) -> str | None:
     """Returns the launch that a report is of, which the document beside it says; None where it says none."""
     document = path.with_suffix(".json")
     try:
