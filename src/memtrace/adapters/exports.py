@@ -1,4 +1,4 @@
-"""What a tracer exports while it is attached: metrics endpoint and target file, step log; and how the run has ended."""
+"""What a tracer exports while it is attached: metrics by endpoint and push, step log; and how the run has ended."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from memtrace.config import TracerConfig
-from memtrace.errors import OutputError
+from memtrace.errors import OutputError, packages_of
 from memtrace.exporters.claims import Claim
 from memtrace.exporters.endpoint.page import render_page
 from memtrace.exporters.endpoint.server import Endpoint, MetricsServer, serve
@@ -26,6 +26,9 @@ from memtrace.record.breakdown import StepRecord
 from memtrace.record.oom_report import OomReport
 from memtrace.record.snapshot import RunIdentity, RunState, Snapshot
 from memtrace.sources.termination import TERMINATION
+
+if TYPE_CHECKING:
+    from memtrace.exporters.otlp_push import OtlpPush
 
 logger = logging.getLogger("memtrace")
 
@@ -52,6 +55,7 @@ class Exports:
         self._claim: Claim | None = None
         self._run_file: RunFile | None = None
         self._server: MetricsServer | None = None
+        self._push: OtlpPush | None = None
         self._target: TargetFile | None = None
         self._log: StepLog | None = None
         self._timeline_directory: Path | None = None
@@ -77,6 +81,7 @@ class Exports:
 
         Raises:
             ConfigError: the password file, the certificate or the key cannot be read.
+            MissingPackageError: the metrics are to be pushed, and the SDK of OpenTelemetry is not installed.
             OutputError: the address, every port tried, or the log directory cannot be used.
         """
         exports = cls(snapshot, identity)
@@ -104,6 +109,8 @@ class Exports:
                 exports._run_file = RunFile(
                     run_file_path(log_dir, identity.rank), identity, exports.url, limit_bytes=config.device_limit_bytes
                 )
+            if config.otlp_endpoint is not None:
+                exports._push = _push_to(exports._current, config.otlp_endpoint)
             if config.oom_reports:
                 exports._oom_directory, exports._oom_reports = log_dir, config.oom_reports
             opening.pop_all()
@@ -212,11 +219,19 @@ class Exports:
         """Takes in a SIGTERM that ends the process."""
         self.linger(RunState.SIGNAL)
         self.ends(RunState.SIGNAL)
+        self._push_the_end()
         self.end()
 
     def exits(self) -> None:
         """Takes in that the interpreter exits."""
         self.linger(self._state_at_end)
+        self._push_the_end()
+
+    def _push_the_end(self) -> None:
+        """Waits, for a few seconds at most, until the last figures are pushed, where any are."""
+        if self._is_ours and self._push is not None:
+            self.ends(self._state_at_end)
+            self._push.close()
 
     def linger(self, state: RunState) -> None:
         """Waits for one more scrape where the settings ask for it, once it is known how the run has ended."""
@@ -231,7 +246,7 @@ class Exports:
         self._state_at_exit = None  # the script has not left
         try:
             with ExitStack() as closing:  # also where Ctrl-C ends the wait
-                closing.callback(self._finish, MetricsServer.close)
+                closing.callback(self._finish, wait=True)
                 self.linger(self._state_at_end)
         except OutputError as error:  # the end of a run is no time to fail it
             logger.warning("memtrace: %s", error)
@@ -239,7 +254,7 @@ class Exports:
     def end(self) -> None:
         """Does the same without waiting for any thread, and without a word: the log may be what was interrupted."""
         with suppress(OutputError):
-            self._finish(MetricsServer.end)
+            self._finish(wait=False)
 
     @property
     def ends_well(self) -> bool:
@@ -251,7 +266,7 @@ class Exports:
         """Whether this process has opened the outputs, and has not closed them."""
         return not self._ended and self._pid == os.getpid()
 
-    def _finish(self, stop_serving: Callable[[MetricsServer], None]) -> None:
+    def _finish(self, *, wait: bool) -> None:
         if not self._is_ours:
             return
         self._state = self._state_at_end
@@ -264,7 +279,9 @@ class Exports:
             if self._log is not None:
                 closing.callback(self._log.close)
             if self._server is not None:
-                closing.callback(stop_serving, self._server)
+                closing.callback(self._server.close if wait else self._server.end)
+            if self._push is not None:
+                closing.callback(self._push.close if wait else self._push.end)
             if self._target is not None:
                 closing.callback(self._target.close, self._state)
 
@@ -288,3 +305,9 @@ class Exports:
     def _leave_run_file(self) -> None:
         if self._run_file is not None:
             self._run_file.end(self._state)
+
+
+def _push_to(source: Callable[[], Snapshot], endpoint: str) -> OtlpPush | None:
+    with packages_of("otlp_endpoint"):
+        from memtrace.exporters.otlp_push import push_to  # noqa: PLC0415 - an extra, and a third of a second
+    return push_to(source, endpoint)

@@ -26,6 +26,11 @@ class RankLog:
         """Returns the records of the newest launch, in order; reads the log anew."""
         return newest_run(read_step_log(self.path))
 
+    def name(self, otherwise: str) -> str:
+        """Returns the name of the run, as its run file says it; else the other one."""
+        status = self.status()
+        return otherwise if status is None else status.run_name
+
     def status(self) -> RunStatus | None:
         """Returns what the run file of that launch says; None where there is none, or that of another launch."""
         try:

@@ -43,7 +43,7 @@ class Runs:
             "--sort",
             choices=[*_ORDERS],
             default="when",
-            help="newest first (when, the default), by name, the highest peak, the least headroom or the most OOMs first",
+            help="the newest first (default), the names in order, the highest peak, the least headroom, the most OOMs",
         )
         parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -2,8 +2,8 @@
 
 `{"schema": "memtrace.run/1", "run": "...", "run_id": "...", "rank": 0, "world_size": 1, "host": "...", "pid": 12,
 "process_start": 1.0, "begun": 1.0, "refreshed": 1.0, "state": "running", "url": "...", "model": "...", "figures":
-{"last_step": 12, "ooms": 0, "peak_bytes": N, "capacity_bytes": N}}`, times in seconds since 1970, figures as of `refreshed`.
-A run whose state is `running` and whose process is gone was killed outright.
+{"last_step": 12, "ooms": 0, "peak_bytes": N, "capacity_bytes": N}}`, times in seconds since 1970, figures
+as of `refreshed`. A run whose state is `running` and whose process is gone was killed outright.
 """
 
 from __future__ import annotations
@@ -117,6 +117,9 @@ class RunFile:
         now = time.time()
         self._path = path
         self._limit_bytes = limit_bytes
+        self._last: StepRecord | None = None
+        self._peak: int | None = None
+        self._ooms = 0
         self.status = RunStatus(
             run_name=identity.run_name,
             run_id=identity.run_id,
@@ -136,15 +139,17 @@ class RunFile:
         Raises:
             OutputError: the file cannot be written.
         """
-        self.status = replace(self.status, figures=self.status.figures.after(record, self._limit_bytes))
+        peak = record.moments.get(Moment.PEAK)
+        if peak is not None:
+            self._peak = max(self._peak or 0, peak.held_bytes)
+        self._last = record
         if record.unix_seconds - self.status.refreshed_unix_seconds >= REFRESH_SECONDS:
             self.status = replace(self.status, refreshed_unix_seconds=record.unix_seconds)
             self._write()
 
     def count_oom(self) -> None:
         """Takes in a failed allocation; the file says so when it is written next."""
-        figures = self.status.figures
-        self.status = replace(self.status, figures=replace(figures, ooms=figures.ooms + 1))
+        self._ooms += 1
 
     def end(self, state: RunState) -> None:
         """Says how the run has ended, unless another run has taken the file over.
@@ -160,6 +165,10 @@ class RunFile:
         self._write()
 
     def _write(self) -> None:
+        figures = RunFigures(ooms=self._ooms, peak_bytes=self._peak)
+        if self._last is not None:
+            figures = figures.after(self._last, self._limit_bytes)
+        self.status = replace(self.status, figures=figures)
         try:
             write_whole(self._path, json.dumps(_document(self.status)) + "\n")
         except OSError as error:
