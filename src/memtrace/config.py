@@ -96,9 +96,9 @@ class TracerConfig:
     `run` and `run_id`. The next run of the name removes files of those that ended an hour ago or longer. None leaves no
     file."""
     otlp_endpoint: str | None = _setting("otlp_endpoint", None)
-    """Address of an OpenTelemetry collector that takes metrics by HTTP, such as `http://localhost:4318`. The metrics are
-    pushed there every minute and at the end. `env` takes the address from the `OTEL_EXPORTER_OTLP_*` variables; the
-    other `OTEL_*` variables are honoured in both cases. Needs the extra `otlp`. None pushes nothing."""
+    """Address of an OpenTelemetry collector that takes metrics by HTTP, such as `http://localhost:4318`. The metrics
+    are pushed there every minute and at the end. `env` takes the address from the `OTEL_EXPORTER_OTLP_*` variables;
+    the other `OTEL_*` variables are honoured in both cases. Needs the extra `otlp`. None pushes nothing."""
     log_dir: str | os.PathLike[str] | None = _setting("log_dir", None)
     """Directory of the step log. None means `<output_dir>/memtrace` under Trainer and `memtrace-runs/<run_name>` in a
     plain loop. The former is a link to `_memtrace` beside it, so that `push_to_hub` does not upload it."""

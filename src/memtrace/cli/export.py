@@ -57,7 +57,7 @@ class Export:
         """
         logs = rank_logs(arguments.run, arguments.rank)
         named = logs[0].path.parent if arguments.run.is_dir() else arguments.run
-        name = run_name(named.resolve())
+        name = logs[0].name(run_name(named.resolve()))
         if arguments.perfetto is not None:
             _perfetto(arguments.perfetto, name, logs, arguments.profiler)
         elif arguments.csv is not None:
@@ -104,7 +104,7 @@ def _perfetto(destination: str, name: str, logs: list[RankLog], wanted: Path | N
             profiler = None
     if profiler is None:
         base_ns = min(begin_ns(rank.records[0]) for rank in ranks)
-        head: dict[str, Any] = {"displayTimeUnit": "ms", "baseTimeNanoseconds": base_ns}
+        head: dict[str, Any] = {"baseTimeNanoseconds": base_ns}
         events: Iterator[Any] = iter(())
     else:
         base_ns, head, events = profiler.base_ns, dict(profiler.head), iter(profiler.events)

@@ -27,7 +27,7 @@ TOTAL_TRACK = "memory in all"
 ALLOCATOR_TRACK = "allocator"
 """What the allocator holds of the device at the end of each step, in its three parts."""
 
-_GAP_NS = 2
+_GAP_NS = 10
 """What a slice is shorter than its step, so that it does not run into the next where a viewer rounds."""
 
 Event = dict[str, Any]
@@ -99,12 +99,19 @@ def trace_events(rank: RankTrace, base_ns: int) -> Iterator[Event]:
 
 
 def render_trace(events: Iterable[Event], head: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the parts of the JSON file: the fields of `head`, then the events, one a line."""
+    """Yields the parts of the JSON file: the events, one a line, and the fields of `head` behind them.
+
+    Perfetto wants the unit before the events, and its older versions read nothing behind a field that they do not know.
+    """
     encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-    yield f'{encode(dict(head))[:-1]}{"," if head else ""}"traceEvents":['
+    yield '{"displayTimeUnit":"ms","traceEvents":['
     for number, event in enumerate(events):
         yield f"{',' if number else ''}\n{encode(event)}"
-    yield "\n]}\n"
+    yield "\n]"
+    for name, value in head.items():
+        if name not in ("displayTimeUnit", "traceEvents"):
+            yield f",{encode(name)}:{encode(value)}"
+    yield "}\n"
 
 
 def _ns(seconds: float) -> int:
