@@ -76,7 +76,7 @@ def test_the_counters_of_a_trace_are_the_records(
 def test_a_trace_of_torch_profiler_has_the_same_clock(
     run: tuple[Path, tuple[StepRecord, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its optimizer steps lie within the steps that memtrace saw; other steps are left out; found beside, too."""
+    """Its optimizer steps lie where the steps end that memtrace saw; other steps are left out; found beside, too."""
     directory, history = run
     packed = tmp_path / "profiler.json.gz"
     packed.write_bytes(gzip.compress((directory / "profiler.json").read_bytes()))
@@ -86,7 +86,9 @@ def test_a_trace_of_torch_profiler_has_the_same_clock(
     theirs = [(begin, length) for _, name, begin, length in tables.slices if name.startswith("Optimizer.step")]
     assert len(theirs) == 2
     for (first, last), (begin, length) in zip(ours, theirs, strict=True):
-        assert first < begin < begin + length < last + 2_000_000
+        # A step ends in the optimizer's hook, which the profiler's slice has inside it; clocks within two milliseconds.
+        assert first < begin < last + 2_000_000
+        assert begin - 2_000_000 < last < begin + length + 2_000_000
     before = json.loads((directory / "profiler.json").read_text())
     merged = json.loads(exported(capsys, directory, "--perfetto", "-", "--profiler", directory / "profiler.json"))
     assert merged["traceEvents"][: len(before["traceEvents"])] == before["traceEvents"]
