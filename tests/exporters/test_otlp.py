@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import logging
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -27,6 +29,7 @@ from memtrace.exporters.steplog import StepLog, step_log_path
 from memtrace.record.categories import Category, Moment
 from memtrace.record.snapshot import RunIdentity, RunState
 
+TESTS = Path(__file__).parents[1]
 Points = list[tuple[dict[str, str], float, int]]
 """Attributes, value and time of each point."""
 
@@ -210,6 +213,38 @@ def test_a_finished_run_is_pushed_step_by_step(collector: Collector, tmp_path: P
     resource = collector.resource()
     assert (resource["memtrace.model"], resource["memtrace.run_id"]) == ("Llama", "a")
     assert resource["memtrace.gpu_uuid"] == "GPU-1234"
+
+
+def test_a_script_that_ends_without_detach_pushes_how_it_has_ended(collector: Collector, tmp_path: Path) -> None:
+    """The last figures are pushed as the interpreter exits."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from small_training import make, step\n"
+        "from memtrace import MemoryTracer\n"
+        "model, optimizer = make()\n"
+        "MemoryTracer(model, optimizer, port=None, quiet=True, strict=True).attach()\n"
+        "step(model, optimizer, 6)\n"
+        "raise ValueError('over')\n"
+    )
+    environment = os.environ | {
+        "MEMTRACE_OTLP_ENDPOINT": collector.url,
+        "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
+    }
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1
+    assert len(collector.requests) == 1
+    assert collector.points("memtrace_run_state")[0][0]["state"] == "exception"
+    assert collector.points("memtrace_steps_total")[0][1] == 1
+    assert collector.resource()["service.name"] == "script"
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:4318", "grpc://host:4317", "", 7, "http://", "http://host:x"])

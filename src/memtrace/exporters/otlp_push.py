@@ -44,6 +44,9 @@ class OtlpPush:
         self._endpoint = endpoint
         self._interval = _interval_by_environment() if interval_seconds is None else interval_seconds
         self._exporter = metric_exporter(endpoint)
+        # Now, since the SDK asks on further threads, which cannot be started once the interpreter exits.
+        self._identity = source().identity
+        self._resource = resource_of(self._identity, socket.gethostname(), os.getpid())
         self._failed = False
         self._at_work = threading.Lock()
         """Held until the thread is to end. A lock, since `end` may run inside the collector of garbage, on any thread:
@@ -74,18 +77,18 @@ class OtlpPush:
 
     def _push(self) -> bool:
         """Pushes the state of now; returns whether the collector has it. The first failure is logged."""
-        snapshot = self._source()
-        resource = resource_of(snapshot.identity, socket.gethostname(), os.getpid())
-        data = metrics_data(resource, [(snapshot, time.time_ns())])
-        arrived = ask(self._exporter.export, data) is MetricExportResult.SUCCESS
+        arrived = ask(self._export) is MetricExportResult.SUCCESS
         if not arrived and not self._failed:
             self._failed = True
             logger.warning(
                 "memtrace: the collector at %s does not take the metrics of rank %d; they are offered again",
                 self._endpoint,
-                snapshot.identity.rank,
+                self._identity.rank,
             )
         return arrived
+
+    def _export(self) -> MetricExportResult:
+        return self._exporter.export(metrics_data(self._resource, [(self._source(), time.time_ns())]))
 
 
 def push_to(source: Callable[[], Snapshot], endpoint: str) -> OtlpPush | None:
