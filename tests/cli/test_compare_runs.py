@@ -115,7 +115,7 @@ def test_runs_without_a_shape_in_common_say_which_they_have(tmp_path: Path, caps
     assert "has 1 x 9" in error
     assert "has not seen; --step N compares step N of both" in error
     assert main(["compare", str(first), str(second), "--step", "3"]) == 0
-    assert "batch 1 x 9 and batch not seen" in " ".join(capsys.readouterr().out.split())
+    assert "batch 1 x 9, batch not seen" in " ".join(capsys.readouterr().out.split())
     assert main(["compare", str(first), str(second), "--step", "4"]) == 2
     assert "no rank in common that knows the peak of step 4" in capsys.readouterr().err
     assert main(["compare", str(step_log_path(first, 1)), str(first), "--fail-above", "much"]) == 2

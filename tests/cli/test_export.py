@@ -20,7 +20,7 @@ from memtrace.cli import main
 from memtrace.exporters.csv_table import COLUMNS
 from memtrace.exporters.steplog import StepLog, step_log_path
 from memtrace.exporters.timeline_file import timeline_path
-from memtrace.exporters.trace_events import FIRST_PID
+from memtrace.exporters.traces.events import FIRST_PID
 from memtrace.record.breakdown import AllocatorReading, StepRecord
 from memtrace.record.categories import Category, Moment
 

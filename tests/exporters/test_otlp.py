@@ -21,8 +21,8 @@ from small_training import make, step
 from memtrace import MemoryTracer, TracerConfig
 from memtrace.cli import main
 from memtrace.errors import ConfigError, MissingPackageError
-from memtrace.exporters.otlp import metrics_url
-from memtrace.exporters.otlp_push import OtlpPush
+from memtrace.exporters.otlp.metrics import metrics_url
+from memtrace.exporters.otlp.push import OtlpPush
 from memtrace.exporters.prometheus import registry_of
 from memtrace.exporters.run_file import RunFile, run_file_path
 from memtrace.exporters.steplog import StepLog, step_log_path

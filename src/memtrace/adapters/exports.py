@@ -28,7 +28,7 @@ from memtrace.record.snapshot import RunIdentity, RunState, Snapshot
 from memtrace.sources.termination import TERMINATION
 
 if TYPE_CHECKING:
-    from memtrace.exporters.otlp_push import OtlpPush
+    from memtrace.exporters.otlp.push import OtlpPush
 
 logger = logging.getLogger("memtrace")
 
@@ -309,5 +309,5 @@ class Exports:
 
 def _push_to(source: Callable[[], Snapshot], endpoint: str) -> OtlpPush | None:
     with packages_of("otlp_endpoint"):
-        from memtrace.exporters.otlp_push import push_to  # noqa: PLC0415 - an extra, and a third of a second
+        from memtrace.exporters.otlp.push import push_to  # noqa: PLC0415 - an extra, and a third of a second
     return push_to(source, endpoint)

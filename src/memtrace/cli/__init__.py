@@ -15,7 +15,7 @@ from io import TextIOWrapper
 import memtrace
 from memtrace.cli.command import Command
 from memtrace.cli.compare import Compare
-from memtrace.cli.export import Export
+from memtrace.cli.export.command import Export
 from memtrace.cli.plan import PlanCommand
 from memtrace.cli.report import Report
 from memtrace.cli.runs import Runs

@@ -18,6 +18,7 @@ from rich.table import Table
 from memtrace.cli.show import console
 from memtrace.errors import LogFormatError
 from memtrace.exporters.run_catalogue import RunSummary, find_runs
+from memtrace.exporters.run_file import TRAINERS_DIRECTORIES
 from memtrace.exporters.table import printable
 from memtrace.record.units import format_bytes
 
@@ -89,8 +90,9 @@ def _table(runs: Sequence[RunSummary], root: Path) -> Table:
 
 def _title(run: RunSummary, root: Path) -> str:
     """Returns the name of a run and where it is, in one word where they are the same."""
-    place = os.path.relpath(run.directory, root)
-    return run.name if place in (".", run.name) else f"{run.name} in {place}"
+    directory = run.directory.parent if run.directory.name in TRAINERS_DIRECTORIES else run.directory
+    place = os.path.relpath(directory, root)
+    return run.name if place in (".", "..", run.name) else f"{run.name} in {place}"
 
 
 def _document(run: RunSummary) -> dict[str, Any]:

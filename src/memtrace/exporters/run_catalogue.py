@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from memtrace.errors import LogFormatError
-from memtrace.exporters.run_file import RunFigures, RunStatus, run_files
+from memtrace.exporters.run_file import RunFigures, RunStatus, name_of, run_files
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.schema import parse_step
 from memtrace.record.strict_json import parse_json
@@ -103,7 +103,7 @@ def _of_logs(directory: Path, logs: Iterable[Path]) -> RunSummary | None:
     figures = _tails(ends, newest.run_id)
     return RunSummary(
         directory=directory,
-        name=directory.name,
+        name=name_of(directory.resolve()),
         run_id=newest.run_id,
         model="",
         begun_unix_seconds=min(records[0].unix_seconds for records in ends.values()),

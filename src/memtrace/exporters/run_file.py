@@ -27,6 +27,8 @@ from memtrace.record.whole_file import write_whole
 RUN_SCHEMA = "memtrace.run/1"
 REFRESH_SECONDS = 30.0
 """How often a run that goes on renews its file, with a step at that."""
+TRAINERS_DIRECTORIES = ("memtrace", "_memtrace")
+"""Names that a run directory has in Trainer's output directory."""
 STALE_SECONDS = 3600.0
 """A run of another machine that has not renewed its file for so long is taken for gone."""
 
@@ -98,6 +100,13 @@ class RunStatus:
 def run_file_path(directory: str | os.PathLike[str], rank: int) -> Path:
     """Returns where a rank's run file is in the log directory of a run."""
     return Path(directory) / f"run-rank{rank}.json"
+
+
+def name_of(directory: Path) -> str:
+    """Returns the name of a run that has left no run file: that of its directory, or of Trainer's above it."""
+    if directory.name in TRAINERS_DIRECTORIES:
+        return directory.parent.name
+    return directory.stem if directory.is_file() else directory.name
 
 
 class RunFile:

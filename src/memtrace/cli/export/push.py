@@ -11,8 +11,8 @@ from opentelemetry.sdk.metrics.export import MetricExportResult
 from memtrace.cli.run_logs import RankLog
 from memtrace.config import check_otlp_endpoint
 from memtrace.errors import OutputError
-from memtrace.exporters.otlp import Stamped, metric_exporter, metrics_data, resource_of
-from memtrace.exporters.run_replay import states
+from memtrace.exporters.otlp.metrics import Stamped, metric_exporter, metrics_data, resource_of
+from memtrace.exporters.otlp.replay import states
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.snapshot import RunIdentity, RunState
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY, attach, set_value
 from opentelemetry.sdk.metrics.export import MetricExportResult
 
-from memtrace.exporters.otlp import metric_exporter, metrics_data, resource_of
+from memtrace.exporters.otlp.metrics import metric_exporter, metrics_data, resource_of
 from memtrace.guard import ask
 from memtrace.record.snapshot import Snapshot
 

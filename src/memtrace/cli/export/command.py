@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from memtrace.cli.report import run_name
 from memtrace.cli.run_logs import RankLog, rank_logs
 from memtrace.errors import LogFormatError, OutputError
 from memtrace.exporters.csv_table import write_csv, write_header
-from memtrace.exporters.profiler_trace import PATTERNS, ProfilerTrace, read_profiler_trace
+from memtrace.exporters.run_file import name_of
 from memtrace.exporters.timeline_file import read_timeline, timeline_path
-from memtrace.exporters.trace_events import RankTrace, begin_ns, render_trace, timeline_of, trace_events
+from memtrace.exporters.traces.events import RankTrace, begin_ns, render_trace, timeline_of, trace_events
+from memtrace.exporters.traces.profiler import PATTERNS, ProfilerTrace, read_profiler_trace
 from memtrace.record.oom_document import parse_report
 from memtrace.record.strict_json import parse_json
 
@@ -57,7 +57,7 @@ class Export:
         """
         logs = rank_logs(arguments.run, arguments.rank)
         named = logs[0].path.parent if arguments.run.is_dir() else arguments.run
-        name = logs[0].name(run_name(named.resolve()))
+        name = logs[0].name(name_of(named.resolve()))
         if arguments.perfetto is not None:
             _perfetto(arguments.perfetto, name, logs, arguments.profiler)
         elif arguments.csv is not None:
@@ -66,7 +66,7 @@ class Export:
                 for log in logs:
                     write_csv(file, log.name(name), log.records())
         else:
-            from memtrace.cli.push import push_run  # noqa: PLC0415 - an extra, and a third of a second
+            from memtrace.cli.export.push import push_run  # noqa: PLC0415 - an extra, and a third of a second
 
             push_run(arguments.otlp, name, logs)
         return 0
