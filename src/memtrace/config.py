@@ -104,6 +104,9 @@ class TracerConfig:
     plain loop. The former is a link to `_memtrace` beside it, so that `push_to_hub` does not upload it."""
     step_log: bool = _setting("step_log", True)
     """Whether to write the step log at all."""
+    timelines: bool = _setting("timelines", False)
+    """Whether every traced step leaves its timeline beside the step log, in `timelines-rank<R>.jsonl`, for
+    `memtrace export --perfetto`: about 20 KB each. False keeps only that of the highest peak."""
     log_max_bytes: int = _setting("log_max_bytes", DEFAULT_LOG_MAX_BYTES)
     """Size at which a step log is renamed to `steps-rank<R>.jsonl.1`, in place of the one before, and begun anew: a
     rank's logs never take more than twice as much."""
@@ -195,7 +198,7 @@ class TracerConfig:
             _check_int("max_tokens", self.max_tokens, 1, 2**63 - 1)
         _check_number("device_poll_seconds", self.device_poll_seconds, 0, 3600)
         _check_number("linger_seconds", self.linger_seconds, 0, 600)
-        for name in ("quiet", "step_log", "strict", "trace_activations"):
+        for name in ("quiet", "step_log", "strict", "timelines", "trace_activations"):
             if not isinstance(getattr(self, name), bool):
                 value = getattr(self, name)
                 meant = _WORDS.get(str(value).strip().lower())

@@ -31,6 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[StepRecor
     directory = tmp_path_factory.mktemp("run")
     model, optimizer = make()
     settings = {"port": None, "strict": True, "trace_every": 2, "device_poll_seconds": 0, "quiet": True}
+    settings["timelines"] = True
     with MemoryTracer(model, optimizer, TracerConfig(log_dir=directory, run_name="llama", **settings)) as tracer:
         for rows in (6, 48, 6):
             step(model, optimizer, rows)
@@ -55,17 +56,19 @@ def test_the_counters_of_a_trace_are_the_records(
     tables = read_trace(exported(capsys, directory, "--perfetto", "-"))
     assert tables.processes == {FIRST_PID: "memtrace: llama, rank 0 on cpu"}
     assert [name for _, name, _, _ in tables.slices] == [f"step {record.step}" for record in history]
-    fullest = max((r for r in history if r.traced), key=lambda record: record.moments[Moment.PEAK].total_bytes)
-    marks = {name: at for _, name, at in tables.marks}
-    assert set(marks) == set(Moment)
-    for moment, at in marks.items():
-        for category in Category:
-            points = dict(tables.counters.get((FIRST_PID, f"memory {category}"), []))
-            assert points.get(at, 0) == fullest.moments[Moment(moment)][category], (moment, category)
-        assert dict(tables.sums(FIRST_PID, "memory in all"))[at] == fullest.moments[Moment(moment)].total_bytes
-    ends = [total for _, total in tables.sums(FIRST_PID, "memory in all")]
-    others = [r.moments[Moment.STEP_END].total_bytes for r in history if r is not fullest]
-    assert [ends[0], *ends[-len(others) + 1 :]] == others
+    spans = {name: (begin, begin + length + 10) for _, name, begin, length in tables.slices}
+    totals = dict(tables.sums(FIRST_PID, "memory in all"))
+    for record in history:
+        begin, end = spans[f"step {record.step}"]
+        marks = {name: at for _, name, at in tables.marks if begin <= at <= end}
+        assert set(marks) == (set(Moment) if record.traced else set())
+        if not record.traced:
+            marks = {"step_end": end}
+        for moment, at in marks.items():
+            assert totals[at] == record.moments[Moment(moment)].total_bytes, (record.step, moment)
+            for category in Category:
+                points = dict(tables.counters.get((FIRST_PID, f"memory {category}"), []))
+                assert points.get(at, 0) == record.moments[Moment(moment)][category], (record.step, moment, category)
     peaks = [total for _, total in tables.sums(FIRST_PID, "memory at the peak of the step")]
     assert peaks == [r.moments[Moment.PEAK].total_bytes for r in history if Moment.PEAK in r.moments]
     for (_, _, begin, length), record in zip(tables.slices, history, strict=True):
@@ -144,7 +147,7 @@ def test_the_timeline_of_an_earlier_launch_is_left_out(tmp_path: Path, capsys: p
     timeline_path(tmp_path, 1).write_text(json.dumps(head | curve))
     assert main(["export", str(tmp_path), "--perfetto", "-"]) == 0
     printed = capsys.readouterr()
-    assert "the timeline of rank 1 is of no step in its log" in printed.err
+    assert "no timeline of rank 1 is of a step in its log" in printed.err
     tables = read_trace(printed.out)
     assert tables.marks == []
     assert [total for _, total in tables.sums(FIRST_PID + 1, "memory in all")] == [

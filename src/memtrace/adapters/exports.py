@@ -20,9 +20,10 @@ from memtrace.exporters.run_file import RunFile, run_file_path
 from memtrace.exporters.steplog import StepLog, step_log_path
 from memtrace.exporters.targets import TargetFile, clear_stale, target_path
 from memtrace.exporters.textfile import clear_ended, textfile_path, write_textfile
-from memtrace.exporters.timeline_file import write_timeline
+from memtrace.exporters.timeline_file import timeline_text, timelines_path, write_timeline
 from memtrace.oom.files import write_report
 from memtrace.record.breakdown import StepRecord
+from memtrace.record.categories import Moment
 from memtrace.record.oom_report import OomReport
 from memtrace.record.snapshot import RunIdentity, RunState, Snapshot
 from memtrace.sources.termination import TERMINATION
@@ -59,6 +60,9 @@ class Exports:
         self._target: TargetFile | None = None
         self._log: StepLog | None = None
         self._timeline_directory: Path | None = None
+        self._timelines: StepLog | None = None
+        self._highest_peak = 0
+        """Of the step whose timeline lies there."""
         self._textfile: Path | None = None
         self._oom_directory: Path | None = None
         self._oom_reports = 0
@@ -97,6 +101,9 @@ class Exports:
             if config.step_log:
                 exports._log = StepLog(step_log_path(log_dir, identity.rank), max_bytes=config.log_max_bytes)
                 exports._timeline_directory = log_dir
+                if config.timelines:
+                    place = timelines_path(log_dir, identity.rank)
+                    exports._timelines = StepLog(place, max_bytes=config.log_max_bytes, encode=_timeline_line)
             endpoint = Endpoint.of(config, identity.local_rank)
             if endpoint is not None:
                 exports._serve(endpoint)
@@ -163,7 +170,15 @@ class Exports:
             except OutputError as error:
                 self._run_file = None
                 logger.warning("memtrace: %s; from now on there is none", error)
-        if self._timeline_directory is not None:
+        if record.curve is not None:
+            self._write_curve(record)
+
+    def _write_curve(self, record: StepRecord) -> None:
+        if self._timelines is not None:
+            self._timelines.write(record)
+        peak = record.moments[Moment.PEAK].total_bytes
+        if self._timeline_directory is not None and peak > self._highest_peak:
+            self._highest_peak = peak
             try:
                 write_timeline(self._timeline_directory, record)
             except OutputError as error:
@@ -276,8 +291,9 @@ class Exports:
                 closing.callback(self._claim.release)
             closing.callback(self._leave_textfile)
             closing.callback(self._leave_run_file)
-            if self._log is not None:
-                closing.callback(self._log.close)
+            for log in (self._log, self._timelines):
+                if log is not None:
+                    closing.callback(log.close)
             if self._server is not None:
                 closing.callback(self._server.close if wait else self._server.end)
             if self._push is not None:
@@ -305,6 +321,11 @@ class Exports:
     def _leave_run_file(self) -> None:
         if self._run_file is not None:
             self._run_file.end(self._state)
+
+
+def _timeline_line(record: StepRecord) -> str:
+    assert record.curve is not None
+    return timeline_text(record, record.curve)
 
 
 def _push_to(source: Callable[[], Snapshot], endpoint: str) -> OtlpPush | None:

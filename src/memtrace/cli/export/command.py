@@ -14,7 +14,7 @@ from memtrace.cli.run_logs import RankLog, rank_logs
 from memtrace.errors import LogFormatError, OutputError
 from memtrace.exporters.csv_table import write_csv, write_header
 from memtrace.exporters.run_file import name_of
-from memtrace.exporters.timeline_file import read_timeline, timeline_path
+from memtrace.exporters.timeline_file import read_timelines
 from memtrace.exporters.traces.events import RankTrace, begin_ns, render_trace, timeline_of, trace_events
 from memtrace.exporters.traces.profiler import PATTERNS, ProfilerTrace, read_profiler_trace
 from memtrace.record.oom_document import parse_report
@@ -143,14 +143,16 @@ def _covered(rank: RankTrace, profiler: ProfilerTrace) -> RankTrace:
 
 def _rank(log: RankLog, name: str) -> RankTrace:
     records = log.records()
-    timeline = read_timeline(timeline_path(log.path.parent, log.rank))
-    curves = {
-        record.step: timeline.curve
-        for record in records
-        if timeline is not None and record.step == timeline.step and timeline_of(record, timeline.curve)
-    }
-    if timeline is not None and not curves:
-        _say(f"the timeline of rank {log.rank} is of no step in its log: left out")
+    by_step = {record.step: record for record in records}
+    curves, others = {}, 0
+    for timeline in read_timelines(log.path.parent, log.rank):
+        record = by_step.get(timeline.step)
+        if record is not None and timeline_of(record, timeline.curve):
+            curves[timeline.step] = timeline.curve
+        else:
+            others += 1
+    if others and not curves:
+        _say(f"no timeline of rank {log.rank} is of a step in its log: left out")
     return RankTrace(
         rank=log.rank,
         title=f"memtrace: {name}, rank {log.rank} on {records[-1].device}",

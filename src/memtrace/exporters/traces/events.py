@@ -63,7 +63,7 @@ def timeline_of(record: StepRecord, curve: StepCurve) -> bool:
     A timeline names its step and not its launch, and an earlier launch may have left it.
     """
     peak, at = record.moments.get(Moment.PEAK), curve.moments.get(Moment.PEAK)
-    if peak is None or at is None or at not in curve.seconds:
+    if peak is None or at is None or not record.traced or curve.seconds[-1] > (record.step_seconds or 0.0) + 1e-6:
         return False
     sizes = peak.by_category()
     return any(
