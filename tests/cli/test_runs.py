@@ -97,6 +97,11 @@ def _no_file(path: Path) -> None:
     path.mkdir()
 
 
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+    os.mkfifo(path.with_name("steps-rank1.jsonl"))
+
+
 def _foreign(path: Path) -> None:
     path.write_text('{"schema": "else"}')
 
@@ -111,7 +116,7 @@ def _wrong_figures(path: Path) -> None:
     path.write_text(text.replace('"ooms": 0', '"ooms": "none"'))
 
 
-@pytest.mark.parametrize("spoil", [_no_file, _foreign, _torn, _wrong_figures])
+@pytest.mark.parametrize("spoil", [_no_file, _pipe, _foreign, _torn, _wrong_figures])
 def test_what_is_broken_or_of_others_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None]
 ) -> None:

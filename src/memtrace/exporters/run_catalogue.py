@@ -139,6 +139,8 @@ def _tails(logs: Iterable[Path], run_id: str) -> dict[Path, RunFigures]:
 def _tail(log: Path) -> list[StepRecord]:
     """Returns the last records of a log; none where it has none that can be read."""
     try:
+        if not log.is_file():  # a pipe would wait for its writer
+            return []
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL_BYTES))

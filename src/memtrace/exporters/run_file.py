@@ -209,8 +209,8 @@ def read_run_file(path: str | os.PathLike[str]) -> RunStatus | None:
 
 
 def run_files(directory: Path) -> Iterator[RunStatus]:
-    """Yields what the run files of a directory hold; those that cannot be read are left out."""
-    for path in sorted(directory.glob("run-rank*.json")):
+    """Yields what the run files of a directory hold; those that cannot be read are left out, pipes among them."""
+    for path in filter(Path.is_file, sorted(directory.glob("run-rank*.json"))):
         with suppress(LogFormatError):
             status = read_run_file(path)
             if status is not None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from memtrace.cli.run_logs import RankLog, rank_logs
-from memtrace.errors import LogFormatError, OutputError
+from memtrace.errors import ConfigError, LogFormatError, OutputError
 from memtrace.exporters.csv_table import write_csv, write_header
 from memtrace.exporters.run_file import name_of
+from memtrace.exporters.table import printable
 from memtrace.exporters.timeline_file import read_timelines
 from memtrace.exporters.traces.events import RankTrace, begin_ns, render_trace, timeline_of, trace_events
 from memtrace.exporters.traces.profiler import PATTERNS, ProfilerTrace, read_profiler_trace
@@ -55,6 +56,8 @@ class Export:
             LogFormatError: a log, a timeline or the profiler's trace cannot be read, or they have no step in common.
             OutputError: the file cannot be written, or the collector does not take the metrics.
         """
+        if arguments.profiler is not None and arguments.perfetto is None:
+            raise ConfigError("--profiler belongs to --perfetto: the other forms have no events of time")
         logs = rank_logs(arguments.run, arguments.rank)
         named = logs[0].path.parent if arguments.run.is_dir() else arguments.run
         name = logs[0].name(name_of(named.resolve()))
@@ -99,7 +102,9 @@ def _perfetto(destination: str, name: str, logs: list[RankLog], wanted: Path | N
         if any(rank.records for rank in covered):
             ranks = covered
         elif wanted is not None:
-            raise LogFormatError(f"{wanted}: the trace covers no step of {name}: it is of another time or another run")
+            raise LogFormatError(
+                f"{wanted}: the trace covers no step of {printable(name)}: it is of another time or another run"
+            )
         else:
             profiler = None
     if profiler is None:
