@@ -37,12 +37,17 @@ def push_run(endpoint: str, name: str, logs: list[RankLog]) -> None:
         resource = resource_of(identity, host, pid)
         ended = None if status is None or status.state is RunState.RUNNING else status.state
         for some in _batches(_stamped(records, identity, ended)):
-            if exporter.export(metrics_data(resource, some)) is not MetricExportResult.SUCCESS:
-                step = some[0][0].latest
-                raise OutputError(
-                    f"the collector at {endpoint} does not take the metrics of rank {log.rank} from step "
-                    f"{0 if step is None else step.step} on: see what the SDK of OpenTelemetry has logged"
-                )
+            step = some[0][0].latest
+            refused = (
+                f"the collector at {endpoint} does not take the metrics of rank {log.rank} from step "
+                f"{0 if step is None else step.step} on"
+            )
+            try:
+                arrived = exporter.export(metrics_data(resource, some))
+            except (OSError, ValueError) as error:  # an address in a variable that is none
+                raise OutputError(f"{refused}: {error}") from error
+            if arrived is not MetricExportResult.SUCCESS:
+                raise OutputError(f"{refused}: the lines above say why")
     exporter.shutdown()
 
 

@@ -16,6 +16,7 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 import memtrace
+from memtrace.errors import ConfigError
 from memtrace.exporters.series import READERS
 from memtrace.record.metric import Metric, MetricType, Unit
 from memtrace.record.metrics import CATALOGUE
@@ -49,8 +50,15 @@ def metrics_url(endpoint: str) -> str | None:
 
 
 def metric_exporter(endpoint: str) -> OTLPMetricExporter:
-    """Returns the SDK's exporter for an endpoint."""
-    return OTLPMetricExporter(endpoint=metrics_url(endpoint))
+    """Returns the SDK's exporter for an endpoint.
+
+    Raises:
+        ConfigError: a variable of the SDK has a value that it does not take.
+    """
+    try:
+        return OTLPMetricExporter(endpoint=metrics_url(endpoint))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"metrics cannot be pushed, look at the OTEL_EXPORTER_OTLP_* variables: {error}") from error
 
 
 def resource_of(identity: RunIdentity, host: str, pid: int) -> Resource:

@@ -8,9 +8,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 
 from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY, attach, set_value
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.sdk.metrics.export import MetricExportResult
 
 from memtrace.exporters.otlp.metrics import metric_exporter, metrics_data, resource_of
@@ -25,6 +26,31 @@ LONGEST_PAUSE_SECONDS = 600.0
 """The pause doubles with each push that fails, up to this."""
 LAST_PUSH_SECONDS = 3.0
 """What the end of a run waits at most until the collector has the last figures."""
+
+
+class _Kept(logging.Filter):
+    """Keeps what the SDK logs on one thread, tries and retries, out of the user's log; the newest of it is asked for.
+
+    The logger is the process's: it is given back with `close()`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.newest = ""
+        self._thread = threading.get_ident()
+        self._logger = logging.getLogger(OTLPMetricExporter.__module__)
+        self._logger.addFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Returns whether the record is to be logged: those of other threads are."""
+        if record.thread != self._thread:
+            return True
+        self.newest = record.getMessage()
+        return False
+
+    def close(self) -> None:
+        """Takes the filter off."""
+        self._logger.removeFilter(self)
 
 
 class OtlpPush:
@@ -70,20 +96,23 @@ class OtlpPush:
     def _push_until_the_end(self) -> None:
         attach(set_value(_SUPPRESS_INSTRUMENTATION_KEY, True))  # no spans of our own requests in the user's traces
         pause = self._interval
-        while not self._at_work.acquire(timeout=pause):
-            pause = self._interval if self._push() else min(2 * pause, max(self._interval, LONGEST_PAUSE_SECONDS))
-        self._push()
-        ask(self._exporter.shutdown)
+        with closing(_Kept()) as said:
+            while not self._at_work.acquire(timeout=pause):
+                arrived = self._push(said)
+                pause = self._interval if arrived else min(2 * pause, max(self._interval, LONGEST_PAUSE_SECONDS))
+            self._push(said)
+            ask(self._exporter.shutdown)
 
-    def _push(self) -> bool:
+    def _push(self, said: _Kept) -> bool:
         """Pushes the state of now; returns whether the collector has it. The first failure is logged."""
         arrived = ask(self._export) is MetricExportResult.SUCCESS
         if not arrived and not self._failed:
             self._failed = True
             logger.warning(
-                "memtrace: the collector at %s does not take the metrics of rank %d; they are offered again",
+                "memtrace: the collector at %s does not take the metrics of rank %d, they are offered again: %s",
                 self._endpoint,
                 self._identity.rank,
+                said.newest or "no answer",
             )
         return arrived
 
