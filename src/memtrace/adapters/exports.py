@@ -289,6 +289,8 @@ class Exports:
         with ExitStack() as closing:  # from the last one to the first, whatever one of them raises
             if self._claim is not None:
                 closing.callback(self._claim.release)
+            if self._push is not None:  # after the files: it may wait
+                closing.callback(self._push.close if wait else self._push.end)
             closing.callback(self._leave_textfile)
             closing.callback(self._leave_run_file)
             for log in (self._log, self._timelines):
@@ -296,8 +298,6 @@ class Exports:
                     closing.callback(log.close)
             if self._server is not None:
                 closing.callback(self._server.close if wait else self._server.end)
-            if self._push is not None:
-                closing.callback(self._push.close if wait else self._push.end)
             if self._target is not None:
                 closing.callback(self._target.close, self._state)
 
