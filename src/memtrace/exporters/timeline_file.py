@@ -1,5 +1,6 @@
-"""The timeline of the step with the highest peak so far, as one JSON file beside the step log; where the settings want
-them, those of all traced steps, one a line.
+"""The timeline of the step with the highest peak so far, as one JSON file beside the step log.
+
+Where the settings want them, those of all traced steps are in a second file, one a line.
 
 `{"schema": "memtrace.timeline/1", "step": 12, "rank": 0, "seconds": [0.0, ...], "moments": {"peak": 0.31, ...},
 "categories": {"weights": [N, ...], ...}}`, with one size for each of the seconds.
