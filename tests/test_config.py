@@ -116,6 +116,7 @@ def test_every_setting_has_a_variable(setting: Field[Any], monkeypatch: pytest.M
     default = TracerConfig()
     kind = setting.type.split(" | ")[0]
     values = {"bool": not getattr(default, setting.name), "float": 0.25, "str": "set"}
+    values |= {"str": "env"} if setting.name == "otlp_endpoint" else {}
     value = values.get(kind, 7 if setting.name == "port" else 70000)
     monkeypatch.setenv(f"MEMTRACE_{setting.name.upper()}", str(value))
     if setting.name in TOGETHER:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from memtrace.errors import ConfigError
 from memtrace.record.units import KIB, MIB, parse_bytes
@@ -94,11 +95,18 @@ class TracerConfig:
     out of memory and ends, for the textfile collector of node_exporter. Runs may share it: every series has the labels
     `run` and `run_id`. The next run of the name removes files of those that ended an hour ago or longer. None leaves no
     file."""
+    otlp_endpoint: str | None = _setting("otlp_endpoint", None)
+    """Address of an OpenTelemetry collector that takes metrics by HTTP, such as `http://localhost:4318`. The metrics
+    are pushed there every minute and at the end. `env` takes the address from the `OTEL_EXPORTER_OTLP_*` variables;
+    the other `OTEL_*` variables are honoured in both cases. Needs the extra `otlp`. None pushes nothing."""
     log_dir: str | os.PathLike[str] | None = _setting("log_dir", None)
     """Directory of the step log. None means `<output_dir>/memtrace` under Trainer and `memtrace-runs/<run_name>` in a
     plain loop. The former is a link to `_memtrace` beside it, so that `push_to_hub` does not upload it."""
     step_log: bool = _setting("step_log", True)
     """Whether to write the step log at all."""
+    timelines: bool = _setting("timelines", False)
+    """Whether every traced step leaves its timeline beside the step log, in `timelines-rank<R>.jsonl`, for
+    `memtrace export --perfetto`: about 20 KB each. False keeps only that of the highest peak."""
     log_max_bytes: int = _setting("log_max_bytes", DEFAULT_LOG_MAX_BYTES)
     """Size at which a step log is renamed to `steps-rank<R>.jsonl.1`, in place of the one before, and begun anew: a
     rank's logs never take more than twice as much."""
@@ -171,6 +179,8 @@ class TracerConfig:
             if path is not None and (not isinstance(path, (str, os.PathLike)) or not os.fspath(path)):
                 raise ConfigError(f"{name} must be a path, got {path!r}")
         self._check_endpoint()
+        if self.otlp_endpoint is not None:
+            check_otlp_endpoint("otlp_endpoint", self.otlp_endpoint)
         for name in ("run_name", "run_id"):
             text = getattr(self, name)
             if text is not None and (not isinstance(text, str) or not text.strip()):
@@ -188,7 +198,7 @@ class TracerConfig:
             _check_int("max_tokens", self.max_tokens, 1, 2**63 - 1)
         _check_number("device_poll_seconds", self.device_poll_seconds, 0, 3600)
         _check_number("linger_seconds", self.linger_seconds, 0, 600)
-        for name in ("quiet", "step_log", "strict", "trace_activations"):
+        for name in ("quiet", "step_log", "strict", "timelines", "trace_activations"):
             if not isinstance(getattr(self, name), bool):
                 value = getattr(self, name)
                 meant = _WORDS.get(str(value).strip().lower())
@@ -248,6 +258,22 @@ class TracerConfig:
     def log_path(self, default: Path) -> Path:
         """Returns the directory for the step log: `log_dir`, else `default`."""
         return default if self.log_dir is None else Path(self.log_dir)
+
+
+def check_otlp_endpoint(name: str, endpoint: object) -> None:
+    """Checks the address of a collector.
+
+    Raises:
+        ConfigError: it is neither `env` nor an address that HTTP can be spoken with.
+    """
+    if endpoint == "env":
+        return
+    if isinstance(endpoint, str):
+        with suppress(ValueError):
+            parts = urlsplit(endpoint)
+            if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+                return
+    raise ConfigError(f"{name} must be an address such as http://localhost:4318, or env, got {endpoint!r}")
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

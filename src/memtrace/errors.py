@@ -48,6 +48,7 @@ class PlanError(MemTraceError, ValueError):
 INSTALL = {
     "accelerate": "pip install 'torch-memtrace[transformers]'",
     "lightning": "pip install 'torch-memtrace[lightning]'",
+    "opentelemetry": "pip install 'torch-memtrace[otlp]'",
     "plotly": "pip install 'torch-memtrace[report]'",
     "torch": "pip install torch, or the build for your device that https://pytorch.org/get-started names",
     "transformers": "pip install 'torch-memtrace[transformers]'",

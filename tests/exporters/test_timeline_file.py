@@ -13,7 +13,13 @@ from small_training import make, step
 
 from memtrace import MemoryTracer, TracerConfig
 from memtrace.errors import LogFormatError, OutputError
-from memtrace.exporters.timeline_file import read_timeline, timeline_path, write_timeline
+from memtrace.exporters.timeline_file import (
+    read_timeline,
+    read_timelines,
+    timeline_path,
+    timelines_path,
+    write_timeline,
+)
 from memtrace.record.breakdown import StepCurve
 from memtrace.record.categories import Category, Moment
 
@@ -39,6 +45,30 @@ def test_a_run_leaves_the_timeline_of_its_fullest_step(tmp_path: Path) -> None:
     assert set(found.curve.moments) == set(Moment)
     assert 0 <= found.curve.seconds[0] <= found.curve.seconds[-1] <= fullest.step_seconds
     assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_every_traced_step_leaves_one_where_that_is_set(tmp_path: Path) -> None:
+    """One line each, rotated as the step log is; the file of the highest peak is as without the setting."""
+    model, optimizer = make()
+    settings = {"port": None, "strict": True, "trace_every": 1, "device_poll_seconds": 0, "log_dir": tmp_path}
+    with MemoryTracer(model, optimizer, TracerConfig(timelines=True, quiet=True, **settings)) as tracer:
+        for rows in (6, 48, 6):
+            step(model, optimizer, rows)
+        history = {record.step: record for record in tracer.history if record.traced}
+    path = timelines_path(tmp_path, 0)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.with_name(path.name + ".1").write_bytes(lines[0] + b"{torn")
+    path.write_bytes(b"".join(lines[1:]) + lines[-1][:50])
+    highest, *found = read_timelines(tmp_path, 0)
+    assert [timeline.step for timeline in found] == list(history)
+    assert highest in found
+    for timeline in found:
+        totals = [sum(sizes) for sizes in zip(*timeline.curve.by_category.values(), strict=True)]
+        assert max(totals) == history[timeline.step].moments[Moment.PEAK].total_bytes
+    assert highest.step == max(history, key=lambda number: history[number].moments[Moment.PEAK].total_bytes)
+    path.write_text('{"schema": "else"}')
+    with pytest.raises(LogFormatError, match=r"timelines-rank0.jsonl:1: schema must be"):
+        list(read_timelines(tmp_path, 0))
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

@@ -73,6 +73,9 @@ def test_the_end_leaves_a_sign(ended: tuple[Path, dict[str, int]], way: str, cod
     assert codes[way] == code
     found = status(directory)
     assert (found.state, found.is_live) == (state, False)
+    assert found.model
+    if way.startswith("oom_"):
+        assert found.figures.ooms == 1
     assert in_text(directory) == (state, 0)
     target = directory / "log" / "target-rank0.json"
     if state == "ok":

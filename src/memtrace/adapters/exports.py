@@ -1,4 +1,4 @@
-"""What a tracer exports while it is attached: metrics endpoint and target file, step log; and how the run has ended."""
+"""What a tracer exports while it is attached: metrics by endpoint and push, step log; and how the run has ended."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from memtrace.config import TracerConfig
-from memtrace.errors import OutputError
+from memtrace.errors import OutputError, packages_of
 from memtrace.exporters.claims import Claim
 from memtrace.exporters.endpoint.page import render_page
 from memtrace.exporters.endpoint.server import Endpoint, MetricsServer, serve
@@ -20,12 +20,16 @@ from memtrace.exporters.run_file import RunFile, run_file_path
 from memtrace.exporters.steplog import StepLog, step_log_path
 from memtrace.exporters.targets import TargetFile, clear_stale, target_path
 from memtrace.exporters.textfile import clear_ended, textfile_path, write_textfile
-from memtrace.exporters.timeline_file import write_timeline
+from memtrace.exporters.timeline_file import timeline_text, timelines_path, write_timeline
 from memtrace.oom.files import write_report
 from memtrace.record.breakdown import StepRecord
+from memtrace.record.categories import Moment
 from memtrace.record.oom_report import OomReport
 from memtrace.record.snapshot import RunIdentity, RunState, Snapshot
 from memtrace.sources.termination import TERMINATION
+
+if TYPE_CHECKING:
+    from memtrace.exporters.otlp.push import OtlpPush
 
 logger = logging.getLogger("memtrace")
 
@@ -52,9 +56,13 @@ class Exports:
         self._claim: Claim | None = None
         self._run_file: RunFile | None = None
         self._server: MetricsServer | None = None
+        self._push: OtlpPush | None = None
         self._target: TargetFile | None = None
         self._log: StepLog | None = None
         self._timeline_directory: Path | None = None
+        self._timelines: StepLog | None = None
+        self._highest_peak = 0
+        """Of the step whose timeline lies there."""
         self._textfile: Path | None = None
         self._oom_directory: Path | None = None
         self._oom_reports = 0
@@ -77,6 +85,7 @@ class Exports:
 
         Raises:
             ConfigError: the password file, the certificate or the key cannot be read.
+            MissingPackageError: the metrics are to be pushed, and the SDK of OpenTelemetry is not installed.
             OutputError: the address, every port tried, or the log directory cannot be used.
         """
         exports = cls(snapshot, identity)
@@ -92,6 +101,9 @@ class Exports:
             if config.step_log:
                 exports._log = StepLog(step_log_path(log_dir, identity.rank), max_bytes=config.log_max_bytes)
                 exports._timeline_directory = log_dir
+                if config.timelines:
+                    place = timelines_path(log_dir, identity.rank)
+                    exports._timelines = StepLog(place, max_bytes=config.log_max_bytes, encode=_timeline_line)
             endpoint = Endpoint.of(config, identity.local_rank)
             if endpoint is not None:
                 exports._serve(endpoint)
@@ -101,7 +113,11 @@ class Exports:
                     exports._target = TargetFile(
                         target_path(log_dir, identity.rank), exports._server.url, identity.run_id
                     )
-                exports._run_file = RunFile(run_file_path(log_dir, identity.rank), identity, exports.url)
+                exports._run_file = RunFile(
+                    run_file_path(log_dir, identity.rank), identity, exports.url, limit_bytes=config.device_limit_bytes
+                )
+            if config.otlp_endpoint is not None:
+                exports._push = _push_to(exports._current, config.otlp_endpoint)
             if config.oom_reports:
                 exports._oom_directory, exports._oom_reports = log_dir, config.oom_reports
             opening.pop_all()
@@ -150,11 +166,19 @@ class Exports:
             self._log.write(record)
         if self._run_file is not None:
             try:
-                self._run_file.refresh(record.unix_seconds)
+                self._run_file.step(record)
             except OutputError as error:
                 self._run_file = None
                 logger.warning("memtrace: %s; from now on there is none", error)
-        if self._timeline_directory is not None:
+        if record.curve is not None:
+            self._write_curve(record)
+
+    def _write_curve(self, record: StepRecord) -> None:
+        if self._timelines is not None:
+            self._timelines.write(record)
+        peak = record.moments[Moment.PEAK].total_bytes
+        if self._timeline_directory is not None and peak > self._highest_peak:
+            self._highest_peak = peak
             try:
                 write_timeline(self._timeline_directory, record)
             except OutputError as error:
@@ -169,6 +193,8 @@ class Exports:
         if not self._is_ours:
             return None
         path = None
+        if self._run_file is not None and not report.request.pending:
+            self._run_file.count_oom()
         try:
             if self._oom_directory is not None:
                 path = write_report(self._oom_directory, report, keep=self._oom_reports)
@@ -208,11 +234,19 @@ class Exports:
         """Takes in a SIGTERM that ends the process."""
         self.linger(RunState.SIGNAL)
         self.ends(RunState.SIGNAL)
+        self._push_the_end()
         self.end()
 
     def exits(self) -> None:
         """Takes in that the interpreter exits."""
         self.linger(self._state_at_end)
+        self._push_the_end()
+
+    def _push_the_end(self) -> None:
+        """Waits, for a few seconds at most, until the last figures are pushed, where any are."""
+        if self._is_ours and self._push is not None:
+            self.ends(self._state_at_end)
+            self._push.close()
 
     def linger(self, state: RunState) -> None:
         """Waits for one more scrape where the settings ask for it, once it is known how the run has ended."""
@@ -227,7 +261,7 @@ class Exports:
         self._state_at_exit = None  # the script has not left
         try:
             with ExitStack() as closing:  # also where Ctrl-C ends the wait
-                closing.callback(self._finish, MetricsServer.close)
+                closing.callback(self._finish, wait=True)
                 self.linger(self._state_at_end)
         except OutputError as error:  # the end of a run is no time to fail it
             logger.warning("memtrace: %s", error)
@@ -235,7 +269,7 @@ class Exports:
     def end(self) -> None:
         """Does the same without waiting for any thread, and without a word: the log may be what was interrupted."""
         with suppress(OutputError):
-            self._finish(MetricsServer.end)
+            self._finish(wait=False)
 
     @property
     def ends_well(self) -> bool:
@@ -247,7 +281,7 @@ class Exports:
         """Whether this process has opened the outputs, and has not closed them."""
         return not self._ended and self._pid == os.getpid()
 
-    def _finish(self, stop_serving: Callable[[MetricsServer], None]) -> None:
+    def _finish(self, *, wait: bool) -> None:
         if not self._is_ours:
             return
         self._state = self._state_at_end
@@ -255,12 +289,15 @@ class Exports:
         with ExitStack() as closing:  # from the last one to the first, whatever one of them raises
             if self._claim is not None:
                 closing.callback(self._claim.release)
+            if self._push is not None:  # after the files: it may wait
+                closing.callback(self._push.close if wait else self._push.end)
             closing.callback(self._leave_textfile)
             closing.callback(self._leave_run_file)
-            if self._log is not None:
-                closing.callback(self._log.close)
+            for log in (self._log, self._timelines):
+                if log is not None:
+                    closing.callback(log.close)
             if self._server is not None:
-                closing.callback(stop_serving, self._server)
+                closing.callback(self._server.close if wait else self._server.end)
             if self._target is not None:
                 closing.callback(self._target.close, self._state)
 
@@ -284,3 +321,14 @@ class Exports:
     def _leave_run_file(self) -> None:
         if self._run_file is not None:
             self._run_file.end(self._state)
+
+
+def _timeline_line(record: StepRecord) -> str:
+    assert record.curve is not None
+    return timeline_text(record, record.curve)
+
+
+def _push_to(source: Callable[[], Snapshot], endpoint: str) -> OtlpPush | None:
+    with packages_of("otlp_endpoint"):
+        from memtrace.exporters.otlp.push import push_to  # noqa: PLC0415 - an extra, and a third of a second
+    return push_to(source, endpoint)

@@ -11,17 +11,22 @@ MAX_STRETCHES = 160
 
 
 class HighestSteps:
-    """Makes a curve of a step only where its peak is above that of every one before: a steady run makes no more."""
+    """Makes a curve of a step only where its peak is above that of every one before: a steady run makes no more.
 
-    def __init__(self) -> None:
+    Args:
+        every: whether every step has a curve.
+    """
+
+    def __init__(self, *, every: bool = False) -> None:
+        self._every = every
         self._highest = 0
 
     def curve(self, timeline: Timeline, marks: StepMarks) -> StepCurve | None:
-        """Returns the curve of a step that sets a new record; None for any other."""
+        """Returns the curve of a step that sets a new record, or of every one; None for others."""
         peak = timeline.totals[timeline.positions(marks)[Moment.PEAK]]
-        if peak <= self._highest:
+        if peak <= self._highest and not self._every:
             return None
-        self._highest = peak
+        self._highest = max(peak, self._highest)
         return step_curve(timeline, marks)
 
 

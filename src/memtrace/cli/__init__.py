@@ -15,13 +15,15 @@ from io import TextIOWrapper
 import memtrace
 from memtrace.cli.command import Command
 from memtrace.cli.compare import Compare
+from memtrace.cli.export.command import Export
 from memtrace.cli.plan import PlanCommand
 from memtrace.cli.report import Report
+from memtrace.cli.runs import Runs
 from memtrace.cli.show import Show
 from memtrace.cli.watch import Watch
 from memtrace.errors import MemTraceError, packages_of
 
-COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Compare(), Report(), Watch())
+COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Compare(), Report(), Runs(), Export(), Watch())
 """Every subcommand, in the order of the help."""
 
 

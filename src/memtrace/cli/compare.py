@@ -1,4 +1,4 @@
-"""`memtrace compare`: what was planned, what was measured, and the difference."""
+"""`memtrace compare`: what was planned and what was measured, or two runs, and the difference."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from memtrace.cli.compare_runs import Threshold, comparison_document, comparison_table, equal_steps
 from memtrace.cli.show import choose_records, console, find_logs
 from memtrace.errors import ConfigError
-from memtrace.exporters.table import category_name
+from memtrace.exporters.table import category_name, printable
 from memtrace.planning.comparison import Difference, compare
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.categories import Moment
@@ -24,21 +25,43 @@ from memtrace.record.units import format_bytes
 
 
 class Compare:
-    """Holds a plan against a step of a run."""
+    """Holds a plan, or another run, against a run."""
 
     name = "compare"
-    summary = "Compare a plan with a measured step: planned, measured and difference of each category."
+    summary = "Compare a plan with a measured step, or two runs in steps of equal shape: each category's difference."
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declares the plan, the log, and which step of it."""
-        parser.add_argument("plan", type=Path, metavar="PLAN.json", help="what memtrace plan --json wrote")
+        """Declares what is compared, which step of it, and the growth that is an error."""
+        parser.add_argument(
+            "first",
+            type=Path,
+            metavar="PLAN.json|RUN_A",
+            help="what memtrace plan --json wrote, or the run before: its directory, or a step log (.jsonl)",
+        )
         parser.add_argument("log", type=Path, metavar="LOG|RUN_DIR", help="a step log, or the directory that has them")
-        parser.add_argument("--step", type=int, metavar="N", help="by default the last one whose peak is known")
-        parser.add_argument("--rank", type=int, metavar="R", help="by default the lowest one that has a log")
+        parser.add_argument(
+            "--step",
+            type=int,
+            metavar="N",
+            help="with a plan by default the last one whose peak is known; with two runs the newest of each shape of "
+            "the batch that both have",
+        )
+        parser.add_argument(
+            "--rank",
+            type=int,
+            metavar="R",
+            help="with a plan by default the lowest one that has a log; with two runs all that both have",
+        )
+        parser.add_argument(
+            "--fail-above",
+            metavar="SIZE|PERCENT",
+            help="exit with status 1 where a peak is above the one of the plan or of RUN_A by more, such as 512MiB or "
+            "5%%; with two runs the peak of any rank and shape",
+        )
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, arguments: argparse.Namespace) -> int:
-        """Prints the comparison.
+        """Prints the comparison; returns 1 where a peak is above the threshold.
 
         Raises:
             ConfigError: the rank or the step is not in the log.
@@ -46,7 +69,10 @@ class Compare:
             OutputError: the plan cannot be opened.
             PlanError: plan and step know no moment in common.
         """
-        plan = read_plan(arguments.plan)
+        threshold = None if arguments.fail_above is None else Threshold.parse(arguments.fail_above)
+        if arguments.first.is_dir() or arguments.first.suffix == ".jsonl":
+            return _compare_runs(arguments, threshold)
+        plan = read_plan(arguments.first)
         records = choose_records(find_logs(arguments.log), arguments.step)
         rank = min(records) if arguments.rank is None else arguments.rank
         if rank not in records:
@@ -56,7 +82,19 @@ class Compare:
             print(json.dumps(_document(plan, records[rank], differences), indent=2, allow_nan=False))
         else:
             console().print(_table(plan, records[rank], differences))
-        return 0
+        total = differences[Moment.PEAK][-1] if Moment.PEAK in differences else None
+        return int(threshold is not None and total is not None and threshold.is_passed(total.planned, total.measured))
+
+
+def _compare_runs(arguments: argparse.Namespace, threshold: Threshold | None) -> int:
+    paths = (arguments.first, arguments.log)
+    found = equal_steps(*paths, arguments.rank, arguments.step)
+    names = (printable(str(paths[0])), printable(str(paths[1])))
+    if arguments.json:
+        print(json.dumps(comparison_document(names, found), indent=2, allow_nan=False))
+    else:
+        console().print(comparison_table(names, found))
+    return int(threshold is not None and any(threshold.is_passed(pair.peak.first, pair.peak.second) for pair in found))
 
 
 def _table(plan: Plan, record: StepRecord, differences: Mapping[Moment, Sequence[Difference]]) -> Group:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from memtrace.cli.show import find_logs, of_the_newest_run
 from memtrace.errors import ConfigError, LogFormatError, OutputError
+from memtrace.exporters.run_file import name_of
 from memtrace.exporters.run_history import OomText, RankHistory, RunHistory, observe
 from memtrace.exporters.steplog import newest_run, read_step_log
 from memtrace.exporters.timeline_file import read_timeline, timeline_path
@@ -75,7 +76,7 @@ def read_run(directory: Path, limit_bytes: int | None, max_tokens: int | None) -
     launches = {history.last.record.run_id for history in ranks}
     reports = [_read_report(path) for path in sorted(home.glob("oom-rank*.md")) if _launch(path) in {None, *launches}]
     named = home if directory.is_dir() else directory
-    return RunHistory(name=_name(named.resolve()), ranks=ranks, oom_reports=reports)
+    return RunHistory(name=name_of(named.resolve()), ranks=ranks, oom_reports=reports)
 
 
 def _of_the_newest_launch(ranks: list[RankHistory]) -> list[RankHistory]:
@@ -89,13 +90,6 @@ def _read_rank(log: Path, limit_bytes: int | None, max_tokens: int | None) -> Ra
     if history is None:
         return None
     return replace(history, timeline=read_timeline(timeline_path(log.parent, history.rank)))
-
-
-def _name(directory: Path) -> str:
-    """Returns the name of the run: that of the directory, or of the one above where it is Trainer's."""
-    if directory.name in ("memtrace", "_memtrace"):
-        return directory.parent.name
-    return directory.stem if directory.is_file() else directory.name
 
 
 def _launch(path: Path) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -38,15 +38,22 @@ class StepLog:
     Args:
         path: the file; its directory is made where it is missing. An existing log is continued.
         max_bytes: size at which the file is renamed to `<name>.1`, in place of the one before.
+        encode: returns the line of a record, in ASCII; by default its JSON form.
 
     Raises:
         OutputError: the directory cannot be made, or the file cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, max_bytes: int = DEFAULT_LOG_MAX_BYTES) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_bytes: int = DEFAULT_LOG_MAX_BYTES,
+        encode: Callable[[StepRecord], str] | None = None,
+    ) -> None:
         self.path = Path(path)
         self._max_bytes = max_bytes
-        self._encoder = StepEncoder()
+        self._encode = encode or StepEncoder().encode
         self._file: FileIO | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +79,7 @@ class StepLog:
         """
         if self._file is None:
             return
-        line = self._encoder.encode(record).encode("ascii") + b"\n"
+        line = self._encode(record).encode("ascii") + b"\n"
         try:
             if self._size and self._size + len(line) > self._max_bytes:
                 self._rotate()

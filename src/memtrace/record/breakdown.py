@@ -214,7 +214,8 @@ class StepRecord:
     run_id: str = ""
     """The launch that the step belongs to; empty in logs of older versions."""
     curve: StepCurve | None = None
-    """On a traced step with a peak above that of every one before: all of it. Not part of the step log."""
+    """On a traced step with a peak above that of every one before, or where the settings want all: all of it. Not part
+    of the step log."""
 
     replaced_bytes: int = 0
     """On a CPU, bytes that earlier traced steps have left behind and that are gone since the record before."""

@@ -50,6 +50,9 @@ class RunIdentity:
     device: str = "cpu"
     gpu_uuid: str | None = None
     """The full `GPU-...` or `MIG-...` form; None on a CPU or where the driver does not say."""
+    model: str = ""
+    """Class of the trained model, without what wraps it, and the name or path it was loaded from where it says that.
+    Empty before the tracer is attached."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,12 +55,16 @@ LAUNCHERS = (
 """The first one that tells a place is believed: those further down may have started the launcher above them."""
 
 
+_MOST_WRAPPERS = 4
+"""What is taken off a model at most, such as DistributedDataParallel and an engine around it."""
 _NO_STEP = 2**32 - 16
 """From here on Slurm's step numbers are of batch scripts and interactive shells, which launch more than once."""
 
 
-def identify(device: torch.device, run_name: str | None, run_id: str | None = None) -> RunIdentity:
-    """Returns rank, local rank and world size, the device and its UUID, the launch. Issues no collective."""
+def identify(
+    device: torch.device, run_name: str | None, run_id: str | None = None, model: object = None
+) -> RunIdentity:
+    """Returns rank, local rank and world size, the device and its UUID, launch and model. Issues no collective."""
     place = launched_as(os.environ)
     rank, world_size = place.rank, place.world_size
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -73,7 +77,20 @@ def identify(device: torch.device, run_name: str | None, run_id: str | None = No
         world_size=world_size,
         device=str(device),
         gpu_uuid=gpu_uuid(device),
+        model="" if model is None else ask(_model_name, model) or type(model).__name__,
     )
+
+
+def _model_name(model: object) -> str:
+    """Returns the class of a model without what wraps it, and the name or path that its configuration has."""
+    for _ in range(_MOST_WRAPPERS):
+        inner = getattr(model, "module", None)
+        if not isinstance(inner, torch.nn.Module):
+            break
+        model = inner
+    loaded_from = getattr(getattr(model, "config", None), "_name_or_path", None)
+    kind = type(model).__name__
+    return f"{kind} {loaded_from}" if isinstance(loaded_from, str) and loaded_from else kind
 
 
 def _this_launch(world_size: int) -> str:

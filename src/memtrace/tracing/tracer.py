@@ -88,7 +88,7 @@ class Tracer:
             plan={} if self.config.plan is None else read_plan(Path(self.config.plan)).moments,
             skipped=self._skipped_steps,
         )
-        self._highest = HighestSteps()
+        self._highest = HighestSteps(every=self.config.timelines)
         self._attached = False
         self._last_window: Callable[[], TraceWindow | None] = lambda: None
         self._skipped_before = 0

@@ -145,7 +145,7 @@ class Watch:
 
     def attach(self) -> None:
         """Installs the hooks and starts the sampling thread. What raises leaves the rest to `release`."""
-        identity = identify(self._device, self._config.run_name, self._config.run_id)
+        identity = identify(self._device, self._config.run_name, self._config.run_id, self.model)
         device_type, uuid = self._device.type, identity.gpu_uuid
         self.sampler = DeviceSampler(
             lambda: open_device(device_type, uuid),
