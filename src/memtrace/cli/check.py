@@ -6,10 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from memtrace.errors import ConfigError
 from memtrace.gate.baseline import Baseline, baseline_text, versions_here
-from memtrace.gate.case_file import CaseFile, find_case_file, read_case_file
-from memtrace.gate.cases import Case
+from memtrace.gate.case_file import find_case_file, read_case_file
 from memtrace.gate.processes import Unplanned, plan_cases
 from memtrace.gate.result import CaseResult
 
@@ -40,7 +38,7 @@ class Check:
             ConfigError: the file of cases is wrong, or has no such case.
         """
         file = read_case_file(arguments.file or find_case_file(Path.cwd()))
-        outcomes = plan_cases(_chosen(file, arguments.case), file.root, file.python_path, arguments.jobs)
+        outcomes = plan_cases(file, arguments.case, arguments.jobs)
         planned = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, CaseResult)}
         for name, outcome in outcomes.items():
             if isinstance(outcome, Unplanned):
@@ -48,9 +46,3 @@ class Check:
         print(baseline_text(Baseline(versions=versions_here(), cases=planned)), end="")
         return 0 if len(planned) == len(outcomes) else 2
 
-
-def _chosen(file: CaseFile, names: list[str] | None) -> list[Case]:
-    for name in names or ():
-        if name not in file.cases:
-            raise ConfigError(f"{file.path} has no case {name!r}, only {', '.join(file.cases)}")
-    return [file.cases[name] for name in names or file.cases]
