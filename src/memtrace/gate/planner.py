@@ -38,7 +38,7 @@ def main() -> None:
 
 def _plan_all(file: CaseFile, cases: Sequence[Case], jobs: int) -> dict[str, Any]:
     with suppress(ImportError):  # then each case says what is missing
-        import memtrace.gate.case_plan  # noqa: F401, PLC0415
+        import memtrace.gate.case_plan  # noqa: PLC0415
 
         if any(case.config is not None for case in cases):
             import transformers.modeling_utils  # noqa: F401, PLC0415
@@ -51,7 +51,7 @@ def _plan_all(file: CaseFile, cases: Sequence[Case], jobs: int) -> dict[str, Any
         while waiting and len(running) < jobs:
             case = waiting.pop()
             receiving, sending = context.Pipe(duplex=False)
-            process = context.Process(target=_plan, args=(sending, case, file), daemon=True)
+            process: BaseProcess = context.Process(target=_plan, args=(sending, case, file), daemon=True)
             process.start()
             sending.close()
             running[receiving] = case, process
