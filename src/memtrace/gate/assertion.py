@@ -52,7 +52,7 @@ def memory_plan(
     """
     training = training_with(
         (lambda: _without_memory(model_or_build)) if isinstance(model_or_build, nn.Module) else model_or_build,
-        batch if callable(batch) else lambda: batch,
+        batch if callable(batch) else lambda: copy.deepcopy(batch),  # a micro batch of its own, dropped after it
         recipe=recipe,
         optimizer=optimizer,
         loss=loss,
