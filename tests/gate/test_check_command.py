@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
+from checked_repository import check, write
 
 from memtrace.cli import main
 from memtrace.errors import LogFormatError
@@ -18,67 +15,7 @@ from memtrace.gate.processes import Outcome, Unplanned
 from memtrace.gate.result import CaseResult
 from memtrace.record.categories import Moment
 
-NETWORK = """
-import torch
-from torch import nn
-
-
-def build():
-    return nn.Sequential(nn.Linear(64, WIDTH), nn.GELU(), nn.Linear(WIDTH, 64))
-
-
-def batch():
-    return torch.ones(16, 64)
-
-
-def loss(model, batch):
-    print("printed by the code of the case")
-    return model(batch).square().mean()
-
-
-def leaves():
-    raise SystemExit(3)
-
-
-def refuses():
-    raise ValueError("no such width")
-"""
-
-CASES = """
-[cases.{name}]
-build = "network:{build}"
-batch = "network:batch"
-loss = "network:loss"
-recipe = "fp32"
-"""
-
-
-def check(directory: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "memtrace", "check", *options],
-        cwd=directory,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def write(directory: Path, *, width: int = 256, **builds: str) -> None:
-    (directory / "network.py").write_text(NETWORK.replace("WIDTH", str(width)), encoding="utf-8")
-    text = "".join(CASES.format(name=name, build=build) for name, build in builds.items())
-    (directory / "memtrace.toml").write_text(text, encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with two cases and their baseline."""
-    directory = tmp_path_factory.mktemp("repository")
-    write(directory, first="build", second="build")
-    ended = check(directory, "--update")
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == f"{directory}/memtrace-baseline.json written: 2 cases\n"
-    return directory
+pytestmark = pytest.mark.xdist_group("checked repository")
 
 
 def test_the_baseline_is_sorted_and_a_line_changes_with_a_category(repository: Path) -> None:
@@ -92,23 +29,6 @@ def test_the_baseline_is_sorted_and_a_line_changes_with_a_category(repository: P
     assert first["modules"]["peak"]["weights trainable float32"] == {"0": 4 * 65 * 256, "2": 4 * 257 * 64}
     assert first["peak_bytes"] == sum(first["moments"]["peak"].values())
     assert [path.name for path in repository.glob(".*baseline*")] == []
-
-
-def test_a_change_is_told_in_every_form_by_one_run(repository: Path, tmp_path: Path) -> None:
-    """Exit status 1; what the code prints does not come between; the forms go where they are sent."""
-    directory = tmp_path / "changed"
-    directory.mkdir()
-    write(directory, width=260, first="build", second="build")
-    (directory / "memtrace-baseline.json").write_bytes((repository / "memtrace-baseline.json").read_bytes())
-    forms = ("text", "github=commands", "markdown=report.md", "junit=report.xml")
-    ended = check(directory, *(f"--format={form}" for form in forms))
-    assert ended.returncode == 1, ended.stderr
-    assert ended.stdout.startswith("first grew: peak ") and ended.stdout.endswith("2 cases: 2 grew\n")
-    assert "    weights trainable float32 of 0: +1.02 KiB, 65.00 KiB before\n" in ended.stdout
-    assert "printed by the code of the case" in ended.stderr and "printed by" not in ended.stdout
-    assert "::error file=memtrace.toml,line=2,title=memtrace%3A first grew::" in (directory / "commands").read_text()
-    assert (directory / "report.md").read_text(encoding="utf-8").startswith("**Memory of 2 cases: 2 grew**")
-    assert ElementTree.parse(directory / "report.xml").getroot().get("failures") == "2"
 
 
 def test_bytes_are_the_same_in_any_process(repository: Path) -> None:
