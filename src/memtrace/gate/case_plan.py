@@ -145,7 +145,7 @@ def _sharding(case: Case, root: Path, width: int | None) -> Sharding:
     if case.deepspeed is None:
         return case.shared()
     if case.shared() != Sharding(world_size=case.world_size):
-        raise ConfigError(f"deepspeed says how ranks share the model: leave sharding and offload out")
+        raise ConfigError("deepspeed says how ranks share the model: leave sharding and offload out")
     return read_deepspeed(str(root / case.deepspeed), case.world_size, width)
 
 
