@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memtrace.attribution.garbage import only_new_garbage, uncollected
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.attribution.timeline import StepMarks, Timeline
 from memtrace.errors import MemTraceError, PlanError
@@ -92,6 +93,8 @@ class SimulatedRun:
     """When the second step entered its parts."""
     spans: Sequence[Span]
     """When each module ran in the second step, where it was noted."""
+    owners: Mapping[int, str]
+    """The module of the parameter that a block is kept for, by address, where it was noted."""
     parameters: int
     trainable: int
     batch: BatchShape | None
@@ -126,7 +129,7 @@ def run_two_steps(training: Training) -> SimulatedRun:
     if training.sharding.is_zero:
         training = replace(training, recipe=under_deepspeed(training.recipe))
     try:
-        with uncollected():
+        with uncollected(), only_new_garbage():
             return _run(training)
     finally:
         torch_fake.collect_storages()
@@ -176,6 +179,7 @@ def _run(training: Training) -> SimulatedRun:
         timeline=recorder.timeline,
         marks=recorder.marks,
         spans=recorder.modules.spans,
+        owners=recorder.owners.modules,
         parameters=parameters,
         trainable=trainable,
         batch=recorder.batch,
@@ -185,21 +189,6 @@ def _run(training: Training) -> SimulatedRun:
         operators=simulation.operators,
         kinds=frozenset(simulation.kinds),
     )
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Keeps Python from looking for reference cycles: when it does depends on what else was made in this process.
-
-    What lies in a cycle is then never freed within the two steps, and the same plan is the same bytes each time.
-    """
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 @contextmanager
@@ -322,6 +311,7 @@ def _zero_updates(
 
 def _step(training: Training, model: nn.Module, updates: Updates, simulation: Simulation) -> None:
     for micro in range(training.accumulation_steps):
+        gc.collect()  # here and at no other time: the same plan is the same bytes, whatever the process did before
         updates.micro_batch_begins(last=micro == training.accumulation_steps - 1)
         with refusals("the batch cannot be made"):
             batch = map_tensors(simulation.adopt, training.make_batch())

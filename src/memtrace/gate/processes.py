@@ -1,0 +1,62 @@
+"""Plans cases side by side, each in a process of its own, so that none sees what another has left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from memtrace.errors import ConfigError, OutputError
+from memtrace.gate.case_file import CaseFile
+from memtrace.gate.result import CaseResult, parse_result
+from memtrace.record.strict_json import Fields, parse_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unplanned:
+    """A case that cannot be planned."""
+
+    reason: str
+
+
+Outcome = CaseResult | Unplanned
+
+
+def plan_cases(file: CaseFile, names: Iterable[str] | None = None, jobs: int | None = None) -> dict[str, Outcome]:
+    """Returns what cases of a file take, by name, in alphabetical order.
+
+    Python is started once, for what all cases import; what their code prints goes to standard error.
+
+    Args:
+        file: the cases.
+        names: which of them; None for all.
+        jobs: how many are planned at a time; None for one a processor.
+
+    Raises:
+        ConfigError: the file has no such case, or `jobs` is no number of processes.
+        OutputError: Python ended before it had planned them.
+    """
+    chosen = sorted(file.cases if names is None else set(names))
+    for name in chosen:
+        if name not in file.cases:
+            raise ConfigError(f"{file.path} has no case {name!r}, only {', '.join(file.cases)}")
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, got {jobs}")
+    request = {"file": str(file.path), "cases": chosen, "jobs": jobs or len(os.sched_getaffinity(0))}
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", "memtrace.gate.planner"],
+        input=json.dumps(request).encode(),
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    if ended.returncode:
+        raise OutputError(f"the process that plans ended with status {ended.returncode}; see what it printed")
+    answers = Fields.of(parse_json(ended.stdout, "the process that plans"), "the process that plans")
+    return {name: _outcome(answers.object(name)) for name in chosen}
+
+
+def _outcome(answer: Fields) -> Outcome:
+    return Unplanned(reason=answer.text("reason")) if "reason" in answer.values else parse_result(answer)
