@@ -122,16 +122,16 @@ class Timeline:
     def held(self, marks: StepMarks, positions: Sequence[int]) -> dict[EntryKey, list[int]]:
         """Returns the bytes of each entry at each of the positions, which ascend."""
         changes: dict[EntryKey, list[int]] = {}
-        for key, nbytes, start, stop in self._stretches(marks, positions):
+        for key, life, start, stop in self.stretches(marks, positions):
             row = changes.get(key)
             if row is None:
                 changes[key] = row = [0] * (len(positions) + 1)
-            row[start] += nbytes
-            row[stop] -= nbytes
+            row[start] += life.nbytes
+            row[stop] -= life.nbytes
         return {key: [*accumulate(row[:-1])] for key, row in changes.items()}
 
-    def _stretches(self, marks: StepMarks, positions: Sequence[int]) -> Iterator[tuple[EntryKey, int, int, int]]:
-        """Yields (entry, bytes, start, stop) for each block that is there at some of the positions, which ascend.
+    def stretches(self, marks: StepMarks, positions: Sequence[int]) -> Iterator[tuple[EntryKey, Lifetime, int, int]]:
+        """Yields (entry, block, start, stop) for each block that is there at some of the positions, which ascend.
 
         The block counts for the entry at `positions[start:stop]`. It comes a second time where it is for something
         else after the end of the backward pass.
@@ -144,9 +144,9 @@ class Timeline:
             if start == stop:
                 continue
             if start < turn < stop:
-                yield classify(life, positions[start]), life.nbytes, start, turn
+                yield classify(life, positions[start]), life, start, turn
                 start = turn
-            yield classify(life, positions[start]), life.nbytes, start, stop
+            yield classify(life, positions[start]), life, start, stop
 
 
 _entry_of = cache(EntryKey._make)

@@ -90,6 +90,8 @@ class SimulatedRun:
     """When the second step entered its parts."""
     spans: Sequence[Span]
     """When each module ran in the second step, where it was noted."""
+    owners: Mapping[int, str]
+    """The module of the parameter that a block is kept for, by address, where it was noted."""
     parameters: int
     trainable: int
     batch: BatchShape | None
@@ -166,6 +168,7 @@ def run_two_steps(training: Training) -> SimulatedRun:
         timeline=recorder.timeline,
         marks=recorder.marks,
         spans=recorder.modules.spans,
+        owners=recorder.owners.modules,
         parameters=parameters,
         trainable=trainable,
         batch=recorder.batch,

@@ -87,6 +87,11 @@ def simulate(request: SimulationRequest) -> SimulatedRun:
     Raises:
         PlanError: the model cannot be made, refuses the batch, or does what cannot be simulated.
     """
+    return run_two_steps(training_of(request))
+
+
+def training_of(request: SimulationRequest) -> Training:
+    """Returns what `simulate` runs for a request."""
     dtype = getattr(torch, request.recipe.weights)
     batch = request.batch
     if request.model.attention == "flash_attention_2":  # it packs the texts of a padded batch: no mask of all pairs
@@ -98,22 +103,20 @@ def simulate(request: SimulationRequest) -> SimulatedRun:
             return own
         return own, make_further_inputs(request.further, batch, request.step_recipe, own)
 
-    return run_two_steps(
-        Training(
-            make_model=lambda: build_model(request.configuration, request.settings),
-            make_batch=inputs,
-            loss=loss_beside if request.further else model_loss,
-            further=makers(request.further, request.step_recipe, request.model.attention),
-            recipe=request.recipe,
-            make_optimizer=make_optimizer(request.optimizer, request.step_kernels),
-            accumulation_steps=request.accumulation_steps,
-            keeps_outputs=request.keeps_outputs,
-            target=request.target,
-            sharding=request.sharding,
-            workspaces=workspaces_of(request.device),
-            results=request.results,
-            by_module=request.by_module,
-        )
+    return Training(
+        make_model=lambda: build_model(request.configuration, request.settings),
+        make_batch=inputs,
+        loss=loss_beside if request.further else model_loss,
+        further=makers(request.further, request.step_recipe, request.model.attention),
+        recipe=request.recipe,
+        make_optimizer=make_optimizer(request.optimizer, request.step_kernels),
+        accumulation_steps=request.accumulation_steps,
+        keeps_outputs=request.keeps_outputs,
+        target=request.target,
+        sharding=request.sharding,
+        workspaces=workspaces_of(request.device),
+        results=request.results,
+        by_module=request.by_module,
     )
 
 

@@ -17,7 +17,7 @@ from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.attribution.timeline import StepMarks, Timeline
 from memtrace.attribution.window import TraceWindow
 from memtrace.guard import Guard
-from memtrace.planning.by_module import ModuleSpans
+from memtrace.planning.by_module import ModuleSpans, Owners
 from memtrace.planning.optimizers.updates import Updates
 from memtrace.record.breakdown import BatchShape
 from memtrace.simulation.mode import Simulation
@@ -43,8 +43,9 @@ class StepRecorder:
         self.timeline: Timeline | None = None
         self.marks: StepMarks | None = None
         self.batch: BatchShape | None = None
-        self._model, self._optimizer = model, updates.optimizer
+        self._model, self._optimizer, self._updates = model, updates.optimizer, updates
         self.modules, self._by_module = ModuleSpans(simulation.events.coordinates.now_ns), by_module
+        self.owners = Owners(simulation.events.coordinates.address_of)
         self._clock = simulation.events.coordinates.now_ns
         self._ledger = Ledger(DEVICE, simulation.events.coordinates)
         self._step: StepInProgress | None = None
@@ -95,6 +96,8 @@ class StepRecorder:
 
     def _optimizer_begins(self, *_: object) -> None:
         if self._step is not None:
+            if self._by_module:
+                self.owners.note_gradients(self._model, self._updates.updated())
             self._step.optimizer_begins()
             self._window.backward_ends()
 
@@ -110,6 +113,8 @@ class StepRecorder:
         """Ends the step that is looked at; nothing where it is over."""
         if self._step is None or not self._step.stepped:
             return
+        if self._by_module:
+            self.owners.note_states(self._model, self._updates.updated(), self._optimizer.state)
         self.marks, self.batch = self._step.ends(), self._step.batch()
         self.timeline = self._window.close()
         self._step = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -19,6 +19,10 @@ class Updates:
     def __init__(self, parameters: Sequence[nn.Parameter], make_optimizer: MakeOptimizer) -> None:
         self._parameters = parameters
         self.optimizer = make_optimizer(parameters)
+
+    def updated(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Yields each trained parameter with the tensor of its own that the optimizer updates for it."""
+        return zip(self._parameters, self._parameters, strict=True)
 
     def micro_batch_begins(self, *, last: bool) -> None:
         """Is notified of each micro batch, and whether it is the last one before the step."""
@@ -49,6 +53,10 @@ class MasterCopies(Updates):
         self._parameters = parameters
         self._masters = [parameter.detach().to(dtype).requires_grad_() for parameter in parameters]
         self.optimizer = make_optimizer(self._masters)
+
+    def updated(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Yields each trained parameter with its copy."""
+        return zip(self._parameters, self._masters, strict=True)
 
     def step(self) -> None:
         """Converts the gradients, updates the copies, and copies them back to the weights."""
