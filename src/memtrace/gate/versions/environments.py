@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from memtrace.errors import OutputError
-from memtrace.gate.releases import Index, pip
+from memtrace.gate.versions.releases import Index, pip
 
 _DRAFT = "draft-"
 OWN_NAME = "torch-memtrace"
@@ -92,7 +92,9 @@ class Environments:
             self.directory.mkdir(parents=True, exist_ok=True)
             lock = (self.directory / "lock").open("w")
         except OSError as error:
-            raise OutputError(f"releases cannot be kept in {self.directory}: {error}; name another with --cache") from error
+            raise OutputError(
+                f"releases cannot be kept in {self.directory}: {error}; name another with --cache"
+            ) from error
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for left in self.directory.glob(f"{_DRAFT}*"):
