@@ -65,7 +65,7 @@ def test_spans_follow_calls_and_returns() -> None:
         outer(torch.zeros(2))
         with pytest.raises(RuntimeError):
             outer(torch.zeros(3))
-    assert [span.name for span in modules.spans] == ["model", "inner", "model", ""] * 2
+    assert [span.name for span in modules.spans] == ["Outer", "inner", "Outer", ""] * 2
 
 
 def test_a_simulated_run_knows_who_made_its_activations() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -79,6 +80,16 @@ def read_case_file(path: Path) -> CaseFile:
     )
 
 
+def case_lines(file: CaseFile) -> dict[str, int]:
+    """Returns the line at which the table of each case begins, from 1; a case in another notation is left out."""
+    lines = {}
+    for number, line in enumerate(file.path.read_text(encoding="utf-8").splitlines(), start=1):
+        header = _HEADER.match(line)
+        if header is not None and header[2] in file.cases:
+            lines[header[2]] = number
+    return lines
+
+
 def _table_of(path: Path) -> dict[str, Any] | None:
     """Returns the table that is memtrace's; None where a project's file has none."""
     try:
@@ -120,6 +131,7 @@ def _check_keys(table: Mapping[str, Any], known: tuple[str, ...], place: str) ->
             raise ConfigError(f"{place}: unknown key {key!r}: {hint}")
 
 
+_HEADER = re.compile(r"""\s*\[(?:tool\.memtrace\.)?cases\.(["']?)([\w.-]+)\1\]""")
 _WORDS = {str: "a text", int: "a whole number", bool: "true or false"}
 _HINTS = get_type_hints(Case)
 _KINDS = {

@@ -111,9 +111,7 @@ class Case:
             if getattr(self, key) not in tuple(words):
                 known = ", ".join(words)
                 raise ConfigError(f"case {self.name}: {key} must be one of {known}, got {getattr(self, key)!r}")
-        return Sharding(
-            strategy=Strategy(self.sharding), world_size=self.world_size, offload=Offload(self.offload)
-        )
+        return Sharding(strategy=Strategy(self.sharding), world_size=self.world_size, offload=Offload(self.offload))
 
 
 _OF_A_BUILD = ("batch", "loss")

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
+import json
 import os
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from pathlib import Path
-from typing import Any
 
-from memtrace.errors import MemTraceError
-from memtrace.gate.cases import Case
-from memtrace.gate.result import CaseResult, parse_result, result_document
-from memtrace.record.strict_json import Fields
-
-_PRELOADED = ["memtrace.gate.case_plan", "memtrace.planning.simulation_request", "transformers.modeling_utils"]
-"""What each process needs and what takes seconds to import: it is imported once, and the processes are forked after."""
+from memtrace.errors import ConfigError, OutputError
+from memtrace.gate.case_file import CaseFile
+from memtrace.gate.result import CaseResult, parse_result
+from memtrace.record.strict_json import Fields, parse_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,76 +25,38 @@ class Unplanned:
 Outcome = CaseResult | Unplanned
 
 
-def processors() -> int:
-    """Returns how many processors this process may use."""
-    return len(os.sched_getaffinity(0))
+def plan_cases(file: CaseFile, names: Iterable[str] | None = None, jobs: int | None = None) -> dict[str, Outcome]:
+    """Returns what cases of a file take, by name, in alphabetical order.
 
-
-def plan_cases(
-    cases: Iterable[Case], root: Path, python_path: Sequence[Path], jobs: int | None = None
-) -> dict[str, Outcome]:
-    """Returns what each case takes, by name, in alphabetical order.
+    Python is started once, for what all cases import; what their code prints goes to standard error.
 
     Args:
-        cases: what to plan.
-        root: the directory in which their paths begin.
-        python_path: directories that come first where their functions are imported from.
-        jobs: how many processes plan at a time; None for one a processor.
+        file: the cases.
+        names: which of them; None for all.
+        jobs: how many are planned at a time; None for one a processor.
+
+    Raises:
+        ConfigError: the file has no such case, or `jobs` is no number of processes.
+        OutputError: Python ended before it had planned them.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    waiting = sorted(cases, key=lambda case: case.name, reverse=True)
-    running: dict[Connection, tuple[Case, BaseProcess]] = {}
-    outcomes: dict[str, Outcome] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < (jobs or processors()):
-                case = waiting.pop()
-                receiving, sending = context.Pipe(duplex=False)
-                process = context.Process(target=_plan, args=(sending, case, root, tuple(python_path)), name=case.name)
-                running[receiving] = case, process
-                process.start()
-                sending.close()
-            for ready in wait(list(running)):
-                assert isinstance(ready, Connection)
-                case, process = running[ready]
-                outcomes[case.name] = _outcome(ready, case, process)
-                del running[ready]
-    finally:
-        for connection, (_, process) in running.items():
-            connection.close()
-            if process.pid is not None:
-                process.terminate()
-                process.join()
-    return dict(sorted(outcomes.items()))
+    chosen = sorted(file.cases if names is None else set(names))
+    for name in chosen:
+        if name not in file.cases:
+            raise ConfigError(f"{file.path} has no case {name!r}, only {', '.join(file.cases)}")
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, got {jobs}")
+    request = {"file": str(file.path), "cases": chosen, "jobs": jobs or len(os.sched_getaffinity(0))}
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", "memtrace.gate.planner"],
+        input=json.dumps(request).encode(),
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    if ended.returncode:
+        raise OutputError(f"the process that plans ended with status {ended.returncode}; see what it printed")
+    answers = Fields.of(parse_json(ended.stdout, "the process that plans"), "the process that plans")
+    return {name: _outcome(answers.object(name)) for name in chosen}
 
 
-def _outcome(connection: Connection, case: Case, process: BaseProcess) -> Outcome:
-    with connection:
-        try:
-            answer: Mapping[str, Any] | None = connection.recv()
-        except EOFError:
-            answer = None
-        process.join()
-    if answer is None:
-        status = process.exitcode
-        how = f"status {status}" if status is None or status >= 0 else f"signal {-status}"
-        return Unplanned(reason=f"its process ended with {how} before there was a plan; see what it printed")
-    if "reason" in answer:
-        return Unplanned(reason=answer["reason"])
-    return parse_result(Fields.of(answer, f"case {case.name}"))
-
-
-def _plan(sending: Connection, case: Case, root: Path, python_path: Sequence[Path]) -> None:
-    """Plans a case and sends what comes of it; what the code of the case prints goes to standard error."""
-    os.dup2(2, 1)
-    logging.disable(logging.ERROR)  # kernels that are not there, above all
-    warnings.simplefilter("ignore")
-    try:
-        from memtrace.gate.case_plan import plan_case  # noqa: PLC0415 - torch, which the asking process does not need
-
-        answer = result_document(plan_case(case, root, python_path))
-    except MemTraceError as error:
-        answer = {"reason": str(error)}
-    with sending:
-        sending.send(answer)
+def _outcome(answer: Fields) -> Outcome:
+    return Unplanned(reason=answer.text("reason")) if "reason" in answer.values else parse_result(answer)

@@ -30,8 +30,8 @@ class CaseResult:
         return self.total(Moment.PEAK)
 
     def total(self, moment: Moment) -> int:
-        """Returns what is allocated at a moment."""
-        return sum(sum(sizes.values()) for sizes in self.modules[moment].values())
+        """Returns what is allocated at a moment; 0 where the step has no such moment."""
+        return sum(sum(sizes.values()) for sizes in self.modules.get(moment, {}).values())
 
 
 def result_document(result: CaseResult) -> dict[str, Any]:

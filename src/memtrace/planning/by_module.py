@@ -38,9 +38,9 @@ class ModuleSpans:
         self._running: list[str] = []
 
     def watch(self, model: nn.Module, hooks: HookSet) -> None:
-        """Installs the hooks that note every module of the model; the model itself is called `model`."""
+        """Installs the hooks that note every module of the model; the model itself is called by its class."""
         for name, module in model.named_modules():
-            hooks.before_forward(module, partial(self._enter, name or "model"))
+            hooks.before_forward(module, partial(self._enter, name or type(model).__name__))
             hooks.after_forward(module, self._leave)
 
     def _enter(self, name: str, *_: object) -> None:
@@ -62,7 +62,7 @@ class Owners:
 
     def note_gradients(self, model: nn.Module, updated: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> None:
         """Notes the gradients that there are now, of parameters and of what the optimizer updates for them."""
-        names = _modules_of(model.named_parameters())
+        names = _modules_of(model, model.named_parameters())
         for parameter, copy in updated:
             for held in (parameter.grad, copy.grad):
                 self._note(held, names.get(parameter, ""))
@@ -74,8 +74,8 @@ class Owners:
         states: Mapping[torch.Tensor, object],
     ) -> None:
         """Notes parameters and buffers, the optimizer's copies and what it keeps for each."""
-        names = _modules_of(model.named_parameters())
-        for tensor, name in (names | _modules_of(model.named_buffers())).items():
+        names = _modules_of(model, model.named_parameters())
+        for tensor, name in (names | _modules_of(model, model.named_buffers())).items():
             self._note(tensor, name)
         for parameter, copy in updated:
             name = names.get(parameter, "")
@@ -93,8 +93,8 @@ class Owners:
                 self.modules[address] = ""
 
 
-def _modules_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[torch.Tensor, str]:
-    return {tensor: name.rpartition(".")[0] or "model" for name, tensor in tensors}
+def _modules_of(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[torch.Tensor, str]:
+    return {tensor: name.rpartition(".")[0] or type(model).__name__ for name, tensor in tensors}
 
 
 def holdings(

@@ -1,0 +1,91 @@
+"""The process that plans: it imports what plans need once, and forks for each case.
+
+`memtrace.gate.processes` starts it, asks on its standard input and reads the answers from its standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from memtrace.errors import MemTraceError
+from memtrace.gate.case_file import CaseFile, read_case_file
+from memtrace.gate.cases import Case
+from memtrace.gate.result import result_document
+
+
+def main() -> None:
+    """Answers one request: for each case its result, or the reason why there is none."""
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)  # what code prints must not come between
+        request = json.load(sys.stdin)
+        file = read_case_file(Path(request["file"]))
+        cases = [file.cases[name] for name in request["cases"]]
+        logging.disable(logging.ERROR)  # libraries tell of kernels that are not there, above all
+        warnings.simplefilter("ignore")
+        json.dump(_plan_all(file, cases, request["jobs"]), answers)
+
+
+def _plan_all(file: CaseFile, cases: Sequence[Case], jobs: int) -> dict[str, Any]:
+    with suppress(ImportError):  # then each case says what is missing
+        import memtrace.gate.case_plan  # noqa: PLC0415
+
+        if any(case.config is not None for case in cases):
+            import transformers.modeling_utils  # noqa: F401, PLC0415
+
+            import memtrace.planning.simulation_request  # noqa: F401, PLC0415
+    context = multiprocessing.get_context("fork")
+    waiting, answers = [*reversed(cases)], {}
+    running: dict[Connection, tuple[Case, BaseProcess]] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            case = waiting.pop()
+            receiving, sending = context.Pipe(duplex=False)
+            process: BaseProcess = context.Process(target=_plan, args=(sending, case, file), daemon=True)
+            process.start()
+            sending.close()
+            running[receiving] = case, process
+        for ready in wait(list(running)):
+            assert isinstance(ready, Connection)
+            case, process = running.pop(ready)
+            answers[case.name] = _answer(ready, process)
+    return answers
+
+
+def _answer(connection: Connection, process: BaseProcess) -> Any:
+    with connection:
+        try:
+            answer = connection.recv()
+        except EOFError:
+            answer = None
+    process.join()
+    if answer is not None:
+        return answer
+    status = process.exitcode or 0
+    how = f"signal {-status}" if status < 0 else f"status {status}"
+    return {"reason": f"its process ended with {how} before there was a plan; see what it printed"}
+
+
+def _plan(sending: Connection, case: Case, file: CaseFile) -> None:
+    try:
+        from memtrace.gate.case_plan import plan_case  # noqa: PLC0415 - it is imported where it can be
+
+        answer = result_document(plan_case(case, file.root, file.python_path))
+    except MemTraceError as error:
+        answer = {"reason": str(error)}
+    with sending:
+        sending.send(answer)
+
+
+if __name__ == "__main__":
+    main()
