@@ -46,7 +46,9 @@ class Bisect:
         parser.add_argument("--good", required=True, metavar="VERSION", help="a release, or without --package a commit")
         parser.add_argument("--bad", required=True, metavar="VERSION", help="another one, with another peak")
         parser.add_argument(
-            "--package", metavar="NAME", help="such as transformers, torch, peft; without it commits of the repository here"
+            "--package",
+            metavar="NAME",
+            help="such as transformers, torch, peft; without it commits of the repository here",
         )
         add_case_arguments(parser)
         group = parser.add_argument_group("packages")

@@ -1,118 +1,98 @@
-"""Plans cases in an interpreter of its own, with other packages first on its path.
-
-As a script it is that interpreter: it reads what to plan from standard input and prints what came of it.
-"""
+"""Plans cases with other packages, or other code, first on Python's path."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import memtrace
-from memtrace.errors import PlanError
-from memtrace.gate.cases import Case, Tolerance
+from memtrace.errors import OutputError, PlanError
+from memtrace.gate.case_file import OWN_FILE, read_case_file
+from memtrace.gate.cases import Case
 from memtrace.gate.processes import Outcome, Unplanned, plan_cases
-from memtrace.gate.result import CaseResult, parse_result, result_document
-from memtrace.record.strict_json import Fields, parse_json
 
-ENDED = "its process ended"
-"""Begins the reason of a case whose process did: it may go well another time."""
+PATHS = ("config", "deepspeed")
+"""Keys of a case that name a file."""
 
-SEE = "see what it printed"
-"""Ends such a reason; what was printed last takes the place of it."""
+_SEE = "; see what it printed"
 
 
 def plan_elsewhere(
     cases: Iterable[Case],
     root: Path,
     python_path: Sequence[Path],
+    first: Sequence[Path],
     *,
-    first: Sequence[Path] = (),
-    package: str | None = None,
+    directory: Path | None = None,
     jobs: int = 1,
-) -> tuple[dict[str, Outcome], str | None]:
-    """Returns what each case takes, by name, and the version of a package that was in use.
+) -> dict[str, Outcome]:
+    """Returns what each case takes, by name.
 
     Args:
-        cases: what to plan.
-        root: the directory in which their paths begin; the interpreter runs in it.
+        cases: what to plan; their tolerances do not matter.
+        root: the directory in which their paths begin.
         python_path: directories that come first where their functions are imported from.
-        first: directories that stand first on Python's path, before memtrace and what is installed.
-        package: whose version is returned; None returns None.
-        jobs: how many processes plan at a time.
+        first: directories that stand first on the path of the Python that plans, before memtrace and what is installed.
+        directory: in which that Python runs; None for the current one.
+        jobs: how many are planned at a time.
 
     Raises:
-        PlanError: the interpreter ended before it had an answer; the message ends in what it printed last.
+        PlanError: that Python ended before it had an answer; the message ends in what it printed last.
     """
-    request = {
-        "cases": [asdict(case) for case in cases],
-        "root": str(root),
-        "python_path": [str(path) for path in python_path],
-        "package": package,
-        "jobs": jobs,
-    }
     own = Path(memtrace.__file__).parent.parent
     path = [*map(str, first), str(own), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", __name__],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
-    )
-    if done.returncode:
-        raise PlanError(f"{ENDED} with status {done.returncode}: {_last_line(done.stderr)}")
-    answer = Fields.of(parse_json(done.stdout, "what was planned elsewhere"), "what was planned elsewhere")
-    outcomes = answer.object("outcomes")
-    found = {name: read_outcome(outcomes.object(name), _last_line(done.stderr)) for name in outcomes}
-    return found, answer.optional("version", Fields.text)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    with TemporaryDirectory(prefix="memtrace-") as place, TemporaryFile() as printed:
+        file = Path(place) / OWN_FILE
+        file.write_text(_text(cases, root, python_path), encoding="utf-8")
+        try:
+            outcomes = plan_cases(
+                read_case_file(file), jobs=jobs, environment=environment, directory=directory, printed=printed
+            )
+        except OutputError as error:
+            raise PlanError(str(error).replace(_SEE, _last_line(printed))) from error
+        said = _last_line(printed)
+    return {name: _with(said, outcome) for name, outcome in outcomes.items()}
 
 
-def outcome_document(outcome: Outcome) -> dict[str, Any]:
-    """Returns the JSON form of an outcome."""
-    return result_document(outcome) if isinstance(outcome, CaseResult) else {"reason": outcome.reason}
+def has_ended(outcome: Outcome) -> bool:
+    """Returns whether there is no plan because a process ended: it may go well another time."""
+    return isinstance(outcome, Unplanned) and outcome.reason.startswith("its process ended")
 
 
-def read_outcome(fields: Fields, printed: str = SEE) -> Outcome:
-    """Returns the outcome that an object stands for.
-
-    Args:
-        fields: the object.
-        printed: takes the place of `SEE` in a reason.
-
-    Raises:
-        LogFormatError: it is none.
-    """
-    reason = fields.optional("reason", Fields.text)
-    return parse_result(fields) if reason is None else Unplanned(reason=reason.replace(SEE, printed))
+def _text(cases: Iterable[Case], root: Path, python_path: Sequence[Path]) -> str:
+    """Returns a file of cases that may lie anywhere: strings of JSON are strings of TOML."""
+    lines = [f"pythonpath = {json.dumps([str(path) for path in python_path], ensure_ascii=False)}"]
+    for case in cases:
+        lines += ["", f"[cases.{json.dumps(case.name)}]"]
+        lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in _settings(case, root).items()]
+    return "\n".join(lines) + "\n"
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "it printed nothing"
-
-
-def _main() -> None:
-    request = json.load(sys.stdin)
-    cases = [Case(**{**fields, "tolerance": Tolerance(**fields["tolerance"])}) for fields in request["cases"]]
-    python_path = [Path(path) for path in request["python_path"]]
-    outcomes = plan_cases(cases, Path(request["root"]), python_path, request["jobs"])
-    package = request["package"]
-    answer = {
-        "outcomes": {name: outcome_document(outcome) for name, outcome in outcomes.items()},
-        "version": None if package is None else importlib.metadata.version(package),
+def _settings(case: Case, root: Path) -> Mapping[str, Any]:
+    values = {
+        field.name: getattr(case, field.name) for field in fields(case) if field.name not in ("name", "tolerance")
     }
-    json.dump(answer, sys.stdout)
+    for key in PATHS:
+        if values[key] is not None and (root / values[key]).exists():
+            values[key] = str(root / values[key])
+    return {key: value for key, value in values.items() if value is not None}
 
 
-if __name__ == "__main__":
-    _main()
+def _with(said: str, outcome: Outcome) -> Outcome:
+    if has_ended(outcome):
+        assert isinstance(outcome, Unplanned)
+        return Unplanned(reason=outcome.reason.replace(_SEE, said))
+    return outcome
+
+
+def _last_line(printed: Any) -> str:
+    """Returns what stands last in a file, as the end of a sentence; nothing where it is empty."""
+    printed.seek(0)
+    lines = [line.strip() for line in printed.read().decode(errors="replace").splitlines() if line.strip()]
+    return f": {lines[-1][:500]}" if lines else ""

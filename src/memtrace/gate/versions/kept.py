@@ -12,9 +12,9 @@ from pathlib import Path
 
 import memtrace
 from memtrace.errors import LogFormatError, OutputError
-from memtrace.gate.processes import Outcome
-from memtrace.gate.versions.elsewhere import outcome_document, read_outcome
-from memtrace.record.strict_json import read_document
+from memtrace.gate.processes import Outcome, Unplanned
+from memtrace.gate.result import CaseResult, parse_result, result_document
+from memtrace.record.strict_json import Fields, read_document
 from memtrace.record.whole_file import write_whole
 
 OUTCOME_SCHEMA = "memtrace.outcome/1"
@@ -34,7 +34,10 @@ class KeptOutcomes:
         """Returns what was kept under a name; None where nothing was, or where it can no longer be read."""
         try:
             fields = read_document(self._path(name), "outcome", OUTCOME_SCHEMA)
-            return None if fields is None else read_outcome(fields)
+            if fields is None:
+                return None
+            reason = fields.optional("reason", Fields.text)
+            return parse_result(fields) if reason is None else Unplanned(reason=reason)
         except LogFormatError:
             return None
 
@@ -47,7 +50,8 @@ class KeptOutcomes:
         path = self._path(name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps({"schema": OUTCOME_SCHEMA, **outcome_document(outcome)}, sort_keys=True))
+            document = result_document(outcome) if isinstance(outcome, CaseResult) else {"reason": outcome.reason}
+            write_whole(path, json.dumps({"schema": OUTCOME_SCHEMA, **document}, sort_keys=True))
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error}; name another directory with --cache") from error
 

@@ -13,7 +13,7 @@ from memtrace.gate.processes import Outcome, Unplanned
 from memtrace.gate.result import CaseResult
 from memtrace.gate.versions.bisection import Jump, find_jump
 from memtrace.gate.versions.commits import checked_out
-from memtrace.gate.versions.elsewhere import ENDED, plan_elsewhere
+from memtrace.gate.versions.elsewhere import PATHS, has_ended, plan_elsewhere
 from memtrace.gate.versions.environments import Environments, fingerprint, installed
 from memtrace.gate.versions.kept import KeptOutcomes, state_of, state_of_memtrace
 
@@ -45,17 +45,14 @@ class Releases:
     def key(self, case: Case, version: str) -> str:
         """Returns a name that changes with what is installed, and with the files that the case names."""
         beside = [*self.environments.beside, *self.environments.index.options]
-        files = [self.root / name for name in (case.config, case.deepspeed) if name is not None]
+        files = [self.root / name for name in (getattr(case, key) for key in PATHS) if name]
         code = [] if case.build is None else [self.root, *self.python_path]
         return fingerprint(self.package, version, *beside, *installed(), state_of([*files, *code]))
 
     def plan(self, case: Case, version: str) -> Outcome:
         """Installs the release where it is not there, and plans the case with it."""
         first = [self.environments.path_of(self.package, version)]
-        outcomes, used = plan_elsewhere([case], self.root, self.python_path, first=first, package=self.package)
-        if used is not None and used.partition("+")[0] != version.partition("+")[0]:
-            raise PlanError(f"{self.package} {used} was used in the place of {version}: does a path come before it?")
-        return outcomes[case.name]
+        return plan_elsewhere([case], self.root, self.python_path, first)[case.name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +77,8 @@ class Commits:
             if not root.is_dir():
                 raise PlanError(f"the commit has no directory {self.inside}")
             path = [files / part for part in self.python_path]
-            outcomes, _ = plan_elsewhere([case], root, path, first=[each for each in path if each.is_dir()])
-        return outcomes[case.name]
+            first = [each for each in (files / "src", *path) if each.is_dir()]
+            return plan_elsewhere([case], root, path, first, directory=root)[case.name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +135,7 @@ class Search:
                 except PlanError as error:  # it may go well another time, so that it is not kept
                     outcome = Unplanned(reason=str(error))
                 else:
-                    if isinstance(outcome, CaseResult) or not outcome.reason.startswith(ENDED):
+                    if not has_ended(outcome):
                         self.kept.keep(name, outcome)
             self.tried[version] = outcome
             self.say(version, outcome, was_kept)

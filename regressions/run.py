@@ -1,0 +1,68 @@
+"""Plans the cases with each release, and writes the results and the page: `make regressions`.
+
+Each release has a directory of its own, some 60 MB, in the cache that `memtrace bisect` uses. What is known stays;
+a run that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from memtrace.errors import PlanError
+from memtrace.gate.case_file import read_case_file
+from memtrace.gate.processes import Unplanned
+from memtrace.gate.result import OUTSIDE
+from memtrace.gate.versions.elsewhere import plan_elsewhere
+from memtrace.gate.versions.environments import Environments, cache_directory
+from memtrace.gate.versions.releases import Index
+from memtrace.record.categories import Moment
+from regressions import page, results
+from regressions.results import Outcomes, Peak
+
+RELEASES = (
+    *("4.50.3", "4.51.3", "4.52.4", "4.53.3", "4.54.1", "4.55.4", "4.56.2", "4.57.6"),
+    *("5.0.0", "5.2.0", "5.4.0", "5.8.0", "5.12.1", "5.16.1", "5.20.2", "5.24.0"),
+)
+"""What is planned where nobody says which: the last of each minor release of 4, every second to fourth of 5."""
+
+
+def main() -> None:
+    """Plans what is not known."""
+    parser = argparse.ArgumentParser(prog="python -m regressions.run", description=__doc__)
+    parser.add_argument("releases", nargs="*", help="releases of transformers; the usual ones without")
+    parser.add_argument("--cache", type=Path, default=cache_directory(), help="where releases are kept")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that plan")
+    parser.add_argument("--again", action="store_true", help="also what is known")
+    parser.add_argument("--page-only", action="store_true", help="write the page, plan nothing")
+    arguments = parser.parse_args()
+    environments = Environments(directory=arguments.cache.absolute() / "environments", index=Index())
+    for release in () if arguments.page_only else arguments.releases or RELEASES:
+        _measure(release, environments, arguments.jobs, again=arguments.again)
+    page.write()
+
+
+def _measure(release: str, environments: Environments, jobs: int, *, again: bool) -> None:
+    file = read_case_file(results.CASES)
+    known = {name: results.read(name) for name in file.cases}
+    wanted = [case for name, case in file.cases.items() if again or release not in known[name].found]
+    if not wanted:
+        return
+    print(f"transformers {release}: {len(wanted)} cases", file=sys.stderr, flush=True)
+    first = [environments.path_of("transformers", release)]
+    try:
+        outcomes = plan_elsewhere(wanted, file.root, file.python_path, first, jobs=jobs)
+    except PlanError as error:
+        outcomes = {case.name: Unplanned(reason=str(error)) for case in wanted}
+    for name, outcome in outcomes.items():
+        if isinstance(outcome, Unplanned):
+            found: Peak | str = outcome.reason.replace(f"{results.HERE}/", "")
+        else:
+            at_peak = outcome.modules[Moment.PEAK]
+            found = {entry: {name or OUTSIDE: size for name, size in of.items()} for entry, of in at_peak.items()}
+        results.write(name, Outcomes({**known[name].found, release: found}))
+
+
+if __name__ == "__main__":
+    main()
