@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from memtrace.adapters.torch_optimizer import MemTraceOptimizer
     from memtrace.config import TracerConfig
     from memtrace.errors import ConfigError, MemTraceError
+    from memtrace.gate.assertion import assert_peak, memory_plan
     from memtrace.planning.simulate import plan
     from memtrace.record.breakdown import Breakdown, StepRecord
     from memtrace.record.categories import Category, Moment
@@ -33,6 +34,8 @@ _HOMES = {
     "Moment": "memtrace.record.categories",
     "StepRecord": "memtrace.record.breakdown",
     "TracerConfig": "memtrace.config",
+    "assert_peak": "memtrace.gate.assertion",
+    "memory_plan": "memtrace.gate.assertion",
     "plan": "memtrace.planning.simulate",
 }
 
@@ -48,6 +51,8 @@ __all__ = [
     "Moment",
     "StepRecord",
     "TracerConfig",
+    "assert_peak",
+    "memory_plan",
     "plan",
 ]
 

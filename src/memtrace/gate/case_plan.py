@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,12 @@ from torch import nn
 from memtrace.errors import ConfigError, PlanError, packages_of
 from memtrace.gate.cases import ENTRY_POINT, Case
 from memtrace.gate.result import CaseResult
-from memtrace.planning.by_module import holdings
-from memtrace.planning.hardware import Device, find_device
-from memtrace.planning.optimizers.simulated import make_optimizer
-from memtrace.planning.optimizers.updates import MakeOptimizer
+from memtrace.gate.step_plan import on_device, planned, training_with
+from memtrace.planning.hardware import Device
 from memtrace.planning.recipe import find_recipe
 from memtrace.planning.sharding.deepspeed_settings import read_deepspeed
 from memtrace.planning.sharding.shares import Sharding
-from memtrace.planning.simulate import model_loss, plan_of, step_kernels, workspaces_of
-from memtrace.planning.simulated_run import SimulatedRun, Training, refusals, run_two_steps
-from memtrace.record.plan import Plan
+from memtrace.planning.simulated_run import Training, refusals
 from memtrace.simulation.kernels import Target
 
 _POSITIONS = 2048
@@ -45,51 +39,10 @@ def plan_case(case: Case, root: Path, python_path: Sequence[Path] = ()) -> CaseR
         PlanError: it cannot be planned.
     """
     sys.path[:0] = [str(path) for path in python_path if str(path) not in sys.path]
-    device = None if case.device in tuple(Target) else find_device(case.device)
-    target = Target(case.device) if device is None else Target.CUDA
-    training = _of_configuration(case, root, target, device) if case.config else _of_build(case, root, target, device)
-    run = run_collected(training)
-    name = case.optimizer if ENTRY_POINT.fullmatch(case.optimizer) is None else "custom"
-    plan = plan_of(run, training.recipe, name, target, training.sharding, device=device)
-    return result_of(run, plan)
-
-
-def result_of(run: SimulatedRun, plan: Plan) -> CaseResult:
-    """Returns the plain result of a run in which it was noted when each module runs."""
-    by_moment = holdings(run.timeline, run.marks, run.spans, run.owners)
-    for moment, breakdown in run.moments.items():
-        added = {key: sum(sizes.values()) for key, sizes in by_moment[moment].items()}
-        assert added == dict(breakdown.entries), "modules add up to the breakdown"
-    return CaseResult(
-        modules={
-            moment: {" ".join(filter(None, key)): sizes for key, sizes in held.items()}
-            for moment, held in by_moment.items()
-        },
-        reserved_bytes=plan.reserved_bytes,
-        host_bytes=plan.host_bytes,
-    )
-
-
-def run_collected(training: Training) -> SimulatedRun:
-    """Runs two steps in which reference cycles are collected at the beginning of each micro batch and at no other time.
-
-    Python would look for them after a number of objects that depends on what the process did before.
-    """
-
-    def make_batch() -> Any:
-        gc.collect()
-        return training.make_batch()
-
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    gc.freeze()
-    try:
-        return run_two_steps(replace(training, make_batch=make_batch))
-    finally:
-        gc.unfreeze()
-        if was_enabled:
-            gc.enable()
+    if case.config is None:
+        return planned(_of_build(case, root))
+    target, device = on_device(case.device)
+    return planned(_of_configuration(case, root, target, device))
 
 
 def _of_configuration(case: Case, root: Path, target: Target, device: Device | None) -> Training:
@@ -137,10 +90,7 @@ def _of_configuration(case: Case, root: Path, target: Target, device: Device | N
     )
 
 
-def _of_build(case: Case, root: Path, target: Target, device: Device | None) -> Training:
-    assert case.build is not None
-    if case.accumulation_steps < 1:
-        raise PlanError(f"accumulation_steps must be at least 1, got {case.accumulation_steps}")
+def _of_build(case: Case, root: Path) -> Training:
     build, recipe, sharding = _function(case, "build"), find_recipe(case.recipe), _sharding(case, root, None)
     made: list[nn.Module] = []
 
@@ -151,22 +101,17 @@ def _of_build(case: Case, root: Path, target: Target, device: Device | None) -> 
     def usual_batch() -> Any:
         return _transformers_batch(case, made[0], getattr(torch, recipe.weights))
 
-    make: MakeOptimizer
-    if ENTRY_POINT.fullmatch(case.optimizer) is None:
-        make = make_optimizer(case.optimizer, step_kernels(target, sharding))
-    else:
-        make = _function(case, "optimizer")
-    return Training(
-        make_model=make_model,
-        make_batch=usual_batch if case.batch is None else _function(case, "batch"),
-        loss=model_loss if case.loss is None else _function(case, "loss"),
-        recipe=recipe,
-        make_optimizer=make,
+    named = ENTRY_POINT.fullmatch(case.optimizer) is None
+    return training_with(
+        make_model,
+        usual_batch if case.batch is None else _function(case, "batch"),
+        loss=None if case.loss is None else _function(case, "loss"),
+        recipe=case.recipe,
+        optimizer=case.optimizer if named else _function(case, "optimizer"),
         accumulation_steps=case.accumulation_steps,
-        keeps_outputs=case.keep_outputs,
-        target=target,
+        keep_outputs=case.keep_outputs,
         sharding=sharding,
-        workspaces=workspaces_of(device),
+        device=case.device,
     )
 
 

@@ -28,7 +28,9 @@ class State(StrEnum):
 
     UNCHANGED = "unchanged"
     CHANGED = "changed"
-    """Less, within the tolerance, or the same totals of other parts."""
+    """Within the tolerance, or the same totals of other parts."""
+    SHRANK = "shrank"
+    """Less of some totals, more of none."""
     GREW = "grew"
     NEW = "not in the baseline"
     UNPLANNED = "cannot be planned"
@@ -55,7 +57,7 @@ class Change:
     """One entry of one kind of module that is not what it was."""
 
     moment: Moment
-    """The first one, in the order of `MOMENTS`, that shows it."""
+    """The first one that shows it; moments whose totals grew come first."""
     entry: str
     """Category, component and type, such as `activations float32`."""
     module: str
@@ -81,7 +83,7 @@ class Finding:
     totals: Sequence[Total] = ()
     """The peak first; none where there is nothing to hold against each other."""
     changes: Sequence[Change] = ()
-    """The largest growth first."""
+    """By moment, the largest growth first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,12 +142,25 @@ def _finding(case: Case, outcome: Outcome, before: CaseResult | None) -> Finding
         Total(name=name, before=was, now=now, is_over=not case.tolerance.allows(was, now))
         for name, was, now in _totals(before, outcome)
     ]
-    changes = sorted(_changes(before, outcome), key=lambda change: (-change.growth, change.entry, change.module))
+    changes = list(_changes(before, outcome, _most_grown_first(totals)))
+    return Finding(
+        case=case.name, state=_state(totals, changes), tolerance=case.tolerance, totals=totals, changes=changes
+    )
+
+
+def _state(totals: Sequence[Total], changes: Sequence[Change]) -> State:
     if any(total.is_over for total in totals):
-        state = State.GREW
-    else:
-        state = State.CHANGED if changes or any(total.growth for total in totals) else State.UNCHANGED
-    return Finding(case=case.name, state=state, tolerance=case.tolerance, totals=totals, changes=changes)
+        return State.GREW
+    growths = [total.growth for total in totals]
+    if any(growths) and max(growths) <= 0:
+        return State.SHRANK
+    return State.CHANGED if changes or any(growths) else State.UNCHANGED
+
+
+def _most_grown_first(totals: Sequence[Total]) -> list[Moment]:
+    """Returns the moments: those over the tolerance, those that differ, the others, each in the order of `MOMENTS`."""
+    by_name = {total.name: (not total.is_over, not total.growth) for total in totals}
+    return sorted(MOMENTS, key=lambda moment: by_name.get(MOMENTS[moment], (True, True)))
 
 
 def _totals(before: CaseResult, now: CaseResult) -> Iterator[tuple[str, int, int]]:
@@ -158,14 +173,19 @@ def _totals(before: CaseResult, now: CaseResult) -> Iterator[tuple[str, int, int
         yield HOST, before.host_bytes, now.host_bytes
 
 
-def _changes(before: CaseResult, now: CaseResult) -> Iterator[Change]:
-    """Yields what differs, each difference of an entry of a module once, for the first moment that shows it."""
+def _changes(before: CaseResult, now: CaseResult, moments: Sequence[Moment]) -> Iterator[Change]:
+    """Yields what differs, each difference of an entry of a module once; of a moment, the largest growth first."""
     seen: set[tuple[str, str, int]] = set()
-    for moment in MOMENTS:
-        was, held = before.modules.get(moment, {}), now.modules.get(moment, {})
-        for entry in {**was, **held}:
-            for module in {**was.get(entry, {}), **held.get(entry, {})}:
-                old, new = was.get(entry, {}).get(module, 0), held.get(entry, {}).get(module, 0)
-                if old != new and (entry, module, new - old) not in seen:
-                    seen.add((entry, module, new - old))
-                    yield Change(moment=moment, entry=entry, module=module, before=old, now=new)
+    for moment in moments:
+        was, held = _by_part(before, moment), _by_part(now, moment)
+        parts = {part: held.get(part, 0) - was.get(part, 0) for part in sorted({*was, *held})}
+        for (entry, module), growth in sorted(parts.items(), key=lambda item: -item[1]):
+            if growth and (entry, module, growth) not in seen:
+                seen.add((entry, module, growth))
+                old, new = was.get((entry, module), 0), held.get((entry, module), 0)
+                yield Change(moment=moment, entry=entry, module=module, before=old, now=new)
+
+
+def _by_part(result: CaseResult, moment: Moment) -> dict[tuple[str, str], int]:
+    held = result.modules.get(moment, {})
+    return {(entry, module): size for entry, sizes in held.items() for module, size in sizes.items()}

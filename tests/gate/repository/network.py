@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 LAYERS = 2
 
@@ -23,10 +24,11 @@ class LanguageModel(nn.Module):
         )
         self.head = nn.Linear(64, 512, bias=False)
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> CausalLMOutputWithPast:
         outputs = self.body(input_ids, use_cache=False)
         logits = self.head(outputs.last_hidden_state)
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
 
 def build() -> nn.Module:

@@ -15,6 +15,7 @@ _KINDS = {
     State.UNPLANNED: "error",
     State.NEW: "error",
     State.GREW: "error",
+    State.SHRANK: "notice",
     State.CHANGED: "notice",
 }
 """What a case becomes; one that is unchanged becomes nothing."""

@@ -16,6 +16,8 @@ from memtrace.gate.reports.words import (
 )
 from memtrace.record.units import format_bytes
 
+_GOOD = (State.UNCHANGED, State.SHRANK, State.CHANGED)
+
 
 def markdown_report(report: Report) -> str:
     """Returns the report as markdown: a table of all cases, then what changed in each."""
@@ -35,7 +37,7 @@ def _lines(report: Report) -> Iterator[str]:
         cells = (
             ("", "", "") if peak is None else (format_bytes(peak.now), format_bytes(peak.before), signed(peak.growth))
         )
-        state = f"**{finding.state}**" if finding.state not in (State.UNCHANGED, State.CHANGED) else finding.state
+        state = f"**{finding.state}**" if finding.state not in _GOOD else finding.state
         yield f"| {finding.case} | {' | '.join(cells)} | {state} |"
     for finding in report.findings:
         if finding.state is not State.UNCHANGED:

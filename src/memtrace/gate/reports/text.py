@@ -38,5 +38,5 @@ def details(finding: Finding) -> Iterator[str]:
 def _cases(report: Report) -> Iterator[str]:
     for finding in report.findings:
         yield headline(finding)
-        if finding.state in (State.GREW, State.CHANGED):
+        if finding.state in (State.GREW, State.SHRANK, State.CHANGED):
             yield from details(finding)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import groupby
+from operator import attrgetter
 
 from memtrace.gate.cases import Tolerance
 from memtrace.gate.findings import MOMENTS, Change, Finding, Report, State, Total
@@ -39,6 +41,9 @@ def headline(finding: Finding) -> str:
         case State.GREW:
             grown = [total for total in finding.totals if total.is_over]
             return f"{finding.case} grew: {total_words(grown[0])}, {allowed(finding.tolerance)}"
+        case State.SHRANK:
+            less = [total for total in finding.totals if total.growth]
+            return f"{finding.case} shrank: {total_words(less[0])}; {UPDATE} keeps it so"
         case State.CHANGED:
             differing = [total for total in finding.totals if total.growth]
             said = total_words(differing[0]) if differing else "the same totals, of other parts"
@@ -71,10 +76,9 @@ def rest_words(finding: Finding) -> str:
 def shown_changes(finding: Finding) -> Iterator[tuple[str, list[Change]]]:
     """Yields the name of each moment that shows some of the largest changes, and these, growth first."""
     largest = sorted(finding.changes, key=lambda change: -abs(change.growth))[:SHOWN]
-    for moment, name in MOMENTS.items():
-        here = [change for change in finding.changes if change in largest and change.moment is moment]
-        if here:
-            yield name, here
+    shown = [change for change in finding.changes if change in largest]
+    for moment, changes in groupby(shown, key=attrgetter("moment")):
+        yield MOMENTS[moment], list(changes)
 
 
 def allowed(tolerance: Tolerance) -> str:
