@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def write(case: str, outcomes: Outcomes) -> None:
 def jumps(case: str) -> Iterator[tuple[Level, Level]]:
     """Yields each two neighbouring levels that were both planned."""
     levels = read(case).levels()
-    for before, after in zip(levels, levels[1:], strict=False):
+    for before, after in pairwise(levels):
         if before.peak is not None and after.peak is not None:
             yield before, after
 

@@ -82,7 +82,7 @@ class Bisect:
         cache = (arguments.cache or cache_directory()).absolute()
         versions, ordered = _versions(arguments, chosen, cache)
         search = Search(case=chosen.case, versions=versions, kept=KeptOutcomes(cache / "outcomes"), say=_say)
-        print(f"{len(ordered)} {_kind(arguments)}, from {ordered[0]} to {ordered[-1]}", file=sys.stderr)
+        print(f"{len(ordered)} {_kind(arguments)}, from {ordered[0]:.12} to {ordered[-1]:.12}", file=sys.stderr)
         found = search.run(ordered)
         name = arguments.package
         if arguments.json:
