@@ -52,7 +52,7 @@ def memory_plan(
     """
     training = training_with(
         (lambda: _without_memory(model_or_build)) if isinstance(model_or_build, nn.Module) else model_or_build,
-        batch if callable(batch) else lambda: batch,
+        batch if callable(batch) else _copies(batch, 2 * accumulation_steps).pop,
         recipe=recipe,
         optimizer=optimizer,
         loss=loss,
@@ -102,6 +102,11 @@ def _over(result: CaseResult, bound: int) -> str:
         lines.append(f"  {format_bytes(rest)} of {len(parts) - len(largest)} others")
     over = f"{format_bytes(peak - bound)} over the bound of {format_bytes(bound)}"
     return "\n".join([f"the peak is {format_bytes(peak)} ({peak:,} bytes), {over}; at the peak:", *lines])
+
+
+def _copies(batch: Any, count: int) -> list[Any]:
+    """Returns copies of a micro batch, one for each of two steps: a loop drops each one after its step."""
+    return [copy.deepcopy(batch) for _ in range(count)]
 
 
 def _without_memory(model: nn.Module) -> nn.Module:

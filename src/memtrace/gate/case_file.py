@@ -110,15 +110,13 @@ def _case_of(name: str, table: Any, source: str) -> Case:
     if not isinstance(table, dict):
         raise ConfigError(f"{place} must be a table, got {table!r}")
     _check_keys(table, tuple(_KINDS), place)
-    values = dict(table)
     for key, value in table.items():
-        if key == "tolerance":
-            values[key] = Tolerance.of(value)
-        elif type(value) not in _KINDS[key]:
+        if key != "tolerance" and type(value) not in _KINDS[key]:
             expected = " or ".join(_WORDS[kind] for kind in _KINDS[key] if kind in _WORDS)
             raise ConfigError(f"{place}: {key} must be {expected}, got {value!r}")
     try:
-        return Case(name=name, **values)
+        tolerance = Tolerance.of(table.get("tolerance", 0))
+        return Case(name=name, **{**table, "tolerance": tolerance})
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
 

@@ -37,13 +37,7 @@ def main() -> None:
 
 
 def _plan_all(file: CaseFile, cases: Sequence[Case], jobs: int) -> dict[str, Any]:
-    with suppress(ImportError):  # then each case says what is missing
-        import memtrace.gate.case_plan  # noqa: PLC0415
-
-        if any(case.config is not None for case in cases):
-            import transformers.modeling_utils  # noqa: F401, PLC0415
-
-            import memtrace.planning.simulation_request  # noqa: F401, PLC0415
+    _import(with_transformers=any(case.config is not None for case in cases))
     context = multiprocessing.get_context("fork")
     waiting, answers = [*reversed(cases)], {}
     running: dict[Connection, tuple[Case, BaseProcess]] = {}
@@ -60,6 +54,23 @@ def _plan_all(file: CaseFile, cases: Sequence[Case], jobs: int) -> dict[str, Any
             case, process = running.pop(ready)
             answers[case.name] = _answer(ready, process)
     return answers
+
+
+def _import(*, with_transformers: bool) -> None:
+    """Imports what every case needs; what is missing, the cases say.
+
+    No step is simulated here: autograd may have threads after its first backward pass, and could not be forked then.
+    """
+    with suppress(ImportError):
+        import torch  # noqa: PLC0415
+
+        import memtrace.gate.case_plan  # noqa: PLC0415
+
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)  # the first optimizer imports the compiler
+        if with_transformers:
+            import transformers.modeling_utils  # noqa: F401, PLC0415
+
+            import memtrace.planning.simulation_request  # noqa: F401, PLC0415
 
 
 def _answer(connection: Connection, process: BaseProcess) -> Any:
