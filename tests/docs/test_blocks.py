@@ -44,19 +44,21 @@ NO_CODE = {
 }
 """Indented blocks that are no commands, by page and beginning."""
 
-LANGUAGES = {"console", "python", "yaml", "promql", "mermaid"}
-"""What a fence may hold: commands, Python and settings, which are run and read here, expressions, which
-tests/integrations/test_rules.py reads, and the picture that tests/test_development.py makes anew."""
+LANGUAGES = {"console", "python", "yaml", "promql", "mermaid", "toml"}
+"""What a fence may hold: commands, Python and settings, which are run and read here, memtrace.toml,
+expressions, which tests/integrations/test_rules.py reads, and the picture that tests/test_development.py makes anew."""
 
 STATUS = {
     "memtrace plan --params 8e9 --activation-ratio 0.3 --device H100-80GB --what-if": 2,
     "memtrace plan --config ./Llama-3-8B --seq-len 2048 --recipe bf16-master --device H100-80GB --what-if --by-module": 2,
+    "memtrace check --format text --format junit=report.xml": 1,
     "python examples/finetune_trainer.py --output-dir small --max-steps 3 \\\n"
     "    --max-tokens 128 --held-out 100 --memory-limit 700MiB": 1,
 }
 """Exit status of commands that do not end with 0: out of memory, and plans that do not fit."""
 
 LONG = {
+    "docs/check.md": "plans Llama-3-8B four times, in processes of its own",
     "docs/examples.md": "trains four times, each in processes of its own",
     "docs/out-of-memory.md": "trains twice in processes of its own, since one has a limit of memory",
     "docs/plan.md": "simulates Llama-3-8B several times, for what would save memory",
@@ -117,7 +119,11 @@ def marked(pages: list[Path]) -> list[Any]:
 @pytest.mark.parametrize("page", marked([p for p in PAGES if any(is_command(block) for block in blocks_of(p))]))
 def test_commands_run_and_show_what_the_page_says(page: str, directory: Path) -> None:
     """One after the other, in one directory; each ends as it should."""
-    for block in filter(is_command, blocks_of(ROOT / page)):
+    for block in blocks_of(ROOT / page):
+        if block.language == "toml":
+            (directory / "memtrace.toml").write_text(block.text)
+        if not is_command(block):
+            continue
         for command, said in block.commands:
             if reason(NOT_RUN, command) or reason(ELSEWHERE, command):
                 assert not said, f"{page}:{block.line} shows an output that nothing compares"
