@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from memtrace.gate.case_file import read_case_file
 from memtrace.record.units import format_bytes, format_gib
@@ -28,8 +27,9 @@ HEAD = """\
 # Peaks over the releases of transformers
 
 What a training step of ten models takes at its peak with releases of transformers from 4.50 to 5.24, and what changed
-it. Made by `make regressions` of plans: no GPU was used, and the same release gives the same bytes on any machine. torch
-2.13.0 throughout, kernels of CUDA, torch's fused AdamW. `memtrace bisect` does the same for a case of yours.
+it. Made by `make regressions` of plans: no GPU was used, and the same release gives the same bytes on any machine. With
+torch 2.13.0, kernels of CUDA and torch's fused AdamW throughout. [`memtrace bisect`](bisect.md) does the same for a
+case of yours.
 
 """
 
@@ -83,11 +83,10 @@ def _cases() -> Iterator[str]:
         case = cases[f"{model}-autocast"]
         fields = json.loads((HERE / str(case.config)).read_text())
         sizes = [next((f"{fields[name]:,}" for name in names if name in fields), "") for names in _SIZES]
-        batch = f"{case.batch_size} x {case.seq_len:,} tokens" if case.seq_len and model != "whisper" else f"{case.batch_size}"
-        kind = {"vit": " images", "whisper": " sounds of 30 s"}.get(model, "")
-        yield f"| {model} | {' | '.join(sizes)} | {batch}{kind} |"
+        kind = {"vit": "images", "whisper": "sounds of 30 s"}.get(model, f"texts of {case.seq_len} tokens")
+        yield f"| {model} | {' | '.join(sizes)} | {case.batch_size} {kind} |"
     yield ""
-    yield "Mistral and Mixtral are cut to 8 layers, and Mixtral to half its width, so that activations show at their peaks."
+    yield "Mistral and Mixtral are cut to 8 layers, and Mixtral to half its width, so that the peak shows activations."
 
 
 def _table(recipe: str) -> Iterator[str]:
@@ -102,7 +101,7 @@ def _table(recipe: str) -> Iterator[str]:
         for model in MODELS:
             level = found[model].get(release)
             if level is None or level.peak is None:
-                cells.append("not run" if level is None else f"[^{_footnote(reasons, level.reason)}]".replace("^", ""))
+                cells.append("not run" if level is None else f"[{_footnote(reasons, level.reason)}]")
                 continue
             size = format_gib(level.nbytes)
             changed = model in before and abs(_share(before[model], level)) >= MATTERS
