@@ -85,14 +85,16 @@ def test_the_release_that_changed_a_peak_is_found(
     assert "layers 1.12 changed the peak of network by +288.00 KiB: 416.01 KiB before, 704.01 KiB after" in answer
     assert re.search(r"activations float32 +1 +64\.00 KiB +128\.00 KiB +\+64\.00 KiB", answer), answer
     assert "several jumps" not in answer
-    assert re.search(r"^1\.10 +skipped: its process ended with status 3 .*: not with this Python$", progress, re.MULTILINE), progress
+    ended = r"^1\.10 +skipped: its process ended with status 3 .*: not with this Python$"
+    assert re.search(ended, progress, re.MULTILINE), progress
 
     shutil.rmtree(project / "__pycache__", ignore_errors=True)
     assert main([*command, "--json"]) == 0
     answer, progress = capsys.readouterr()
     document = json.loads(answer)
     assert document["schema"] == "memtrace.bisect/1"
-    assert (document["jump"]["before"], document["jump"]["after"], document["jump"]["bytes"]) == ("1.11", "1.12", 288 * 1024)
+    jump = document["jump"]
+    assert (jump["before"], jump["after"], jump["bytes"]) == ("1.11", "1.12", 288 * 1024)
     assert list(document["tried"]) == ["1.9", "1.12", "1.10", "1.11"]
     assert progress.count("(kept from before)") == 3  # all but the one whose process ended
 
@@ -101,9 +103,6 @@ def test_the_release_that_changed_a_peak_is_found(
     assert re.fullmatch(
         r"The peak of network is \d+\.\d\d KiB at both ends: there is no change to look for\.\n", answer
     )
-
-    assert main([*command[:-1], "1.10"]) == 2
-    assert "1.10 cannot be planned, so there is nothing to compare with" in capsys.readouterr().err
 
 
 def test_the_commit_that_changed_a_peak_is_found(

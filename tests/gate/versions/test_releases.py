@@ -44,6 +44,15 @@ def test_what_is_no_package_or_release_is_told(index: Index) -> None:
         between(["1.9.0", "1.10.0"], "1.9.0", "1.9.0", "weights")
 
 
+def test_a_python_without_pip_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho $0: No module named pip >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    with pytest.raises(ConfigError, match="has no pip, which lists and installs releases: python -m ensurepip"):
+        releases("weights", Index())
+
+
 def test_every_place_of_packages_reaches_pip() -> None:
     index = Index(url="https://a", extra_urls=("https://b", "https://c"), find_links=("d",), none=True)
     expected = "--index-url https://a --extra-index-url https://b --extra-index-url https://c --find-links d --no-index"

@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
-import memtrace
 from memtrace.errors import OutputError, PlanError
 from memtrace.gate.case_file import OWN_FILE, read_case_file
 from memtrace.gate.cases import Case
@@ -37,15 +36,14 @@ def plan_elsewhere(
         cases: what to plan; their tolerances do not matter.
         root: the directory in which their paths begin.
         python_path: directories that come first where their functions are imported from.
-        first: directories that stand first on the path of the Python that plans, before memtrace and what is installed.
+        first: directories that stand first on the path of the Python that plans, before what is installed.
         directory: in which that Python runs; None for the current one.
         jobs: how many are planned at a time.
 
     Raises:
         PlanError: that Python ended before it had an answer; the message ends in what it printed last.
     """
-    own = Path(memtrace.__file__).parent.parent
-    path = [*map(str, first), str(own), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [*map(str, first), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     with TemporaryDirectory(prefix="memtrace-") as place, TemporaryFile() as printed:
         file = Path(place) / OWN_FILE
