@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from textwrap import wrap
 
 from memtrace.gate.case_file import read_case_file
 from memtrace.record.units import format_bytes, format_gib
@@ -17,6 +18,9 @@ MATTERS = 0.001
 """Share of the peak from which on a change is a jump."""
 
 MODELS = ("llama", "qwen3", "gemma", "mistral", "gpt2", "bert", "t5", "vit", "whisper", "mixtral")
+WIDTH = 120
+"""Columns of the page's text."""
+
 RECIPES = {
     "autocast": "hf-autocast: float32 weights under autocast, as Trainer with bf16=True; texts padded",
     "bf16": "pure-bf16: everything in bfloat16, with gradient checkpointing; texts not padded",
@@ -71,7 +75,7 @@ def _lines() -> Iterator[str]:
     yield from _jumps()
     yield from ("", "## What they are", "")
     for note in NOTES:
-        yield from (f"### {note.title}", "", *note.lines, "")
+        yield from (f"### {note.title}", "", *wrap(note.text, WIDTH), "")
     yield from ("## Found by memtrace bisect", "", *BISECTED)
 
 
