@@ -27,6 +27,8 @@ def test_the_baseline_is_sorted_and_a_line_changes_with_a_category(repository: P
     first = document["cases"]["first"]
     assert first["moments"]["peak"]["weights trainable float32"] == 4 * (2 * 64 * 256 + 256 + 64)
     assert first["modules"]["peak"]["weights trainable float32"] == {"0": 4 * 65 * 256, "2": 4 * 257 * 64}
+    assert "weights trainable float32" in first["moments"]["step_end"], "its modules are those of the peak"
+    assert "weights trainable float32" not in first["modules"]["step_end"]
     assert first["peak_bytes"] == sum(first["moments"]["peak"].values())
     assert [path.name for path in repository.glob(".*baseline*")] == []
 
@@ -80,6 +82,7 @@ def test_mistakes_are_told_before_anything_is_planned(
         (lambda text: text[:-20], "must be one JSON value"),
         (lambda text: text.replace("baseline/1", "plan/1"), "schema must be 'memtrace.baseline/1'"),
         (lambda text: text.replace('"peak_bytes": ', '"peak_bytes": 1'), "cases.first does not add up"),
+        (lambda text: text.replace('"0": ', '"0": 1'), "cases.first does not add up"),
         (lambda text: text.replace('"peak_bytes": ', '"peak_bytes": -'), "must be an integer"),
         (lambda text: text.replace('"peak": {', '"summit": {'), "must be one of"),
         (lambda text: text.replace('"versions": {', '"versions": [], "x": {'), "versions must be an object"),

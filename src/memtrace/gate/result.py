@@ -35,7 +35,18 @@ class CaseResult:
 
 
 def result_document(result: CaseResult) -> dict[str, Any]:
-    """Returns the JSON form of a result: a line for each category, and one for each module that has some of it."""
+    """Returns the JSON form of a result: a line for each category, and one for each module that has some of it.
+
+    At other moments than the peak, modules stand only where they have not what they have at the peak: most weights and
+    states are said once.
+    """
+    peak = result.modules[Moment.PEAK]
+    differing = {
+        moment: held
+        if moment is Moment.PEAK
+        else {entry: sizes for entry, sizes in held.items() if sizes != peak.get(entry)}
+        for moment, held in result.modules.items()
+    }
     return {
         "peak_bytes": result.peak_bytes,
         "reserved_bytes": result.reserved_bytes,
@@ -46,7 +57,7 @@ def result_document(result: CaseResult) -> dict[str, Any]:
         },
         "modules": {
             moment: {entry: {name or OUTSIDE: size for name, size in sizes.items()} for entry, sizes in held.items()}
-            for moment, held in result.modules.items()
+            for moment, held in differing.items()
         },
     }
 
@@ -57,21 +68,27 @@ def parse_result(fields: Fields) -> CaseResult:
     Raises:
         LogFormatError: it has not the documented form, or its lines do not add up.
     """
-    modules = {
+    totals = {moment: _sizes(held) for moment, held in fields.object("moments").by_word(Moment).items()}
+    written = {
         moment: {entry: _sizes(held.object(entry)) for entry in held}
         for moment, held in fields.object("modules").by_word(Moment).items()
     }
+    peak = written.get(Moment.PEAK, {})
+    modules = {
+        moment: {entry: written.get(moment, {}).get(entry, peak.get(entry, {})) for entry in entries}
+        for moment, entries in totals.items()
+    }
+    place = fields.path.removesuffix(".")
+    if Moment.PEAK not in totals:
+        raise LogFormatError(f"{fields.source}: {place} must have the moment peak")
+    added = {moment: {entry: sum(of.values()) for entry, of in held.items()} for moment, held in modules.items()}
+    unasked = any(set(held) - set(totals.get(moment, {})) for moment, held in written.items())
     result = CaseResult(
         modules=modules,
         reserved_bytes=fields.optional("reserved_bytes", Fields.integer),
         host_bytes=fields.integer("host_bytes"),
     )
-    written = {moment: _sizes(held) for moment, held in fields.object("moments").by_word(Moment).items()}
-    added = {moment: {entry: sum(of.values()) for entry, of in held.items()} for moment, held in modules.items()}
-    place = fields.path.removesuffix(".")
-    if Moment.PEAK not in modules:
-        raise LogFormatError(f"{fields.source}: {place} must have modules at the peak")
-    if written != added or fields.integer("peak_bytes") != result.peak_bytes:
+    if added != totals or unasked or fields.integer("peak_bytes") != result.peak_bytes:
         raise LogFormatError(
             f"{fields.source}: {place} does not add up: was it edited or merged by hand? memtrace check --update "
             "writes it anew"
