@@ -10,11 +10,9 @@ from dataclasses import dataclass
 class Note:
     """What a jump is."""
 
-    release: str
-    """The first row of the table that has it; empty for a note that is of no jump."""
-    cases: str
-    """Pattern of the cases' names."""
     title: str
+    jumps: tuple[tuple[str, str], ...]
+    """The first rows of the table that have it, each with a pattern of the cases' names; none for one of no jump."""
     text: str
 
     @property
@@ -25,9 +23,8 @@ class Note:
 
 NOTES = (
     Note(
-        release="5.20.2",
-        cases="t5-*",
         title="T5 takes a fused kernel",
+        jumps=(("5.20.2", "t5-*"),),
         text=(
             "5.15.0 gave T5's attention to `scaled_dot_product_attention`, with the relative positions as its "
             "mask. They were a permuted view whose rows are not dense: memory-efficient attention does not take "
@@ -37,46 +34,64 @@ NOTES = (
         ),
     ),
     Note(
-        release="5.16.1",
-        cases="t5-*",
         title="T5 goes through scaled_dot_product_attention",
+        jumps=(("5.16.1", "t5-*"),),
         text=(
-            "5.15.0 (`models/t5/modeling_t5.py`): see above. Autocast hands each layer a mask of its own type, so "
-            "that the positions are kept once for each layer, not once for all."
+            "5.15.0 (`models/t5/modeling_t5.py`): see above. Under autocast each layer takes the positions to its "
+            "own type, so that they are kept once for each layer."
         ),
     ),
     Note(
-        release="4.56.2",
-        cases="*",
+        title="T5 makes no mask where nothing is padded",
+        jumps=(("5.0.0", "t5-bf16"),),
+        text=(
+            "Until 4.57 `T5Stack` made a mask of ones where it was given none, and its sum with the relative "
+            "positions was as large as the batch, in each layer that a checkpoint keeps its inputs of. From 5.0 "
+            "on there is no mask (`create_bidirectional_mask`), and the positions of one text serve all."
+        ),
+    ),
+    Note(
         title="Attention copies no inputs",
+        jumps=(("4.56.2", "*"),),
         text=(
             "Until 4.55 `sdpa_attention_forward` made query, key and value contiguous, whether the kernel needed "
             "it or not: a copy of each that was a transposed view, kept for the backward pass. 4.56.0 leaves them "
-            "as they are. Models with rotary positions had no views but the values; ViT, which has none, had "
-            "three."
+            "as they are. With rotary positions only the values were such views; ViT, which has none, had three."
         ),
     ),
     Note(
-        release="",
-        cases="mixtral-*",
+        title="A mask that nobody gave",
+        jumps=(
+            *((release, case) for release in ("4.53.3", "5.0.0") for case in ("mistral-bf16", "whisper-*")),
+            *((release, "gpt2-bf16") for release in ("4.54.1", "5.0.0")),
+        ),
+        text=(
+            "From 4.53 (GPT-2: 4.54) to 4.57 a training step without an attention mask got one all the same: the "
+            "positions were searched for packed texts, and what was found, none, became a mask of all pairs "
+            "(`find_packed_sequence_indices` in `masking_utils.py`). With a mask attention leaves its flash path, "
+            "and keys and values of grouped heads are repeated for it. 5.0 makes no mask where there is one text "
+            "in each row."
+        ),
+    ),
+    Note(
         title="Mixtral before 5.0",
+        jumps=(),
         text=(
-            "Until 4.57 each expert looks with `nonzero` which tokens are its own, which only the values tell: no "
-            "plan. From 5.0 on the experts of a layer are one tensor each for the two products, and `grouped_mm` "
-            "takes all of them in one call of a known size."
+            "Until 4.57 each expert looks with `nonzero` which tokens are its own, which only the values tell: "
+            "there is no plan. From 5.0 on the weights of all experts of a layer are two tensors, and "
+            "`grouped_mm` takes them in calls of a known size."
         ),
     ),
     Note(
-        release="",
-        cases="*",
         title="What did not change",
+        jumps=(),
         text=(
-            "Logits are taken to float32 by the loss in every release (`ForCausalLMLoss`): with the gradient they "
-            "are the largest part of every small model's peak with a large vocabulary, and of each one with "
-            "checkpointing. Masks of padded texts became booleans (4.53 for Llama and its kin, 4.54 for GPT-2, "
-            "5.0 for BERT); attention makes a mask of its own type of them in each layer, as autocast did of the "
-            "float32 mask before: the same bytes. 5.0 and 5.1 do not tie weights of a model that is made on the "
-            "meta device. That is no memory of a run, and memtrace ties them itself."
+            "The loss takes the logits to float32 in every release (`ForCausalLMLoss`): with their gradient they "
+            "are the largest part of the peak where the vocabulary is large and the model small, or checkpointed. "
+            "Masks of padded texts became booleans (4.53 for Llama and its kin, 4.54 for GPT-2, 5.0 for BERT), of "
+            "which attention makes a mask of its own type in each layer; autocast had done the same with float32 "
+            "masks before. 5.0 does not tie the weights of a model that is made on the meta device; a run has "
+            "them tied, and so has the plan."
         ),
     ),
 )

@@ -50,7 +50,9 @@ def write() -> None:
 
 def note_of(case: str, release: str) -> Note | None:
     """Returns what is known of the change that a case had by a release."""
-    return next((note for note in NOTES if note.release == release and fnmatchcase(case, note.cases)), None)
+    return next(
+        (note for note in NOTES for row, cases in note.jumps if row == release and fnmatchcase(case, cases)), None
+    )
 
 
 def large_jumps() -> Iterator[tuple[str, Level, Level]]:
