@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from memtrace.errors import PlanError
-from memtrace.gate.case_file import read_case_file
-from memtrace.gate.processes import Unplanned
+from memtrace.gate.case_file import CaseFile, read_case_file
+from memtrace.gate.cases import Case
+from memtrace.gate.processes import Outcome, Unplanned
 from memtrace.gate.result import OUTSIDE
 from memtrace.gate.versions.elsewhere import plan_elsewhere
 from memtrace.gate.versions.environments import Environments, cache_directory
@@ -26,6 +28,10 @@ RELEASES = (
     *("5.0.0", "5.2.0", "5.4.0", "5.8.0", "5.12.1", "5.16.1", "5.20.2", "5.24.0"),
 )
 """What is planned where nobody says which: the last of each minor release of 4, every second to fourth of 5."""
+
+
+AT_ONCE = 5
+"""Cases that are planned between two writes."""
 
 
 def main() -> None:
@@ -47,14 +53,20 @@ def _measure(release: str, environments: Environments, jobs: int, *, again: bool
     file = read_case_file(results.CASES)
     known = {name: results.read(name) for name in file.cases}
     wanted = [case for name, case in file.cases.items() if again or release not in known[name].found]
-    if not wanted:
-        return
-    print(f"transformers {release}: {len(wanted)} cases", file=sys.stderr, flush=True)
-    first = [environments.path_of("transformers", release)]
+    for begin in range(0, len(wanted), AT_ONCE):
+        some = wanted[begin : begin + AT_ONCE]
+        print(f"transformers {release}: {len(wanted) - begin} cases", file=sys.stderr, flush=True)
+        _note(release, _plan(some, file, environments.path_of("transformers", release), jobs), known)
+
+
+def _plan(cases: Sequence[Case], file: CaseFile, first: Path, jobs: int) -> Mapping[str, Outcome]:
     try:
-        outcomes = plan_elsewhere(wanted, file.root, file.python_path, first, jobs=jobs)
+        return plan_elsewhere(cases, file.root, file.python_path, [first], jobs=jobs)
     except PlanError as error:
-        outcomes = {case.name: Unplanned(reason=str(error)) for case in wanted}
+        return {case.name: Unplanned(reason=str(error)) for case in cases}
+
+
+def _note(release: str, outcomes: Mapping[str, Outcome], known: Mapping[str, Outcomes]) -> None:
     for name, outcome in outcomes.items():
         if isinstance(outcome, Unplanned):
             found: Peak | str = outcome.reason.replace(f"{results.HERE}/", "")
