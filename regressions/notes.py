@@ -95,6 +95,3 @@ NOTES = (
         ),
     ),
 )
-
-BISECTED = ("",)
-"""What `memtrace bisect` printed for one of the jumps."""

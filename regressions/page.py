@@ -9,7 +9,7 @@ from textwrap import wrap
 
 from memtrace.gate.case_file import read_case_file
 from memtrace.record.units import format_bytes, format_gib
-from regressions.notes import BISECTED, NOTES, Note
+from regressions.notes import NOTES, Note
 from regressions.results import CASES, HERE, Level, jumps, number, read
 
 PAGE = HERE.parent / "docs" / "regressions.md"
@@ -20,6 +20,9 @@ MATTERS = 0.001
 MODELS = ("llama", "qwen3", "gemma", "mistral", "gpt2", "bert", "t5", "vit", "whisper", "mixtral")
 WIDTH = 120
 """Columns of the page's text."""
+
+BISECTION = "memtrace bisect --package transformers --good 5.0.0 --bad 5.24.0 --case t5-autocast"
+"""The command whose output is kept in bisected.txt."""
 
 RECIPES = {
     "autocast": "hf-autocast: float32 weights under autocast, as Trainer with bf16=True; texts padded",
@@ -78,7 +81,13 @@ def _lines() -> Iterator[str]:
     yield from ("", "## What they are", "")
     for note in NOTES:
         yield from (f"### {note.title}", "", *wrap(note.text, WIDTH), "")
-    yield from ("## Found by memtrace bisect", "", *BISECTED)
+    yield from (
+        "## Found by memtrace bisect",
+        "",
+        "In `regressions/` of the repository, 44 releases in seven trials:",
+        "",
+    )
+    yield from ("```console", f"$ {BISECTION}", *(HERE / "bisected.txt").read_text().splitlines(), "```")
 
 
 def _cases() -> Iterator[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from memtrace.errors import OutputError, PlanError
+from memtrace.gate import planner, processes
+from memtrace.gate.case_file import CaseFile
 from memtrace.gate.cases import Case
 from memtrace.gate.processes import Outcome, Unplanned
 from memtrace.gate.result import CaseResult
@@ -109,3 +113,25 @@ def test_a_case_is_the_same_elsewhere(tmp_path: Path, monkeypatch: pytest.Monkey
     (file,) = read
     assert file.python_path == (root,)
     assert file.cases["case"] == Case(name="case", config=str(root / CASE.config), padded=True, lora_rank=8)
+
+
+def test_a_process_that_ended_is_told_with_what_it_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the words of the process that plans; the one that could not begin ends the trial."""
+    see = "; see what it printed"
+    assert see in inspect.getsource(planner) and see in inspect.getsource(processes)
+
+    def plan(file: CaseFile, *, printed: IO[bytes], **options: object) -> dict[str, Outcome]:
+        printed.write(b"Traceback\n  ImportError: too old\n\n")
+        return {"case": Unplanned(reason=f"its process ended with status 1 before there was a plan{see}")}
+
+    monkeypatch.setattr(elsewhere, "plan_cases", plan)
+    (outcome,) = plan_elsewhere([CASE], tmp_path, [], []).values()
+    assert isinstance(outcome, Unplanned) and elsewhere.has_ended(outcome)
+    assert outcome.reason == "its process ended with status 1 before there was a plan: ImportError: too old"
+
+    def fail(file: CaseFile, **options: object) -> dict[str, Outcome]:
+        raise OutputError(f"the process that plans ended with status 1{see}")
+
+    monkeypatch.setattr(elsewhere, "plan_cases", fail)
+    with pytest.raises(PlanError, match=r"the process that plans ended with status 1$"):
+        plan_elsewhere([CASE], tmp_path, [], [])
