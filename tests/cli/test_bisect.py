@@ -104,6 +104,7 @@ def test_the_release_that_changed_a_peak_is_found(
     )
 
 
+@pytest.mark.long
 def test_the_commit_that_changed_a_peak_is_found(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
