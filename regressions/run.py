@@ -51,12 +51,11 @@ def main() -> None:
 
 def _measure(release: str, environments: Environments, jobs: int, *, again: bool) -> None:
     file = read_case_file(results.CASES)
-    known = {name: results.read(name) for name in file.cases}
-    wanted = [case for name, case in file.cases.items() if again or release not in known[name].found]
+    wanted = [case for name, case in file.cases.items() if again or release not in results.read(name).found]
     for begin in range(0, len(wanted), AT_ONCE):
         some = wanted[begin : begin + AT_ONCE]
         print(f"transformers {release}: {len(wanted) - begin} cases", file=sys.stderr, flush=True)
-        _note(release, _plan(some, file, environments.path_of("transformers", release), jobs), known)
+        _note(release, _plan(some, file, environments.path_of("transformers", release), jobs))
 
 
 def _plan(cases: Sequence[Case], file: CaseFile, first: Path, jobs: int) -> Mapping[str, Outcome]:
@@ -66,14 +65,14 @@ def _plan(cases: Sequence[Case], file: CaseFile, first: Path, jobs: int) -> Mapp
         return {case.name: Unplanned(reason=str(error)) for case in cases}
 
 
-def _note(release: str, outcomes: Mapping[str, Outcome], known: Mapping[str, Outcomes]) -> None:
+def _note(release: str, outcomes: Mapping[str, Outcome]) -> None:
     for name, outcome in outcomes.items():
         if isinstance(outcome, Unplanned):
             found: Peak | str = outcome.reason.replace(f"{results.HERE}/", "")
         else:
             at_peak = outcome.modules[Moment.PEAK]
             found = {entry: {name or OUTSIDE: size for name, size in of.items()} for entry, of in at_peak.items()}
-        results.write(name, Outcomes({**known[name].found, release: found}))
+        results.write(name, Outcomes({**results.read(name).found, release: found}))
 
 
 if __name__ == "__main__":
