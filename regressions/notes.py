@@ -12,7 +12,7 @@ class Note:
 
     title: str
     jumps: tuple[tuple[str, str], ...]
-    """The first rows of the table that have it, each with a pattern of the cases' names; none for one of no jump."""
+    """The releases that made it, each with a pattern of the cases' names; none for a note of no jump."""
     text: str
 
     @property
@@ -24,7 +24,7 @@ class Note:
 NOTES = (
     Note(
         title="T5 takes a fused kernel",
-        jumps=(("5.20.2", "t5-*"),),
+        jumps=(("5.20.0", "t5-*"),),
         text=(
             "5.15.0 gave T5's attention to `scaled_dot_product_attention`, with the relative positions as its "
             "mask. They were a permuted view whose rows are not dense: memory-efficient attention does not take "
@@ -35,7 +35,7 @@ NOTES = (
     ),
     Note(
         title="T5 goes through scaled_dot_product_attention",
-        jumps=(("5.16.1", "t5-*"),),
+        jumps=(("5.15.0", "t5-*"),),
         text=(
             "5.15.0 (`models/t5/modeling_t5.py`): see above. Under autocast each layer takes the positions to its "
             "own type, so that they are kept once for each layer."
@@ -52,7 +52,7 @@ NOTES = (
     ),
     Note(
         title="Attention copies no inputs",
-        jumps=(("4.56.2", "*"),),
+        jumps=(*(("4.56.0", cases) for cases in ("vit-*", "gemma-autocast")),),
         text=(
             "Until 4.55 `sdpa_attention_forward` made query, key and value contiguous, whether the kernel needed "
             "it or not: a copy of each that was a transposed view, kept for the backward pass. 4.56.0 leaves them "
@@ -62,8 +62,8 @@ NOTES = (
     Note(
         title="A mask that nobody gave",
         jumps=(
-            *((release, case) for release in ("4.53.3", "5.0.0") for case in ("mistral-bf16", "whisper-*")),
-            *((release, "gpt2-bf16") for release in ("4.54.1", "5.0.0")),
+            *((release, case) for release in ("4.53.0", "5.0.0") for case in ("mistral-bf16", "whisper-*")),
+            *((release, "gpt2-bf16") for release in ("4.54.0", "5.0.0")),
         ),
         text=(
             "From 4.53 (GPT-2: 4.54) to 4.57 a training step without an attention mask got one all the same: the "

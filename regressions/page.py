@@ -51,11 +51,14 @@ def write() -> None:
     PAGE.write_text(text())
 
 
-def note_of(case: str, release: str) -> Note | None:
-    """Returns what is known of the change that a case had by a release."""
-    return next(
-        (note for note in NOTES for row, cases in note.jumps if row == release and fnmatchcase(case, cases)), None
-    )
+def notes_of(case: str, before: Level, after: Level) -> list[Note]:
+    """Returns what is known of the change that a case had from one release to another."""
+    first, last = number(before.releases[-1]), number(after.releases[0])
+    return [
+        note
+        for note in NOTES
+        if any(first < number(release) <= last and fnmatchcase(case, cases) for release, cases in note.jumps)
+    ]
 
 
 def large_jumps() -> Iterator[tuple[str, Level, Level]]:
@@ -148,10 +151,9 @@ def _jumps() -> Iterator[str]:
     yield "| --- | --- | --- | ---: | ---: | ---: | --- | --- |"
     for case, before, after in large_jumps():
         release, nbytes = after.releases[0], after.nbytes - before.nbytes
-        note = note_of(case, release)
-        link = "" if note is None else f"[{note.title}](#{note.anchor})"
+        links = "; ".join(f"[{note.title}](#{note.anchor})" for note in notes_of(case, before, after))
         sizes = f"{format_bytes(before.nbytes)} | {_signed(nbytes)} | {_share(before, after):+.1%}"
-        yield f"| {release} | {before.releases[-1]} | {case} | {sizes} | {_most(before, after)} | {link} |"
+        yield f"| {release} | {before.releases[-1]} | {case} | {sizes} | {_most(before, after)} | {links} |"
 
 
 def _most(before: Level, after: Level) -> str:
