@@ -75,8 +75,8 @@ def _share(before: Level, after: Level) -> float:
 def _lines() -> Iterator[str]:
     yield from _cases()
     for recipe, words in RECIPES.items():
-        yield from ("", f"## Peaks with {words.partition(':')[0]}", "", f"GiB;{words.partition(':')[2]}. Bold: another")
-        yield "peak than in the row above, by 0.1 % or more."
+        yield from ("", f"## Peaks with {words.partition(':')[0]}", "", f"GiB;{words.partition(':')[2]}.")
+        yield "Bold: another peak than in the row above, by 0.1 % or more."
         yield ""
         yield from _table(recipe)
     yield from ("", "## The jumps", "")
