@@ -80,7 +80,7 @@ def test_the_action_tells_a_pull_request_what_grew(repository: Path, tmp_path: P
     """An annotation at the case's table, a table in the summary of the job, a file for each other reader."""
     directory = tmp_path / "repository"
     directory.mkdir()
-    write(directory, width=260, first="build")
+    write(directory, width=260, first="build", second="build")
     (directory / "memtrace-baseline.json").write_bytes((repository / "memtrace-baseline.json").read_bytes())
     ended, outputs, summary = action(directory, MEMTRACE_FILE="memtrace.toml", MEMTRACE_CASES="first")
     assert ended.returncode == 1, ended.stderr

@@ -127,7 +127,7 @@ def _transformers_batch(case: Case, model: nn.Module, dtype: torch.dtype) -> Any
     configuration, kind = getattr(model, "config", None), type(model)
     if not hasattr(configuration, "get_text_config") or not hasattr(kind, "main_input_name"):
         raise PlanError(
-            f"case {case.name}: {kind.__name__} is no model of transformers, whose inputs are known: give it batch, "
+            f"{kind.__name__} is no model of transformers, whose inputs are known: give it batch, "
             "such as batch = 'package.module:function'"
         )
     longest = longest_text(configuration)
@@ -145,7 +145,7 @@ def _sharding(case: Case, root: Path, width: int | None) -> Sharding:
     if case.deepspeed is None:
         return case.shared()
     if case.shared() != Sharding(world_size=case.world_size):
-        raise ConfigError(f"case {case.name}: deepspeed says how ranks share the model: leave sharding and offload out")
+        raise ConfigError("deepspeed says how ranks share the model: leave sharding and offload out")
     return read_deepspeed(str(root / case.deepspeed), case.world_size, width)
 
 
@@ -157,10 +157,10 @@ def _function(case: Case, key: str) -> Callable[..., Any]:
         ConfigError: the module has no such function.
     """
     module_name, _, path = getattr(case, key).partition(":")
-    with refusals(f"case {case.name}: {key} cannot be imported"):
+    with refusals(f"{key} cannot be imported"):
         found: Any = importlib.import_module(module_name)
     for name in path.split("."):
         found = getattr(found, name, None)
     if not callable(found):
-        raise ConfigError(f"case {case.name}: {key} must name a function, and {module_name} has no {path}")
+        raise ConfigError(f"{key} must name a function, and {module_name} has no {path}")
     return found  # type: ignore[no-any-return]
