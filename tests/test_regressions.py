@@ -6,7 +6,7 @@ from memtrace.gate.case_file import read_case_file
 from regressions import page, results
 from regressions.notes import NOTES
 
-MANY = 6
+MANY = 8
 
 EXPLAINED = 0.01
 """Share of the peak from which on the page says what a jump is."""
