@@ -88,6 +88,12 @@ ENVIRONMENTS ?= .venv-versions
 test-versions: venv ## torch 2.6 to 2.15, each in an environment of 5 GB: docs/versions.md; hours, ROWS="2.6.0" for one
 	$(BIN)/python -m versions.run --environments $(ENVIRONMENTS) --workers $(WORKERS) $(ROWS)
 
+# Run by hand, its results are committed; RELEASES="5.24.0" plans with that one alone, CACHE says where releases are kept.
+.PHONY: regressions
+CACHE ?= .cache/memtrace
+regressions: venv ## ten models over the releases of transformers: docs/regressions.md; 60 MB and a minute for each release
+	$(TEST_ENV) $(BIN)/python -m regressions.run --cache $(CACHE) --jobs $(WORKERS) $(RELEASES)
+
 $(NEWEST)/.installed: pyproject.toml constraints.txt requirements-newest.txt
 	@scripts/debian-packages.sh venv compiler
 	@echo "setting up $(NEWEST); the first time this takes a few minutes"

@@ -23,6 +23,7 @@ NOT_RUN = {
     "curl -s http://127.0.0.1:16368/metrics": "asks a run that goes on, at the default port, which may be another's here",
     "MEMTRACE_LINGER_SECONDS=30 python finetune.py": "the script of the reader",
     "git clone": "needs the address of the repository",
+    "memtrace bisect ": "installs releases from a registry; tests/cli/test_bisect.py has packages of its own",
     "make ": "set up an environment of their own; continuous integration runs them",
     "docker compose": "needs Docker and images from a registry; tests/integrations checks the file",
     "kubectl apply": "needs a cluster; tests/integrations checks the manifests against their schemas",

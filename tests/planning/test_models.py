@@ -13,7 +13,14 @@ import memtrace
 from memtrace.errors import PlanError
 from memtrace.record.categories import Category, Moment
 from memtrace.record.plan import Plan
-from memtrace.simulation.models.builds import BatchSettings, ModelSettings, build_model, make_batch, model_class
+from memtrace.simulation.models.builds import (
+    BatchSettings,
+    ModelSettings,
+    build_bare,
+    build_model,
+    make_batch,
+    model_class,
+)
 
 TEXT = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 POSITIONS = 24
@@ -57,6 +64,21 @@ def test_every_kind_of_model_gets_a_batch_that_it_takes(name: str) -> None:
         model = build_model(CONFIGURATIONS[name], ModelSettings())
     assert plan.setup["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert plan.moments[Moment.FORWARD_END][Category.ACTIVATIONS] > 0
+
+
+def test_ties_that_transformers_leaves_out_on_the_meta_device_are_made() -> None:
+    """As transformers 5.0 does for every model, whose plan would have its embedding twice."""
+
+    class LeftOut(transformers.LlamaForCausalLM):
+        def init_weights(self) -> None:
+            """Makes no ties."""
+
+    for tied in (True, False):
+        configuration = transformers.LlamaConfig(**TEXT, tie_word_embeddings=tied)
+        with torch.device("meta"):
+            assert LeftOut._from_config(configuration).lm_head.weight is not None
+            model = build_bare(LeftOut, configuration, None)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
 
 
 def test_the_class_is_the_one_that_the_configuration_names() -> None:

@@ -89,3 +89,9 @@ def test_dropout_in_plain_products_keeps_a_mask_of_booleans() -> None:
     """As CUDA's kernel of dropout does: the weights after it in float32, and one byte for each of them."""
     without, with_dropout = saved(bias="permuted"), saved(bias="permuted", dropout=0.1)
     assert with_dropout - without == pytest.approx(5 * SCORES, rel=0.01)
+
+
+def test_autocast_takes_the_mask_to_its_own_type_as_well() -> None:
+    """Each call saves a copy of a float32 mask in bfloat16: `scaled_dot_product_attention` is in autocast's list."""
+    with_bias, without = saved("hf-autocast", bias="dense"), saved("hf-autocast")
+    assert with_bias - without == pytest.approx(2 * HEADS * ROWS * ROWS, rel=0.001)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 import memtrace
+from memtrace.cli.bisect import Bisect
 from memtrace.cli.check import Check
 from memtrace.cli.command import Command
 from memtrace.cli.compare import Compare
@@ -24,7 +25,17 @@ from memtrace.cli.show import Show
 from memtrace.cli.watch import Watch
 from memtrace.errors import MemTraceError, packages_of
 
-COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Compare(), Check(), Report(), Runs(), Export(), Watch())
+COMMANDS: tuple[Command, ...] = (
+    Show(),
+    PlanCommand(),
+    Compare(),
+    Check(),
+    Bisect(),
+    Report(),
+    Runs(),
+    Export(),
+    Watch(),
+)
 """Every subcommand, in the order of the help."""
 
 

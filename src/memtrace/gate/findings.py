@@ -127,6 +127,13 @@ def report_of(
     )
 
 
+def peak_changes(before: CaseResult, now: CaseResult) -> list[Change]:
+    """Returns what differs at the peak, the largest difference first, whether more or less."""
+    return sorted(
+        _changes(before, now, [Moment.PEAK]), key=lambda change: (-abs(change.growth), change.entry, change.module)
+    )
+
+
 def _finding(case: Case, outcome: Outcome, before: CaseResult | None) -> Finding:
     if isinstance(outcome, Unplanned):
         return Finding(case=case.name, state=State.UNPLANNED, tolerance=case.tolerance, reason=outcome.reason)

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
 
 from memtrace.errors import ConfigError, OutputError
 from memtrace.gate.case_file import CaseFile
@@ -25,7 +27,15 @@ class Unplanned:
 Outcome = CaseResult | Unplanned
 
 
-def plan_cases(file: CaseFile, names: Iterable[str] | None = None, jobs: int | None = None) -> dict[str, Outcome]:
+def plan_cases(
+    file: CaseFile,
+    names: Iterable[str] | None = None,
+    jobs: int | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    directory: Path | None = None,
+    printed: IO[bytes] | None = None,
+) -> dict[str, Outcome]:
     """Returns what cases of a file take, by name, in alphabetical order.
 
     Python is started once, for what all cases import; what their code prints goes to standard error.
@@ -34,6 +44,9 @@ def plan_cases(file: CaseFile, names: Iterable[str] | None = None, jobs: int | N
         file: the cases.
         names: which of them; None for all.
         jobs: how many are planned at a time; None for one a processor.
+        environment: the variables of that Python; None for those of this one.
+        directory: in which it runs; None for the current one.
+        printed: a file for what the cases' code prints; None for standard error.
 
     Raises:
         ConfigError: the file has no such case, or `jobs` is no number of processes.
@@ -50,6 +63,9 @@ def plan_cases(file: CaseFile, names: Iterable[str] | None = None, jobs: int | N
         [sys.executable, "-P", "-m", "memtrace.gate.planner"],
         input=json.dumps(request).encode(),
         stdout=subprocess.PIPE,
+        stderr=printed,
+        env=environment,
+        cwd=directory,
         check=False,
     )
     if ended.returncode:

@@ -134,6 +134,7 @@ def _attention(  # noqa: PLR0917 - the signature of F.scaled_dot_product_attenti
     to flash attention it saves the same tensors.
     """
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    attn_mask = None if attn_mask is None else _autocast(attn_mask)
     output: torch.Tensor
     if attn_mask is None and _flash_takes(query, key, value, is_causal=is_causal, enable_gqa=enable_gqa):
         size = query.shape[-1]

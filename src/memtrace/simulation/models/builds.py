@@ -111,6 +111,7 @@ def build_bare(kind: Any, configuration: Any, attention: str | None) -> nn.Modul
         configuration.decoder_start_token_id = 0
     chosen = {} if attention is None else {"attn_implementation": ATTENTION[attention]}
     model: nn.Module = kind._from_config(configuration, **chosen)
+    model.tie_weights()  # type: ignore[operator] # transformers 5.0 leaves that out on the meta device
     return model
 
 

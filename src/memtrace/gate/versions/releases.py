@@ -1,0 +1,90 @@
+"""The releases of a package on an index, asked of pip."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memtrace.errors import ConfigError, PlanError
+
+_LISTED = re.compile(r"^Available versions: (.+)$", re.MULTILINE)
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Index:
+    """Where packages come from, beside what pip's own settings and environment variables say."""
+
+    url: str | None = None
+    """Address of the index in place of pip's."""
+    extra_urls: tuple[str, ...] = ()
+    find_links: tuple[str, ...] = ()
+    """Directories or pages with packages."""
+    none: bool = False
+    """Whether no index is asked: packages come from `find_links` alone."""
+
+    @property
+    def options(self) -> list[str]:
+        """The same as options of pip."""
+        options = [] if self.url is None else ["--index-url", self.url]
+        options += [option for url in self.extra_urls for option in ("--extra-index-url", url)]
+        options += [option for place in self.find_links for option in ("--find-links", place)]
+        return [*options, "--no-index"] if self.none else options
+
+
+def pip(*arguments: str) -> str:
+    """Returns what a command of this interpreter's pip printed.
+
+    Raises:
+        ConfigError: there is no pip.
+        PlanError: pip failed; the message is its own.
+    """
+    settings = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+    command = [sys.executable, "-m", "pip", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **settings})
+    if "No module named pip" in done.stderr:
+        raise ConfigError(f"{sys.executable} has no pip, which lists and installs releases: python -m ensurepip")
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or done.stderr.splitlines()
+        raise PlanError(f"pip {arguments[0]}: {said[-1].removeprefix('ERROR: ') if said else 'failed'}")
+    return done.stdout
+
+
+def releases(package: str, index: Index) -> list[str]:
+    """Returns the releases of a package that this interpreter can install, the oldest first, without pre-releases.
+
+    Asks the index once.
+
+    Raises:
+        ConfigError: the name is none, the index does not know it, or there is no pip.
+    """
+    if not _NAME.fullmatch(package):
+        raise ConfigError(f"--package must be the name of a package, such as transformers, got {package!r}")
+    try:
+        printed = pip("index", "versions", package, *index.options)
+    except PlanError as error:
+        raise ConfigError(f"the releases of {package} are not known: {error}") from error
+    found = _LISTED.search(printed)
+    if found is None:
+        raise ConfigError(f"the releases of {package} are not known: pip index versions printed no list of them")
+    return [version.strip() for version in reversed(found[1].split(","))]
+
+
+def between(known: Sequence[str], good: str, bad: str, package: str) -> list[str]:
+    """Returns the releases from one to the other, both of them among these, in the order of their numbers.
+
+    Raises:
+        ConfigError: one of the two is no release on the index, or they are the same.
+    """
+    for release in (good, bad):
+        if release not in known:
+            near = [one for one in known if one.split(".")[:2] == release.split(".")[:2]] or known[-3:]
+            raise ConfigError(f"{package} has no release {release} here: there are, among others, {', '.join(near)}")
+    if good == bad:
+        raise ConfigError(f"--good and --bad must be two releases, got {good} for both")
+    first, last = sorted((known.index(good), known.index(bad)))
+    return [*known[first : last + 1]]
