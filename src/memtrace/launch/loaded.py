@@ -5,8 +5,8 @@ What needs a framework is imported when something is trained: a process that tra
 
 from __future__ import annotations
 
-import logging
 import os
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,6 @@ from memtrace.guard import Guard
 
 if TYPE_CHECKING:
     from memtrace.launch.plain_loops import PlainLoops
-
-logger = logging.getLogger("memtrace")
 
 
 class Launched:
@@ -45,6 +43,8 @@ class Launched:
 
         self._hook = hook
         self.handle = register_optimizer_step_post_hook(hook)
+        if "torch._dynamo" in sys.modules:  # it was loaded before torch was whole
+            self.compiler(module)
 
     def compiler(self, module: ModuleType) -> None:
         """Leaves the hook out of graphs: a step that is compiled breaks there, as it does by itself."""
