@@ -218,11 +218,16 @@ class TracerConfig:
         Raises:
             ConfigError: a name is not a field (the message proposes the nearest one) or a value is out of range.
         """
-        cls._check_names(settings)
+        cls.check_names(settings)
         return cls(**settings)
 
     @classmethod
-    def _check_names(cls, settings: Iterable[str]) -> None:
+    def check_names(cls, settings: Iterable[str]) -> None:
+        """Checks that each name is that of a setting.
+
+        Raises:
+            ConfigError: one is not; the message proposes the nearest one.
+        """
         known = [field.name for field in fields(cls)]
         for name in settings:
             if name not in known:
@@ -238,7 +243,7 @@ class TracerConfig:
         Raises:
             ConfigError: as `from_settings` does.
         """
-        self._check_names(settings)
+        self.check_names(settings)
         return replace(self, **settings) if settings else self
 
     def with_run_name(self, name: str | None) -> Self:

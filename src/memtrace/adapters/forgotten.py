@@ -20,7 +20,7 @@ _ATTACHED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def begins(tracer: object) -> None:
     """Notes that a tracer is attached, and collects those before it that are dropped."""
-    if any(other is not tracer for other in _ATTACHED):
+    if are_attached(besides=tracer):
         gc.collect()
     _ATTACHED.add(tracer)
 
@@ -30,6 +30,11 @@ def ends(tracer: object) -> None:
     _ATTACHED.discard(tracer)
 
 
+def are_attached(besides: object) -> bool:
+    """Whether tracers are attached in this process, one left out."""
+    return any(other is not besides for other in _ATTACHED)
+
+
 def collect_in_forward(tracer: object, model: nn.Module) -> HookSet:
     """Returns a hook that collects once more in the model's next forward pass, if other tracers are attached.
 
@@ -37,7 +42,7 @@ def collect_in_forward(tracer: object, model: nn.Module) -> HookSet:
     Takes some tenths of a second; where nothing else is attached, there is no hook.
     """
     hooks = HookSet()
-    if any(other is not tracer for other in _ATTACHED):
+    if are_attached(besides=tracer):
 
         def collect(*_: object) -> None:
             hooks.close()

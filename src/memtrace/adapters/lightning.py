@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from memtrace.adapters.frameworks import attached_tracer, end_run
@@ -14,6 +14,11 @@ from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.config import TracerConfig
 from memtrace.guard import Guard
+
+if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:  # the same, under the name of before
+    from pytorch_lightning import Callback, LightningModule, Trainer
 
 
 class MemTraceLightningCallback(Callback):

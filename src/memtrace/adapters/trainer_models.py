@@ -30,7 +30,7 @@ def models_of_the_caller(callback: TrainerCallback) -> Find | None:
     do (`ref_model`, `teacher_model`, `reward_funcs`, `value_model`), and those of its callbacks may: each is known by
     the name of the attribute. The Trainer is held weakly.
     """
-    trainer = _caller(callback)
+    trainer = trainer_of(callback)
     if trainer is None:
         return None
     alive = weakref.ref(trainer)
@@ -40,6 +40,24 @@ def models_of_the_caller(callback: TrainerCallback) -> Find | None:
         return {} if trainer is None else _models(trainer)
 
     return find
+
+
+def trainer_of(callback: TrainerCallback) -> Trainer | None:
+    """Returns the Trainer that calls this callback now; None where none does."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_MAX_FRAMES):
+        if frame is None:
+            return None
+        first = frame.f_code.co_varnames[:1]
+        if first == ("self",) and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+            local = frame.f_locals
+            found = local.get("self")
+            if type(local) is dict:  # until Python 3.13 a copy, which would keep all that it refers to until the return
+                local.clear()
+            if isinstance(found, Trainer) and any(one is callback for one in found.callback_handler.callbacks):
+                return found
+        frame = frame.f_back
+    return None
 
 
 def _models(trainer: Trainer) -> dict[str, Any]:
@@ -64,20 +82,3 @@ def _parts(value: Any) -> list[Any]:
     if len(value) > _MOST_PARTS:
         return []
     return list(value.values()) if issubclass(type(value), dict) else list(value)
-
-
-def _caller(callback: TrainerCallback) -> Trainer | None:
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(_MAX_FRAMES):
-        if frame is None:
-            return None
-        first = frame.f_code.co_varnames[:1]
-        if first == ("self",) and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-            local = frame.f_locals
-            found = local.get("self")
-            if type(local) is dict:  # until Python 3.13 a copy, which would keep all that it refers to until the return
-                local.clear()
-            if isinstance(found, Trainer) and any(one is callback for one in found.callback_handler.callbacks):
-                return found
-        frame = frame.f_back
-    return None

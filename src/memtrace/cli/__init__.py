@@ -17,11 +17,12 @@ from memtrace.cli.command import Command
 from memtrace.cli.compare import Compare
 from memtrace.cli.plan import PlanCommand
 from memtrace.cli.report import Report
+from memtrace.cli.run import Run
 from memtrace.cli.show import Show
 from memtrace.cli.watch import Watch
 from memtrace.errors import MemTraceError, packages_of
 
-COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Compare(), Report(), Watch())
+COMMANDS: tuple[Command, ...] = (Run(), Show(), PlanCommand(), Compare(), Report(), Watch())
 """Every subcommand, in the order of the help."""
 
 
@@ -36,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, TextIOWrapper):  # an encoding without our signs must not end the command
         sys.stdout.reconfigure(errors="replace")
-    arguments = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == [Run.name] and given[1:2] not in ([], ["-h"], ["--help"]):  # it reads its arguments by itself
+        arguments = argparse.Namespace(command=Run(), words=given[1:])
+    else:
+        arguments = _parser().parse_args(given)
     command: Command = arguments.command
     try:
         with packages_of(f"memtrace {command.name}"):
