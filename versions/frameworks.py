@@ -167,9 +167,10 @@ def checked(log: Path, steps: int) -> dict[str, Any]:
 def _run(python: Path, command: list[Any], directory: Path) -> None:
     path = f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"
     variables = {**os.environ, **VARIABLES, **NO_DEVICE, "PATH": path}
-    done = subprocess.run(list(map(str, command)), cwd=directory, env=variables, capture_output=True, text=True)
+    words = list(map(str, command))
+    done = subprocess.run(words, cwd=directory, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise Wrong(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+        raise Wrong(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
 
 
 def _weights(output: Path) -> dict[str, str]:
@@ -214,7 +215,7 @@ def page() -> str:
 
 
 def main() -> int:
-    """Runs the frameworks that are asked for, and writes results and page; returns 1 where one did not do as it must."""
+    """Runs the frameworks that are asked for, writes results and page, and returns 1 where one has failed."""
     parser = argparse.ArgumentParser(prog="python -m versions.frameworks", description=__doc__)
     parser.add_argument("names", nargs="*", help="packages, such as axolotl; all without")
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv-versions", help="where they are kept")

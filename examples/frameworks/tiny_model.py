@@ -59,6 +59,9 @@ def main() -> None:
     LlamaForCausalLM(config).save_pretrained(model_directory)
     rows = [{"prompt": f"Describe something of {MODULES[one.label]}.", "completion": one.text} for one in docstrings]
     (directory / "docstrings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt": "prompt", "response": "completion"}
+    description = {"docstrings": {"file_name": "docstrings.jsonl", "columns": columns}}
+    (directory / "dataset_info.json").write_text(json.dumps(description))  # LLaMA-Factory asks for it
 
 
 if __name__ == "__main__":
