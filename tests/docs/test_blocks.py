@@ -33,7 +33,7 @@ NOT_RUN = {
 ELSEWHERE = {
     "promtool ": "tests/integrations/test_rules.py",
     "amtool ": "tests/integrations/test_deploy.py",
-    "memtrace run --trace-every 50 trl sft": "tests/adapters/test_frameworks.py",
+    "memtrace run --trace-every 50 trl sft": "tests/e2e/test_fine_tune_from_yaml.py",
     "python prometheus/build_runbook.py": "tests/integrations/test_deploy.py",
     "python grafana/build_dashboards.py": "tests/integrations/test_dashboards.py",
     "python kubernetes/build_manifests.py": "tests/integrations/test_deploy.py",
