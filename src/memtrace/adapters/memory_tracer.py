@@ -102,7 +102,7 @@ class MemoryTracer(Tracer):
             return
         super().attach()
         if self.attached:
-            self._guard.set_up(self._open_exports, undo=super().detach)
+            self._guard.set_up(self._open_exports, undo=self.detach)
 
     def _open_exports(self) -> None:
         forgotten.begins(self)

@@ -17,13 +17,14 @@ STARTUP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "startup")  #
 NEEDS = "memtrace run needs a script, a command, or -m and a module: memtrace run train.py"
 
 
-def start(arguments: Sequence[str]) -> int:
+def start(arguments: Sequence[str], place: Sequence[str] = ()) -> int:
     """Becomes the script: the process goes on as Python, or as the command, and nothing of this one is left.
 
     So exit status, signals, standard input, `__main__`, tracebacks and the id of the process are the script's own.
 
     Args:
         arguments: what follows `memtrace run`.
+        place: what a launcher tells a script by arguments before all others.
 
     Returns:
         Never, but for tests that stand in for `os.execve`.
@@ -33,6 +34,8 @@ def start(arguments: Sequence[str]) -> int:
             this needs.
     """
     settings, command = read(arguments)
+    named = 2 if command[0] == "-m" else 1
+    command[named:named] = place
     environment = {**os.environ, **settings}
     if any(name.startswith(PREFIX) and name != VARIABLE for name in environment):
         check(environment)
@@ -143,10 +146,11 @@ def _handle_signals_again() -> None:
 
 def _options() -> list[str]:
     """Returns the options of this Python, as in `python -u -X dev -m memtrace run`."""
-    own = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]  # then the script, or -m and the module
-    if own[-2:-1] == ["-m"]:
-        return own[:-2]
-    return own[:-1]
+    words = sys.argv[1:]
+    if sys.orig_argv[len(sys.orig_argv) - len(words) :] != words:  # somebody has changed them
+        return []
+    own = sys.orig_argv[1 : len(sys.orig_argv) - len(words)]  # the last one is the script, or -m and the module
+    return own[:-2] if own[-2:-1] == ["-m"] else own[:-1]
 
 
 def traced(environment: Mapping[str, str]) -> dict[str, str]:

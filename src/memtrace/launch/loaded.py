@@ -1,12 +1,13 @@
 """What is done once a module was loaded that trains: each function is called with the module, by `sitecustomize`.
 
-It is called while torch itself, or the framework, is still being loaded: what needs them is imported when something is
-trained, and a process that trains nothing never pays for it.
+What needs a framework is imported when something is trained: a process that trains nothing never pays for it.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -19,24 +20,46 @@ logger = logging.getLogger("memtrace")
 
 
 class Launched:
-    """What `memtrace run` has in a process: at most one, made when torch's optimizers are loaded.
+    """What `memtrace run` has in a process that has loaded torch.
 
-    A fault in it ends it, and no more is traced; the script goes on. It lasts as long as the process.
+    A fault in it ends it, and nothing that begins later is traced; the script goes on. It lasts as long as the process.
+
+    Args:
+        strict: whether a fault is raised, for tests of memtrace itself.
     """
 
-    def __init__(self) -> None:
-        self.guard = Guard(lambda: None)
+    def __init__(self, *, strict: bool = False) -> None:
+        self.guard = Guard(lambda: None, strict=strict)
+        self.handle: Any = None
+        """Torch's, of the hook; None before torch is loaded."""
+        self._hook: Callable[..., None] | None = None
+        self._stepped: Callable[..., None] = self._looks
         self._loops: PlainLoops | None = None
+
+    def torch(self, module: ModuleType) -> None:
+        """Hears the end of each step of each optimizer, by torch's hook for all of them."""
+        from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: PLC0415 - whoever imports loads torch
+
+        def hook(optimizer: Any, args: object, kwargs: object) -> None:
+            self._stepped(optimizer)
+
+        self._hook = hook
+        self.handle = register_optimizer_step_post_hook(hook)
+
+    def compiler(self, module: ModuleType) -> None:
+        """Leaves the hook out of graphs: a step that is compiled breaks there, as it does by itself."""
+        from memtrace.sources.hooks import outside_graphs  # noqa: PLC0415 - see above
+        from memtrace.sources.torch_private import leave_out_of_graphs  # noqa: PLC0415
+
+        if self._hook is not None:
+            leave_out_of_graphs(self._hook)
+            self._stepped = outside_graphs(self._looks)
 
     def trainer(self, module: ModuleType) -> None:
         """Puts a callback among those that every Hugging Face Trainer begins with, after Trainer's own."""
         module.DEFAULT_CALLBACKS.append(DefaultCallback)
 
-    def optimizers(self, module: ModuleType) -> None:
-        """Hears the end of each step of each optimizer, by torch's hook for all of them."""
-        module.register_optimizer_step_post_hook(self._stepped)
-
-    def _stepped(self, optimizer: Any, *_: object) -> None:
+    def _looks(self, optimizer: Any) -> None:
         self.guard.run(self._follow, optimizer)
 
     def _follow(self, optimizer: Any) -> None:
@@ -52,7 +75,7 @@ class Launched:
             self.guard.run(self._loops.give_way)
 
 
-LAUNCHED = Launched()
+LAUNCHED = Launched(strict=os.environ.get("MEMTRACE_STRICT", "0") == "1")
 """The one of this process."""
 
 

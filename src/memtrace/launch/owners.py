@@ -12,8 +12,10 @@ from torch import nn
 
 from memtrace.attribution.optimizers import HandedOver, find_optimizers, optimizer_parameters, wrapping_chain
 
-_WRAPPERS = ("torch.", "deepspeed.")
+_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.", "deepspeed.")
 """Where the modules come from that wrap a model for its training: DDP, FSDP, a compiled model, DeepSpeed's engine."""
+_GRAPHS = "torch.fx."
+"""Where the graphs of torch's compiler come from, which hold parameters of the model that they are made of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,7 @@ class Training:
     stepping: Sequence[torch.optim.Optimizer]
     """Those of them, or inside them, whose steps are counted."""
     parts: Sequence[torch.optim.Optimizer]
-    """Those that these wrap, which a loop may step instead."""
+    """Those that these wrap at any depth, which a loop may step instead."""
 
 
 def training_of(optimizer: torch.optim.Optimizer, among: Sequence[Any] | None = None) -> Training | None:
@@ -65,22 +67,21 @@ def training_of(optimizer: torch.optim.Optimizer, among: Sequence[Any] | None = 
     held = {id(parameter) for parameter in model.parameters()}
     given = HandedOver([mine, *(other for other in others if held & _parameters(other).keys())])
     found = find_optimizers(given, model, lambda one: id(one) in _chain(mine))
-    parts = [part for below in found.parts.values() for part in below]
+    inside = {id(one): one for whole in found.stepping for one in wrapping_chain(whole)}
+    counted = {id(one) for one in found.stepping}
+    parts = [one for key, one in inside.items() if key not in counted and isinstance(one, torch.optim.Optimizer)]
     return Training(model=model, given=given, stepping=found.stepping, parts=parts)
 
 
 def _living() -> tuple[list[nn.Module], list[torch.optim.Optimizer]]:
     """Returns the modules and the optimizers of this process, asking no object for anything."""
-    kinds: dict[type, type | None] = {}
-    found: dict[type | None, list[Any]] = {nn.Module: [], torch.optim.Optimizer: []}
-    for one in gc.get_objects():
-        kind = type(one)
-        if kind not in kinds:
-            kinds[kind] = next((base for base in (nn.Module, torch.optim.Optimizer) if base in kind.__mro__), None)
-        if kinds[kind] is not None:
-            found[kinds[kind]].append(one)
-    whole = [module for module in found[nn.Module] if "_modules" in vars(module)]
-    return whole, found[torch.optim.Optimizer]
+    everything = gc.get_objects()
+    kinds = set(map(type, everything))
+    modules, optimizers = (
+        {kind for kind in kinds if base in kind.__mro__} for base in (nn.Module, torch.optim.Optimizer)
+    )
+    trained = [one for one in everything if type(one) in modules]
+    return [one for one in trained if "_modules" in vars(one)], [one for one in everything if type(one) in optimizers]
 
 
 def _outermost(optimizer: Any, optimizers: Iterable[Any], modules: Iterable[nn.Module]) -> Any:
@@ -89,7 +90,8 @@ def _outermost(optimizer: Any, optimizers: Iterable[Any], modules: Iterable[nn.M
         held = vars(module).get("optimizer")
         if held is not None and id(optimizer) in _chain(held):
             return held
-    around = [one for one in optimizers if one is not optimizer and id(optimizer) in _chain(one)]
+    others = [one for one in optimizers if vars(one) is not vars(optimizer)]  # it, and a view of it as ours is
+    around = [one for one in others if id(optimizer) in _chain(one)]
     return max(around, key=lambda one: len(_chain(one)), default=optimizer)
 
 
@@ -110,7 +112,7 @@ def _roots(wanted: Iterable[int], modules: Iterable[nn.Module], parents: dict[in
     tops = [(top, {id(parameter) for parameter in top.parameters()}) for top in _above(owners, parents)]
     found: list[nn.Module] = []
     while tops:
-        best, held = max(tops, key=lambda top: (len(top[1] & missing), _wraps(top[0]), -len(top[1])))
+        best, held = max(tops, key=lambda top: (len(top[1] & missing), _place(top[0]), -len(top[1])))
         if not held & missing:
             break
         found.append(best)
@@ -118,8 +120,10 @@ def _roots(wanted: Iterable[int], modules: Iterable[nn.Module], parents: dict[in
     return found
 
 
-def _wraps(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(_WRAPPERS)
+def _place(module: nn.Module) -> int:
+    """Returns how likely a module is the one that the loop calls, of several with the same parameters."""
+    home = type(module).__module__
+    return 1 if home.startswith(_WRAPPERS) else -1 if home.startswith(_GRAPHS) else 0
 
 
 def _above(modules: Iterable[nn.Module], parents: dict[int, list[nn.Module]]) -> list[nn.Module]:

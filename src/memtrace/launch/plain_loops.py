@@ -51,6 +51,7 @@ class PlainLoops:
             self.give_way()
             return
         is_known = self._known.get(id(optimizer), _none)() is optimizer
+        training = None
         if self._turns is None or not self._turns.know(optimizer):
             if is_known:
                 return
@@ -66,7 +67,11 @@ class PlainLoops:
             self._turns = _Turns(training)
         if self._turns.are_over_with(optimizer):
             turns, self._turns = self._turns, None
-            self._attach(turns.taken())
+            optimizers = turns.taken()
+            if training is None or len(optimizers) < len(training.stepping):
+                training = training_of(optimizers[0], among=optimizers)
+            if training is not None:
+                self._attach(training)
 
     def give_way(self) -> None:
         """Detaches the tracer, since somebody else traces from now on."""
@@ -75,12 +80,9 @@ class PlainLoops:
         if tracer is not None:
             tracer.give_way()
 
-    def _attach(self, optimizers: list[Any]) -> None:
-        training = training_of(optimizers[0], among=optimizers)
-        if training is None:
-            return
+    def _attach(self, training: Training) -> None:
         self.give_way()
-        for optimizer in (*optimizers, *training.parts):
+        for optimizer in (*training.stepping, *training.parts):
             self._knows(optimizer)
         try:
             tracer = MemoryTracer(training.model, training.given, TracerConfig())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-AWAITED = {"torch.optim.optimizer": "optimizers", "transformers.trainer": "trainer"}
+AWAITED = {"torch": "torch", "torch._dynamo": "compiler", "transformers.trainer": "trainer"}
 """The modules that are awaited, and the function that is called with each."""
 
 
