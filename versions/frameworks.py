@@ -51,7 +51,7 @@ class Framework:
     asks for would be servers, clouds and kernels of a GPU."""
 
 
-ALWAYS = ("prometheus-client", "nvidia-ml-py", "rich", "sentencepiece", "scipy", "einops", "pyyaml")
+ALWAYS = ("prometheus-client", "nvidia-ml-py", "rich", "scipy", "einops", "pyyaml")
 FRAMEWORKS = (
     Framework(
         name="axolotl",
@@ -63,7 +63,7 @@ FRAMEWORKS = (
         wanted=(
             *("torch==2.11.0", "transformers==5.16.1", "accelerate==1.13.0", "peft==0.20.0", "trl==1.9.0"),
             *("datasets==4.8.4", "huggingface_hub==1.17.0", "tokenizers==0.23.1", "python-dotenv==1.0.1", "fire"),
-            *("addict", "posthog", "pillow", "numba", "fastcore", "colorama", "psutil"),
+            *("addict", "posthog", "pillow", "numba", "fastcore", "colorama", "psutil", "wandb", "evaluate"),
             *("axolotl-contribs-lgpl==0.0.7", "axolotl-contribs-mit==0.0.6"),
         ),
     ),
@@ -76,7 +76,7 @@ FRAMEWORKS = (
         by_run=False,
         wanted=(
             *("torch==2.8.0", "transformers==4.57.6", "accelerate==1.11.0", "peft==0.17.1", "trl==0.24.0"),
-            *("datasets==4.8.4", "modelscope", "json-repair", "pillow", "cryptography"),
+            *("datasets==4.8.4", "modelscope", "json-repair", "pillow", "cryptography", "pydantic"),
         ),
     ),
     Framework(
@@ -88,7 +88,7 @@ FRAMEWORKS = (
         by_run=True,
         wanted=(
             *("torch==2.8.0", "torchaudio==2.8.0", "torchvision==0.23.0", "transformers==4.57.6", "accelerate==1.11.0"),
-            *("peft==0.18.1", "trl==0.24.0", "datasets==4.0.0", "av==15.1.0", "omegaconf", "modelscope", "pillow"),
+            *("peft==0.18.1", "trl==0.24.0", "datasets==4.0.0", "av==15.1.0", "omegaconf", "pillow"),
         ),
     ),
     Framework(
