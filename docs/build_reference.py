@@ -80,8 +80,8 @@ def render_settings() -> str:
 
 Each is a keyword argument of `MemTraceCallback`, `MemTraceLightningCallback` and `MemTraceOptimizer`, and a field of
 `TracerConfig`, which `MemoryTracer(model, optimizer, TracerConfig(...))` takes too. None has to be set. What code does not
-set is taken from the environment: `MEMTRACE_PORT` is `port`. There, true and false are written as such or as 1 and 0,
-and an empty value or `none` is None.
+set is taken from the environment: `MEMTRACE_PORT` is `port`, which [`memtrace run --port 0 train.py`](run.md) sets. There,
+true and false are written as such or as 1 and 0, and an empty value or `none` is None.
 
 {chr(10).join(_settings())}"""
 

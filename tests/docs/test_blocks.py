@@ -31,6 +31,10 @@ NOT_RUN = {
 """Commands that are not run, by how they begin."""
 
 ELSEWHERE = {
+    "memtrace run": "tests/run/test_unchanged_scripts.py",
+    "torchrun ": "tests/run/test_unchanged_scripts.py",
+    "accelerate launch": "tests/run/test_unchanged_scripts.py",
+    "deepspeed ": "tests/run/test_unchanged_scripts.py",
     "promtool ": "tests/integrations/test_rules.py",
     "amtool ": "tests/integrations/test_deploy.py",
     "memtrace run --trace-every 50 trl sft": "tests/e2e/test_fine_tune_from_yaml.py",

@@ -88,7 +88,7 @@ def test_from_the_second_step_on(launched: Launched, tmp_path: Path) -> None:
 
 
 def test_a_training_is_let_go_with_its_optimizer(launched: Launched, tmp_path: Path) -> None:
-    """When the function returns, model and optimizer are gone without the collector; the next training is traced too."""
+    """When the function returns, model and optimizer are gone without the collector; the next one is traced too."""
 
     def train(steps: int) -> list[weakref.ref[Any]]:
         model = network()
