@@ -4,4 +4,4 @@ from swift.callbacks import callbacks_map
 
 from memtrace import MemTraceCallback
 
-callbacks_map["memtrace"] = lambda args, trainer: MemTraceCallback()
+callbacks_map["memtrace"] = lambda *_: MemTraceCallback()
