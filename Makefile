@@ -83,7 +83,7 @@ test-newest: $(NEWEST)/.installed ## what depends on torch, with the newest torc
 	$(TEST_ENV) $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(BY_GROUP) $(NEWEST_TESTS)
 
 # Run by hand, its results are committed; ROWS="2.6.0 2.8.0" runs those rows alone, ENVIRONMENTS says where they are kept.
-.PHONY: test-versions
+.PHONY: test-versions frameworks
 ENVIRONMENTS ?= .venv-versions
 test-versions: venv ## torch 2.6 to 2.15, each in an environment of 5 GB: docs/versions.md; hours, ROWS="2.6.0" for one
 	$(BIN)/python -m versions.run --environments $(ENVIRONMENTS) --workers $(WORKERS) $(ROWS)
@@ -93,6 +93,10 @@ test-versions: venv ## torch 2.6 to 2.15, each in an environment of 5 GB: docs/v
 CACHE ?= .cache/memtrace
 regressions: venv ## ten models over the releases of transformers: docs/regressions.md; 60 MB and a minute for each release
 	$(TEST_ENV) $(BIN)/python -m regressions.run --cache $(CACHE) --jobs $(WORKERS) $(RELEASES)
+
+# Run by hand as well; ROWS="axolotl trl" runs these packages alone.
+frameworks: venv ## axolotl, ms-swift, LLaMA-Factory and TRL, each in an environment of 2 to 6 GB: docs/frameworks.md
+	$(BIN)/python -m versions.frameworks --environments $(ENVIRONMENTS) $(ROWS)
 
 $(NEWEST)/.installed: pyproject.toml constraints.txt requirements-newest.txt
 	@scripts/debian-packages.sh venv compiler

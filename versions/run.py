@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,31 +13,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 from versions import page
+from versions.environments import ROOT, VARIABLES, environment, version_of
 from versions.rows import PACKAGES, ROWS, TESTS, Row
 
-ROOT = Path(__file__).parent.parent
-TEST_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "KINETO_LOG_LEVEL": "6",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
-
-def environment(row: Row, directory: Path) -> Path:
-    """Returns the Python of the row's environment, which is made where it is not there; 5 to 6 GB each.
-
-    The pins of the development environment do not hold in it.
-    """
-    python = directory / row.torch / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", directory / row.torch], check=True)
-        wanted = [f"torch=={row.torch}", f"transformers=={row.transformers}", *row.others, *PACKAGES]
-        settings = {"PIP_CONSTRAINT": "", "DS_BUILD_OPS": "0"}
-        command = [python, "-m", "pip", "install", "--quiet", *wanted]
-        subprocess.run(command, check=True, env={**os.environ, **settings})
-    return python
+def wanted_by(row: Row) -> list[str]:
+    """Returns what is installed for a row."""
+    return [f"torch=={row.torch}", f"transformers=={row.transformers}", *row.others, *PACKAGES]
 
 
 def run(python: Path, tests: str, workers: int) -> dict[str, Any]:
@@ -47,14 +28,8 @@ def run(python: Path, tests: str, workers: int) -> dict[str, Any]:
         report = Path(directory) / "report.xml"
         command = [python, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadgroup", "--no-loadscope-reorder"]
         command += ["-p", "no:cacheprovider", f"--junitxml={report}", tests]
-        subprocess.run(command, cwd=ROOT, env={**os.environ, **TEST_ENVIRONMENT}, check=False)
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **VARIABLES}, check=False)
         return read(report)
-
-
-def version_of(python: Path) -> str:
-    """Returns the version of an interpreter."""
-    code = "import platform; print(platform.python_version())"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def read(report: Path) -> dict[str, Any]:
@@ -82,7 +57,7 @@ def read(report: Path) -> dict[str, Any]:
 def names(python: Path) -> dict[str, bool]:
     """Returns which of the private names that memtrace knows the environment's torch has."""
     command = [python, "-m", "versions.names"]
-    output = subprocess.run(command, cwd=ROOT, env={**os.environ, **TEST_ENVIRONMENT}, capture_output=True, check=True)
+    output = subprocess.run(command, cwd=ROOT, env={**os.environ, **VARIABLES}, capture_output=True, check=True)
     found: dict[str, bool] = json.loads(output.stdout)
     return found
 
@@ -100,7 +75,7 @@ def main() -> None:
     for row in ROWS:
         if arguments.rows and row.torch not in arguments.rows:
             continue
-        python = environment(row, arguments.environments.absolute())
+        python = environment(arguments.environments.absolute() / row.torch, wanted_by(row))
         table = json.loads(page.TABLE.read_text()) if page.TABLE.exists() else {}
         table[row.torch] = names(python)
         table = {known.torch: table[known.torch] for known in ROWS if known.torch in table}

@@ -26,6 +26,7 @@ NOT_RUN = {
     "memtrace bisect ": "installs releases from a registry; tests/cli/test_bisect.py has packages of its own",
     "make ": "set up an environment of their own; continuous integration runs them",
     "docker compose": "needs Docker and images from a registry; tests/integrations checks the file",
+    "memtrace run --trace-every 50 llamafactory-cli": "`make frameworks` runs it, in an environment of its own",
     "kubectl apply": "needs a cluster; tests/integrations checks the manifests against their schemas",
 }
 """Commands that are not run, by how they begin."""
@@ -37,11 +38,12 @@ ELSEWHERE = {
     "deepspeed ": "tests/run/test_unchanged_scripts.py",
     "promtool ": "tests/integrations/test_rules.py",
     "amtool ": "tests/integrations/test_deploy.py",
+    "memtrace run --trace-every 50 trl sft": "tests/e2e/test_fine_tune_from_yaml.py",
     "python prometheus/build_runbook.py": "tests/integrations/test_deploy.py",
     "python grafana/build_dashboards.py": "tests/integrations/test_dashboards.py",
     "python kubernetes/build_manifests.py": "tests/integrations/test_deploy.py",
 }
-"""Commands that write over files of the repository or need servers, by how they begin, and the test that runs them."""
+"""Commands that write over files of the repository, need servers or a reader's files, and the test that runs them."""
 
 NO_CODE = {
     ("docs/how-it-works.md", "events   what the allocator did:"): "a drawing",
@@ -155,9 +157,7 @@ def test_python_runs(page: str, a_script: dict[str, Any]) -> None:
 
 def test_yaml_is_read_and_names_what_exists() -> None:
     """Each is a document; the thresholds in it are those of the shipped rules."""
-    documents = [
-        yaml.safe_load(block.text) for page in PAGES for block in blocks_of(page) if block.language == "yaml"
-    ]
+    documents = [yaml.safe_load(block.text) for page in PAGES for block in blocks_of(page) if block.language == "yaml"]
     assert documents
     rules = (ROOT / "integrations" / "prometheus" / "memtrace.rules.yml").read_text()
     named = [rule["record"] for document in documents if isinstance(document, list) for rule in document]
