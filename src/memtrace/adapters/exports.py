@@ -141,7 +141,7 @@ class Exports:
 
     def write(self, record: StepRecord) -> None:
         """Hands a finished step to the log, and its curve, if it has one, to the timeline."""
-        if not self._is_ours:
+        if not self.is_ours:
             return
         self._state_at_exit = None
         if self._textfile is not None:
@@ -166,7 +166,7 @@ class Exports:
 
         None where the settings want no reports, and where it cannot be written: that is logged.
         """
-        if not self._is_ours:
+        if not self.is_ours:
             return None
         path = None
         try:
@@ -186,7 +186,7 @@ class Exports:
 
         The endpoint goes on until the outputs are closed, and says it too.
         """
-        if self._is_ours and self._state is RunState.RUNNING:
+        if self.is_ours and self._state is RunState.RUNNING:
             self._state = state
             self._scrapes_before_end = 0 if self._server is None else self._server.scrapes.begun
             for leave in (self._leave_run_file, self._leave_textfile):
@@ -216,7 +216,7 @@ class Exports:
 
     def linger(self, state: RunState) -> None:
         """Waits for one more scrape where the settings ask for it, once it is known how the run has ended."""
-        if not self._is_ours or self._server is None or not self._linger_seconds:
+        if not self.is_ours or self._server is None or not self._linger_seconds:
             return
         seconds, self._linger_seconds = self._linger_seconds, 0.0  # first: who interrupts it does not wait again
         self.ends(state)
@@ -240,15 +240,15 @@ class Exports:
     @property
     def ends_well(self) -> bool:
         """Whether the run, if it ends now, has ended well: not by an exception or a signal, and in this process."""
-        return self._is_ours and self._state_at_end is RunState.OK
+        return self.is_ours and self._state_at_end is RunState.OK
 
     @property
-    def _is_ours(self) -> bool:
+    def is_ours(self) -> bool:
         """Whether this process has opened the outputs, and has not closed them."""
         return not self._ended and self._pid == os.getpid()
 
     def _finish(self, stop_serving: Callable[[MetricsServer], None]) -> None:
-        if not self._is_ours:
+        if not self.is_ours:
             return
         self._state = self._state_at_end
         self._ended = True

@@ -19,7 +19,10 @@ from memtrace.adapters.said import say_where, show_table
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
+from memtrace.exporters.trackers.figures import Figures
+from memtrace.guard import Told
 from memtrace.oom.failure import out_of_memory
+from memtrace.record.breakdown import StepRecord
 from memtrace.record.oom_report import OomReport
 from memtrace.record.snapshot import RunState, Snapshot
 from memtrace.sources.at_exit import at_exit
@@ -81,6 +84,8 @@ class MemoryTracer(Tracer):
         )
         self._default_log_dir = default_log_dir
         self._exports: Exports | None = None
+        self._on_record = None if self.config.on_record is None else Told(self.config.on_record, "on_record")
+        self._figures = Figures()
         self._handled: int | None = None
         """Identity of the exception that was being handled when the exports were opened: it is not of the run."""
         self._until_end = ExitStack()
@@ -95,6 +100,14 @@ class MemoryTracer(Tracer):
     def url(self) -> str | None:
         """Address of the metrics; None where none are served."""
         return None if self._exports is None else self._exports.url
+
+    def figures(self) -> dict[str, float]:
+        """Returns what a tracker shows of a run, by key: see docs/trackers.md. Each call begins anew.
+
+        `accelerator.log({"loss": loss, **tracer.figures()}, step=step)`. The peak and its categories are those of the
+        steps since the call before. Sizes are in GiB, 2**30 bytes; what is not known has no key.
+        """
+        return self._figures.take(self._published.snapshot)
 
     def attach(self) -> None:
         """Installs the hooks and opens the exports; a tracer that is attached already is left as it is."""
@@ -116,10 +129,17 @@ class MemoryTracer(Tracer):
         self._until_end.callback(TERMINATION.subscribe(exports.terminated))
         self._until_end.callback(at_exit(self._process_ends))  # before the exports do
         self.add_listener(exports.write)
+        self.add_listener(self._figures.note)
+        self.add_listener(self._tell)  # last: whoever it is finds the log written
         if self._watch is not None:
             self._until_end.enter_context(forgotten.collect_in_forward(self, self._watch.model))
         if self._speaks:
             say_where(exports.url, exports.log_path)
+
+    def _tell(self, record: StepRecord) -> None:
+        """Hands a finished step to the user's function; not in a forked child, where nothing is written either."""
+        if self._on_record is not None and self._exports is not None and self._exports.is_ours:
+            self._on_record(record)
 
     @property
     def _speaks(self) -> bool:
@@ -174,7 +194,8 @@ class MemoryTracer(Tracer):
             if exports is not None:
                 self._end_exports.detach()
                 exports.close()
-                self.remove_listener(exports.write)
+                for listener in (exports.write, self._figures.note, self._tell):
+                    self.remove_listener(listener)
 
     def _publish_oom(self, report: OomReport) -> Path | None:
         super()._publish_oom(report)
