@@ -58,6 +58,7 @@ class Exports:
         self._textfile: Path | None = None
         self._oom_directory: Path | None = None
         self._oom_reports = 0
+        self._on_record: Callable[[StepRecord], None] | None = None
 
     @classmethod
     def open(
@@ -66,6 +67,7 @@ class Exports:
         identity: RunIdentity,
         config: TracerConfig,
         log_dir: Path,
+        on_record: Callable[[StepRecord], None] | None = None,
     ) -> Self:
         """Opens all outputs, or none.
 
@@ -74,6 +76,7 @@ class Exports:
             identity: which process of which run this is.
             config: the settings.
             log_dir: directory of the step log.
+            on_record: is called with each finished step, last of all. Must not keep the tracer alive.
 
         Raises:
             ConfigError: the password file, the certificate or the key cannot be read.
@@ -81,6 +84,7 @@ class Exports:
         """
         exports = cls(snapshot, identity)
         exports._linger_seconds = config.linger_seconds
+        exports._on_record = on_record
         with ExitStack() as opening:
             opening.callback(exports.close)
             if config.step_log or config.oom_reports:
@@ -140,8 +144,8 @@ class Exports:
         return None if self._log is None else self._log.path
 
     def write(self, record: StepRecord) -> None:
-        """Hands a finished step to the log, and its curve, if it has one, to the timeline."""
-        if not self.is_ours:
+        """Hands a finished step to the log, its curve, if it has one, to the timeline, and then to `on_record`."""
+        if not self._is_ours:
             return
         self._state_at_exit = None
         if self._textfile is not None:
@@ -160,13 +164,15 @@ class Exports:
             except OutputError as error:
                 self._timeline_directory = None
                 logger.warning("memtrace: %s; from now on there is none", error)
+        if self._on_record is not None:
+            self._on_record(record)
 
     def write_oom(self, report: OomReport) -> Path | None:
         """Writes an OOM report and, since nothing may follow it, the text file; returns the report's file.
 
         None where the settings want no reports, and where it cannot be written: that is logged.
         """
-        if not self.is_ours:
+        if not self._is_ours:
             return None
         path = None
         try:
@@ -186,7 +192,7 @@ class Exports:
 
         The endpoint goes on until the outputs are closed, and says it too.
         """
-        if self.is_ours and self._state is RunState.RUNNING:
+        if self._is_ours and self._state is RunState.RUNNING:
             self._state = state
             self._scrapes_before_end = 0 if self._server is None else self._server.scrapes.begun
             for leave in (self._leave_run_file, self._leave_textfile):
@@ -216,7 +222,7 @@ class Exports:
 
     def linger(self, state: RunState) -> None:
         """Waits for one more scrape where the settings ask for it, once it is known how the run has ended."""
-        if not self.is_ours or self._server is None or not self._linger_seconds:
+        if not self._is_ours or self._server is None or not self._linger_seconds:
             return
         seconds, self._linger_seconds = self._linger_seconds, 0.0  # first: who interrupts it does not wait again
         self.ends(state)
@@ -240,15 +246,15 @@ class Exports:
     @property
     def ends_well(self) -> bool:
         """Whether the run, if it ends now, has ended well: not by an exception or a signal, and in this process."""
-        return self.is_ours and self._state_at_end is RunState.OK
+        return self._is_ours and self._state_at_end is RunState.OK
 
     @property
-    def is_ours(self) -> bool:
+    def _is_ours(self) -> bool:
         """Whether this process has opened the outputs, and has not closed them."""
         return not self._ended and self._pid == os.getpid()
 
     def _finish(self, stop_serving: Callable[[MetricsServer], None]) -> None:
-        if not self.is_ours:
+        if not self._is_ours:
             return
         self._state = self._state_at_end
         self._ended = True

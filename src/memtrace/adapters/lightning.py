@@ -82,7 +82,7 @@ class MemTraceLightningCallback(Callback):
     def _log_figures(self, trainer: Trainer, tracer: MemoryTracer) -> None:
         """Gives the loggers figures where Lightning logs, at its count of steps: batches that have stepped, from 0."""
         step = trainer.global_step // max(1, len(trainer.optimizers)) - 1
-        every = trainer.log_every_n_steps
+        every: int = getattr(trainer, "log_every_n_steps", 0)  # set by Lightning where no type checker sees it
         if every and (step + 1) % every == 0:
             figures = tracer.guarded(lambda: self._figures.take(tracer.snapshot()))
             if figures:

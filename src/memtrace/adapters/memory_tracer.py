@@ -120,7 +120,8 @@ class MemoryTracer(Tracer):
     def _open_exports(self) -> None:
         forgotten.begins(self)
         run_dir = self._default_log_dir or Path("memtrace-runs") / self.identity.run_name
-        exports = Exports.open(_weak_snapshot(self), self.identity, self.config, self.config.log_path(run_dir))
+        log_dir = self.config.log_path(run_dir)
+        exports = Exports.open(_weak_snapshot(self), self.identity, self.config, log_dir, _weak_on_record(self))
         # Where the script ends, or drops the tracer, without a detach, the port and the log are given back too.
         self._end_exports = weakref.finalize(self, _end, exports, self._until_end)
         self._exports, self._handled = exports, id(sys.exc_info()[1])
@@ -128,17 +129,15 @@ class MemoryTracer(Tracer):
         self._until_end.callback(FAILURES.subscribe(None, self._crashed, cuda=False, on_exit=self._exits))
         self._until_end.callback(TERMINATION.subscribe(exports.terminated))
         self._until_end.callback(at_exit(self._process_ends))  # before the exports do
-        self.add_listener(exports.write)
         self.add_listener(self._figures.note)
-        self.add_listener(self._tell)  # last: whoever it is finds the log written
+        self.add_listener(exports.write)
         if self._watch is not None:
             self._until_end.enter_context(forgotten.collect_in_forward(self, self._watch.model))
         if self._speaks:
             say_where(exports.url, exports.log_path)
 
     def _tell(self, record: StepRecord) -> None:
-        """Hands a finished step to the user's function; not in a forked child, where nothing is written either."""
-        if self._on_record is not None and self._exports is not None and self._exports.is_ours:
+        if self._on_record is not None:
             self._on_record(record)
 
     @property
@@ -194,8 +193,8 @@ class MemoryTracer(Tracer):
             if exports is not None:
                 self._end_exports.detach()
                 exports.close()
-                for listener in (exports.write, self._figures.note, self._tell):
-                    self.remove_listener(listener)
+                self.remove_listener(exports.write)
+                self.remove_listener(self._figures.note)
 
     def _publish_oom(self, report: OomReport) -> Path | None:
         super()._publish_oom(report)
@@ -229,6 +228,20 @@ def _state_after(error: BaseException, device: str) -> RunState:
     if isinstance(error, SystemExit) and error.__context__ is not None:
         return _state_after(error.__context__, device)
     return RunState.EXCEPTION if out_of_memory(error, torch.device(device).type) is None else RunState.OUT_OF_MEMORY
+
+
+def _weak_on_record(tracer: MemoryTracer) -> Callable[[StepRecord], None] | None:
+    """Returns what calls `on_record`, None where there is none: without keeping alive what that function refers to."""
+    if tracer.config.on_record is None:
+        return None
+    told = weakref.WeakMethod(tracer._tell)
+
+    def tell(record: StepRecord) -> None:
+        found = told()
+        if found is not None:
+            found(record)
+
+    return tell
 
 
 def _weak_snapshot(tracer: Tracer) -> Callable[[], Snapshot | None]:
