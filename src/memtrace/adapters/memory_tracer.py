@@ -15,11 +15,13 @@ from torch import nn
 
 from memtrace.adapters import forgotten
 from memtrace.adapters.exports import Exports
-from memtrace.adapters.said import say_where, show_table
+from memtrace.adapters.said import say_where, show_in_notebook, show_table
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
+from memtrace.exporters.drawn.notebook import RunDrawing
 from memtrace.exporters.trackers.figures import Figures
+from memtrace.exporters.trackers.summary import history_of
 from memtrace.guard import Told
 from memtrace.oom.failure import out_of_memory
 from memtrace.record.breakdown import StepRecord
@@ -108,6 +110,17 @@ class MemoryTracer(Tracer):
         steps since the call before. Sizes are in GiB, 2**30 bytes; what is not known has no key.
         """
         return self._figures.take(self._published.snapshot)
+
+    def show(self) -> None:
+        """Shows the run so far: in a notebook drawn, elsewhere the table on stderr, and nothing before the first step.
+
+        Drawn are what to do first, what the peak of each recent step is made of, the timeline of the traced step with
+        the highest peak, and the table. A record and `tracer.history` draw themselves where a cell ends with them.
+        """
+        snapshot = self.snapshot()
+        run = history_of(self.history, snapshot, self.config.max_tokens)
+        if run is not None and not show_in_notebook(RunDrawing(run=run)):
+            show_table(snapshot)
 
     def attach(self) -> None:
         """Installs the hooks and opens the exports; a tracer that is attached already is left as it is."""
