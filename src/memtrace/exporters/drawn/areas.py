@@ -52,8 +52,8 @@ def svg(areas: Areas) -> str:
         for category in rows
     )
     return (
-        f'<svg viewBox="0 {-above} {WIDTH} {HEIGHT + above}" width="{WIDTH}" style="max-width:100%;height:auto" role="img" '
-        f'font-family="sans-serif" font-size="11">{"".join(parts)}</svg>'
+        f'<svg viewBox="0 {-above} {WIDTH} {HEIGHT + above}" width="{WIDTH}" style="max-width:100%;height:auto" '
+        f'role="img" font-family="sans-serif" font-size="11">{"".join(parts)}</svg>'
         f'<div style="font:12px sans-serif;max-width:{WIDTH}px">{legend}</div>'
     )
 
@@ -128,12 +128,17 @@ def _together(plane: _Plane, marks: Mapping[str, float]) -> Mapping[float, list[
 
 
 def _marks(groups: Mapping[float, list[str]]) -> Iterator[str]:
-    """Yields a line for each place, with its names in a row of their own above the picture."""
-    for row, (left, names) in enumerate(groups.items()):
+    """Yields a line for each place, with its names in a row of their own above the picture.
+
+    Names go towards the middle, and no line is crossed: those further out have the higher rows.
+    """
+    middle = (_LEFT + _RIGHT) / 2
+    outer_first = [*(left for left in groups if left <= middle), *reversed([left for left in groups if left > middle])]
+    for row, left in enumerate(outer_first):
         height = _TOP - _ROW * (len(groups) - row)
         yield f'<path d="M{left:.1f} {height}V{_BOTTOM}" stroke="currentColor" stroke-dasharray="3 3"/>'
-        anchor, aside = ("end", -4) if left > (_LEFT + _RIGHT) / 2 else ("start", 4)
-        yield _text(left + aside, height + 9, ", ".join(names), anchor)
+        anchor, aside = ("start", 4) if left <= middle else ("end", -4)
+        yield _text(left + aside, height + 9, ", ".join(groups[left]), anchor)
 
 
 def _number(value: float) -> str:
