@@ -48,7 +48,7 @@ HEADROOM = Figure(
 FORECAST = Figure(
     key="memtrace/forecast_peak_gib",
     help=glossary.FORECAST_PEAK.meaning,
-    absent="before the first step with a known peak",
+    absent="until the peak of a batch can be forecast",
 )
 RISK = Figure(
     key="memtrace/oom_risk_ratio",
