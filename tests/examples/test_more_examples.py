@@ -79,13 +79,27 @@ def test_lightning_shows_the_network_of_the_module() -> None:
 
 
 def printed_by(cells: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> Iterator[tuple[str, str]]:
-    """Runs the cells of a notebook in one namespace; yields what each was said to print, and what it prints."""
+    """Runs the cells of a notebook in one namespace; yields what each was said to print, and what it prints.
+
+    What a cell has drawn is compared by its table, which is written to stderr here.
+    """
     names: dict[str, Any] = {"__name__": "__main__"}
     for cell in cells:
         source = "".join(cell["source"])
         capsys.readouterr()
         exec(compile(ast.parse(source), "look_closer.ipynb", "exec"), names)
-        yield "".join("".join(output["text"]) for output in cell["outputs"]), capsys.readouterr().out
+        printed = capsys.readouterr()
+        for drawn in [output["data"] for output in cell["outputs"] if "data" in output]:
+            assert "<polygon" in "".join(drawn["text/html"])
+            yield sizes_of("".join(drawn["text/plain"])), sizes_of(printed.err)
+        said = "".join("".join(output["text"]) for output in cell["outputs"] if "text" in output)
+        if said or printed.out:
+            yield said, printed.out
+
+
+def sizes_of(table: str) -> str:
+    """Returns the lines of a table from its heads to its totals."""
+    return table[table.index("sizes in ") : table.index("device ")]
 
 
 def test_the_notebook_shows_what_it_was_saved_with(capsys: pytest.CaptureFixture[str]) -> None:

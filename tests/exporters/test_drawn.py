@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import re
 import sys
 from dataclasses import replace
@@ -128,6 +129,11 @@ def test_show(where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         get_ipython=lambda: object() if where == "notebook" else None, display=SimpleNamespace(display=displayed.append)
     )
     monkeypatch.setitem(sys.modules, "IPython", ipython)
+    if where == "notebook":  # rich finds it so, and would show all that it prints below the cell
+        kernel = type("ZMQInteractiveShell", (), {})
+        monkeypatch.setattr(builtins, "get_ipython", kernel, raising=False)
+        shown = SimpleNamespace(display=displayed.append)
+        monkeypatch.setitem(sys.modules, "IPython.display", shown)
     model, optimizer = make()
     with MemoryTracer(model, optimizer, port=None, step_log=False, strict=True, quiet=True, trace_every=1) as tracer:
         tracer.show()

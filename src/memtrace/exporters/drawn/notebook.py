@@ -94,6 +94,7 @@ def _table(record: StepRecord) -> str:
         width=TABLE_WIDTH,
         color_system="truecolor",
         force_terminal=True,
+        force_jupyter=False,  # which would show it below the cell at once
         legacy_windows=False,
         record=True,
         _environ={},
