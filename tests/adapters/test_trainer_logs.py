@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,30 @@ def test_a_tracker_that_fails_harms_nothing(tmp_path: Path, caplog: pytest.LogCa
         "memtrace: handing the table of the run to a tracker has failed; training goes on, and this is not said again"
     ]
     assert "no route" in caplog.text
+
+
+def test_a_callback_in_front_of_all(tmp_path: Path) -> None:
+    """As one of Trainer's default callbacks comes: figures and table arrive all the same."""
+    writer = Writer()
+    board = Board(writer)
+    trainer = make_trainer(tmp_path, board)
+    trainer.callback_handler.callbacks.insert(0, MemTraceCallback(**SETTINGS))
+    trainer.train()
+    assert [step for step, logs in board.logs if PEAK.key in logs] == [2, 4, 6]
+    assert "unattributed" in writer.texts[KEY]
+
+
+def test_without_a_place_for_files_there_is_no_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A machine without a temporary directory that can be written costs the table, and is no fault."""
+    writer = Writer()
+    trainer = make_trainer(tmp_path, Board(writer), MemTraceCallback(**SETTINGS))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert trainer.train().global_step == 6
+    assert writer.texts == {}
+    (told,) = [record.message for record in caplog.records if "trackers" in record.message]
+    assert told.startswith("memtrace: trackers get no table of the run, its files cannot be written: ")
 
 
 def test_copies_of_a_place_do_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from records import GIB, PEAK_ENTRIES, breakdown, counted_step, full_snapshot, gpu_snapshot, steps, traced_step
 
 from memtrace.exporters.trackers.figures import CATALOGUE, FORECAST, HEADROOM, PEAK, RISK, Figures, part_key
-from memtrace.exporters.trackers.summary import history_of, table
+from memtrace.exporters.trackers.summary import history_of, page, table
 from memtrace.record.breakdown import EntryKey, StepRecord
 from memtrace.record.categories import Category, Moment
 
@@ -99,6 +100,15 @@ def test_the_summary_has_the_last_traced_step_and_the_highest_timeline() -> None
         [12, 13],
         None,
     )
+
+
+def test_without_plotly_there_is_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an extra; the table does without."""
+    run = history_of([traced_step()], gpu_snapshot(), None)
+    assert run is not None and "<html" in (page(run) or "")
+    monkeypatch.delitem(sys.modules, "memtrace.exporters.html")
+    monkeypatch.setitem(sys.modules, "plotly.io", None)
+    assert page(run) is None
 
 
 def test_the_page_is_that_of_the_catalogue() -> None:

@@ -53,9 +53,12 @@ def hand_over(tracer: MemoryTracer, takers: list[Callable[[Summary], None]]) -> 
     """Hands the summary of a run to trackers. What one of them raises is logged, and keeps it from no other."""
     if not takers:
         return
-    with summary_of(tracer) as summary:
-        for take in takers if summary is not None else ():
-            Told(take, "handing the table of the run to a tracker")(summary)
+    try:
+        with summary_of(tracer) as summary:
+            for take in takers if summary is not None else ():
+                Told(take, "handing the table of the run to a tracker")(summary)
+    except OSError as error:
+        logger.warning("memtrace: trackers get no table of the run, its files cannot be written: %s", error)
 
 
 def to_tensorboard(writer: Any) -> Callable[[Summary], None]:
