@@ -167,6 +167,26 @@ def test_without_figures_the_list_of_callbacks_is_left_alone(tmp_path: Path, cas
     assert not any(ours(logs) for _, logs in board.logs)
 
 
+def test_callbacks_that_are_added_at_the_begin(tmp_path: Path) -> None:
+    """They are told of it, as without memtrace, and an integration among them gets figures."""
+
+    class Late(Board):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.told = True
+
+    late = Late()
+
+    class Adds(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            trainer.add_callback(late)
+
+    trainer = make_trainer(tmp_path, Board(), MemTraceCallback(**SETTINGS), Adds())
+    trainer.train()
+    assert late.told
+    assert [step for step, logs in late.logs if PEAK.key in logs] == [2, 4, 6]
+    assert trainer.callback_handler.callbacks[-1] is late
+
+
 def test_a_training_that_failed_leaves_no_place_twice(tmp_path: Path) -> None:
     """The next training begins anew: each figure once, and the list as it was at the end."""
     board, fails = Board(), Fails()

@@ -81,7 +81,7 @@ class MemTraceCallback(TrainerCallback):
         guard.set_up(lambda: self._begin(args, model, optimizer), undo=lambda: None)
         if self._tracer is not None:
             self._tracer.guarded(self._expect, kwargs.get("train_dataloader"), args.train_batch_size)
-            self._tracer.guarded(self._enter_logs, args, trainer_that_calls(self))
+            self._tracer.guarded(self._find_logs, args, trainer_that_calls(self))
 
     def _begin(self, args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._leave_logs()
@@ -103,7 +103,7 @@ class MemTraceCallback(TrainerCallback):
         if batch is not None and self._tracer is not None:
             self._tracer.expect_batch(batch)
 
-    def _enter_logs(self, args: TrainingArguments, trainer: Trainer | None) -> None:
+    def _find_logs(self, args: TrainingArguments, trainer: Trainer | None) -> None:
         """Gives the reporting integrations figures with each log, unless the settings say otherwise."""
         if not self._config.trackers or self._tracer is None:
             return
@@ -113,9 +113,8 @@ class MemTraceCallback(TrainerCallback):
                 logger.warning("memtrace: no figures go to %s: no Trainer was found", ", ".join(names))
             return
         self._logs = TrainerLogs(trainer, self._take_figures, self._summarise)
-        if self._logs.enter():
-            self._figures = Figures()
-            self._tracer.add_listener(self._figures.note)
+        self._figures = Figures()
+        self._tracer.add_listener(self._figures.note)
 
     def _take_figures(self) -> Mapping[str, float]:
         tracer = self._tracer
@@ -135,6 +134,8 @@ class MemTraceCallback(TrainerCallback):
     ) -> None:
         """Begins a step."""
         if self._tracer is not None:
+            if self._logs is not None:
+                self._tracer.guarded(self._logs.enter)
             self._tracer.begin_step(state.global_step + 1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -31,9 +31,10 @@ class TrainerLogs:
     At the first place figures are put into it, at the second they are taken out: whoever else reads the logs (the
     progress bar, a user's callback, `log_history`, the metrics that choose the best model) finds them as they were.
 
-    The life of the places is that of a training: from `enter()` to `leave()`, which leaves the list as it was. A
-    training that an exception ends leaves them until the next one begins, with the callback that they ask. Copies and
-    pickles of a place are callbacks that do nothing.
+    The life of the places is that of a training: from `enter()`, with its first step, when callbacks that others add at
+    its begin are there and told of it, to `leave()`, which leaves the list as it was. A training that an exception ends
+    leaves them until the next one begins, with the callback that they ask. Copies and pickles of a place are callbacks
+    that do nothing.
 
     Args:
         trainer: whose logs they are. Held weakly.
@@ -51,30 +52,30 @@ class TrainerLogs:
         self._handler = weakref.ref(trainer.callback_handler)
         self._figures = figures
         self._summarise = summarise
-        self._is_over = False
+        self._is_in = self._is_over = False
         self._step: int | None = None
         self._taken: Mapping[str, float] = {}
         self._put: tuple[str, ...] = ()
         """Keys that are in the logs now because they were put there."""
 
-    def enter(self) -> bool:
-        """Puts the places into the list; returns whether there is an integration at all."""
+    def enter(self) -> None:
+        """Puts the places into the list, where there is an integration at all; a second call does nothing."""
         handler = self._handler()
-        if handler is None:
-            return False
+        if handler is None or self._is_in:
+            return
+        self._is_in = True
         around: list[TrainerCallback] = []
         for is_reporting, group in groupby(handler.callbacks, lambda callback: isinstance(callback, _INTEGRATIONS)):
             around += [_Put(self)] if is_reporting else []
             around += group
             around += [_TakeOut(self)] if is_reporting else []
-        is_reported = len(around) > len(handler.callbacks)
-        handler.callbacks = around  # another list: the one that is gone through now stays as it is
-        return is_reported
+        if len(around) > len(handler.callbacks):
+            handler.callbacks = around  # another list: the one that is gone through now stays as it is
 
     def leave(self) -> None:
         """Takes the places out of the list."""
         handler = self._handler()
-        if handler is not None:
+        if handler is not None and any(isinstance(one, _Place) and one.logs is self for one in handler.callbacks):
             handler.callbacks = [one for one in handler.callbacks if not (isinstance(one, _Place) and one.logs is self)]
 
     def end(self) -> None:
