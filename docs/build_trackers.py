@@ -93,6 +93,8 @@ with MemoryTracer(model, optimizer) as tracer:
 accelerator.end_training()
 ```
 
+[finetune_accelerate.py](../examples/finetune_accelerate.py) is a whole script.
+
 ## Everything else: `on_record`
 
 A function that gets each [StepRecord](api.md#what-a-step-used), on the training thread, as soon as the step log has it:

@@ -1,4 +1,4 @@
-"""LoRA, QLoRA, Lightning and the notebook, run in this process: what they import is loaded once.
+"""LoRA, QLoRA, Lightning, Accelerate and the notebook, run in this process: what they import is loaded once.
 
 FSDP under torchrun is run by tests/docs/test_blocks.py, as docs/examples.md writes it.
 """
@@ -76,6 +76,16 @@ def test_lightning_shows_the_network_of_the_module() -> None:
     assert (
         found["optimizer_state", "exp_avg", "float32"] == found["optimizer_state", "exp_avg_sq", "float32"] == weights
     )
+
+
+def test_accelerate_logs_memory_beside_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every second step: the loss, and the figures of the steps since the log before."""
+    found = bytes_after("finetune_accelerate.py", "--log-every", "2")
+    assert found["weights", "trainable", "float32"] == pytest.approx(4 * PARAMETERS, rel=0.001)
+    (logged,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    figures = dict(part.split(" ") for part in logged.removeprefix("step 2: ").split(", "))
+    assert {"loss", "memtrace/peak_gib", "memtrace/peak/weights_gib", "memtrace/headroom_gib"} <= set(figures)
+    assert float(figures["memtrace/peak/weights_gib"]) == pytest.approx(4 * PARAMETERS / 2**30, rel=0.01)
 
 
 def printed_by(cells: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> Iterator[tuple[str, str]]:
