@@ -127,7 +127,7 @@ class MemTraceCallback(TrainerCallback):
     def _leave_logs(self) -> None:
         logs, self._logs = self._logs, None
         if logs is not None:
-            logs.leave()
+            ask(logs.leave)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -77,16 +77,15 @@ class MemTraceLightningCallback(Callback):
             self._step = None
             self._tracer.end_step()
             if self._config.trackers and trainer.loggers:
-                self._log_figures(trainer, self._tracer)
+                found = self._tracer.guarded(self._figures_of, trainer, self._tracer)
+                if found is not None:
+                    self._log(trainer.loggers, *found)
 
-    def _log_figures(self, trainer: Trainer, tracer: MemoryTracer) -> None:
-        """Gives the loggers figures where Lightning logs, at its count of steps: batches that have stepped, from 0."""
+    def _figures_of(self, trainer: Trainer, tracer: MemoryTracer) -> tuple[dict[str, float], int] | None:
+        """Returns figures where Lightning logs, with its count of steps: batches that have stepped, from 0."""
         step = trainer.global_step // max(1, len(trainer.optimizers)) - 1
         every: int = getattr(trainer, "log_every_n_steps", 0)  # set by Lightning where no type checker sees it
-        if every and (step + 1) % every == 0:
-            figures = tracer.guarded(lambda: self._figures.take(tracer.snapshot()))
-            if figures:
-                self._log(trainer.loggers, figures, step)
+        return (self._figures.take(tracer.snapshot()), step) if every and (step + 1) % every == 0 else None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detaches, and shows the table on the first process of each machine."""

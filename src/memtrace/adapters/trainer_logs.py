@@ -116,7 +116,7 @@ class _Put(_Place):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Puts the figures in."""
-        self.logs.put(logs, state.global_step)
+        ask(self.logs.put, logs, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gives the trackers the summary, before they close their runs."""
@@ -129,7 +129,7 @@ class _TakeOut(_Place):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Takes the figures out."""
-        self.logs.take_out(logs)
+        ask(self.logs.take_out, logs)
 
 
 def _takers(callback: TrainerCallback) -> Iterator[Callable[[Summary], None]]:
