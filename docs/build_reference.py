@@ -8,7 +8,7 @@ import inspect
 import os
 import textwrap
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from unittest import mock
 
@@ -95,7 +95,8 @@ def _settings() -> Iterator[str]:
     for field in fields(config.TracerConfig):
         annotation = str(field.type).replace("os.PathLike[str]", "Path")
         yield f"## {field.name}\n"
-        yield f"`{annotation}`, default `{getattr(defaults, field.name)!r}` · `MEMTRACE_{field.name.upper()}`\n"
+        variable = "" if field.default_factory is MISSING else f" · `MEMTRACE_{field.name.upper()}`"
+        yield f"`{annotation}`, default `{getattr(defaults, field.name)!r}`{variable}\n"
         yield f"{described[field.name]}\n"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from memtrace.errors import ConfigError
+from memtrace.record.breakdown import StepRecord
 from memtrace.record.units import KIB, MIB, parse_bytes
 
 DEFAULT_PORT = 16368
@@ -63,8 +64,9 @@ def _parse(name: str, text: str) -> Any:
 class TracerConfig:
     """Settings of a tracer. Every field has a default that is right for an ordinary fine-tune.
 
-    What code does not set is taken from the environment: `MEMTRACE_PORT` is `port`, and so on for each field. There,
-    true and false are written as such or as 1 and 0, and an empty value or `none` is None where the field can be.
+    What code does not set is taken from the environment: `MEMTRACE_PORT` is `port`, and so on for each field but
+    `on_record`. There, true and false are written as such or as 1 and 0, and an empty value or `none` is None where the
+    field can be.
 
     Raises:
         ConfigError: a value is out of its range; it names the variable where it came from one.
@@ -147,6 +149,14 @@ class TracerConfig:
     """Seconds between two readings of the device by the sampling thread. 0 reads at step ends only."""
     history: int = _setting("history", 256)
     """How many StepRecords `tracer.history` keeps."""
+    trackers: bool = _setting("trackers", True)
+    """Whether the trackers that Trainer or Lightning reports to (W&B, TensorBoard, MLflow, Trackio, ...) get figures of
+    memory with each log, and at the end the table and a report: see docs/trackers.md. Where a run reports to none,
+    nothing is done."""
+    on_record: Callable[[StepRecord], object] | None = field(default=None, repr=False)
+    """Called with each StepRecord on the training thread, after the step log has it. Its time counts as memtrace's own,
+    so that `overhead_budget` makes records fewer where it is slow. What it raises is logged once, and goes no
+    further. Has no variable; whoever pickles the settings needs a function that can be pickled."""
     quiet: bool = _setting("quiet", False)
     """Whether memtrace keeps its words to itself: the line that says where metrics and log are, and the table at the
     end, both on stderr of the first process of each machine. Warnings go to the logger `memtrace` all the same."""
@@ -198,7 +208,9 @@ class TracerConfig:
             _check_int("max_tokens", self.max_tokens, 1, 2**63 - 1)
         _check_number("device_poll_seconds", self.device_poll_seconds, 0, 3600)
         _check_number("linger_seconds", self.linger_seconds, 0, 600)
-        for name in ("quiet", "step_log", "strict", "timelines", "trace_activations"):
+        if self.on_record is not None and not callable(self.on_record):
+            raise ConfigError(f"on_record must be a function that takes a StepRecord, got {self.on_record!r}")
+        for name in ("quiet", "step_log", "strict", "timelines", "trace_activations", "trackers"):
             if not isinstance(getattr(self, name), bool):
                 value = getattr(self, name)
                 meant = _WORDS.get(str(value).strip().lower())

@@ -107,6 +107,31 @@ class Guard:
             logger.exception("memtrace could not take off all its hooks")
 
 
+class Told:
+    """A callable of the user's, which is told something: what it raises is logged the first time, and goes no further.
+
+    It is called again all the same: what it writes to may be reached again.
+
+    Args:
+        function: what is called.
+        what: what the user calls it, for the log.
+    """
+
+    def __init__(self, function: Callable[..., Any], what: str) -> None:
+        self._function = function
+        self._what = what
+        self._failed = False
+
+    def __call__(self, *args: Any) -> None:
+        """Calls the function; what it returns is dropped."""
+        try:
+            self._function(*args)
+        except Exception:
+            if not self._failed:
+                self._failed = True
+                logger.exception("memtrace: %s has failed; training goes on, and this is not said again", self._what)
+
+
 def ask(function: Callable[..., Any], *args: Any) -> Any:
     """Returns `function(*args)`, which asks objects of the user's; None where they raise, whatever that is.
 

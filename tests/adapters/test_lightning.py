@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import logging
 import pickle
@@ -12,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -260,3 +262,56 @@ class TestHandedOver:
         assert other.tracer is None
         train(tmp_path / "other", Regression(), [other])
         assert len(other.tracer.history) == len(watched.tracer.history) == 8
+
+
+class FailingLogger(CSVLogger):
+    """A logger whose tracker cannot be reached."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        raise ConnectionError("no route")
+
+
+@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+class TestLoggers:
+    def train(self, directory: Any, watched: MemTraceLightningCallback, *loggers: CSVLogger) -> pl.Trainer:
+        torch.manual_seed(0)
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accumulate_grad_batches=2,
+            log_every_n_steps=2,
+            callbacks=[watched],
+            default_root_dir=directory,
+            **QUIET | {"logger": list(loggers)},
+        )
+        trainer.fit(Regression(), loader())
+        return trainer
+
+    def test_figures_come_where_lightning_logs(self, tmp_path):
+        """Steps 2 and 4 of four, at Lightning's own count; no checkpoint and no early stopping sees them."""
+        watched = MemTraceLightningCallback(strict=True, port=None, device_poll_seconds=0, trace_every=1)
+        trainer = self.train(tmp_path, watched, CSVLogger(tmp_path, name="csv", version=""))
+        with (tmp_path / "csv" / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["step"]) for row in rows] == [1, 3]
+        peaks = [record.moments[Moment.PEAK] for record in watched.tracer.history]
+        for row, two in zip(rows, (peaks[:2], peaks[2:]), strict=True):
+            highest = max(two, key=lambda peak: peak.held_bytes)
+            assert float(row["memtrace/peak_gib"]) * 2**30 == highest.held_bytes
+            assert float(row["memtrace/peak/weights_gib"]) * 2**30 == highest[Category.WEIGHTS]
+        assert not [name for name in trainer.callback_metrics if "memtrace" in name]
+        assert not [name for name in trainer.logged_metrics if "memtrace" in name]
+
+    def test_off_by_one_setting(self, tmp_path):
+        """Then the loggers have what they have without memtrace: here nothing at all."""
+        self.train(tmp_path, MemTraceLightningCallback(trackers=False, port=None), CSVLogger(tmp_path, name="csv"))
+        assert not list(tmp_path.rglob("metrics.csv"))
+
+    def test_a_logger_that_fails_is_said_once(self, tmp_path, caplog):
+        """The training comes to its end."""
+        watched = MemTraceLightningCallback(strict=True, port=None, device_poll_seconds=0)
+        with caplog.at_level(logging.ERROR, "memtrace"):
+            trainer = self.train(tmp_path, watched, FailingLogger(tmp_path))
+        assert trainer.global_step == 4
+        (said,) = [record.message for record in caplog.records]
+        assert said.startswith("memtrace: a logger of Lightning that was given figures of memory has failed")

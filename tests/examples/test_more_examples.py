@@ -1,4 +1,4 @@
-"""LoRA, QLoRA, Lightning and the notebook, run in this process: what they import is loaded once.
+"""LoRA, QLoRA, Lightning, Accelerate and the notebook, run in this process: what they import is loaded once.
 
 FSDP under torchrun is run by tests/docs/test_blocks.py, as docs/examples.md writes it.
 """
@@ -78,14 +78,38 @@ def test_lightning_shows_the_network_of_the_module() -> None:
     )
 
 
+def test_accelerate_logs_memory_beside_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every second step: the loss, and the figures of the steps since the log before."""
+    found = bytes_after("finetune_accelerate.py", "--log-every", "2")
+    assert found["weights", "trainable", "float32"] == pytest.approx(4 * PARAMETERS, rel=0.001)
+    (logged,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    figures = dict(part.split(" ") for part in logged.removeprefix("step 2: ").split(", "))
+    assert {"loss", "memtrace/peak_gib", "memtrace/peak/weights_gib", "memtrace/headroom_gib"} <= set(figures)
+    assert float(figures["memtrace/peak/weights_gib"]) == pytest.approx(4 * PARAMETERS / 2**30, rel=0.01)
+
+
 def printed_by(cells: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> Iterator[tuple[str, str]]:
-    """Runs the cells of a notebook in one namespace; yields what each was said to print, and what it prints."""
+    """Runs the cells of a notebook in one namespace; yields what each was said to print, and what it prints.
+
+    What a cell has drawn is compared by its table, which is written to stderr here.
+    """
     names: dict[str, Any] = {"__name__": "__main__"}
     for cell in cells:
         source = "".join(cell["source"])
         capsys.readouterr()
         exec(compile(ast.parse(source), "look_closer.ipynb", "exec"), names)
-        yield "".join("".join(output["text"]) for output in cell["outputs"]), capsys.readouterr().out
+        printed = capsys.readouterr()
+        for drawn in [output["data"] for output in cell["outputs"] if "data" in output]:
+            assert "<polygon" in "".join(drawn["text/html"])
+            yield sizes_of("".join(drawn["text/plain"])), sizes_of(printed.err)
+        said = "".join("".join(output["text"]) for output in cell["outputs"] if "text" in output)
+        if said or printed.out:
+            yield said, printed.out
+
+
+def sizes_of(table: str) -> str:
+    """Returns the lines of a table from its heads to its totals."""
+    return table[table.index("sizes in ") : table.index("device ")]
 
 
 def test_the_notebook_shows_what_it_was_saved_with(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from browser import page
 
-from memtrace.exporters.html import first_things, render_html
+from memtrace.exporters.drawn.first_things import first_things
+from memtrace.exporters.html import render_html
 from memtrace.exporters.run_history import MAX_STEPS, OomText, RankHistory, RunHistory, observe
 from memtrace.exporters.steplog import read_step_log
 from memtrace.exporters.timeline_file import StepTimeline

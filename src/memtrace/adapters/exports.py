@@ -66,6 +66,7 @@ class Exports:
         self._textfile: Path | None = None
         self._oom_directory: Path | None = None
         self._oom_reports = 0
+        self._on_record: Callable[[StepRecord], None] | None = None
 
     @classmethod
     def open(
@@ -74,6 +75,7 @@ class Exports:
         identity: RunIdentity,
         config: TracerConfig,
         log_dir: Path,
+        on_record: Callable[[StepRecord], None] | None = None,
     ) -> Self:
         """Opens all outputs, or none.
 
@@ -82,6 +84,7 @@ class Exports:
             identity: which process of which run this is.
             config: the settings.
             log_dir: directory of the step log.
+            on_record: is called with each finished step, last of all. Must not keep the tracer alive.
 
         Raises:
             ConfigError: the password file, the certificate or the key cannot be read.
@@ -90,6 +93,7 @@ class Exports:
         """
         exports = cls(snapshot, identity)
         exports._linger_seconds = config.linger_seconds
+        exports._on_record = on_record
         with ExitStack() as opening:
             opening.callback(exports.close)
             if config.step_log or config.oom_reports:
@@ -156,7 +160,7 @@ class Exports:
         return None if self._log is None else self._log.path
 
     def write(self, record: StepRecord) -> None:
-        """Hands a finished step to the log, and its curve, if it has one, to the timeline."""
+        """Hands a finished step to the log, its curve, if it has one, to the timeline, and then to `on_record`."""
         if not self._is_ours:
             return
         self._state_at_exit = None
@@ -184,6 +188,8 @@ class Exports:
             except OutputError as error:
                 self._timeline_directory = None
                 logger.warning("memtrace: %s; from now on there is none", error)
+        if self._on_record is not None:
+            self._on_record(record)
 
     def write_oom(self, report: OomReport) -> Path | None:
         """Writes an OOM report and, since nothing may follow it, the text file; returns the report's file.

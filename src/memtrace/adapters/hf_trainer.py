@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from memtrace.adapters.dataset_lengths import largest_batch
 from memtrace.adapters.frameworks import attached_tracer, end_run
 from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.adapters.output_directory import log_directory
-from memtrace.adapters.trainer_models import models_of_the_caller
+from memtrace.adapters.trackers import Summary, hand_over
+from memtrace.adapters.trainer_logs import TrainerLogs
+from memtrace.adapters.trainer_models import models_of, trainer_of
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.config import TracerConfig
+from memtrace.exporters.trackers.figures import Figures
 from memtrace.guard import Guard, ask
+
+logger = logging.getLogger("memtrace")
 
 
 class MemTraceCallback(TrainerCallback):
@@ -25,8 +31,9 @@ class MemTraceCallback(TrainerCallback):
 
     Metrics are served from then on, the step log goes to `<output_dir>/memtrace`, which `push_to_hub` does not upload.
     One line says where they are, and the table of the last traced step is shown at the end of training; `quiet=True`
-    silences both. A run that crashed leaves the callback usable: the next `on_train_begin` starts anew. Copies and
-    pickles have the settings, and no run.
+    silences both. The trackers that Trainer reports to get figures of memory with each log, and the table at the end:
+    `trackers=False` is without. A run that crashed leaves the callback usable: the next `on_train_begin` starts anew.
+    Copies and pickles have the settings, and no run.
 
     Models beside the trained one, such as TRL's `ref_model`, are found among the attributes of the Trainer and of its
     callbacks: their weights have the attribute's name as component.
@@ -43,6 +50,8 @@ class MemTraceCallback(TrainerCallback):
         self._config = TracerConfig.from_settings(settings)
         self._further = FurtherModels(further_models)
         self._tracer: MemoryTracer | None = None
+        self._logs: TrainerLogs | None = None
+        self._figures = Figures()
 
     @property
     def tracer(self) -> MemoryTracer | None:
@@ -50,7 +59,7 @@ class MemTraceCallback(TrainerCallback):
         return self._tracer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_tracer": None, "_further": FurtherModels()}
+        return {**vars(self), "_tracer": None, "_further": FurtherModels(), "_logs": None, "_figures": Figures()}
 
     def on_train_begin(  # type: ignore[override]  # Trainer passes model and optimizer by name
         self,
@@ -72,8 +81,10 @@ class MemTraceCallback(TrainerCallback):
         guard.set_up(lambda: self._begin(args, model, optimizer), undo=lambda: None)
         if self._tracer is not None:
             self._tracer.guarded(self._expect, kwargs.get("train_dataloader"), args.train_batch_size)
+            self._tracer.guarded(self._find_logs, args, trainer_of(self))
 
     def _begin(self, args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._leave_logs()
         before, self._tracer = self._tracer, None
         if before is not None:  # the run before has ended without on_train_end
             if args.auto_find_batch_size:
@@ -83,7 +94,7 @@ class MemTraceCallback(TrainerCallback):
         output_dir = Path(args.output_dir or ".")
         writes = config.log_dir is None and (config.step_log or config.oom_reports)
         log_dir = log_directory(output_dir) if writes else output_dir
-        further = self._further.also(models_of_the_caller(self))
+        further = self._further.also(models_of(trainer_of(self)))
         self._tracer = attached_tracer(model, [optimizer], config, log_dir, further)
 
     def _expect(self, loader: object, batch_size: int) -> None:
@@ -92,11 +103,39 @@ class MemTraceCallback(TrainerCallback):
         if batch is not None and self._tracer is not None:
             self._tracer.expect_batch(batch)
 
+    def _find_logs(self, args: TrainingArguments, trainer: Trainer | None) -> None:
+        """Gives the reporting integrations figures with each log, unless the settings say otherwise."""
+        if not self._config.trackers or self._tracer is None:
+            return
+        if trainer is None:
+            names = [name for name in args.report_to or () if name != "none"]
+            if names:
+                logger.warning("memtrace: no figures go to %s: no Trainer was found", ", ".join(names))
+            return
+        self._logs = TrainerLogs(trainer, self._take_figures, self._summarise)
+        self._figures = Figures()
+        self._tracer.add_listener(self._figures.note)
+
+    def _take_figures(self) -> Mapping[str, float]:
+        tracer = self._tracer
+        return {} if tracer is None else tracer.guarded(lambda: self._figures.take(tracer.snapshot())) or {}
+
+    def _summarise(self, takers: list[Callable[[Summary], None]]) -> None:
+        if self._tracer is not None:
+            self._tracer.guarded(hand_over, self._tracer, takers)
+
+    def _leave_logs(self) -> None:
+        logs, self._logs = self._logs, None
+        if logs is not None:
+            ask(logs.leave)
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begins a step."""
         if self._tracer is not None:
+            if self._logs is not None:
+                self._tracer.guarded(self._logs.enter)
             self._tracer.begin_step(state.global_step + 1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -108,6 +147,7 @@ class MemTraceCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Detaches, and shows the table on the first process of each machine."""
+        self._leave_logs()
         if self._tracer is not None:
             end_run(self._tracer, self._config)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,18 @@ from torch import nn
 
 from memtrace.adapters.frameworks import attached_tracer, end_run
 from memtrace.adapters.memory_tracer import MemoryTracer
+from memtrace.adapters.trackers import Summary, hand_over, to_mlflow, to_tensorboard, to_wandb
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.config import TracerConfig
-from memtrace.guard import Guard
+from memtrace.exporters.trackers.figures import Figures
+from memtrace.guard import Guard, Told, ask
 
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules or "lightning.pytorch" in sys.modules:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 else:  # the same, under the name of before
     from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 
 class MemTraceLightningCallback(Callback):
@@ -27,7 +31,8 @@ class MemTraceLightningCallback(Callback):
     A step is an optimizer step: all batches that are accumulated for it. Metrics are served while training runs, the
     step log goes to `<default_root_dir>/memtrace`; a line says so, and the table is shown at the end. Lightning runs
     forward and backward pass in the closure of the optimizer's step, so that gradients of one step live until the
-    backward pass of the next one. Copies and pickles have the settings, and no run.
+    backward pass of the next one. The loggers get figures of memory in the steps in which Lightning logs, and the table
+    at the end: `trackers=False` is without. Copies and pickles have the settings, and no run.
 
     Args:
         further_models: models beside those of the LightningModule, by name: see `tracer.Tracer`. Held weakly.
@@ -42,6 +47,8 @@ class MemTraceLightningCallback(Callback):
         self._further = FurtherModels(further_models)
         self._tracer: MemoryTracer | None = None
         self._step: int | None = None
+        self._figures = Figures()
+        self._log = Told(_log, "a logger of Lightning that was given figures of memory")
 
     @property
     def tracer(self) -> MemoryTracer | None:
@@ -49,7 +56,8 @@ class MemTraceLightningCallback(Callback):
         return self._tracer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_tracer": None, "_step": None, "_further": FurtherModels()}
+        without = {"_tracer": None, "_step": None, "_further": FurtherModels(), "_figures": Figures()}
+        return {**vars(self), **without}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches a tracer. What cannot be traced of the model and the optimizers is logged.
@@ -74,11 +82,24 @@ class MemTraceLightningCallback(Callback):
         if self._tracer is not None and self._step not in (None, trainer.global_step):
             self._step = None
             self._tracer.end_step()
+            if self._config.trackers and trainer.loggers:
+                found = self._tracer.guarded(self._figures_of, trainer, self._tracer)
+                if found is not None:
+                    self._log(trainer.loggers, *found)
+
+    def _figures_of(self, trainer: Trainer, tracer: MemoryTracer) -> tuple[dict[str, float], int] | None:
+        """Returns figures where Lightning logs, with its count of steps: batches that have stepped, from 0."""
+        step = trainer.global_step // max(1, len(trainer.optimizers)) - 1
+        every: int = getattr(trainer, "log_every_n_steps", 0)  # set by Lightning where no type checker sees it
+        return (self._figures.take(tracer.snapshot()), step) if every and (step + 1) % every == 0 else None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detaches, and shows the table on the first process of each machine."""
         self._step = None
         if self._tracer is not None:
+            if self._config.trackers and trainer.is_global_zero:
+                takers = [taker for logger in trainer.loggers for taker in ask(list, _takers(logger)) or ()]
+                self._tracer.guarded(hand_over, self._tracer, takers)
             end_run(self._tracer, self._config)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -93,11 +114,29 @@ class MemTraceLightningCallback(Callback):
             before.give_way()
         model, log_dir = trained_module(pl_module), Path(trainer.default_root_dir) / "memtrace"
         self._tracer = attached_tracer(model, trainer.optimizers, self._config, log_dir, self._further)
+        self._figures = Figures()
+        if self._tracer is not None:
+            self._tracer.add_listener(self._figures.note)
 
     def _end(self) -> None:
         self._step = None
         if self._tracer is not None:
             self._tracer.detach()
+
+
+def _log(loggers: list[Logger], figures: dict[str, float], step: int) -> None:
+    for logger in loggers:
+        logger.log_metrics(figures, step)
+
+
+def _takers(logger: Logger) -> Iterator[Callable[[Summary], None]]:
+    """Yields what hands a summary to the tracker of a logger, if it has a place for it."""
+    if isinstance(logger, TensorBoardLogger):
+        yield to_tensorboard(logger.experiment)
+    elif isinstance(logger, WandbLogger):
+        yield to_wandb(logger.experiment)
+    elif isinstance(logger, MLFlowLogger) and logger.run_id is not None:
+        yield to_mlflow(logger.experiment, logger.run_id)
 
 
 def trained_module(module: nn.Module) -> nn.Module:

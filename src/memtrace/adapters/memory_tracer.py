@@ -15,11 +15,16 @@ from torch import nn
 
 from memtrace.adapters import forgotten
 from memtrace.adapters.exports import Exports
-from memtrace.adapters.said import say_where, show_table
+from memtrace.adapters.said import say_where, show_in_notebook, show_table
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
+from memtrace.exporters.drawn.notebook import RunDrawing
+from memtrace.exporters.trackers.figures import Figures
+from memtrace.exporters.trackers.summary import history_of
+from memtrace.guard import Told
 from memtrace.oom.failure import out_of_memory
+from memtrace.record.breakdown import StepRecord
 from memtrace.record.oom_report import OomReport
 from memtrace.record.snapshot import RunState, Snapshot
 from memtrace.sources.at_exit import at_exit
@@ -81,6 +86,8 @@ class MemoryTracer(Tracer):
         )
         self._default_log_dir = default_log_dir
         self._exports: Exports | None = None
+        self._on_record = None if self.config.on_record is None else Told(self.config.on_record, "on_record")
+        self._figures = Figures()
         self._handled: int | None = None
         """Identity of the exception that was being handled when the exports were opened: it is not of the run."""
         self._until_end = ExitStack()
@@ -96,6 +103,25 @@ class MemoryTracer(Tracer):
         """Address of the metrics; None where none are served."""
         return None if self._exports is None else self._exports.url
 
+    def figures(self) -> dict[str, float]:
+        """Returns what a tracker shows of a run, by key: see docs/trackers.md. Each call begins anew.
+
+        `accelerator.log({"loss": loss, **tracer.figures()}, step=step)`. The peak and its categories are those of the
+        steps since the call before. Sizes are in GiB, 2**30 bytes; what is not known has no key.
+        """
+        return self._figures.take(self._published.snapshot)
+
+    def show(self) -> None:
+        """Shows the run so far: in a notebook drawn, elsewhere the table on stderr, and nothing before the first step.
+
+        Drawn are what to do first, what the peak of each recent step is made of, the timeline of the traced step with
+        the highest peak, and the table. A record and `tracer.history` draw themselves where a cell ends with them.
+        """
+        snapshot = self.snapshot()
+        run = history_of(self.history, snapshot, self.config.max_tokens)
+        if run is not None and not show_in_notebook(RunDrawing(run=run)):
+            show_table(snapshot)
+
     def attach(self) -> None:
         """Installs the hooks and opens the exports; a tracer that is attached already is left as it is."""
         if self._exports is not None:
@@ -107,7 +133,8 @@ class MemoryTracer(Tracer):
     def _open_exports(self) -> None:
         forgotten.begins(self)
         run_dir = self._default_log_dir or Path("memtrace-runs") / self.identity.run_name
-        exports = Exports.open(_weak_snapshot(self), self.identity, self.config, self.config.log_path(run_dir))
+        log_dir = self.config.log_path(run_dir)
+        exports = Exports.open(_weak_snapshot(self), self.identity, self.config, log_dir, _weak_on_record(self))
         # Where the script ends, or drops the tracer, without a detach, the port and the log are given back too.
         self._end_exports = weakref.finalize(self, _end, exports, self._until_end)
         self._exports, self._handled = exports, id(sys.exc_info()[1])
@@ -115,11 +142,16 @@ class MemoryTracer(Tracer):
         self._until_end.callback(FAILURES.subscribe(None, self._crashed, cuda=False, on_exit=self._exits))
         self._until_end.callback(TERMINATION.subscribe(exports.terminated))
         self._until_end.callback(at_exit(self._process_ends))  # before the exports do
+        self.add_listener(self._figures.note)
         self.add_listener(exports.write)
         if self._watch is not None:
             self._until_end.enter_context(forgotten.collect_in_forward(self, self._watch.model))
         if self._speaks:
             say_where(exports.url, exports.log_path)
+
+    def _tell(self, record: StepRecord) -> None:
+        if self._on_record is not None:
+            self._on_record(record)
 
     @property
     def _speaks(self) -> bool:
@@ -175,6 +207,7 @@ class MemoryTracer(Tracer):
                 self._end_exports.detach()
                 exports.close()
                 self.remove_listener(exports.write)
+                self.remove_listener(self._figures.note)
 
     def _publish_oom(self, report: OomReport) -> Path | None:
         super()._publish_oom(report)
@@ -208,6 +241,20 @@ def _state_after(error: BaseException, device: str) -> RunState:
     if isinstance(error, SystemExit) and error.__context__ is not None:
         return _state_after(error.__context__, device)
     return RunState.EXCEPTION if out_of_memory(error, torch.device(device).type) is None else RunState.OUT_OF_MEMORY
+
+
+def _weak_on_record(tracer: MemoryTracer) -> Callable[[StepRecord], None] | None:
+    """Returns what calls `on_record`, None where there is none: without keeping alive what that function refers to."""
+    if tracer.config.on_record is None:
+        return None
+    told = weakref.WeakMethod(tracer._tell)
+
+    def tell(record: StepRecord) -> None:
+        found = told()
+        if found is not None:
+            found(record)
+
+    return tell
 
 
 def _weak_snapshot(tracer: Tracer) -> Callable[[], Snapshot | None]:

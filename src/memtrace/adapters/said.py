@@ -1,4 +1,4 @@
-"""What a run says to its user on stderr: where its metrics and its log are, and at the end the table."""
+"""What a run says to its user: on stderr where metrics and log are, at the end the table; a drawing in a notebook."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ def show_table(snapshot: Snapshot) -> None:
     record = snapshot.latest_traced or snapshot.latest
     if record is not None:
         _write(render_text(record))
+
+
+def show_in_notebook(drawn: object) -> bool:
+    """Shows what draws itself below the cell that runs; returns False where no IPython does."""
+    ipython = sys.modules.get("IPython")
+    if ipython is None or ipython.get_ipython() is None:
+        return False
+    ipython.display.display(drawn)
+    return True
 
 
 def _write(text: str) -> None:

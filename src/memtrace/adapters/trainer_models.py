@@ -1,4 +1,4 @@
-"""The further models that a Trainer holds: reference, teacher, reward and value models, whatever it calls them."""
+"""The Trainer that calls a callback, and the further models that it holds: reference, teacher, reward, value models."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ _MOST_PARTS = 256
 """Parts of a list or dictionary that is looked into. A dataset may be a list of millions."""
 
 
-def models_of_the_caller(callback: TrainerCallback) -> Find | None:
-    """Returns what finds the further models of the Trainer that calls this callback now; None where none does.
+def models_of(trainer: Trainer | None) -> Find | None:
+    """Returns what finds the further models of a Trainer; None where there is none.
 
     Trainer tells a callback of the trained model alone. Its own attributes have the others, as those of TRL's trainers
     do (`ref_model`, `teacher_model`, `reward_funcs`, `value_model`), and those of its callbacks may: each is known by
     the name of the attribute. The Trainer is held weakly.
     """
-    trainer = trainer_of(callback)
     if trainer is None:
         return None
     alive = weakref.ref(trainer)

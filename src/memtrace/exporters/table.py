@@ -91,7 +91,9 @@ def render_text(record: StepRecord, width: int = TABLE_WIDTH) -> str:
 
 def plain_text(renderable: RenderableType, width: int = TABLE_WIDTH) -> str:
     """Returns what a renderable prints on a terminal of that width that knows no colours."""
-    console = Console(file=StringIO(), width=width, color_system=None, legacy_windows=False, _environ={})
+    console = Console(
+        file=StringIO(), width=width, color_system=None, force_jupyter=False, legacy_windows=False, _environ={}
+    )
     with console.capture() as capture:
         console.print(renderable)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

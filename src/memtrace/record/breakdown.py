@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import singledispatch
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from memtrace.record.categories import Category, Moment
 
@@ -176,9 +177,30 @@ class StepCurve:
     """When each moment of the step was, since its begin. Each of them is a point."""
 
 
+@singledispatch
+def drawing(data: object) -> Mapping[str, str]:
+    """Returns what a notebook may show of some data, by media type; nothing where no exporter knows its kind.
+
+    `exporters.drawn.notebook` registers what it draws: the data itself knows no exporter.
+    """
+    return {}
+
+
+class Drawn:
+    """What draws itself in a notebook, once a tracer was made; before that it is shown as Python prints it."""
+
+    __slots__ = ()
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Mapping[str, str]:
+        return drawing(self)
+
+    def _repr_html_(self) -> str | None:
+        return drawing(self).get("text/html")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """One training step: what memory was for, what was read, what measuring cost."""
+class StepRecord(Drawn):
+    """One training step: what memory was for, what was read, what measuring cost. A notebook draws it."""
 
     step: int
     """Number of the optimizer step, from 1."""
@@ -224,3 +246,9 @@ class StepRecord:
     def non_torch_bytes(self) -> int | None:
         """What this process holds on the device beyond what the allocator reserved; None where that is not known."""
         return None if self.device_memory is None else self.device_memory.non_torch_bytes
+
+
+class History(Drawn, tuple[StepRecord, ...]):
+    """Records of steps, oldest first: a tuple that draws itself in a notebook."""
+
+    __slots__ = ()

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from memtrace.record.breakdown import Breakdown, StepRecord
+from memtrace.record.breakdown import Breakdown, History, StepRecord
 from memtrace.record.categories import Moment
 from memtrace.record.limitations import Limitation, Unseen
 from memtrace.record.risk_reading import LargestBatch
@@ -79,9 +79,9 @@ class Publication:
             return replace(self.snapshot, up=False)
 
     @property
-    def history(self) -> tuple[StepRecord, ...]:
+    def history(self) -> History:
         """The records of the recent steps, oldest first."""
-        return tuple(self._history)
+        return History(self._history)
 
     @property
     def latest(self) -> StepRecord | None:
