@@ -105,6 +105,10 @@ class TracerConfig:
     oom_reports: int = _setting("oom_reports", 5)
     """How many reports of failed allocations are kept for each rank, the newest ones, beside the step log. 0 writes
     none."""
+    allocator_recording: bool = _setting("allocator_recording", False)
+    """On a CUDA device, whether what the allocator was asked for in the traced step with the highest peak so far is
+    written to `allocator-rank<R>.json.gz` beside the step log, for `memtrace allocator`. It is written when memory runs
+    out in any case, unless `oom_reports` is 0."""
     run_name: str | None = _setting("run_name", None)
     """Name of the run in metrics and logs. None means Trainer's run name, else the name of the script."""
     run_id: str | None = _setting("run_id", None)
@@ -188,7 +192,7 @@ class TracerConfig:
             _check_int("max_tokens", self.max_tokens, 1, 2**63 - 1)
         _check_number("device_poll_seconds", self.device_poll_seconds, 0, 3600)
         _check_number("linger_seconds", self.linger_seconds, 0, 600)
-        for name in ("quiet", "step_log", "strict", "trace_activations"):
+        for name in ("allocator_recording", "quiet", "step_log", "strict", "trace_activations"):
             if not isinstance(getattr(self, name), bool):
                 value = getattr(self, name)
                 meant = _WORDS.get(str(value).strip().lower())

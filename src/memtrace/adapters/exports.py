@@ -12,6 +12,7 @@ from typing import Self
 
 from memtrace.config import TracerConfig
 from memtrace.errors import OutputError
+from memtrace.exporters.allocator_file import write_recording
 from memtrace.exporters.claims import Claim
 from memtrace.exporters.endpoint.page import render_page
 from memtrace.exporters.endpoint.server import Endpoint, MetricsServer, serve
@@ -22,6 +23,7 @@ from memtrace.exporters.targets import TargetFile, clear_stale, target_path
 from memtrace.exporters.textfile import clear_ended, textfile_path, write_textfile
 from memtrace.exporters.timeline_file import write_timeline
 from memtrace.oom.files import write_report
+from memtrace.record.allocator_recording import AllocatorRecording
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.oom_report import OomReport
 from memtrace.record.snapshot import RunIdentity, RunState, Snapshot
@@ -38,8 +40,13 @@ class Exports:
     forked child nothing is written, removed or closed, whatever is called there.
     """
 
-    def __init__(self, snapshot: Callable[[], Snapshot | None], identity: RunIdentity) -> None:
-        self._snapshot = snapshot
+    def __init__(
+        self,
+        snapshot: Callable[[], Snapshot | None],
+        identity: RunIdentity,
+        recording: Callable[[], AllocatorRecording | None] = lambda: None,
+    ) -> None:
+        self._snapshot, self._recording = snapshot, recording
         self._seen = Snapshot(identity=identity, up=False)
         """The last state for the text file, for when the tracer is gone."""
         self._pid = os.getpid()
@@ -55,6 +62,9 @@ class Exports:
         self._target: TargetFile | None = None
         self._log: StepLog | None = None
         self._timeline_directory: Path | None = None
+        self._recording_directory: Path | None = None
+        self._recorded: AllocatorRecording | None = None
+        """What is in the file."""
         self._textfile: Path | None = None
         self._oom_directory: Path | None = None
         self._oom_reports = 0
@@ -66,6 +76,7 @@ class Exports:
         identity: RunIdentity,
         config: TracerConfig,
         log_dir: Path,
+        recording: Callable[[], AllocatorRecording | None] = lambda: None,
     ) -> Self:
         """Opens all outputs, or none.
 
@@ -74,16 +85,17 @@ class Exports:
             identity: which process of which run this is.
             config: the settings.
             log_dir: directory of the step log.
+            recording: returns what the allocator was asked for in the highest step; None where there is none.
 
         Raises:
             ConfigError: the password file, the certificate or the key cannot be read.
             OutputError: the address, every port tried, or the log directory cannot be used.
         """
-        exports = cls(snapshot, identity)
+        exports = cls(snapshot, identity, recording)
         exports._linger_seconds = config.linger_seconds
         with ExitStack() as opening:
             opening.callback(exports.close)
-            if config.step_log or config.oom_reports:
+            if config.step_log or config.oom_reports or config.allocator_recording:
                 log_dir = exports._claim_directory(log_dir)
             if config.textfile_dir is not None:
                 exports._textfile = textfile_path(config.textfile_dir, identity)
@@ -92,6 +104,8 @@ class Exports:
             if config.step_log:
                 exports._log = StepLog(step_log_path(log_dir, identity.rank), max_bytes=config.log_max_bytes)
                 exports._timeline_directory = log_dir
+            if config.allocator_recording:
+                exports._recording_directory = log_dir
             endpoint = Endpoint.of(config, identity.local_rank)
             if endpoint is not None:
                 exports._serve(endpoint)
@@ -160,6 +174,12 @@ class Exports:
             except OutputError as error:
                 self._timeline_directory = None
                 logger.warning("memtrace: %s; from now on there is none", error)
+        if self._recording_directory is not None and record.curve is not None:
+            try:
+                self._write_recording(self._recording_directory)
+            except OutputError as error:
+                self._recording_directory = None
+                logger.warning("memtrace: %s; from now on there is none", error)
 
     def write_oom(self, report: OomReport) -> Path | None:
         """Writes an OOM report and, since nothing may follow it, the text file; returns the report's file.
@@ -172,6 +192,8 @@ class Exports:
         try:
             if self._oom_directory is not None:
                 path = write_report(self._oom_directory, report, keep=self._oom_reports)
+                if not report.request.pending:
+                    self._write_recording(self._oom_directory)
         except OutputError as error:
             logger.warning("memtrace: %s", error)
         try:
@@ -274,6 +296,12 @@ class Exports:
     def _current(self) -> Snapshot:
         """Returns the newest state; the last one that was seen once the tracer is gone."""
         return replace(self._snapshot() or replace(self._seen, up=False), state=self._state)
+
+    def _write_recording(self, directory: Path) -> None:
+        recording = self._recording()
+        if recording is not None and recording is not self._recorded:
+            write_recording(directory, recording)
+            self._recorded = recording
 
     def _leave_textfile(self) -> None:
         if self._textfile is None:

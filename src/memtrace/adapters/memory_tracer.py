@@ -20,6 +20,7 @@ from memtrace.attribution.models.further import FurtherModels
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
 from memtrace.oom.failure import out_of_memory
+from memtrace.record.allocator_recording import AllocatorRecording
 from memtrace.record.oom_report import OomReport
 from memtrace.record.snapshot import RunState, Snapshot
 from memtrace.sources.at_exit import at_exit
@@ -107,7 +108,8 @@ class MemoryTracer(Tracer):
     def _open_exports(self) -> None:
         forgotten.begins(self)
         run_dir = self._default_log_dir or Path("memtrace-runs") / self.identity.run_name
-        exports = Exports.open(_weak_snapshot(self), self.identity, self.config, self.config.log_path(run_dir))
+        log_dir = self.config.log_path(run_dir)
+        exports = Exports.open(_weak_snapshot(self), self.identity, self.config, log_dir, _weak_recording(self))
         # Where the script ends, or drops the tracer, without a detach, the port and the log are given back too.
         self._end_exports = weakref.finalize(self, _end, exports, self._until_end)
         self._exports, self._handled = exports, id(sys.exc_info()[1])
@@ -219,3 +221,14 @@ def _weak_snapshot(tracer: Tracer) -> Callable[[], Snapshot | None]:
         return None if found is None else found.snapshot()
 
     return snapshot
+
+
+def _weak_recording(tracer: Tracer) -> Callable[[], AllocatorRecording | None]:
+    """Returns what returns `tracer.allocator_recording`, in the same way."""
+    alive = weakref.ref(tracer)
+
+    def recording() -> AllocatorRecording | None:
+        found = alive()
+        return None if found is None else found.allocator_recording
+
+    return recording

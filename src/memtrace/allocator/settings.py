@@ -13,10 +13,6 @@ from memtrace.record.units import MIB
 INTERVALS = 16
 """Powers of two from 1 MiB to 64 GiB for which roundup_power2_divisions can differ."""
 
-NEW_NAME, OLD_NAME = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-_FIRST_WITH_NEW_NAME = (2, 10)
-"""First version of torch that was seen to read `NEW_NAME`. It reads `OLD_NAME` too, where the new one is not set."""
-_VERSION = re.compile(r"(\d+)\.(\d+)")
 _ITEM = re.compile(r"\s*(\w+)\s*:\s*(\[[^\]]*\]|[^,\[\]]*)\s*(?:,|$)")
 _DIVISION = re.compile(r"\s*(\d+|>)\s*:\s*(\d+)\s*")
 
@@ -147,10 +143,3 @@ def _divisions(text: str) -> int | tuple[int, ...]:
             first = False
         divisions[last] = division
     return divisions[0] if len(set(divisions)) == 1 else tuple(divisions)
-
-
-def variable_for(torch_version: str) -> str:
-    """Returns the variable from which a version of torch takes its allocator settings; the new name for no version."""
-    found = _VERSION.match(torch_version)
-    older = found is not None and (int(found[1]), int(found[2])) < _FIRST_WITH_NEW_NAME
-    return OLD_NAME if older else NEW_NAME

@@ -239,10 +239,9 @@ class _Played:
 
 
 def _play(recording: AllocatorRecording, allocator: CachingAllocator, until: int) -> _Played:
-    """Lets the allocator do what is recorded, up to an event; the failed request too, which is let go at once."""
+    """Lets the allocator do what is recorded, before an event, or to the end with the failed request."""
     blocks: list[Block | None] = []
     streams = recording.streams or None
-    failed_at = -1 if recording.failed_at is None else recording.failed_at
     take, give_back, highest, peak_at = allocator.take, allocator.give_back, allocator.highest, 0
     for size in recording.sizes_at_begin:
         block = take(size) if streams is None else take(size, streams[len(blocks)])
@@ -252,8 +251,6 @@ def _play(recording: AllocatorRecording, allocator: CachingAllocator, until: int
         blocks.append(block)
     highest = allocator.highest
     for at, event in enumerate(recording.events):
-        if at == failed_at and not _serves(allocator, recording.failed_bytes):
-            return _Played(stopped_at=at, peak_at=peak_at)
         if at >= until:
             return _Played(stopped_at=None, peak_at=peak_at)
         if event > 0:
@@ -270,16 +267,9 @@ def _play(recording: AllocatorRecording, allocator: CachingAllocator, until: int
             give_back(block)
         else:
             allocator.empty_cache()
-    if failed_at == len(recording.events) and not _serves(allocator, recording.failed_bytes):
-        return _Played(stopped_at=failed_at, peak_at=peak_at)
-    return _Played(stopped_at=None, peak_at=peak_at)
-
-
-def _serves(allocator: CachingAllocator, nbytes: int | None) -> bool:
-    block = None if nbytes is None else allocator.take(nbytes)
-    if block is not None:
-        allocator.give_back(block)
-    return block is not None
+    if recording.failed_bytes is not None and allocator.take(recording.failed_bytes) is None:
+        return _Played(stopped_at=len(recording.events), peak_at=peak_at)
+    return _Played(stopped_at=None, peak_at=len(recording.events) if allocator.highest is not highest else peak_at)
 
 
 def _fragments(recording: AllocatorRecording, outcome: Outcome, limit: int | None) -> tuple[Sequence[Fragment], int]:

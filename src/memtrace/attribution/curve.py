@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from memtrace.attribution.recording import step_recording
 from memtrace.attribution.timeline import StepMarks, Timeline
-from memtrace.record.breakdown import StepCurve
+from memtrace.record.allocator_recording import AllocatorRecording
+from memtrace.record.breakdown import StepCurve, StepRecord
 from memtrace.record.categories import Category, Moment
 
 MAX_STRETCHES = 160
@@ -11,10 +13,17 @@ MAX_STRETCHES = 160
 
 
 class HighestSteps:
-    """Makes a curve of a step only where its peak is above that of every one before: a steady run makes no more."""
+    """Makes a curve of a step only where its peak is above that of every one before: a steady run makes no more.
+
+    On a CUDA device it keeps the recording of the last such step, for when memory runs out and for the file.
+    """
 
     def __init__(self) -> None:
         self._highest = 0
+        self._waiting: tuple[Timeline, StepMarks] | None = None
+        """Of the step that has just made a curve, until its record is there."""
+        self.recording: AllocatorRecording | None = None
+        """Of the highest step so far; None on a CPU, and where a step allocates too often."""
 
     def curve(self, timeline: Timeline, marks: StepMarks) -> StepCurve | None:
         """Returns the curve of a step that sets a new record; None for any other."""
@@ -22,7 +31,14 @@ class HighestSteps:
         if peak <= self._highest:
             return None
         self._highest = peak
+        self._waiting = timeline, marks
         return step_curve(timeline, marks)
+
+    def ended(self, record: StepRecord) -> None:
+        """Takes in the record of a step that has ended."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and record.device.startswith("cuda"):
+            self.recording = step_recording(*waiting, record) or self.recording
 
 
 def step_curve(timeline: Timeline, marks: StepMarks) -> StepCurve:

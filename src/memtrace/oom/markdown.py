@@ -30,6 +30,7 @@ def render_markdown(report: OomReport) -> str:
         _blocks(report),
         _device(report),
         _last_peak(report),
+        _other_settings(report),
     )
     return "\n".join(line for section in sections for line in section)
 
@@ -210,6 +211,39 @@ def _last_peak(report: OomReport) -> Iterator[str]:
             ("**sum**", f"**{format_bytes(peak.total_bytes)}**"),
         ],
     )
+
+
+def _other_settings(report: OomReport) -> Iterator[str]:
+    answer = report.allocator_answer
+    if answer is None:
+        return
+    yield "## Other settings of the allocator"
+    yield ""
+    yield (
+        f"By a model of the allocator, for what it was asked for in {_text(answer.origin)}, the traced step with the "
+        "highest peak. Each begins with an empty cache: fragments of earlier steps are in none."
+    )
+    yield ""
+    fits = {True: "yes", False: "no", None: _UNKNOWN}
+    yield from _table(
+        (_code(answer.variable), "reserved at the peak", "saves", "request would fit", "retries"),
+        [
+            (
+                f"{_code(outcome.settings) if outcome.settings else 'defaults'}{' (in force)' * outcome.in_force}",
+                format_bytes(outcome.reserved_bytes),
+                format_bytes(outcome.saved_bytes),
+                "" if outcome.in_force else fits[outcome.would_fit],
+                str(outcome.retries),
+            )
+            for outcome in answer.outcomes
+        ],
+    )
+    best = answer.outcomes[0]
+    if best.saved_bytes > 0:
+        yield f"To try the first: `export {answer.variable}={best.settings}`."
+    else:
+        yield "None reserves less in that step."
+    yield ""
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -5,7 +5,7 @@ The JSON form, which `exporters.allocator_file` compresses:
 `{"schema": "memtrace.allocator-recording/1", "origin": "step 12 of llama", "rank": 0, "torch": "2.13.0", "settings":
 "max_split_size_mb:128", "sizes_at_begin": [N, ...], "events": [4096, 512, -1, ...], "names": ["weights trainable
 bfloat16", ...], "labels": [0, ...], "addresses": [N, ...], "streams": [0, ...], "from_the_start": false, "limit_bytes":
-N, "peak_reserved_bytes": N, "failed_bytes": N, "failed_at": N}`.
+N, "peak_reserved_bytes": N, "failed_bytes": N}`.
 
 Blocks are numbered, first those that were there at the begin, then each one as it is allocated. An event above 0
 allocates so many bytes for the next block; -1 frees block 0, -2 block 1, and so on; 0 is an emptied cache.
@@ -13,8 +13,9 @@ allocates so many bytes for the next block; -1 frees block 0, -2 block 1, and so
 
 from __future__ import annotations
 
+import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,11 @@ from memtrace.record.strict_json import Fields
 RECORDING_SCHEMA = "memtrace.allocator-recording/1"
 MAX_BLOCK = 2**46
 """Bytes that a block can have: more than any device."""
+
+NEW_NAME, OLD_NAME = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+_FIRST_WITH_NEW_NAME = (2, 10)
+"""First version of torch that was seen to read `NEW_NAME`. It reads `OLD_NAME` too, where the new one is not set."""
+_VERSION = re.compile(r"(\d+)\.(\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +54,7 @@ class AllocatorRecording:
     peak_reserved_bytes: int | None = None
     """The most that was reserved while it was recorded; None where nobody says."""
     failed_bytes: int | None = None
-    """A request that the device had no room for."""
-    failed_at: int | None = None
-    """How many events there were before it; None without such a request."""
+    """A request after all events that the device had no room for; None without one."""
     names: Sequence[str] = ()
     """What blocks are for: categories, or the innermost frame of a stack."""
     labels: Sequence[int] = ()
@@ -70,6 +74,13 @@ class AllocatorRecording:
         return self.names[self.labels[block]] if self.labels else ""
 
 
+def variable_for(torch_version: str) -> str:
+    """Returns the variable from which a version of torch takes its allocator settings; the new name for no version."""
+    found = _VERSION.match(torch_version)
+    older = found is not None and (int(found[1]), int(found[2])) < _FIRST_WITH_NEW_NAME
+    return OLD_NAME if older else NEW_NAME
+
+
 def recording_document(recording: AllocatorRecording) -> dict[str, Any]:
     """Returns the JSON form."""
     return {
@@ -82,7 +93,6 @@ def recording_document(recording: AllocatorRecording) -> dict[str, Any]:
         "limit_bytes": recording.limit_bytes,
         "peak_reserved_bytes": recording.peak_reserved_bytes,
         "failed_bytes": recording.failed_bytes,
-        "failed_at": recording.failed_at,
         "names": list(recording.names),
         "sizes_at_begin": list(recording.sizes_at_begin),
         "events": list(recording.events),
@@ -109,9 +119,8 @@ def parse_recording(value: Any, source: str) -> AllocatorRecording:
         if len(column) not in (0, blocks):
             raise LogFormatError(f"{source}: labels, addresses and streams must have one number for each block")
     failed_bytes = found.optional("failed_bytes", Fields.integer)
-    failed_at = found.optional("failed_at", Fields.integer)
-    if (failed_bytes is None) != (failed_at is None) or (failed_at or 0) > len(events) or failed_bytes == 0:
-        raise LogFormatError(f"{source}: failed_bytes and failed_at must be of one request within the events")
+    if failed_bytes is not None and not 0 < failed_bytes < MAX_BLOCK:
+        raise LogFormatError(f"{source}: failed_bytes must be above 0 and below {MAX_BLOCK}, got {failed_bytes}")
     return AllocatorRecording(
         sizes_at_begin=sizes,
         events=events,
@@ -123,7 +132,6 @@ def parse_recording(value: Any, source: str) -> AllocatorRecording:
         limit_bytes=found.optional("limit_bytes", Fields.integer),
         peak_reserved_bytes=found.optional("peak_reserved_bytes", Fields.integer),
         failed_bytes=failed_bytes,
-        failed_at=failed_at,
         names=names,
         labels=labels,
         addresses=addresses,
@@ -154,8 +162,8 @@ def _checked(sizes: Sequence[int], events: Sequence[int], source: str) -> int:
     return len(live)
 
 
-def label_columns(texts: Sequence[str]) -> Mapping[str, Sequence[Any]]:
+def label_columns(texts: Iterable[str]) -> tuple[Sequence[str], Sequence[int]]:
     """Returns `names` and `labels` for one text a block."""
     numbers: dict[str, int] = {}
     labels = array("q", (numbers.setdefault(text, len(numbers)) for text in texts))
-    return {"names": list(numbers), "labels": labels}
+    return list(numbers), labels

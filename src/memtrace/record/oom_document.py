@@ -8,6 +8,7 @@ from typing import Any
 from memtrace.record.breakdown import AllocatorReading, DeviceReading, EntryKey
 from memtrace.record.categories import Category, Moment, Phase
 from memtrace.record.oom_report import (
+    AllocatorAnswer,
     Composition,
     FailedRequest,
     Fragmentation,
@@ -16,6 +17,7 @@ from memtrace.record.oom_report import (
     OomReport,
     Remedy,
     RemedyKind,
+    SettingOutcome,
     Witness,
 )
 from memtrace.record.schema import (
@@ -105,6 +107,29 @@ def report_document(report: OomReport) -> dict[str, Any]:
             }
             for remedy in report.remedies
         ],
+        **_answer_document(report.allocator_answer),
+    }
+
+
+def _answer_document(answer: AllocatorAnswer | None) -> dict[str, Any]:
+    if answer is None:
+        return {}
+    return {
+        "allocator_answer": {
+            "origin": answer.origin,
+            "variable": answer.variable,
+            "outcomes": [
+                {
+                    "settings": outcome.settings,
+                    "in_force": outcome.in_force,
+                    "reserved_bytes": outcome.reserved_bytes,
+                    "saved_bytes": outcome.saved_bytes,
+                    "retries": outcome.retries,
+                    "would_fit": outcome.would_fit,
+                }
+                for outcome in answer.outcomes
+            ],
+        }
     }
 
 
@@ -141,6 +166,7 @@ def parse_report(document: Any, source: str) -> OomReport:
         last_traced_step=None if traced is None else traced.integer("step"),
         last_traced_peak=None if traced is None else parse_moments(traced.object("moments")).get(Moment.PEAK),
         remedies=tuple(map(_parse_remedy, report.objects("remedies"))),
+        allocator_answer=_parse_answer(report.optional("allocator_answer", Fields.object)),
     )
 
 
@@ -201,4 +227,25 @@ def _parse_remedy(remedy: Fields) -> Remedy:
         saved_bytes=remedy.integer("saved_bytes"),
         would_fit=remedy.optional("would_fit", Fields.boolean),
         advice=remedy.text("advice"),
+    )
+
+
+def _parse_answer(answer: Fields | None) -> AllocatorAnswer | None:
+    if answer is None:
+        return None
+    return AllocatorAnswer(
+        origin=answer.text("origin"),
+        variable=answer.text("variable"),
+        outcomes=tuple(map(_parse_outcome, answer.objects("outcomes"))),
+    )
+
+
+def _parse_outcome(outcome: Fields) -> SettingOutcome:
+    return SettingOutcome(
+        settings=outcome.text("settings"),
+        in_force=outcome.boolean("in_force"),
+        reserved_bytes=outcome.integer("reserved_bytes"),
+        saved_bytes=int(outcome.number("saved_bytes")),
+        retries=outcome.integer("retries"),
+        would_fit=outcome.optional("would_fit", Fields.boolean),
     )

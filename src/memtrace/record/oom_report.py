@@ -147,6 +147,36 @@ class Remedy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SettingOutcome:
+    """What the allocator would have reserved under one setting, by its model. Bytes."""
+
+    settings: str
+    """As PYTORCH_ALLOC_CONF takes them; empty for torch's defaults."""
+    in_force: bool
+    """Whether the run has this setting."""
+    reserved_bytes: int
+    """At the peak of the recorded step."""
+    saved_bytes: int
+    """Less than under the setting in force; below 0 where it is more."""
+    retries: int
+    """How often everything cached had to be given back."""
+    would_fit: bool | None
+    """Whether what it saves is enough for the failed request; None where its size or free memory is not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocatorAnswer:
+    """What other allocator settings would have reserved in a recorded step."""
+
+    origin: str
+    """Which step was recorded."""
+    variable: str
+    """The variable that this version of torch reads."""
+    outcomes: tuple[SettingOutcome, ...]
+    """The one to take first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OomReport:
     """Everything memtrace knows about the moment at which an allocation failed."""
 
@@ -176,3 +206,5 @@ class OomReport:
     """Those that save most first."""
     run_id: str = ""
     """The launch that the run belongs to; empty in reports of older versions."""
+    allocator_answer: AllocatorAnswer | None = None
+    """None without a recording: on a CPU, and before a step was traced."""

@@ -17,6 +17,7 @@ from memtrace.attribution.window import TraceWindow
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
 from memtrace.guard import Guard
+from memtrace.record.allocator_recording import AllocatorRecording
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.oom_report import OomReport
 from memtrace.record.plan import read_plan
@@ -141,6 +142,11 @@ class Tracer:
     def identity(self) -> RunIdentity:
         """Which process of which run this is; complete once attached."""
         return self._published.snapshot.identity
+
+    @property
+    def allocator_recording(self) -> AllocatorRecording | None:
+        """What CUDA's allocator was asked for in the traced step with the highest peak; None before it and on a CPU."""
+        return self._highest.recording
 
     def snapshot(self) -> Snapshot:
         """Returns the state for exporters: one immutable value, with the newest reading of the device.
