@@ -11,7 +11,16 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memtrace.allocator.blocks import LARGE_SEGMENT, MIN_BLOCK, SMALL_SEGMENT, SMALL_SIZE, Block, Device, Pool
+from memtrace.allocator.blocks import (
+    LARGE_SEGMENT,
+    MIN_BLOCK,
+    SMALL_SEGMENT,
+    SMALL_SIZE,
+    Block,
+    Device,
+    Pool,
+    segment_size,
+)
 from memtrace.allocator.expandable_pool import ExpandablePool
 from memtrace.allocator.segment_pool import PoolRules, SegmentPool
 from memtrace.allocator.settings import INTERVALS, AllocatorSettings
@@ -76,6 +85,8 @@ class CachingAllocator:
         self.peak_allocated_bytes = 0
         self.retries = 0
         """How often all that was cached was given back to the device, since it had no more (num_alloc_retries)."""
+        self.wanted_bytes = 0
+        """What would have had to be reserved for the last request that there was no room for."""
         self.highest = Level()
         """When most was reserved."""
 
@@ -186,6 +197,8 @@ class CachingAllocator:
             self.retries += 1
             self.empty_cache()
             block = pool.grow(size)
+        if block is None:
+            self.wanted_bytes = self.device.reserved_bytes + segment_size(size)
         return block
 
 

@@ -40,6 +40,8 @@ class Outcome:
     """Whether everything was served within the limit, the failed request included; None without a limit."""
     stopped_at: int | None = None
     """Events before the first one that could not be served; None where all were. The figures end there."""
+    needed_bytes: int = 0
+    """What had to be reserved: the peak, or what the first request that could not be served would have made it."""
     peak_at: int = 0
     """Events before the one after which most was reserved."""
 
@@ -99,8 +101,8 @@ class WhatIf:
     """Of the free memory then what lay in segments without any block in use."""
 
     def saved_bytes(self, outcome: Outcome) -> int:
-        """Returns how much less an outcome reserves at its peak than the setting in force, by the model for both."""
-        return self.in_force.reserved_bytes - outcome.reserved_bytes
+        """Returns how much less an outcome needs than the setting in force, by the model for both."""
+        return self.in_force.needed_bytes - outcome.needed_bytes
 
     @property
     def missed_ratio(self) -> float | None:
@@ -195,6 +197,7 @@ def replayed(recording: AllocatorRecording, settings: AllocatorSettings, limit: 
         device_calls=allocator.device.calls,
         fits=None if limit is None else done.stopped_at is None,
         stopped_at=done.stopped_at,
+        needed_bytes=allocator.highest.reserved_bytes if done.stopped_at is None else allocator.wanted_bytes,
         peak_at=done.peak_at,
     )
 
@@ -204,7 +207,7 @@ def _rank(outcome: Outcome) -> tuple[bool, int, int, int]:
     stopped = outcome.stopped_at
     return (
         stopped is not None,
-        outcome.reserved_bytes if stopped is None else -stopped,
+        outcome.needed_bytes if stopped is None else -stopped,
         0 if outcome.in_force else 1,
         len(outcome.settings.text),
     )

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 import memtrace
+from memtrace.cli.allocator import Allocator
 from memtrace.cli.command import Command
 from memtrace.cli.compare import Compare
 from memtrace.cli.plan import PlanCommand
@@ -21,7 +22,7 @@ from memtrace.cli.show import Show
 from memtrace.cli.watch import Watch
 from memtrace.errors import MemTraceError, packages_of
 
-COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Compare(), Report(), Watch())
+COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Compare(), Report(), Watch(), Allocator())
 """Every subcommand, in the order of the help."""
 
 
