@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -96,13 +97,10 @@ def _file_in(directory: Path, rank: int | None) -> Path:
         ConfigError: that rank has none.
         LogFormatError: nobody has; the message says why, as far as the step log tells.
     """
-    homes = [directory, *(below for below in sorted(directory.iterdir()) if below.is_dir())]
-    for home in homes:
-        ranks = sorted(int(found[1]) for file in home.iterdir() if (found := _NAME.fullmatch(file.name)))
-        if ranks and rank is not None and rank not in ranks:
+    for home, ranks in _homes(directory):
+        if rank is not None and rank not in ranks:
             raise ConfigError(f"{home} has no recording of rank {rank}, only of {', '.join(map(str, ranks))}")
-        if ranks:
-            return allocator_path(home, ranks[0] if rank is None else rank)
+        return allocator_path(home, ranks[0] if rank is None else rank)
     device = ""
     with suppress(LogFormatError):
         device = next(iter(choose_records(find_logs(directory), None).values())).device
@@ -115,3 +113,14 @@ def _file_in(directory: Path, rank: int | None) -> Path:
         f"{directory}: there is no recording of the allocator, no allocator-rank<R>.json.gz: set "
         "allocator_recording=True, which keeps the traced step with the highest peak"
     )
+
+
+def _homes(directory: Path) -> Iterator[tuple[Path, list[int]]]:
+    """Yields each directory with recordings and the ranks that have one: this one, then those in it."""
+    try:
+        for home in [directory, *(below for below in sorted(directory.iterdir()) if below.is_dir())]:
+            ranks = sorted(int(found[1]) for file in home.iterdir() if (found := _NAME.fullmatch(file.name)))
+            if ranks:
+                yield home, ranks
+    except OSError as error:
+        raise LogFormatError(f"{directory}: the directory cannot be read: {error.strerror or error}") from error

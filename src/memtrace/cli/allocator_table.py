@@ -12,13 +12,15 @@ from rich.text import Text
 
 from memtrace.allocator.what_if import Fragment, Outcome, WhatIf
 from memtrace.exporters.table import printable
-from memtrace.record.allocator_recording import variable_for
+from memtrace.record.allocator_recording import OLD_NAME, variable_for
 from memtrace.record.units import format_bytes
 
 WHAT_IF_SCHEMA = "memtrace.allocator/1"
 
 NOTABLE_MISS = 0.03
 """Share by which the model may miss what was recorded before that is said as a warning."""
+NOTABLE_SAVING = 0.01
+"""Share of what the setting in force needs below which nothing is advised."""
 
 
 def tables(found: WhatIf) -> RenderableType:
@@ -125,12 +127,14 @@ def _settings(found: WhatIf) -> Table:
 
 def _advice(found: WhatIf) -> str:
     best = found.ranked[0]
-    if best.in_force or found.saved_bytes(best) <= 0:
-        return "No other setting needs less: what is short is memory, not a setting."
+    if best.in_force or found.saved_bytes(best) < NOTABLE_SAVING * found.in_force.needed_bytes:
+        return "No other setting needs noticeably less: what is short is memory, not a setting."
     variable = variable_for(found.recording.torch)
     line = f"export {variable}={best.settings.text}" if best.settings.text else f"unset {variable}"
     if best.settings.garbage_collection_threshold is not None:
-        line += "    # and torch.cuda.set_per_process_memory_fraction(1.0), without which torch does not collect"
+        line += "  # and torch.cuda.set_per_process_memory_fraction(1.0), without which torch does not collect"
+    elif not found.recording.torch:
+        line += f"  # {OLD_NAME} before torch 2.10"
     return line
 
 
@@ -156,4 +160,4 @@ def _pins(fragment: Fragment) -> str:
 
 
 def _words(outcome: Outcome) -> str:
-    return outcome.settings.text or "defaults"
+    return outcome.settings.text.replace(",", ", ") or "defaults"
