@@ -131,10 +131,13 @@ class Device:
         self.reserved_bytes = 0
         self.calls = 0
         """How often memory was taken or given back, each of which waits for the driver."""
+        self.wanted_bytes = 0
+        """What would have been reserved with what was refused last."""
 
     def take(self, size: int) -> bool:
         """Reserves memory, where the limit allows it."""
         if self.limit is not None and self.reserved_bytes + size > self.limit:
+            self.wanted_bytes = self.reserved_bytes + size
             return False
         self.reserved_bytes += size
         self.calls += 1

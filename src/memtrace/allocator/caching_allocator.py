@@ -19,7 +19,6 @@ from memtrace.allocator.blocks import (
     Block,
     Device,
     Pool,
-    segment_size,
 )
 from memtrace.allocator.expandable_pool import ExpandablePool
 from memtrace.allocator.segment_pool import PoolRules, SegmentPool
@@ -85,8 +84,6 @@ class CachingAllocator:
         self.peak_allocated_bytes = 0
         self.retries = 0
         """How often all that was cached was given back to the device, since it had no more (num_alloc_retries)."""
-        self.wanted_bytes = 0
-        """What would have had to be reserved for the last request that there was no room for."""
         self.highest = Level()
         """When most was reserved."""
 
@@ -197,8 +194,6 @@ class CachingAllocator:
             self.retries += 1
             self.empty_cache()
             block = pool.grow(size)
-        if block is None:
-            self.wanted_bytes = self.device.reserved_bytes + segment_size(size)
         return block
 
 

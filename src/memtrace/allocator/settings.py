@@ -90,7 +90,7 @@ def parse_settings(text: str) -> AllocatorSettings:
         ConfigError: a value cannot be read, torch would not take it, or it asks for another allocator.
     """
     found: dict[str, object] = {}
-    at = 0
+    text, at = text.strip(), 0
     while at < len(text):
         item = _ITEM.match(text, at)
         if item is None:
@@ -133,7 +133,7 @@ def _divisions(text: str) -> int | tuple[int, ...]:
             raise ConfigError(f"roundup_power2_divisions must be N or [SIZE:N,>:N], got {text!r}")
         division = int(parts[2])
         if parts[1] == ">":
-            divisions[last:] = [division] * (INTERVALS - last)
+            divisions[last + 1 :] = [division] * (INTERVALS - last - 1)
             continue
         last = min(int(parts[1]).bit_length() - 1, INTERVALS - 1)
         if last < 0:

@@ -40,6 +40,8 @@ class Outcome:
     """Whether everything was served within the limit, the failed request included; None without a limit."""
     stopped_at: int | None = None
     """Events before the first one that could not be served; None where all were. The figures end there."""
+    most_allocated_bytes: int = 0
+    """The most that was allocated, at an instant of its own."""
     needed_bytes: int = 0
     """What had to be reserved: the peak, or what the first request that could not be served would have made it."""
     peak_at: int = 0
@@ -197,7 +199,8 @@ def replayed(recording: AllocatorRecording, settings: AllocatorSettings, limit: 
         device_calls=allocator.device.calls,
         fits=None if limit is None else done.stopped_at is None,
         stopped_at=done.stopped_at,
-        needed_bytes=allocator.highest.reserved_bytes if done.stopped_at is None else allocator.wanted_bytes,
+        most_allocated_bytes=allocator.peak_allocated_bytes,
+        needed_bytes=allocator.highest.reserved_bytes if done.stopped_at is None else allocator.device.wanted_bytes,
         peak_at=done.peak_at,
     )
 
