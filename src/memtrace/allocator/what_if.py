@@ -99,6 +99,10 @@ class WhatIf:
     """All of them, the one to take first."""
     fragments: Sequence[Fragment]
     """Under the setting in force, where most was reserved or the request failed: the largest first."""
+    fragment_count: int
+    """How many there are in all."""
+    fragment_bytes: int
+    """What is free in all of them."""
     cached_bytes: int
     """Of the free memory then what lay in segments without any block in use."""
 
@@ -180,7 +184,9 @@ def what_if(
         limit_bytes=limit,
         in_force=in_force,
         ranked=sorted([in_force, *found[1:]], key=_rank),
-        fragments=fragments,
+        fragments=fragments[:MAX_FRAGMENTS],
+        fragment_count=len(fragments),
+        fragment_bytes=sum(fragment.free_bytes for fragment in fragments),
         cached_bytes=cached,
     )
 
@@ -279,12 +285,12 @@ def _play(recording: AllocatorRecording, allocator: CachingAllocator, until: int
 
 
 def _fragments(recording: AllocatorRecording, outcome: Outcome, limit: int | None) -> tuple[Sequence[Fragment], int]:
-    """Returns the largest fragments where a replay was at its worst, and what lay in segments with nothing in use."""
+    """Returns the fragments where a replay was at its worst, and what lay in segments with nothing in use."""
     allocator = CachingAllocator(outcome.settings, limit=limit)
     _play(recording, allocator, (outcome.peak_at if outcome.stopped_at is None else outcome.stopped_at) + 1)
     found = sorted(_pinned(recording, allocator), key=lambda fragment: -fragment.free_bytes)
     cached = allocator.reserved_bytes - allocator.allocated_bytes - sum(fragment.free_bytes for fragment in found)
-    return found[:MAX_FRAGMENTS], cached
+    return found, cached
 
 
 def _pinned(recording: AllocatorRecording, allocator: CachingAllocator) -> Iterator[Fragment]:

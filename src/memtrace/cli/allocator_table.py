@@ -25,11 +25,16 @@ NOTABLE_SAVING = 0.01
 
 def tables(found: WhatIf) -> RenderableType:
     """Returns what was recorded, the settings ranked, the fragments and what to set."""
+    recording = found.recording
     parts: list[RenderableType] = [Text(_title(found), "bold"), *map(Text, _facts(found))]
     if len(found.ranked) > 1:
         parts += [_settings(found), Text(_advice(found))]
     if found.fragments:
-        parts += [_fragments(found)]
+        count = found.fragment_count
+        words = f"{count:,} fragments" if count > 1 else "1 fragment"
+        when = "when the request failed" if recording.failed_bytes is not None else "when most was reserved"
+        free = format_bytes(found.fragment_bytes)
+        parts += ["", Text(f"{free} free in {words} {when}, with the setting in force"), _fragments(found)]
     return Group(*parts)
 
 
@@ -61,6 +66,8 @@ def document(found: WhatIf) -> dict[str, Any]:
             for outcome in found.ranked
         ],
         "cached_bytes": found.cached_bytes,
+        "fragment_count": found.fragment_count,
+        "fragment_bytes": found.fragment_bytes,
         "fragments": [
             {
                 "segment_bytes": fragment.size,
@@ -99,8 +106,12 @@ def _facts(found: WhatIf) -> Iterator[str]:
             "allocator: fragments and cached memory from before are in no figure below."
         )
     if recording.failed_bytes is not None:
-        served = "the model has room for it: see above" if found.in_force.fits else "so by the model"
-        yield f"a request of {format_bytes(recording.failed_bytes)} failed; {served}"
+        said = {
+            True: "by the model there was room for it: take the rest with care",
+            False: "by the model, too",
+            None: "what could be reserved then is not recorded (--limit)",
+        }
+        yield f"a request of {format_bytes(recording.failed_bytes)} failed; {said[found.in_force.fits]}"
     if found.limit_bytes is not None:
         yield f"the allocator may reserve {format_bytes(found.limit_bytes)}"
 
@@ -140,7 +151,7 @@ def _advice(found: WhatIf) -> str:
 
 def _fragments(found: WhatIf) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column("fragments now", justify="right", no_wrap=True)
+    table.add_column("free", justify="right", no_wrap=True)
     table.add_column("of", justify="right", no_wrap=True)
     table.add_column("pinned by", ratio=1, overflow="fold")
     for fragment in found.fragments:
