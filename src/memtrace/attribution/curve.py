@@ -11,6 +11,9 @@ from memtrace.record.categories import Category, Moment
 MAX_STRETCHES = 160
 """Stretches that the changes of a step are cut into, each with one point: a picture has no more columns to show."""
 
+RECORDED = "cuda"
+"""How devices are named whose allocator is recorded: others have no settings to choose from."""
+
 
 class HighestSteps:
     """Makes a curve of a step only where its peak is above that of every one before: a steady run makes no more.
@@ -37,7 +40,7 @@ class HighestSteps:
     def ended(self, record: StepRecord) -> None:
         """Takes in the record of a step that has ended."""
         waiting, self._waiting = self._waiting, None
-        if waiting is not None and record.device.startswith("cuda"):
+        if waiting is not None and record.device.startswith(RECORDED):
             self.recording = step_recording(*waiting, record) or self.recording
 
 
