@@ -29,6 +29,7 @@ def render_markdown(report: OomReport) -> str:
         _holders(report),
         _blocks(report),
         _device(report),
+        _fragments(report),
         _last_peak(report),
         _other_settings(report),
     )
@@ -191,6 +192,28 @@ def _device(report: OomReport) -> Iterator[str]:
         yield "## Allocator and device"
         yield ""
         yield from _table(("", ""), rows)
+
+
+def _fragments(report: OomReport) -> Iterator[str]:
+    cut_up = report.fragmentation
+    if cut_up is None or not cut_up.pinned:
+        return
+    yield "## Fragments"
+    yield ""
+    yield "Free memory that cannot be given back to the device, since the segment has blocks in use: the largest."
+    yield ""
+    yield from _table(
+        ("free", "of a segment of", "blocks in use", "the smallest of them"),
+        [
+            (
+                format_bytes(segment.free_bytes),
+                format_bytes(segment.size),
+                str(segment.pinned_by),
+                ", ".join(f"{_label(key)} {format_bytes(size)}" for size, key in segment.pins) or _UNKNOWN,
+            )
+            for segment in cut_up.pinned
+        ],
+    )
 
 
 def _private_pools(allocator: AllocatorReading) -> Iterator[tuple[str, str]]:

@@ -218,7 +218,8 @@ class OomWatch:
         )
         blocks, hidden = live_blocks(listed, index), self._scan.hidden()
         holdings, estimated = from_blocks(blocks, known, hidden, facts, self._scan.workspace_sizes())
-        return holdings, estimated, parse_fragmentation(listed, index)
+        held = {holding.address: holding.key for holding in holdings}
+        return holdings, estimated, parse_fragmentation(listed, index, held)
 
     def _on_cpu(self, step: StepInProgress | None) -> tuple[list[Holding], bool]:
         """Reads an open window, which ends it: the step that it was for has failed."""

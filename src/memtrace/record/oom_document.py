@@ -15,6 +15,7 @@ from memtrace.record.oom_report import (
     Holder,
     LargeBlock,
     OomReport,
+    PinnedSegment,
     Remedy,
     RemedyKind,
     SettingOutcome,
@@ -89,6 +90,15 @@ def report_document(report: OomReport) -> dict[str, Any]:
             "largest_free_bytes": cut_up.largest_free_bytes,
             "segments": cut_up.segments,
             "expandable": cut_up.expandable,
+            "pinned": [
+                {
+                    "bytes": segment.size,
+                    "free_bytes": segment.free_bytes,
+                    "pinned_by": segment.pinned_by,
+                    "pins": [entry_documents({key: size})[0] for size, key in segment.pins],
+                }
+                for segment in cut_up.pinned
+            ],
         },
         "device_memory": reading_document(report.device_memory),
         "limit_bytes": report.limit_bytes,
@@ -218,6 +228,19 @@ def _parse_fragmentation(cut_up: Fields | None) -> Fragmentation | None:
         largest_free_bytes=cut_up.integer("largest_free_bytes"),
         segments=cut_up.integer("segments"),
         expandable=cut_up.boolean("expandable"),
+        pinned=tuple(map(_parse_pinned, cut_up.objects("pinned"))) if "pinned" in cut_up else (),
+    )
+
+
+def _parse_pinned(segment: Fields) -> PinnedSegment:
+    return PinnedSegment(
+        size=segment.integer("bytes"),
+        free_bytes=segment.integer("free_bytes"),
+        pinned_by=segment.integer("pinned_by"),
+        pins=tuple(
+            (pin.integer("bytes"), EntryKey(pin.word("category", Category), pin.text("component"), pin.text("dtype")))
+            for pin in segment.objects("pins")
+        ),
     )
 
 

@@ -121,6 +121,18 @@ class LargeBlock:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PinnedSegment:
+    """A segment with free memory that cannot be given back, since blocks of it are in use. Bytes."""
+
+    size: int
+    free_bytes: int
+    pinned_by: int
+    """How many blocks of it are in use."""
+    pins: tuple[tuple[int, EntryKey], ...]
+    """The smallest of them, with what each is for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fragmentation:
     """How the memory that the caching allocator holds without using it is cut up. Bytes."""
 
@@ -132,6 +144,8 @@ class Fragmentation:
     """Stretches of device memory that the allocator holds."""
     expandable: bool
     """Whether segments can grow (`expandable_segments:True`)."""
+    pinned: tuple[PinnedSegment, ...] = ()
+    """The segments with most free memory beside blocks in use. Of segments that grow none: they give pages back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
