@@ -104,3 +104,10 @@ def test_a_stream_has_pools_of_its_own() -> None:
     assert made.reserved_bytes == 80 * MIB
     assert made.take(50 * MIB, 2) is not None
     assert (made.retries, made.reserved_bytes) == (1, 90 * MIB)
+
+
+def test_an_address_space_ends() -> None:
+    """More than any device has is served by nobody, also where there is no limit."""
+    made = CachingAllocator(GROWS)
+    assert [made.allocate(key, 1 << 44) for key in range(5)] == [True] * 2 + [False] * 3
+    assert made.allocate("small", MIB)

@@ -134,6 +134,9 @@ def test_streams_are_small_numbers(tmp_path: Path) -> None:
     assert [*read(tmp_path, trace).streams] == [0, 1]
     assert [*read(tmp_path, [*trace, entry("oom", size=5, stream=99)]).streams] == [1, 0]
     assert not read(tmp_path, trace[:1]).streams
+    many = [entry("alloc", BASE + at * MIB, KIB, stream=at) for at in range(5000)]
+    with pytest.raises(LogFormatError, match="5,000 streams"):
+        read(tmp_path, many)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +218,11 @@ def test_any_history_can_be_replayed(tmp_path: Path) -> None:
     )
     for _ in range(150):
         trace = [
-            entry(chosen.choice(words), BASE + chosen.randrange(8) * MIB, chosen.choice((0, 1, KIB, 3 * MIB, 1 << 62)))
+            entry(
+                chosen.choice(words),
+                BASE + chosen.randrange(8) * MIB,
+                chosen.choice((0, 1, KIB, 3 * MIB, 1 << 43, 1 << 62)),
+            )
             for _ in range(chosen.randrange(1, 40))
         ]
         for one in trace:

@@ -60,6 +60,7 @@ def test_a_file_holds_what_was_written(tmp_path: Path) -> None:
         ({"labels": [0, 0, 2, 1]}, "labels must be integers"),
         ({"addresses": [-1, 0, 0, 0]}, "addresses"),
         ({"streams": [0, 0]}, "one number for each block"),
+        ({"streams": [0, 0, 0, 5000]}, "streams must be integers"),
         ({"failed_bytes": 0}, "failed_bytes"),
         ({"rank": -1}, "rank"),
         ({"from_the_start": 1}, "from_the_start"),

@@ -25,7 +25,7 @@ MIN_LARGE = 10 * MIB
 ROUND_LARGE = 2 * MIB
 
 _ADDRESS_BITS = 56
-"""Bits of an address in a key of `FreeBlocks`."""
+"""By how much a size is shifted in a key of `FreeBlocks`: addresses of one pool differ by less than 512 times that."""
 
 
 def segment_size(size: int) -> int:
@@ -94,13 +94,13 @@ class FreeBlocks:
 
     def add(self, block: Block) -> None:
         """Adds a block."""
-        key = block.size << _ADDRESS_BITS | block.address
+        key = (block.size << _ADDRESS_BITS) + block.address
         insort(self._keys, key)
         self._blocks[key] = block
 
     def remove(self, block: Block) -> None:
         """Removes a block whose size has not changed since it was added."""
-        key = block.size << _ADDRESS_BITS | block.address
+        key = (block.size << _ADDRESS_BITS) + block.address
         del self._keys[bisect_left(self._keys, key)]
         del self._blocks[key]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memtrace.allocator.blocks import MIN_BLOCK, Block, Device, FreeBlocks
+from memtrace.allocator.blocks import LARGE_SEGMENT, MIN_BLOCK, Block, Device, FreeBlocks
 from memtrace.allocator.segment_pool import PoolRules
 
-_ADDRESS_SPACE = 2**46
-"""More than any device has: how far a segment can grow."""
+_ADDRESS_SPACE = LARGE_SEGMENT * 2**21
+"""More than any device has, and a multiple of either page: how far a segment can grow."""
 
 
 class ExpandablePool:
@@ -56,9 +56,8 @@ class ExpandablePool:
 
         What was mapped before the device had no more stays.
         """
-        found: Block | None = self._lowest_room(size)
-        assert found is not None
-        if not found.mapped:
+        found = self._lowest_room(size)
+        if found is not None and not found.mapped:
             found = self._map(found, min(found.size, size))
         while found is not None and found.size < size:
             hole = found.after
@@ -102,14 +101,17 @@ class ExpandablePool:
             around = (piece.before, piece, piece.after)
             yield [block for block in around if block is not None and block.mapped]
 
-    def _lowest_room(self, size: int) -> Block:
-        """Returns where the lowest run of free blocks and holes begins that has room (find_expandable_block)."""
+    def _lowest_room(self, size: int) -> Block | None:
+        """Returns where the lowest run of free blocks and holes begins that has room (find_expandable_block).
+
+        None where the address space is used up.
+        """
         for address in sorted(self._holes):
             hole = self._holes[address]
             begin = hole.before if hole.before is not None and hole.before.free else hole
             if _run(begin, size) >= size:
                 return begin
-        raise AssertionError("the address space of a segment is used up")
+        return None
 
     def _map(self, hole: Block, size: int) -> Block | None:
         """Puts whole pages behind the beginning of a hole; returns the free block that they are now part of.

@@ -13,7 +13,7 @@ from memtrace.allocator.settings import INTERVALS, AllocatorSettings, parse_sett
 from memtrace.errors import ConfigError, LogFormatError
 from memtrace.forensics.snapshot import AllocatorSnapshot, Segment
 from memtrace.forensics.trace import UNKNOWN, Frame, Stacks, Trace
-from memtrace.record.allocator_recording import MAX_BLOCK, AllocatorRecording, label_columns
+from memtrace.record.allocator_recording import MAX_BLOCK, MAX_STREAMS, AllocatorRecording, label_columns
 
 _BEFORE = 1 << 48
 """Added to the number of a block that was there before the history, until it is known how many there were."""
@@ -105,6 +105,10 @@ class _Reading:
         first = self._trace.streams[self._failed_row] if self._failed_row is not None else streams[0] if streams else 0
         numbers = {first: 0}
         streams = [numbers.setdefault(stream, len(numbers)) for stream in streams]
+        if len(numbers) > MAX_STREAMS:
+            raise LogFormatError(
+                f"{origin}: the history has {len(numbers):,} streams; up to {MAX_STREAMS:,} are replayed"
+            )
         failed = None if self._failed_row is None else self._trace.sizes[self._failed_row]
         return AllocatorRecording(
             sizes_at_begin=array("q", (before.sizes[number] for number in order)),

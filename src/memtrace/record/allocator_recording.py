@@ -23,8 +23,10 @@ from memtrace.errors import LogFormatError
 from memtrace.record.strict_json import Fields
 
 RECORDING_SCHEMA = "memtrace.allocator-recording/1"
-MAX_BLOCK = 2**46
+MAX_BLOCK = 2**44
 """Bytes that a block can have: more than any device."""
+MAX_STREAMS = 4096
+"""Streams that a recording can have: each has pools of its own."""
 
 NEW_NAME, OLD_NAME = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 _FIRST_WITH_NEW_NAME = (2, 10)
@@ -114,7 +116,7 @@ def parse_recording(value: Any, source: str) -> AllocatorRecording:
     blocks = _checked(sizes, events, source)
     names = [str(name) for name in found.array("names")]
     labels, addresses = _numbers(found, "labels", 0, len(names)), _numbers(found, "addresses", 0, 2**63)
-    streams = _numbers(found, "streams", 0)
+    streams = _numbers(found, "streams", 0, MAX_STREAMS)
     for column in (labels, addresses, streams):
         if len(column) not in (0, blocks):
             raise LogFormatError(f"{source}: labels, addresses and streams must have one number for each block")
