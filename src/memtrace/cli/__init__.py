@@ -16,12 +16,13 @@ import memtrace
 from memtrace.cli.command import Command
 from memtrace.cli.compare import Compare
 from memtrace.cli.plan import PlanCommand
+from memtrace.cli.read import Read
 from memtrace.cli.report import Report
 from memtrace.cli.show import Show
 from memtrace.cli.watch import Watch
 from memtrace.errors import MemTraceError, packages_of
 
-COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Compare(), Report(), Watch())
+COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Compare(), Report(), Read(), Watch())
 """Every subcommand, in the order of the help."""
 
 

@@ -63,15 +63,15 @@ def labels_by_size(history: History, lives: Lives, model: ExpectedModel) -> dict
 
 def _flat(lifetimes: Sequence[Lifetime], persistent: Sequence[int], model: ExpectedModel) -> dict[int, int]:
     """Returns the blocks that hold all parameters, or one rank's share of them, and the bytes of an element."""
+    found: dict[int, int] = {}
     large = model.elements // max(_RANKS)
     if not large:
-        return {}
+        return found
     groups: dict[int, list[int]] = {}
     for index in persistent:
         size = lifetimes[index].nbytes
         if size >= large and size not in {part * width for part in model.parameters for width in WIDTHS}:
             groups.setdefault(size, []).append(index)
-    found = {}
     for size, indices in groups.items():
         fitting = [
             width

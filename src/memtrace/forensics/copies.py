@@ -45,7 +45,8 @@ def count_copies(model: ExpectedModel, counts: Mapping[int, int]) -> Copies:
     held = sum(size * count for size, count in there.items())
     if not held:
         return Copies(by_width={})
-    chosen, least = (0, 0, 0), float(held)
+    chosen: tuple[int, ...] = (0, 0, 0)
+    least = held
     for tried in product(*(range(_MOST[width] + 1) for width in WIDTHS)):
         misfit = 0
         for size in sizes:

@@ -49,6 +49,8 @@ class History:
     """Its lifetimes in the order of their begin, those from before the history first."""
     stacks: Sequence[int]
     """Where each of the lifetimes was allocated, as an index into the stacks of the snapshot; -1 where nobody knows."""
+    rows: Sequence[int]
+    """Which entry of the history allocated each of the lifetimes; below 0, and unique, for those from before it."""
     notes: Sequence[Note]
     """What was written on blocks, when they were allocated or later."""
     reserved: Sequence[int]
@@ -107,6 +109,7 @@ def read_history(snapshot: AllocatorSnapshot, device: int) -> History:
         device=device,
         timeline=timeline,
         stacks=_stacks(timeline.lifetimes, changes, trace, known),
+        rows=_rows(timeline.lifetimes, changes),
         notes=changes.notes,
         reserved=_reserved(changes, reserved_at_end),
         failures=changes.failures,
@@ -176,9 +179,9 @@ def _changes(trace: Trace) -> _Changes:
         elif action == "oom":
             device_free = None if entry.device_free == UNKNOWN else entry.device_free
             found.failures.append(Failure(len(found.deltas), max(size, 0), device_free, entry.stack))
-        text = entry.category or entry.note
-        if text and action in ("alloc", "annotate"):
-            found.notes.append(Note(len(found.deltas), address, text))
+        if action in ("alloc", "annotate"):
+            texts = (entry.category, entry.note)  # a note says more than a category
+            found.notes += [Note(len(found.deltas), address, text) for text in texts if text]
     return found
 
 
@@ -191,6 +194,12 @@ def _stacks(lifetimes: Sequence[Lifetime], changes: _Changes, trace: Trace, know
         else:
             stacks.append(known.get(life.address, UNKNOWN) if life.end is None else UNKNOWN)
     return stacks
+
+
+def _rows(lifetimes: Sequence[Lifetime], changes: _Changes) -> Sequence[int]:
+    return array(
+        "q", [changes.rows[life.begin] if life.begin >= 0 else -index - 1 for index, life in enumerate(lifetimes)]
+    )
 
 
 def _reserved(changes: _Changes, at_end: int) -> Sequence[int]:

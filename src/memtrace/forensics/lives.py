@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -10,9 +11,13 @@ from itertools import accumulate
 from memtrace.attribution.timeline import Lifetime
 from memtrace.forensics.history import History
 from memtrace.forensics.labels import Label
-from memtrace.forensics.steps import LEVEL, Steps, between, find_steps
+from memtrace.forensics.steps import Steps, find_valleys, height_of, steps_between
 from memtrace.record.categories import Category
 from memtrace.record.snapshot_reading import Source
+
+_ALIKE = 0.1
+"""Share of the height of a step within which two valleys are alike."""
+_MOSTLY = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +33,16 @@ class Lives:
     @property
     def steps_seen(self) -> bool:
         """Whether the history shows a whole step."""
-        return len(self.steps.boundaries) > 1
+        return self.steps.whole > 0
 
 
 def read_lives(history: History) -> Lives:
     """Returns how the blocks of a history live."""
     lifetimes = history.timeline.lifetimes
-    steps = _with_lasting(history, find_steps(history.timeline.totals))
-    bounds = [*steps.boundaries]
+    totals = history.timeline.totals
+    valleys = find_valleys(totals)
+    bounds = _boundaries(lifetimes, valleys, height_of(totals)) if valleys else []
+    steps = steps_between(totals, valleys, bounds)
     persistent: list[int] = []
     of_steps: list[list[int]] = [[] for _ in bounds]
     for index, life in enumerate(lifetimes):
@@ -48,24 +55,34 @@ def read_lives(history: History) -> Lives:
     return Lives(steps=steps, persistent=persistent, of_steps=of_steps)
 
 
-def _with_lasting(history: History, steps: Steps) -> Steps:
-    """Returns the steps without boundaries at which much is there that outlives the next one too, and yet is freed.
+def _boundaries(lifetimes: Sequence[Lifetime], valleys: Sequence[int], height: int) -> list[int]:
+    """Returns the valleys that lie between steps, the first one among them.
 
-    So it is between micro batches, where what the gradients take may be as much as the optimizer's state will.
+    At a valley between micro batches, or between backward pass and optimizer, gradients are there that will be freed;
+    of the valleys those are between steps at which least is there that will be. The last ones are not judged by that,
+    since what they hold is not freed yet: they are none from where what is new is what was freed at others.
     """
-    totals, bounds = history.timeline.totals, steps.boundaries
-    if len(bounds) < 3:
-        return steps
-    freed = [0] * (len(bounds) + 1)
-    for life in history.timeline.lifetimes:
-        if life.end is not None and life.end <= bounds[-1]:
-            first, stop = bisect_right(bounds, life.begin), bisect_right(bounds, life.end) - 1
-            if first < stop:
-                freed[first] += life.nbytes
-                freed[stop] -= life.nbytes
-    height = max(totals) - min(totals[bound] for bound in bounds[1:])
-    kept = [bound for bound, nbytes in zip(bounds, accumulate(freed), strict=False) if nbytes <= LEVEL * height]
-    return between(totals, steps.valleys, [bound for bound in kept if bound != bounds[0]])
+    dying = [0] * (len(valleys) + 1)
+    for life in lifetimes:
+        if life.end is not None:
+            dying[bisect_right(valleys, life.begin)] += life.nbytes
+            dying[bisect_right(valleys, life.end)] -= life.nbytes
+    dying = [*accumulate(dying[:-1])]
+    inner = dying[1:-1] or dying[1:]
+    limit = min(inner, default=0) + _ALIKE * height
+    chosen = [valley for valley, nbytes in zip(valleys, dying, strict=True) if valley == valleys[0] or nbytes <= limit]
+    others = [valley for valley in valleys if valley not in chosen]
+    freed: Counter[int] = Counter()
+    for valley in others:
+        freed |= Counter(life.nbytes for life in lifetimes if life.end is not None and life.begin < valley <= life.end)
+    for number in range(2, len(chosen)):
+        new = Counter(
+            life.nbytes for life in lifetimes if life.end is None and chosen[number - 1] <= life.begin < chosen[number]
+        )
+        alike = sum(size * count for size, count in (new & freed).items())
+        if alike > _ALIKE * height and alike >= _MOSTLY * sum(size * count for size, count in new.items()):
+            return chosen[:number]
+    return chosen
 
 
 def _outlives(life: Lifetime, bounds: Sequence[int], history: History) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from memtrace.record.breakdown import StepCurve
 from memtrace.record.categories import Category
 from memtrace.record.oom_report import Fragmentation, Remedy
 
@@ -94,15 +95,6 @@ class ReadFailure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceCurve:
-    """What was allocated over a history, by category, at some of its positions."""
-
-    seconds: Sequence[float]
-    """Since the first entry; the number of the change where the history has no times."""
-    by_category: Mapping[Category, Sequence[int]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceReading:
     """What a snapshot says of one device."""
 
@@ -118,7 +110,8 @@ class DeviceReading:
     """Steps that were found in it."""
     failure: ReadFailure | None = None
     remedies: Sequence[Remedy] = ()
-    curve: DeviceCurve | None = None
+    curve: StepCurve | None = None
+    """What was allocated over the history, by category; None where there is no history."""
     notes: Sequence[str] = ()
     """What limits what was read, for people."""
 
