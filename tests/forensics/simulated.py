@@ -11,8 +11,8 @@ from torch import nn
 from memtrace.allocator.caching_allocator import CachingAllocator
 from memtrace.planning.optimizers.simulated import make_optimizer
 from memtrace.planning.recipe import find_recipe
-from memtrace.planning.simulate import step_kernels
 from memtrace.planning.sharding.shares import Sharding
+from memtrace.planning.simulate import step_kernels
 from memtrace.planning.simulated_run import SimulatedRun, Training, run_two_steps
 from memtrace.record.breakdown import Breakdown
 from memtrace.record.categories import Moment
@@ -36,6 +36,7 @@ def record(
     make_model: Callable[[], nn.Module],
     make_batch: Callable[[], Any],
     loss: Callable[..., Any],
+    *,
     recipe: str,
     optimizer: str = "adamw",
     accumulation_steps: int = 1,

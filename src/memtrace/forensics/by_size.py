@@ -26,6 +26,8 @@ _ALL, _MOST = 0.99, 0.5
 """Shares of the parameters' bytes that must be there at once: of gradients all, of casts those that autocast makes."""
 _PADDING = 0.001
 """Share by which a flat buffer may be larger than what lies in it."""
+_FLAT = 256 << 10
+"""Bytes from which a block can be a flat buffer: smaller ones have such a size by chance."""
 _RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 """Ranks that a flat buffer may be shared out over."""
 _WORKSPACES = frozenset({cublas.BEFORE_HOPPER, cublas.FROM_HOPPER})
@@ -64,20 +66,17 @@ def labels_by_size(history: History, lives: Lives, model: ExpectedModel) -> dict
 def _flat(lifetimes: Sequence[Lifetime], persistent: Sequence[int], model: ExpectedModel) -> dict[int, int]:
     """Returns the blocks that hold all parameters, or one rank's share of them, and the bytes of an element."""
     found: dict[int, int] = {}
-    large = model.elements // max(_RANKS)
-    if not large:
-        return found
     groups: dict[int, list[int]] = {}
     for index in persistent:
         size = lifetimes[index].nbytes
-        if size >= large and size not in {part * width for part in model.parameters for width in WIDTHS}:
+        if size >= _FLAT and size not in {part * width for part in model.parameters for width in WIDTHS}:
             groups.setdefault(size, []).append(index)
     for size, indices in groups.items():
         fitting = [
             width
             for ranks in _RANKS
             for width in (4, 2)
-            if 0 <= size * ranks - model.elements * width <= model.elements * width * _PADDING + 512 * ranks
+            if 0 <= size * ranks - model.elements * width <= model.elements * width * _PADDING + 16 * ranks
         ]
         if fitting:
             width = 4 if 4 in fitting and (len(indices) > 1 or 2 not in fitting) else fitting[0]
