@@ -17,12 +17,13 @@ from memtrace.cli.allocator import Allocator
 from memtrace.cli.command import Command
 from memtrace.cli.compare import Compare
 from memtrace.cli.plan import PlanCommand
+from memtrace.cli.read import Read
 from memtrace.cli.report import Report
 from memtrace.cli.show import Show
 from memtrace.cli.watch import Watch
 from memtrace.errors import MemTraceError, packages_of
 
-COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Compare(), Report(), Watch(), Allocator())
+COMMANDS: tuple[Command, ...] = (Show(), PlanCommand(), Compare(), Report(), Read(), Watch(), Allocator())
 """Every subcommand, in the order of the help."""
 
 
