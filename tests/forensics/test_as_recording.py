@@ -103,16 +103,22 @@ def test_the_history_ends_with_the_failure(tmp_path: Path) -> None:
     assert read(tmp_path, [entry("oom", size=5)], segment(BASE, 20 * MIB)).limit_bytes is None
 
 
-def test_an_emptied_cache_is_told_from_a_retry(tmp_path: Path) -> None:
-    """Segments given back right before one is asked for are the allocator's own doing, where a limit is known."""
-    emptied = [entry("segment_free", BASE, 20 * MIB), entry("segment_free", BASE + 20 * MIB, 20 * MIB)]
-    retried = [*emptied, entry("snapshot"), entry("segment_alloc", BASE, 40 * MIB), entry("alloc", BASE, 40 * MIB)]
-    failed = {**entry("oom", size=GIB), "device_free": MIB}
-    left = segment(BASE, 40 * MIB, (0, 40 * MIB))
-    assert [*read(tmp_path, [*retried, failed], left).events] == [40 * MIB]
-    assert [*read(tmp_path, retried, left).events] == [0, 40 * MIB]
-    small = entry("alloc", BASE, KIB)
-    assert [*read(tmp_path, [*emptied, small, failed], left).events] == [0, KIB]
+def test_an_emptied_cache(tmp_path: Path) -> None:
+    """Where less is reserved than before; segments given back for one that is larger are the model's own doing."""
+    emptied = [
+        entry("segment_alloc", BASE, 20 * MIB),
+        entry("segment_alloc", BASE + 20 * MIB, 20 * MIB),
+        entry("alloc", BASE, 5 * MIB),
+        entry("free_completed", BASE, 5 * MIB),
+        entry("segment_free", BASE, 20 * MIB),
+        entry("segment_free", BASE + 20 * MIB, 20 * MIB),
+    ]
+    small = [entry("alloc", BASE + GIB, KIB)]
+    left = segment(BASE + GIB, 2 * MIB, (0, KIB))
+    assert [*read(tmp_path, [*emptied, *small], left).events] == [5 * MIB, -1, 0, KIB]
+    larger = [entry("segment_alloc", BASE + GIB, 50 * MIB), entry("alloc", BASE + GIB, 50 * MIB)]
+    left = segment(BASE + GIB, 50 * MIB, (0, 50 * MIB))
+    assert [*read(tmp_path, [*emptied, *larger], left).events] == [5 * MIB, -1, 50 * MIB]
 
 
 def test_private_pools_are_left_out(tmp_path: Path) -> None:
@@ -173,7 +179,7 @@ def test_segments_show_that_they_grow(tmp_path: Path) -> None:
 
 
 def test_what_a_block_is_for(tmp_path: Path) -> None:
-    """A note before a stack; of a stack the innermost frame that is not torch's."""
+    """A note, and of the stack the innermost frame that is not torch's."""
     frames = [
         {"filename": "??", "line": 0, "name": "at::empty"},
         {"filename": "/lib/torch/nn/linear.py", "line": 2, "name": "forward"},
@@ -187,7 +193,12 @@ def test_what_a_block_is_for(tmp_path: Path) -> None:
     ]
     found = read(tmp_path, trace)
     names = [found.name(block) for block in range(4)]
-    assert names == ["model.py:12 attention", "linear.py:2 forward", "gradients", "??:0 at::empty"]
+    assert names == [
+        "model.py:12 attention",
+        "linear.py:2 forward",
+        "gradients, model.py:12 attention",
+        "??:0 at::empty",
+    ]
 
 
 def test_what_cannot_be_replayed_is_refused(tmp_path: Path) -> None:

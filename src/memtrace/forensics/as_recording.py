@@ -5,21 +5,20 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from memtrace.allocator.blocks import segment_size
 from memtrace.allocator.caching_allocator import round_size
 from memtrace.allocator.settings import INTERVALS, AllocatorSettings, parse_settings
 from memtrace.errors import ConfigError, LogFormatError
+from memtrace.forensics.attribution import attribute
+from memtrace.forensics.history import History, read_history
+from memtrace.forensics.places import place_of
 from memtrace.forensics.snapshot import AllocatorSnapshot, Segment
-from memtrace.forensics.trace import UNKNOWN, Frame, Stacks, Trace
+from memtrace.forensics.trace import UNKNOWN, Trace
 from memtrace.record.allocator_recording import MAX_BLOCK, MAX_STREAMS, AllocatorRecording, label_columns
+from memtrace.record.snapshot_reading import Source
 
-_BEFORE = 1 << 48
-"""Added to the number of a block that was there before the history, until it is known how many there were."""
 _CONF = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-_LIBRARY = ("/torch/", "\\torch\\")
-"""In the path of a file that belongs to torch: whoever called it is meant."""
 _GROWS = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
 
 
@@ -36,7 +35,7 @@ def as_recording(snapshot: AllocatorSnapshot, device: int | None = None, origin:
 
     Raises:
         ConfigError: the snapshot has no history of that device, or is of another allocator.
-        LogFormatError: there is no history at all.
+        LogFormatError: there is no history at all, or it has too many streams.
     """
     recorded = [index for index, trace in enumerate(snapshot.traces) if len(trace)]
     if not recorded:
@@ -48,203 +47,138 @@ def as_recording(snapshot: AllocatorSnapshot, device: int | None = None, origin:
         known = ", ".join(map(str, recorded))
         raise ConfigError(f"{origin}: the snapshot has no history of device {device}, only of {known}")
     index = recorded[0] if device is None else device
-    trace, segments = snapshot.trace(index), snapshot.segments_of(index)
-    return _Reading(trace, segments, snapshot.stacks).recording(
-        settings=_settings(snapshot.settings, segments),
+    history, trace = read_history(snapshot, index), snapshot.trace(index)
+    settings = _settings(snapshot.settings, history.segments)
+    failure = history.failures[-1] if history.failures else None
+    end = history.end if failure is None else failure.position
+    private = _PrivatePools(history.segments, trace)
+    blocks = _blocks(history, private, end)
+    limit, peak, begun = _reserved(history.segments, trace, private)
+    names, labels = label_columns(_labels(snapshot, history, blocks))
+    streams = _streams(history, trace, blocks, origin)
+    lives = [history.timeline.lifetimes[number] for number in blocks]
+    before = sum(life.begin < 0 for life in lives)
+    failed = None if failure is None else failure.requested
+    return AllocatorRecording(
+        sizes_at_begin=array("q", (life.nbytes for life in lives[:before])),
+        events=_events(history, blocks, end),
+        settings=settings,
         origin=f"{origin}, device {index}" if origin else f"device {index}",
+        from_the_start=not begun and not before,
+        limit_bytes=limit,
+        peak_reserved_bytes=peak,
+        failed_bytes=failed if failed is not None and 0 < failed < MAX_BLOCK else None,
+        names=names,
+        labels=labels,
+        addresses=array("q", (life.address for life in lives)),
+        streams=streams,
     )
 
 
-@dataclass(slots=True)
-class _Columns:
-    """What is known of each block."""
+class _PrivatePools:
+    """Which addresses belong to private pools: by the entry (torch 2.13), else by the segments at the end."""
 
-    sizes: array[int] = field(default_factory=lambda: array("q"))
-    addresses: array[int] = field(default_factory=lambda: array("q"))
-    streams: array[int] = field(default_factory=lambda: array("q"))
-    labels: list[str] = field(default_factory=list)
+    def __init__(self, segments: Sequence[Segment], trace: Trace) -> None:
+        self._rows = trace.pools
+        self._ranges = sorted((segment.address, segment.size) for segment in segments if segment.pool)
+        self._begins = [address for address, _ in self._ranges]
 
-    def add(self, address: int, size: int, stream: int, label: str) -> int:
-        """Adds a block and returns its number."""
-        self.sizes.append(size)
-        self.addresses.append(address)
-        self.streams.append(stream)
-        self.labels.append(label)
-        return len(self.sizes) - 1
-
-
-class _Reading:
-    """One pass over a history."""
-
-    def __init__(self, trace: Trace, segments: Sequence[Segment], stacks: Stacks) -> None:
-        self._trace, self._stacks = trace, stacks
-        self._segments = [segment for segment in segments if not segment.pool]
-        self._private = sorted((segment.address, segment.size) for segment in segments if segment.pool)
-        self._private_begins = [address for address, _ in self._private]
-        self._words = [*trace.words]
-        self._code = {word: number for number, word in enumerate(self._words)}
-        self._failed_row = self._last("oom")
-        self._events = array("q")
-        self._made, self._before = _Columns(), _Columns()
-        self._live: dict[int, int] = {}
-        """Number of the block at each address: of one made, or `_BEFORE` and more."""
-        self._top: dict[int, str] = {}
-
-    def recording(self, *, settings: str, origin: str) -> AllocatorRecording:
-        """Returns what was read."""
-        limit, peak, begun = self._reserved()
-        self._read(emptied=self._emptied(every=limit is None))
-        self._add_the_untouched()
-        order = sorted(range(len(self._before.sizes)), key=self._before.addresses.__getitem__)
-        place = {number: at for at, number in enumerate(order)}
-        count = len(order)
-        events = array("q", (self._numbered(event, count, place) for event in self._events))
-        before, made = self._before, self._made
-        names, labels = label_columns([*(before.labels[number] for number in order), *made.labels])
-        streams = [*(before.streams[number] for number in order), *made.streams]
-        first = self._trace.streams[self._failed_row] if self._failed_row is not None else streams[0] if streams else 0
-        numbers = {first: 0}
-        streams = [numbers.setdefault(stream, len(numbers)) for stream in streams]
-        if len(numbers) > MAX_STREAMS:
-            raise LogFormatError(
-                f"{origin}: the history has {len(numbers):,} streams; up to {MAX_STREAMS:,} are replayed"
-            )
-        failed = None if self._failed_row is None else self._trace.sizes[self._failed_row]
-        return AllocatorRecording(
-            sizes_at_begin=array("q", (before.sizes[number] for number in order)),
-            events=events,
-            settings=settings,
-            origin=origin,
-            from_the_start=not begun and not count,
-            limit_bytes=limit,
-            peak_reserved_bytes=peak,
-            failed_bytes=failed if failed is not None and 0 < failed < MAX_BLOCK else None,
-            names=names,
-            labels=labels,
-            addresses=array("q", [*(before.addresses[number] for number in order), *made.addresses]),
-            streams=array("q", streams) if len(numbers) > 1 else (),
-        )
-
-    def _numbered(self, event: int, count: int, place: Mapping[int, int]) -> int:
-        if event >= 0:
-            return event
-        number = -event - 1
-        return -1 - (place[number - _BEFORE] if number >= _BEFORE else count + number)
-
-    def _read(self, *, emptied: frozenset[int]) -> None:
-        """Goes through the history, to its end: what is freed later was there before, too."""
-        trace, events = self._trace, self._events
-        alloc = self._code.get("alloc", UNKNOWN)
-        freed = self._code.get("free_completed", self._code.get("free_requested", UNKNOWN))
-        end = len(trace) if self._failed_row is None else self._failed_row
-        columns = (trace.actions, trace.addresses, trace.sizes, trace.streams, trace.stacks)
-        for row, (action, address, size, stream, stack) in enumerate(zip(*columns, strict=True)):
-            if row == end:
-                events = array("q")  # what comes after a failure is not replayed
-            if row in emptied:
-                events.append(0)
-            if action == alloc:
-                if not 0 < size < MAX_BLOCK or self._is_private(row, address):
-                    continue
-                if address in self._live:  # its free was lost
-                    events.append(-self._live[address] - 1)
-                if row < end:
-                    self._live[address] = self._made.add(address, size, stream, self._label(row, stack))
-                    events.append(size)
-                else:
-                    self._live[address] = 0
-            elif action == freed and not self._is_private(row, address):
-                number = self._live.pop(address, None)
-                if number is None and 0 < size < MAX_BLOCK:
-                    number = _BEFORE + self._before.add(address, size, stream, self._label(row, stack))
-                if number is not None:
-                    events.append(-number - 1)
-
-    def _add_the_untouched(self) -> None:
-        """Adds the blocks that were there before the history and after it."""
-        for segment in self._segments:
-            for block in segment.blocks:
-                if block.live and block.address not in self._live and 0 < block.requested < MAX_BLOCK:
-                    self._before.add(block.address, block.requested, segment.stream, self._frame(block.stack))
-
-    def _reserved(self) -> tuple[int | None, int, int]:
-        """Returns what could be reserved, the most that was, and what was at the begin of the history."""
-        trace, changes = self._trace, {self._code[word]: sign for word, sign in _GROWS.items() if word in self._code}
-        end = len(trace) if self._failed_row is None else self._failed_row
-        moved = highest = then = 0
-        for row, action in enumerate(trace.actions):
-            sign = changes.get(action)
-            if row == end:
-                then = moved
-            if sign is not None and not self._is_private(row, trace.addresses[row]):
-                moved += sign * trace.sizes[row]
-                if row < end:
-                    highest = max(highest, moved)
-        begun = max(sum(segment.size for segment in self._segments) - moved, 0)
-        if self._failed_row is None:
-            return None, begun + highest, begun
-        free = trace.device_free.get(self._failed_row, UNKNOWN)
-        wanted = segment_size(round_size(max(trace.sizes[self._failed_row], 1)))
-        if free == UNKNOWN:
-            return None, begun + highest, begun
-        # A device that has enough, and is not asked: set_per_process_memory_fraction is the limit.
-        return begun + then + (free if free < wanted else 0), begun + highest, begun
-
-    def _emptied(self, *, every: bool) -> frozenset[int]:
-        """Returns the rows at which segments were given back for no request: `torch.cuda.empty_cache()`.
-
-        Args:
-            every: whether also those that may have been given back for one, where no limit tells the model to.
-        """
-        gives = {self._code.get(word, UNKNOWN) for word in ("segment_free", "segment_unmap")}
-        takes = {self._code.get(word, UNKNOWN) for word in ("segment_alloc", "segment_map", "oom")}
-        silent = {self._code.get(word, UNKNOWN) for word in ("snapshot", "annotate")}
-        found, first = [], UNKNOWN
-        for row, action in enumerate(self._trace.actions):
-            if action in gives:
-                first = row if first == UNKNOWN else first
-            elif action not in silent:
-                if first != UNKNOWN and (every or action not in takes):
-                    found.append(first)
-                first = UNKNOWN
-        return frozenset(found)
-
-    def _is_private(self, row: int, address: int) -> bool:
-        if row in self._trace.pools:
+    def have(self, row: int, address: int) -> bool:
+        """Returns whether an address is one of theirs."""
+        if row in self._rows:
             return True
-        if not self._private:
-            return False
-        at = bisect_right(self._private_begins, address) - 1
-        return at >= 0 and address < sum(self._private[at])
-
-    def _last(self, word: str) -> int | None:
-        code = self._code.get(word)
-        rows = range(len(self._trace) - 1, -1, -1)
-        return None if code is None else next((row for row in rows if self._trace.actions[row] == code), None)
-
-    def _label(self, row: int, stack: int) -> str:
-        for texts in (self._trace.categories, self._trace.notes):
-            if row in texts:
-                return self._words[texts[row]]
-        return self._frame(stack)
-
-    def _frame(self, stack: int) -> str:
-        """Returns the innermost frame that is the user's, else the innermost one in Python; empty for none."""
-        if stack == UNKNOWN:
-            return ""
-        known = self._top.get(stack)
-        if known is None:
-            known = self._top[stack] = _innermost(self._stacks[stack])
-        return known
+        at = bisect_right(self._begins, address) - 1
+        return at >= 0 and address < sum(self._ranges[at])
 
 
-def _innermost(frames: Sequence[Frame]) -> str:
-    python = [frame for frame in frames if frame.filename.endswith(".py")]
-    own = [frame for frame in python if not any(part in frame.filename for part in _LIBRARY)]
-    for frame in (*own, *python, *frames):
-        name = frame.filename.replace("\\", "/").rpartition("/")[2]
-        return f"{name}:{frame.line} {frame.name}"
-    return ""
+def _blocks(history: History, private: _PrivatePools, end: int) -> list[int]:
+    """Returns the lifetimes that are replayed: those from before the history by address, then in their order."""
+    kept = [
+        number
+        for number, life in enumerate(history.timeline.lifetimes)
+        if life.begin < end and 0 < life.nbytes < MAX_BLOCK and not private.have(history.rows[number], life.address)
+    ]
+    lifetimes = history.timeline.lifetimes
+    return sorted(kept, key=lambda number: (lifetimes[number].begin, lifetimes[number].address))
+
+
+def _events(history: History, blocks: Sequence[int], end: int) -> Sequence[int]:
+    """Returns the events up to a position, with an emptied cache wherever less is reserved than before."""
+    at = array("q", bytes(8 * end))
+    for number, block in enumerate(blocks):
+        life = history.timeline.lifetimes[block]
+        if life.begin >= 0:
+            at[life.begin] = life.nbytes
+        if life.end is not None and life.end < end:
+            at[life.end] = -number - 1
+    reserved = history.reserved
+    events = array("q")
+    for position, event in enumerate(at):
+        if position and reserved[position] < reserved[position - 1]:
+            events.append(0)
+        if event:
+            events.append(event)
+    return events
+
+
+def _labels(snapshot: AllocatorSnapshot, history: History, blocks: Sequence[int]) -> Iterator[str]:
+    """Yields what each block was for, as far as somebody can tell, and where it was allocated."""
+    found, places = attribute(history, snapshot.stacks, None), {UNKNOWN: ""}
+    for number in blocks:
+        label, stack = found.label(number), history.stacks[number]
+        if stack not in places:
+            places[stack] = place_of(snapshot.stacks[stack])
+        words = "" if label.source is Source.NONE else " ".join(part for part in label[:3] if part)
+        yield ", ".join(part for part in (words, places[stack]) if part)
+
+
+def _streams(history: History, trace: Trace, blocks: Sequence[int], origin: str) -> Sequence[int]:
+    """Returns the stream of each block as a small number, 0 for that of the failed request; empty where all are of one.
+
+    Raises:
+        LogFormatError: there are more than `MAX_STREAMS`.
+    """
+    listed = {block.address: segment.stream for segment in history.segments for block in segment.blocks}
+    numbers = {trace.streams[row]: 0 for row in [_failed_row(trace)] if row is not None}
+    found = array("q")
+    for number in blocks:
+        row, life = history.rows[number], history.timeline.lifetimes[number]
+        stream = trace.streams[row] if row >= 0 else listed.get(life.address)
+        found.append(0 if stream is None else numbers.setdefault(stream, len(numbers)))
+    if len(numbers) > MAX_STREAMS:
+        raise LogFormatError(f"{origin}: the history has {len(numbers):,} streams; up to {MAX_STREAMS:,} are replayed")
+    return found if any(found) else ()
+
+
+def _failed_row(trace: Trace) -> int | None:
+    code = trace.words.get("oom")
+    rows = range(len(trace) - 1, -1, -1)
+    return None if code is None else next((row for row in rows if trace.actions[row] == code), None)
+
+
+def _reserved(segments: Sequence[Segment], trace: Trace, private: _PrivatePools) -> tuple[int | None, int, int]:
+    """Returns what could be reserved, the most that was before the last failure, and what was at the begin.
+
+    Private pools are left out. What could be is known where a request failed.
+    """
+    signs = {trace.words[word]: sign for word, sign in _GROWS.items() if word in trace.words}
+    failed = _failed_row(trace)
+    end = len(trace) if failed is None else failed
+    moved = highest = then = 0
+    for row, action in enumerate(trace.actions):
+        if row == end:
+            then = moved
+        if action in signs and not private.have(row, trace.addresses[row]):
+            moved += signs[action] * trace.sizes[row]
+            if row < end:
+                highest = max(highest, moved)
+    begun = max(sum(segment.size for segment in segments if not segment.pool) - moved, 0)
+    free = UNKNOWN if failed is None else trace.device_free.get(failed, UNKNOWN)
+    if failed is None or free == UNKNOWN:
+        return None, begun + highest, begun
+    wanted = segment_size(round_size(max(trace.sizes[failed], 1)))
+    # A device that has enough, and is not asked: set_per_process_memory_fraction is the limit.
+    return begun + then + (free if free < wanted else 0), begun + highest, begun
 
 
 def _settings(found: Mapping[str, object], segments: Sequence[Segment]) -> str:
