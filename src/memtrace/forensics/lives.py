@@ -114,8 +114,10 @@ def labels_by_life(history: History, lives: Lives, known: Mapping[int, Label]) -
         lives: of its blocks.
         known: what better sources have told. Where they know gradients, the forward pass ended before the last of them.
     """
-    found = {}
+    found: dict[int, Label] = {}
     lifetimes, valleys = history.timeline.lifetimes, lives.steps.valleys
+    if not valleys:
+        return found
     activations = Label(Category.ACTIVATIONS, "", "", Source.LIFE)
     temporaries = Label(Category.TEMPORARIES, "", "", Source.LIFE)
     ends = [*valleys[1:], history.end]

@@ -21,6 +21,7 @@ _LARGEST = (1 << 63) - 1
 _ROW_BYTES = 64
 _FRAME_BYTES = 700
 _SPARSE_BYTES = 100
+_RARER = frozenset({"user_metadata", "category", "pool_id"})
 _NO_FRAMES: tuple[object, ...] = (None, [], ())
 
 
@@ -145,7 +146,7 @@ class Rows:
             stack = self._recent[id(frames)] = self.stack_of(frames)
         trace.stacks.append(stack)
         trace.actions.append(self._word(trace, action))
-        if len(entry) > 6:  # what most entries have
+        if not _RARER.isdisjoint(entry):
             self._add_rarer(trace, row, entry)
         if action == "oom":
             trace.device_free[row] = _number_if_any(entry, "device_free", action)

@@ -49,7 +49,7 @@ def height_of(totals: Sequence[int]) -> int:
 
 def steps_between(totals: Sequence[int], valleys: Sequence[int], boundaries: Sequence[int]) -> Steps:
     """Returns the steps between those valleys that are boundaries."""
-    ends = [*boundaries[1:], len(totals) - 1]
+    ends = [*boundaries[1:], len(totals) - 1][: len(boundaries)]
     return Steps(
         boundaries=boundaries,
         tops=[
