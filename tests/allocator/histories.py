@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
+from memtrace.allocator.recording import AllocatorRecording
 from memtrace.allocator.settings import AllocatorSettings
 from memtrace.allocator.what_if import replayed
-from memtrace.record.allocator_recording import AllocatorRecording
 from memtrace.record.units import GIB, MIB
 
 

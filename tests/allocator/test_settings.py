@@ -6,8 +6,8 @@ import pytest
 
 from memtrace.allocator.settings import INTERVALS, AllocatorSettings, parse_settings
 from memtrace.errors import ConfigError
-from memtrace.record.allocator_recording import variable_for
 from memtrace.record.units import MIB
+from memtrace.sources.cuda.settings_variable import variable_for
 
 
 @pytest.mark.parametrize(

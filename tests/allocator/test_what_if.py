@@ -10,10 +10,10 @@ from histories import FRAGMENTING, longer_and_longer, one_after_the_other, recor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memtrace.allocator.recording import AllocatorRecording
 from memtrace.allocator.settings import AllocatorSettings
 from memtrace.allocator.what_if import MAX_FRAGMENTS, candidates, replayed, what_if
 from memtrace.errors import ConfigError
-from memtrace.record.allocator_recording import AllocatorRecording
 from memtrace.record.units import GIB, MIB
 
 PLAIN = AllocatorSettings()

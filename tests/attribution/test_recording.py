@@ -11,11 +11,11 @@ from greedy_training import Training, reports_in
 from small_training import make, step
 
 from memtrace import Category, MemoryTracer, Moment, TracerConfig
+from memtrace.allocator.recording import AllocatorRecording
 from memtrace.attribution import curve, recording
 from memtrace.exporters.allocator_file import allocator_path, read_recording
-from memtrace.oom import allocator_answer
+from memtrace.oom import allocator_answer, watch
 from memtrace.oom.markdown import render_markdown
-from memtrace.record.allocator_recording import AllocatorRecording
 from memtrace.record.oom_document import encode, parse_report
 
 
@@ -140,3 +140,17 @@ def test_settings_that_are_not_modelled_have_no_answer(tmp_path: Path, monkeypat
     assert len(reports) == 2
     assert all(report.allocator_answer is None for report in reports)
     assert reports[0].composition.by_category()[Category.WEIGHTS]
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_fault_in_the_replay_costs_the_answer_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report of the failure is there; memtrace is switched off, and the user's error is the user's."""
+
+    def runs_out(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(watch, "answer", runs_out)
+    fail(tmp_path, strict=False)
+    (report,) = reports_in(tmp_path)
+    assert report.allocator_answer is None
+    assert report.remedies

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from records import traced_step
 
+from memtrace.allocator.recording import recording_document
 from memtrace.cli import main
 from memtrace.exporters.allocator_file import read_recording
 from memtrace.exporters.steplog import StepLog, step_log_path
-from memtrace.record.allocator_recording import recording_document
 from tests.allocator.histories import second_step
 from tests.forensics.snapshots import snapshot
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from memtrace.allocator.recording import AllocatorRecording
 from memtrace.allocator.what_if import what_if
 from memtrace.errors import ConfigError, LogFormatError, MemTraceError
 from memtrace.forensics.as_recording import as_recording
 from memtrace.forensics.loader import load_snapshot
-from memtrace.record.allocator_recording import AllocatorRecording
 from memtrace.record.units import GIB, KIB, MIB
 from tests.forensics.snapshots import VERSIONS, snapshot
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
+from memtrace.allocator.recording import AllocatorRecording
 from memtrace.config import TracerConfig
 from memtrace.errors import OutputError
 from memtrace.exporters.allocator_file import write_recording
@@ -23,7 +24,6 @@ from memtrace.exporters.targets import TargetFile, clear_stale, target_path
 from memtrace.exporters.textfile import clear_ended, textfile_path, write_textfile
 from memtrace.exporters.timeline_file import write_timeline
 from memtrace.oom.files import write_report
-from memtrace.record.allocator_recording import AllocatorRecording
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.oom_report import OomReport
 from memtrace.record.snapshot import RunIdentity, RunState, Snapshot

@@ -16,11 +16,11 @@ from torch import nn
 from memtrace.adapters import forgotten
 from memtrace.adapters.exports import Exports
 from memtrace.adapters.said import say_where, show_table
+from memtrace.allocator.recording import AllocatorRecording
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
 from memtrace.oom.failure import out_of_memory
-from memtrace.record.allocator_recording import AllocatorRecording
 from memtrace.record.oom_report import OomReport
 from memtrace.record.snapshot import RunState, Snapshot
 from memtrace.sources.at_exit import at_exit

@@ -11,8 +11,8 @@ from multiprocessing import get_context
 
 from memtrace.allocator.blocks import Block
 from memtrace.allocator.caching_allocator import CachingAllocator
+from memtrace.allocator.recording import AllocatorRecording
 from memtrace.allocator.settings import AllocatorSettings, parse_settings
-from memtrace.record.allocator_recording import AllocatorRecording
 from memtrace.record.units import MIB
 
 WORTH_PROCESSES = 100_000

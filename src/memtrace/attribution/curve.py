@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from memtrace.allocator.recording import AllocatorRecording
 from memtrace.attribution.recording import step_recording
 from memtrace.attribution.timeline import StepMarks, Timeline
-from memtrace.record.allocator_recording import AllocatorRecording
 from memtrace.record.breakdown import StepCurve, StepRecord
 from memtrace.record.categories import Category, Moment
 

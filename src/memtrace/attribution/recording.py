@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from array import array
 
+import torch
+
+from memtrace.allocator.recording import AllocatorRecording, label_columns
 from memtrace.attribution.timeline import Lifetime, StepMarks, Timeline
-from memtrace.record.allocator_recording import AllocatorRecording, label_columns
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.categories import Moment
-from memtrace.sources.cuda.allocator import configured_settings, torch_version
+from memtrace.sources.cuda.settings_variable import configured_settings
 
 MAX_EVENTS = 500_000
 """Allocations and frees of a step that is recorded: some 12 MB of memory, and a file of some 2 MB."""
@@ -44,8 +46,8 @@ def step_recording(timeline: Timeline, marks: StepMarks, record: StepRecord) -> 
     return AllocatorRecording(
         sizes_at_begin=array("q", (life.nbytes for life in before)),
         events=events,
-        settings=configured_settings(),
-        torch=torch_version(),
+        settings=configured_settings(str(torch.__version__)),
+        torch=str(torch.__version__),
         origin=f"step {record.step} of rank {record.rank} on {record.device}",
         rank=record.rank,
         limit_bytes=min(bounds, default=None),

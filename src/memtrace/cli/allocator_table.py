@@ -12,8 +12,8 @@ from rich.text import Text
 
 from memtrace.allocator.what_if import Fragment, Outcome, WhatIf
 from memtrace.exporters.table import printable
-from memtrace.record.allocator_recording import OLD_NAME, variable_for
 from memtrace.record.units import format_bytes
+from memtrace.sources.cuda.settings_variable import OLD_NAME, variable_for
 
 WHAT_IF_SCHEMA = "memtrace.allocator/1"
 

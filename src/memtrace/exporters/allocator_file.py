@@ -8,8 +8,8 @@ import os
 import zlib
 from pathlib import Path
 
+from memtrace.allocator.recording import AllocatorRecording, parse_recording, recording_document
 from memtrace.errors import LogFormatError, OutputError
-from memtrace.record.allocator_recording import AllocatorRecording, parse_recording, recording_document
 from memtrace.record.strict_json import parse_json
 from memtrace.record.whole_file import write_whole
 

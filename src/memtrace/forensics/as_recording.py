@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from memtrace.allocator.blocks import segment_size
 from memtrace.allocator.caching_allocator import round_size
+from memtrace.allocator.recording import MAX_BLOCK, MAX_STREAMS, AllocatorRecording, label_columns
 from memtrace.allocator.settings import INTERVALS, AllocatorSettings, parse_settings
 from memtrace.errors import ConfigError, LogFormatError
 from memtrace.forensics.attribution import attribute
@@ -15,7 +16,6 @@ from memtrace.forensics.history import History, read_history
 from memtrace.forensics.places import place_of
 from memtrace.forensics.snapshot import AllocatorSnapshot, Segment
 from memtrace.forensics.trace import UNKNOWN, Trace
-from memtrace.record.allocator_recording import MAX_BLOCK, MAX_STREAMS, AllocatorRecording, label_columns
 from memtrace.record.snapshot_reading import Source
 
 _CONF = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from memtrace.allocator.recording import AllocatorRecording
 from memtrace.allocator.settings import parse_settings
 from memtrace.allocator.what_if import candidates, what_if
 from memtrace.errors import ConfigError
-from memtrace.record.allocator_recording import AllocatorRecording, variable_for
 from memtrace.record.oom_report import AllocatorAnswer, FailedRequest, SettingOutcome
+from memtrace.sources.cuda.settings_variable import variable_for
 
 MAX_EVENTS = 400_000
 """Events of a recording that is replayed in a process that has just failed."""

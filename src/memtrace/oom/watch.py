@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from memtrace.allocator.recording import AllocatorRecording
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.step_in_progress import StepInProgress
@@ -25,7 +26,6 @@ from memtrace.oom.fragmentation import parse_fragmentation
 from memtrace.oom.holders import module_names, repeated_blocks
 from memtrace.oom.markdown import headline
 from memtrace.oom.scene import Scene, describe, with_request
-from memtrace.record.allocator_recording import AllocatorRecording
 from memtrace.record.categories import Phase
 from memtrace.record.oom_report import FailedRequest, Fragmentation, OomReport, Witness
 from memtrace.record.snapshot import Snapshot
@@ -174,7 +174,8 @@ class OomWatch:
         if recording is not None and recording is not self._replayed:
             self._replayed, device = recording, report.device_memory
             free = None if device is None else device.free_bytes
-            report = replace(report, allocator_answer=answer(recording, request, free))
+            found = self._guard.run(answer, recording, request, free)  # a fault there leaves the rest of the report
+            report = replace(report, allocator_answer=found)
         return report, self._publish(report)
 
     def _look(self, request: FailedRequest, step: StepInProgress | None) -> OomReport:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from memtrace.allocator.recording import AllocatorRecording
 from memtrace.attribution.curve import HighestSteps
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.attribution.optimizers import HandedOver, flat
@@ -17,7 +18,6 @@ from memtrace.attribution.window import TraceWindow
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
 from memtrace.guard import Guard
-from memtrace.record.allocator_recording import AllocatorRecording
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.oom_report import OomReport
 from memtrace.record.plan import read_plan
@@ -171,9 +171,10 @@ class Tracer:
 
     def report_failure(self, error: BaseException) -> None:
         """Makes an OOM report of an exception that says so, and adds a note of it to the exception; ignores others."""
-        if self._watch is not None:
-            self._guard.run(self._watch.oom.raised, error)
-            self._guard.run(self._watch.window.explain, error)
+        watch = self._watch
+        if watch is not None:  # a fault in the first lets go of it
+            self._guard.run(watch.oom.raised, error)
+            self._guard.run(watch.window.explain, error)
 
     def report_restart(self) -> None:
         """Makes an OOM report of a step in progress that the loop has given up because memory had run out."""

@@ -6,7 +6,6 @@ Another allocator (`backend:cudaMallocAsync`, a pluggable one) says less, or not
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain, compress
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from memtrace.record.allocator_recording import OLD_NAME, variable_for
 from memtrace.record.breakdown import AllocatorReading
 from memtrace.sources.events import Block
 from memtrace.sources.recording_torch_private import list_segments
@@ -74,21 +72,6 @@ def allowed_bytes(device_index: int) -> int | None:
     except RuntimeError:
         return None
     return int(ratio * torch.cuda.get_device_properties(device_index).total_memory) if 0 <= ratio < 1 else None
-
-
-def torch_version() -> str:
-    """Returns the version of torch that is at work."""
-    return str(torch.__version__)
-
-
-def configured_settings() -> str:
-    """Returns the allocator settings of this process, as its environment has them; empty for torch's defaults.
-
-    torch reads them once, when it first allocates: what the environment says later counts for the next process.
-    """
-    variable = variable_for(torch_version())
-    found = os.environ.get(variable)
-    return os.environ.get(OLD_NAME, "") if found is None and variable != OLD_NAME else found or ""
 
 
 def parse_counters(

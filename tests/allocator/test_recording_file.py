@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from memtrace.allocator.recording import AllocatorRecording, parse_recording, recording_document
 from memtrace.errors import LogFormatError, OutputError
 from memtrace.exporters import allocator_file
 from memtrace.exporters.allocator_file import allocator_path, read_recording, write_recording
-from memtrace.record.allocator_recording import AllocatorRecording, parse_recording, recording_document
 
 RECORDING = AllocatorRecording(
     sizes_at_begin=[1000, 512],

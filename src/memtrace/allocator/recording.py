@@ -13,7 +13,6 @@ allocates so many bytes for the next block; -1 frees block 0, -2 block 1, and so
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,11 +26,6 @@ MAX_BLOCK = 2**44
 """Bytes that a block can have: more than any device."""
 MAX_STREAMS = 4096
 """Streams that a recording can have: each has pools of its own."""
-
-NEW_NAME, OLD_NAME = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-_FIRST_WITH_NEW_NAME = (2, 10)
-"""First version of torch that was seen to read `NEW_NAME`. It reads `OLD_NAME` too, where the new one is not set."""
-_VERSION = re.compile(r"(\d+)\.(\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +68,6 @@ class AllocatorRecording:
     def name(self, block: int) -> str:
         """Returns what a block is for; empty where that is not known."""
         return self.names[self.labels[block]] if self.labels else ""
-
-
-def variable_for(torch_version: str) -> str:
-    """Returns the variable from which a version of torch takes its allocator settings; the new name for no version."""
-    found = _VERSION.match(torch_version)
-    older = found is not None and (int(found[1]), int(found[2])) < _FIRST_WITH_NEW_NAME
-    return OLD_NAME if older else NEW_NAME
 
 
 def recording_document(recording: AllocatorRecording) -> dict[str, Any]:
