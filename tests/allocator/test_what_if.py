@@ -115,7 +115,9 @@ def test_blocks_that_were_there_before() -> None:
     found = what_if(history, others=())
     assert found.in_force.reserved_bytes == 50 * MIB
     assert found.missed_ratio is None
-    assert what_if(recording(3 * MIB, peak_reserved_bytes=20 * MIB)).missed_ratio == 0
+    made = recording(3 * MIB, peak_reserved_bytes=20 * MIB)
+    assert what_if(made).missed_ratio == 0
+    assert what_if(made, limit=2 * MIB).missed_ratio is None
 
 
 def test_an_emptied_cache() -> None:

@@ -61,6 +61,13 @@ def test_without_what_if_there_is_the_setting_in_force(run_dir: Path, capsys: py
     assert "export" not in shown
 
 
+def test_a_narrow_terminal(run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings are what is still to be read there."""
+    monkeypatch.setenv("COLUMNS", "50")
+    assert main(["allocator", str(run_dir), "--what-if"]) == 0
+    assert "expandable_segments" in capsys.readouterr().out.partition("export")[0]
+
+
 def test_json_and_another_limit(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a little more memory the setting in force fits, too; collecting says what it needs."""
     assert main(["allocator", str(run_dir), "--what-if", "--json", "--limit", "12GiB"]) == 0
@@ -83,6 +90,7 @@ def test_a_snapshot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path.write_bytes(pickle.dumps({**found, "segments": [], "device_traces": [grown]}, protocol=4))
     assert main(["allocator", str(path), "--what-if"]) == 0
     shown = capsys.readouterr().out
+    assert "recorded" not in shown  # no segment was
     assert "s.pickle, device 0 · settings: defaults · 24 allocations and frees" in shown
     assert "PYTORCH_ALLOC_CONF=expandable_segments:True  # PYTORCH_CUDA_ALLOC_CONF before torch 2.10" in shown
     assert "no history of device 7" in refused(capsys, path, "--device", 7)

@@ -114,10 +114,11 @@ class WhatIf:
     def missed_ratio(self) -> float | None:
         """How far the model is from what was recorded, for the setting in force; None where that cannot be told.
 
-        It can where the recording begins with the process: before, nobody knows what was cached.
+        It can where the recording begins with the process, since nobody knows what was cached before, and where the
+        limit is the recorded one.
         """
         recorded = self.recording.peak_reserved_bytes
-        if not recorded or not self.recording.from_the_start:
+        if not recorded or not self.recording.from_the_start or self.limit_bytes != self.recording.limit_bytes:
             return None
         return self.in_force.reserved_bytes / recorded - 1
 

@@ -96,7 +96,7 @@ def _facts(found: WhatIf) -> Iterator[str]:
         recorded = format_bytes(recording.peak_reserved_bytes)
         doubt = ": take the rest with care" if abs(missed) > NOTABLE_MISS else ""
         yield f"reserved at the peak: {recorded} recorded, {modelled} by the model ({missed:+.1%}){doubt}"
-    elif recording.peak_reserved_bytes is not None:
+    elif recording.peak_reserved_bytes:
         yield f"reserved at the peak: {format_bytes(recording.peak_reserved_bytes)} recorded, {modelled} by the model"
     if not recording.from_the_start:
         begin = sum(recording.sizes_at_begin)
@@ -118,7 +118,7 @@ def _facts(found: WhatIf) -> Iterator[str]:
 
 def _settings(found: WhatIf) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column("setting", ratio=1, overflow="fold")
+    table.add_column("setting", ratio=1, min_width=20, overflow="fold")
     for head in ("reserved", "slack", "saves", "fits", "retries", "device calls"):
         table.add_column(head, justify="right", no_wrap=head != "device calls")
     for outcome in found.ranked:
