@@ -118,9 +118,9 @@ def _facts(found: WhatIf) -> Iterator[str]:
 
 def _settings(found: WhatIf) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column("setting", ratio=1, min_width=20, overflow="fold")
+    table.add_column("setting", min_width=24, overflow="fold")
     for head in ("reserved", "slack", "saves", "fits", "retries", "device calls"):
-        table.add_column(head, justify="right", no_wrap=head != "device calls")
+        table.add_column(head, justify="right")
     for outcome in found.ranked:
         fits = {True: "yes", False: "no", None: ""}[outcome.fits]
         table.add_row(
