@@ -30,7 +30,7 @@ class Read:
             type=Path,
             nargs="+",
             metavar="SNAPSHOT.pickle",
-            help="what torch.cuda.memory._dump_snapshot() wrote, plain or gzip'ed; several are shown side by side",
+            help="what torch.cuda.memory._dump_snapshot() wrote, plain or gzip'ed; of several the peaks",
         )
         parser.add_argument(
             "--config",

@@ -180,6 +180,6 @@ def _notes(found: Attributed, model: ExpectedModel | None) -> Iterator[str]:
     if not history.complete:
         yield "The history does not lead to the blocks that are in use at the end: entries of it are missing."
     if not found.lives.steps_seen:
-        yield "No whole step is in the history: what outlives steps was told by what is there at the end."
+        yield "No whole step is in the history: persistent memory was told by what is there at the end."
     if model is not None and not any(label.source is Source.SIZE for label in found.labels.values()):
         yield "The sizes of the model that was given are not those of the blocks."
