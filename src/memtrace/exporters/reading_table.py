@@ -11,7 +11,7 @@ from rich.text import Text
 
 from memtrace.exporters.table import CompositionBar, Scale, category_name, printable
 from memtrace.record.categories import Category
-from memtrace.record.snapshot_reading import (
+from memtrace.record.readings.snapshot_reading import (
     DeviceReading,
     ReadBreakdown,
     ReadKey,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-from memtrace.forensics.attribution import Attributed, attribute
-from memtrace.forensics.expected import ExpectedModel
+from memtrace.forensics.attribution.expected import ExpectedModel
+from memtrace.forensics.attribution.joined import Attributed, attribute
 from memtrace.forensics.history import read_history
 from memtrace.forensics.places import place_of
 from memtrace.forensics.snapshot import AllocatorSnapshot, Segment
@@ -15,7 +15,7 @@ from memtrace.oom.advice import ModelFacts, Situation, remedies
 from memtrace.record.breakdown import EntryKey, StepCurve
 from memtrace.record.categories import Category, Moment, Phase
 from memtrace.record.oom_report import FailedRequest, Fragmentation, Witness
-from memtrace.record.snapshot_reading import (
+from memtrace.record.readings.snapshot_reading import (
     DeviceReading,
     ReadBreakdown,
     ReadFailure,

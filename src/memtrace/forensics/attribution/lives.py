@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from memtrace.attribution.timeline import Lifetime
+from memtrace.forensics.attribution.labels import Label
+from memtrace.forensics.attribution.steps import Steps, find_valleys, height_of, steps_between
 from memtrace.forensics.history import History
-from memtrace.forensics.labels import Label
-from memtrace.forensics.steps import Steps, find_valleys, height_of, steps_between
 from memtrace.record.categories import Category
-from memtrace.record.snapshot_reading import Source
+from memtrace.record.readings.snapshot_reading import Source
 
 _ALIKE = 0.1
 """Share of the height of a step within which two valleys are alike."""
