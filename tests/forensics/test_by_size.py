@@ -16,13 +16,13 @@ from model_families import own_loss
 from planning import larger_families
 
 from memtrace.errors import ConfigError, OutputError
-from memtrace.forensics.attribution import Attributed, attribute
-from memtrace.forensics.expected import ExpectedModel, expected_model, sizes_of
+from memtrace.forensics.attribution.expected import ExpectedModel, expected_model, sizes_of
+from memtrace.forensics.attribution.joined import Attributed, attribute
 from memtrace.forensics.history import read_history
 from memtrace.forensics.loader import load_snapshot
 from memtrace.forensics.reading import read_snapshot
 from memtrace.record.categories import Category
-from memtrace.record.snapshot_reading import SnapshotMoment, Source
+from memtrace.record.readings.snapshot_reading import SnapshotMoment, Source
 from tests.forensics.simulated import Recorded, record, snapshot_of
 
 SIZE, WIDTH = larger_families.SIZE, larger_families._WIDTH

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from memtrace.forensics.annotated import write_annotated
-from memtrace.forensics.by_note import note_of, parse_note
-from memtrace.forensics.by_stack import RULES
+from memtrace.forensics.attribution.by_note import note_of, parse_note
+from memtrace.forensics.attribution.by_stack import RULES
+from memtrace.forensics.attribution.labels import Label
 from memtrace.forensics.history import History, read_history
-from memtrace.forensics.labels import Label
 from memtrace.forensics.loader import load_snapshot
 from memtrace.forensics.reading import read_snapshot
 from memtrace.record.categories import Category
-from memtrace.record.snapshot_reading import DeviceReading, SnapshotMoment, Source
+from memtrace.record.readings.snapshot_reading import DeviceReading, SnapshotMoment, Source
 from tests.forensics.snapshots import BASE, VERSIONS, snapshot
 
 TRACES = sorted((Path(__file__).parents[1] / "fixtures" / "gpu" / "traces").glob("*.json"))

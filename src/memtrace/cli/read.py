@@ -10,8 +10,8 @@ from pathlib import Path
 from memtrace.cli.show import console
 from memtrace.errors import ConfigError
 from memtrace.exporters.reading_table import difference_table, ranks_of_readings, reading_table
-from memtrace.record.reading_document import document_of
-from memtrace.record.snapshot_reading import SnapshotReading
+from memtrace.record.readings.document import document_of
+from memtrace.record.readings.snapshot_reading import SnapshotReading
 
 _SAID_EACH = 64 << 20
 """Bytes of a pickle between two lines about how far reading it is."""
@@ -30,7 +30,7 @@ class Read:
             type=Path,
             nargs="+",
             metavar="SNAPSHOT.pickle",
-            help="what torch.cuda.memory._dump_snapshot() wrote, plain or gzip'ed; several are shown side by side",
+            help="what torch.cuda.memory._dump_snapshot() wrote, plain or gzip'ed; of several the peaks",
         )
         parser.add_argument(
             "--config",
@@ -59,7 +59,7 @@ class Read:
             OutputError: a file cannot be read or written.
             PlanError: the configuration names no model.
         """
-        from memtrace.forensics.expected import expected_model  # noqa: PLC0415 - torch takes a second to import
+        from memtrace.forensics.attribution.expected import expected_model  # noqa: PLC0415 - torch takes a second to import
         from memtrace.forensics.loader import load_snapshot  # noqa: PLC0415
         from memtrace.forensics.reading import read_snapshot  # noqa: PLC0415
 

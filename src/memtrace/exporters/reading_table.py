@@ -11,7 +11,7 @@ from rich.text import Text
 
 from memtrace.exporters.table import CompositionBar, Scale, category_name, printable
 from memtrace.record.categories import Category
-from memtrace.record.snapshot_reading import (
+from memtrace.record.readings.snapshot_reading import (
     DeviceReading,
     ReadBreakdown,
     ReadKey,
@@ -21,6 +21,7 @@ from memtrace.record.snapshot_reading import (
 from memtrace.record.units import format_bytes
 
 _SHOWN_HOLDERS = 10
+_SHOWN_CATEGORIES = 3
 
 
 def reading_table(reading: SnapshotReading) -> RenderableType:
@@ -34,23 +35,22 @@ def reading_table(reading: SnapshotReading) -> RenderableType:
 
 
 def ranks_of_readings(readings: Sequence[SnapshotReading]) -> RenderableType:
-    """Returns the peaks of several snapshots side by side, a row for each device, the fullest one marked."""
+    """Returns the peaks of several snapshots with their largest categories, the fullest one marked."""
     peaks = [
         (reading.name, device, device.moments[SnapshotMoment.PEAK])
         for reading in readings
         for device in reading.devices
     ]
-    present = [category for category in Category if any(peak.by_category().get(category) for _, _, peak in peaks)]
-    scale = Scale(max((peak.total_bytes for _, _, peak in peaks), default=0))
-    table = _table(f"peak, {scale.unit}", "allocated", "reserved", *(category.value for category in present))
     fullest = max((peak.total_bytes for _, _, peak in peaks), default=0)
+    scale = Scale(fullest)
+    table = _table(f"peak, {scale.unit}", "allocated", "reserved", "category")
     for name, device, peak in peaks:
-        sizes = peak.by_category()
+        largest = sorted(peak.by_category().items(), key=lambda item: -item[1])[:_SHOWN_CATEGORIES]
         table.add_row(
             Text(f"{printable(name)}, device {device.device}", "bold" if peak.total_bytes == fullest else ""),
             scale.cell(peak.total_bytes),
             scale.cell(peak.reserved_bytes),
-            *(scale.cell(sizes.get(category, 0)) for category in present),
+            Text(", ".join(f"{category} {scale.cell(size)}" for category, size in largest)),
         )
     return table
 
@@ -161,5 +161,5 @@ def _table(title: str, *columns: str) -> Table:
     table.add_column(title, min_width=28, ratio=1)
     for column in columns:
         left = column in ("source", "category")
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+        table.add_column(column, justify="left" if left else "right", no_wrap=column != "category")
     return table

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from memtrace.errors import ConfigError, OutputError
-from memtrace.forensics.attribution import Attributed, attribute
-from memtrace.forensics.by_note import note_of
-from memtrace.forensics.expected import ExpectedModel
+from memtrace.forensics.attribution.by_note import note_of
+from memtrace.forensics.attribution.expected import ExpectedModel
+from memtrace.forensics.attribution.joined import Attributed, attribute
+from memtrace.forensics.attribution.labels import Label
 from memtrace.forensics.history import read_history
-from memtrace.forensics.labels import Label
 from memtrace.forensics.snapshot import AllocatorSnapshot, Segment
 from memtrace.forensics.trace import UNKNOWN, Trace
 from memtrace.record.categories import Category

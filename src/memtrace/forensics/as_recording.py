@@ -11,12 +11,12 @@ from memtrace.allocator.caching_allocator import round_size
 from memtrace.allocator.recording import MAX_BLOCK, MAX_STREAMS, AllocatorRecording, label_columns
 from memtrace.allocator.settings import INTERVALS, AllocatorSettings, parse_settings
 from memtrace.errors import ConfigError, LogFormatError
-from memtrace.forensics.attribution import attribute
+from memtrace.forensics.attribution.joined import attribute
 from memtrace.forensics.history import History, read_history
 from memtrace.forensics.places import place_of
 from memtrace.forensics.snapshot import AllocatorSnapshot, Segment
 from memtrace.forensics.trace import UNKNOWN, Trace
-from memtrace.record.snapshot_reading import Source
+from memtrace.record.readings.snapshot_reading import Source
 
 _CONF = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _GROWS = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}

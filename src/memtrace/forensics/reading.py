@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-from memtrace.forensics.attribution import Attributed, attribute
-from memtrace.forensics.expected import ExpectedModel
+from memtrace.forensics.attribution.expected import ExpectedModel
+from memtrace.forensics.attribution.joined import Attributed, attribute
 from memtrace.forensics.history import read_history
 from memtrace.forensics.places import place_of
 from memtrace.forensics.snapshot import AllocatorSnapshot, Segment
@@ -15,7 +15,7 @@ from memtrace.oom.advice import ModelFacts, Situation, remedies
 from memtrace.record.breakdown import EntryKey, StepCurve
 from memtrace.record.categories import Category, Moment, Phase
 from memtrace.record.oom_report import FailedRequest, Fragmentation, Witness
-from memtrace.record.snapshot_reading import (
+from memtrace.record.readings.snapshot_reading import (
     DeviceReading,
     ReadBreakdown,
     ReadFailure,
@@ -180,6 +180,6 @@ def _notes(found: Attributed, model: ExpectedModel | None) -> Iterator[str]:
     if not history.complete:
         yield "The history does not lead to the blocks that are in use at the end: entries of it are missing."
     if not found.lives.steps_seen:
-        yield "No whole step is in the history: what outlives steps was told by what is there at the end."
+        yield "No whole step is in the history: persistent memory was told by what is there at the end."
     if model is not None and not any(label.source is Source.SIZE for label in found.labels.values()):
         yield "The sizes of the model that was given are not those of the blocks."

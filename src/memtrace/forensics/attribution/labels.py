@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from memtrace.record.categories import Category
-from memtrace.record.snapshot_reading import Source
+from memtrace.record.readings.snapshot_reading import Source
 
 
 class Label(NamedTuple):

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from memtrace.attribution.timeline import Lifetime
+from memtrace.forensics.attribution.labels import Label
+from memtrace.forensics.attribution.steps import Steps, find_valleys, height_of, steps_between
 from memtrace.forensics.history import History
-from memtrace.forensics.labels import Label
-from memtrace.forensics.steps import Steps, find_valleys, height_of, steps_between
 from memtrace.record.categories import Category
-from memtrace.record.snapshot_reading import Source
+from memtrace.record.readings.snapshot_reading import Source
 
 _ALIKE = 0.1
 """Share of the height of a step within which two valleys are alike."""
 _MOSTLY = 0.8
+_UPDATE = 0.35
+"""Changes of an optimizer's step are fewer than this share of those of the passes before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +83,19 @@ def _boundaries(lifetimes: Sequence[Lifetime], valleys: Sequence[int], height: i
         )
         alike = sum(size * count for size, count in (new & freed).items())
         if alike > _ALIKE * height and alike >= _MOSTLY * sum(size * count for size, count in new.items()):
-            return chosen[:number]
-    return chosen
+            chosen = chosen[:number]
+            break
+    return [*_without_updates(chosen)]
+
+
+def _without_updates(boundaries: Sequence[int]) -> Iterator[int]:
+    """Yields the boundaries but those after which the optimizer's step alone makes a hump: it has fewer changes."""
+    before = boundaries[0]
+    for boundary, after in zip(boundaries, [*boundaries[1:], None], strict=True):
+        if boundary != boundaries[0] and after is not None and after - boundary < _UPDATE * (boundary - before):
+            continue
+        yield boundary
+        before = boundary
 
 
 def _outlives(life: Lifetime, bounds: Sequence[int], history: History) -> bool:

@@ -7,12 +7,12 @@ from enum import Enum
 from functools import cache
 from typing import NamedTuple
 
+from memtrace.forensics.attribution.labels import Label
+from memtrace.forensics.attribution.lives import Lives
 from memtrace.forensics.history import History
-from memtrace.forensics.labels import Label
-from memtrace.forensics.lives import Lives
 from memtrace.forensics.trace import Frame, Stacks
 from memtrace.record.categories import Category
-from memtrace.record.snapshot_reading import Source
+from memtrace.record.readings.snapshot_reading import Source
 
 
 class Lasting(Enum):

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from memtrace.record.breakdown import StepCurve
-from memtrace.record.snapshot_reading import DeviceReading, ReadBreakdown, SnapshotReading
+from memtrace.record.readings.snapshot_reading import DeviceReading, ReadBreakdown, SnapshotReading
 
 READING_SCHEMA = "memtrace.read/1"
 

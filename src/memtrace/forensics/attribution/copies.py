@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 
-from memtrace.forensics.expected import ExpectedModel
+from memtrace.forensics.attribution.expected import ExpectedModel
 
 WIDTHS = (4, 2, 1)
 """Bytes of an element."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from memtrace.forensics.by_note import labels_by_note
-from memtrace.forensics.by_size import labels_by_size
-from memtrace.forensics.by_stack import labels_by_stack
-from memtrace.forensics.expected import ExpectedModel
+from memtrace.forensics.attribution.by_note import labels_by_note
+from memtrace.forensics.attribution.by_size import labels_by_size
+from memtrace.forensics.attribution.by_stack import labels_by_stack
+from memtrace.forensics.attribution.expected import ExpectedModel
+from memtrace.forensics.attribution.labels import NOTHING, Label
+from memtrace.forensics.attribution.lives import Lives, labels_by_life, read_lives
 from memtrace.forensics.history import History
-from memtrace.forensics.labels import NOTHING, Label
-from memtrace.forensics.lives import Lives, labels_by_life, read_lives
 from memtrace.forensics.trace import Stacks
 
 

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from memtrace.attribution.timeline import Lifetime
-from memtrace.forensics.copies import WIDTHS, Copies, count_copies
-from memtrace.forensics.expected import ExpectedModel
+from memtrace.forensics.attribution.copies import WIDTHS, Copies, count_copies
+from memtrace.forensics.attribution.expected import ExpectedModel
+from memtrace.forensics.attribution.labels import Label
+from memtrace.forensics.attribution.lives import Lives
 from memtrace.forensics.history import History
-from memtrace.forensics.labels import Label
-from memtrace.forensics.lives import Lives
 from memtrace.record.categories import Category
-from memtrace.record.snapshot_reading import Source
+from memtrace.record.readings.snapshot_reading import Source
 from memtrace.sources.cuda import cublas
 
 _DTYPES = {4: "float32", 2: "16-bit", 1: "8-bit"}

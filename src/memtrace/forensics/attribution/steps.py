@@ -9,6 +9,9 @@ from dataclasses import dataclass
 _TURNS = 0.3
 """Share of the height of the highest hump by which a curve must rise or fall again for a valley or a top to count."""
 
+_ALIKE = 0.1
+"""Share of that height within which what is allocated at two boundaries is the same."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
@@ -20,11 +23,8 @@ class Steps:
     """The highest position of each step, one fewer than boundaries, or as many where the last step has not ended."""
     valleys: Sequence[int]
     """Every low from which the curve rises again: boundaries, and those between the micro batches of a step."""
-
-    @property
-    def whole(self) -> int:
-        """How many steps have ended."""
-        return max(0, len(self.boundaries) - 1)
+    whole: int
+    """How many steps have ended: boundaries at which as much is allocated as at the last one."""
 
     def of(self, position: int) -> int | None:
         """Returns the number of the step that a position is in; None before the first one."""
@@ -50,6 +50,7 @@ def height_of(totals: Sequence[int]) -> int:
 def steps_between(totals: Sequence[int], valleys: Sequence[int], boundaries: Sequence[int]) -> Steps:
     """Returns the steps between those valleys that are boundaries."""
     ends = [*boundaries[1:], len(totals) - 1][: len(boundaries)]
+    near = _ALIKE * height_of(totals)
     return Steps(
         boundaries=boundaries,
         tops=[
@@ -58,6 +59,7 @@ def steps_between(totals: Sequence[int], valleys: Sequence[int], boundaries: Seq
             if end > begin
         ],
         valleys=valleys,
+        whole=sum(abs(totals[boundary] - totals[boundaries[-1]]) <= near for boundary in boundaries[1:]),
     )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
+from memtrace.forensics.attribution.labels import Label
 from memtrace.forensics.history import History
-from memtrace.forensics.labels import Label
 from memtrace.record.categories import Category
-from memtrace.record.snapshot_reading import Source
+from memtrace.record.readings.snapshot_reading import Source
 
 PREFIX = "memtrace: "
 """What memtrace's own notes begin with: category, component and element type follow."""
