@@ -115,6 +115,10 @@ class TracerConfig:
     oom_reports: int = _setting("oom_reports", 5)
     """How many reports of failed allocations are kept for each rank, the newest ones, beside the step log. 0 writes
     none."""
+    allocator_recording: bool = _setting("allocator_recording", False)
+    """On a CUDA device, whether what the allocator was asked for in the traced step with the highest peak so far is
+    written to `allocator-rank<R>.json.gz` beside the step log, for `memtrace allocator`. It is written when memory runs
+    out in any case, unless `oom_reports` is 0."""
     run_name: str | None = _setting("run_name", None)
     """Name of the run in metrics and logs. None means Trainer's run name, else the name of the script."""
     run_id: str | None = _setting("run_id", None)
@@ -210,11 +214,14 @@ class TracerConfig:
         _check_number("linger_seconds", self.linger_seconds, 0, 600)
         if self.on_record is not None and not callable(self.on_record):
             raise ConfigError(f"on_record must be a function that takes a StepRecord, got {self.on_record!r}")
-        for name in ("quiet", "step_log", "strict", "timelines", "trace_activations", "trackers"):
-            if not isinstance(getattr(self, name), bool):
-                value = getattr(self, name)
+        self._check_flags()
+
+    def _check_flags(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.type == "bool" and not isinstance(value, bool):
                 meant = _WORDS.get(str(value).strip().lower())
-                raise ConfigError(f"{name} must be True or False, got {value!r}{_write(meant)}")
+                raise ConfigError(f"{each.name} must be True or False, got {value!r}{_write(meant)}")
 
     def _check_endpoint(self) -> None:
         """Checks that TLS and basic auth are each set whole or not at all. No message tells a secret."""

@@ -18,7 +18,7 @@ from memtrace.sources.cuda.history import parse_window
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TRACES = sorted([*(FIXTURES / "allocator_traces").glob("*.json"), *(FIXTURES / "gpu" / "traces").glob("*.json")])
 FOREVER_NS = 2**62
-RESERVED_SHARE = 0.05
+RESERVED_SHARE = 0.03
 """What the model may miss of the reserved peak of a device: it does not know where new segments are put."""
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtrace.allocator.caching_allocator import AllocatorSettings, CachingAllocator, replay, round_size
+from memtrace.allocator.caching_allocator import CachingAllocator, replay, round_size
+from memtrace.allocator.settings import AllocatorSettings
 from memtrace.errors import PlanError
 from memtrace.record.units import GIB, KIB, MIB
 from memtrace.sources.events import Event
@@ -278,11 +280,12 @@ def test_an_address_cannot_be_allocated_twice() -> None:
         ({"max_split_size": 20 * MIB}, "above 20 MiB"),
         ({"max_non_split_rounding": 1}, "at least 20 MiB"),
         ({"roundup_power2_divisions": 3}, "power of two"),
-        ({"expandable_segments": True, "max_split_size": GIB}, "together"),
+        ({"roundup_power2_divisions": (0,) * 15 + (6,)}, "power of two"),
+        ({"garbage_collection_threshold": 1.0}, "between 0 and 1"),
     ],
 )
-def test_settings_that_torch_refuses(wrong: dict[str, int], said: str) -> None:
-    """Limits that torch does not accept, or that are not modelled, are named."""
+def test_settings_that_torch_refuses(wrong: dict[str, Any], said: str) -> None:
+    """Limits that torch does not accept are named."""
     with pytest.raises(PlanError, match=said):
         AllocatorSettings(**wrong)
 
@@ -297,6 +300,7 @@ CONFIGURATIONS = st.sampled_from(
         EXPANDABLE,
         AllocatorSettings(max_split_size=21 * MIB),
         AllocatorSettings(roundup_power2_divisions=4),
+        AllocatorSettings(expandable_segments=True, max_split_size=21 * MIB),
     ]
 )
 

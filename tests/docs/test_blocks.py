@@ -94,6 +94,8 @@ def directory(tmp_path: Path) -> Path:
     """A directory as a reader has it: the repository's examples, a run, a configuration."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     shutil.copytree(ROOT / "tests" / "fixtures" / "gpu" / "llama-3-8b", tmp_path / "out" / "memtrace")
+    shutil.copytree(ROOT / "tests" / "fixtures" / "allocator_recordings", tmp_path / "second-step")
+    shutil.copytree(ROOT / "tests" / "fixtures" / "snapshots", tmp_path / "failed")
     (tmp_path / "Llama-3-8B").mkdir()
     (tmp_path / "Llama-3-8B" / "config.json").write_text(LLAMA)
     return tmp_path

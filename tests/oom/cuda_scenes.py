@@ -353,6 +353,6 @@ def report_of(case: Case) -> OomReport:
                 requested_bytes=case.live_bytes,
                 ooms=1,
             ),
-            fragmentation=parse_fragmentation(segments, 0),
+            fragmentation=parse_fragmentation(segments, 0, {found.address: found.key for found in holdings}),
         )
     )

@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from memtrace.allocator.recording import AllocatorRecording
 from memtrace.config import TracerConfig
 from memtrace.errors import OutputError, packages_of
+from memtrace.exporters.allocator_file import write_recording
 from memtrace.exporters.claims import Claim
 from memtrace.exporters.endpoint.page import render_page
 from memtrace.exporters.endpoint.server import Endpoint, MetricsServer, serve
@@ -42,8 +44,13 @@ class Exports:
     forked child nothing is written, removed or closed, whatever is called there.
     """
 
-    def __init__(self, snapshot: Callable[[], Snapshot | None], identity: RunIdentity) -> None:
-        self._snapshot = snapshot
+    def __init__(
+        self,
+        snapshot: Callable[[], Snapshot | None],
+        identity: RunIdentity,
+        recording: Callable[[], AllocatorRecording | None] = lambda: None,
+    ) -> None:
+        self._snapshot, self._recording = snapshot, recording
         self._seen = Snapshot(identity=identity, up=False)
         """The last state for the text file, for when the tracer is gone."""
         self._pid = os.getpid()
@@ -63,6 +70,9 @@ class Exports:
         self._timelines: StepLog | None = None
         self._highest_peak = 0
         """Of the step whose timeline lies there."""
+        self._recording_directory: Path | None = None
+        self._recorded: AllocatorRecording | None = None
+        """What is in the file."""
         self._textfile: Path | None = None
         self._oom_directory: Path | None = None
         self._oom_reports = 0
@@ -75,6 +85,7 @@ class Exports:
         identity: RunIdentity,
         config: TracerConfig,
         log_dir: Path,
+        recording: Callable[[], AllocatorRecording | None] = lambda: None,
         on_record: Callable[[StepRecord], None] | None = None,
     ) -> Self:
         """Opens all outputs, or none.
@@ -84,6 +95,7 @@ class Exports:
             identity: which process of which run this is.
             config: the settings.
             log_dir: directory of the step log.
+            recording: returns what the allocator was asked for in the highest step; None where there is none.
             on_record: is called with each finished step, last of all. Must not keep the tracer alive.
 
         Raises:
@@ -91,12 +103,12 @@ class Exports:
             MissingPackageError: the metrics are to be pushed, and the SDK of OpenTelemetry is not installed.
             OutputError: the address, every port tried, or the log directory cannot be used.
         """
-        exports = cls(snapshot, identity)
+        exports = cls(snapshot, identity, recording)
         exports._linger_seconds = config.linger_seconds
         exports._on_record = on_record
         with ExitStack() as opening:
             opening.callback(exports.close)
-            if config.step_log or config.oom_reports:
+            if config.step_log or config.oom_reports or config.allocator_recording:
                 log_dir = exports._claim_directory(log_dir)
             if config.textfile_dir is not None:
                 exports._textfile = textfile_path(config.textfile_dir, identity)
@@ -108,6 +120,8 @@ class Exports:
                 if config.timelines:
                     place = timelines_path(log_dir, identity.rank)
                     exports._timelines = StepLog(place, max_bytes=config.log_max_bytes, encode=_timeline_line)
+            if config.allocator_recording:
+                exports._recording_directory = log_dir
             endpoint = Endpoint.of(config, identity.local_rank)
             if endpoint is not None:
                 exports._serve(endpoint)
@@ -188,6 +202,12 @@ class Exports:
             except OutputError as error:
                 self._timeline_directory = None
                 logger.warning("memtrace: %s; from now on there is none", error)
+        if self._recording_directory is not None and record.curve is not None:
+            try:
+                self._write_recording(self._recording_directory)
+            except OutputError as error:
+                self._recording_directory = None
+                logger.warning("memtrace: %s; from now on there is none", error)
         if self._on_record is not None:
             self._on_record(record)
 
@@ -204,6 +224,8 @@ class Exports:
         try:
             if self._oom_directory is not None:
                 path = write_report(self._oom_directory, report, keep=self._oom_reports)
+                if not report.request.pending:
+                    self._write_recording(self._oom_directory)
         except OutputError as error:
             logger.warning("memtrace: %s", error)
         try:
@@ -317,6 +339,12 @@ class Exports:
     def _current(self) -> Snapshot:
         """Returns the newest state; the last one that was seen once the tracer is gone."""
         return replace(self._snapshot() or replace(self._seen, up=False), state=self._state)
+
+    def _write_recording(self, directory: Path) -> None:
+        recording = self._recording()
+        if recording is not None and recording is not self._recorded:
+            write_recording(directory, recording)
+            self._recorded = recording
 
     def _leave_textfile(self) -> None:
         if self._textfile is None:

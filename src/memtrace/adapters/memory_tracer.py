@@ -16,6 +16,7 @@ from torch import nn
 from memtrace.adapters import forgotten
 from memtrace.adapters.exports import Exports
 from memtrace.adapters.said import say_where, show_in_notebook, show_table
+from memtrace.allocator.recording import AllocatorRecording
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
@@ -134,7 +135,14 @@ class MemoryTracer(Tracer):
         forgotten.begins(self)
         run_dir = self._default_log_dir or Path("memtrace-runs") / self.identity.run_name
         log_dir = self.config.log_path(run_dir)
-        exports = Exports.open(_weak_snapshot(self), self.identity, self.config, log_dir, _weak_on_record(self))
+        exports = Exports.open(
+            _weak_snapshot(self),
+            self.identity,
+            self.config,
+            log_dir,
+            recording=_weak_recording(self),
+            on_record=_weak_on_record(self),
+        )
         # Where the script ends, or drops the tracer, without a detach, the port and the log are given back too.
         self._end_exports = weakref.finalize(self, _end, exports, self._until_end)
         self._exports, self._handled = exports, id(sys.exc_info()[1])
@@ -266,3 +274,14 @@ def _weak_snapshot(tracer: Tracer) -> Callable[[], Snapshot | None]:
         return None if found is None else found.snapshot()
 
     return snapshot
+
+
+def _weak_recording(tracer: Tracer) -> Callable[[], AllocatorRecording | None]:
+    """Returns what returns `tracer.allocator_recording`, in the same way."""
+    alive = weakref.ref(tracer)
+
+    def recording() -> AllocatorRecording | None:
+        found = alive()
+        return None if found is None else found.allocator_recording
+
+    return recording

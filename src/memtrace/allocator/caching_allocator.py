@@ -1,52 +1,38 @@
 """A model of CUDA's caching allocator: what torch reserves of the device for the blocks that it gives out.
 
-The model follows c10/cuda/CUDACachingAllocator.cpp of torch 2.13 for one stream. It leaves out private pools of CUDA
-graphs, garbage collection, and running out of memory. One thing it cannot know is where the device puts a new segment,
-which decides between free blocks of one size: new segments lie above older ones here.
+The model follows c10/cuda/CUDACachingAllocator.cpp of torch 2.13, with what it does where the device has no more. It
+leaves out private pools of CUDA graphs, and blocks that wait for another stream. One thing it cannot know is where the
+device puts a new segment, which decides between free blocks of one size: new segments lie above older ones here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from memtrace.allocator.blocks import LARGE_SEGMENT, MIN_BLOCK, SMALL_SEGMENT, SMALL_SIZE, Block, Pool
+from memtrace.allocator.blocks import (
+    LARGE_SEGMENT,
+    MIN_BLOCK,
+    SMALL_SEGMENT,
+    SMALL_SIZE,
+    Block,
+    Device,
+    Pool,
+)
 from memtrace.allocator.expandable_pool import ExpandablePool
 from memtrace.allocator.segment_pool import PoolRules, SegmentPool
+from memtrace.allocator.settings import INTERVALS, AllocatorSettings
 from memtrace.errors import PlanError
 from memtrace.record.units import MIB
-from memtrace.sources.events import Event
+
+if TYPE_CHECKING:  # torch is not needed to replay sizes
+    from memtrace.sources.events import Event
 
 _LARGE_POOL_ADDRESS = LARGE_SEGMENT * 2**22
 """Above all that a small pool can hold, and a multiple of either page."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AllocatorSettings:
-    """What PYTORCH_ALLOC_CONF can change; the defaults are torch's."""
-
-    expandable_segments: bool = False
-    """Whether each pool is one segment that grows."""
-    max_split_size: int | None = None
-    """Bytes from which a block is not split; None for no limit (max_split_size_mb)."""
-    max_non_split_rounding: int = LARGE_SEGMENT
-    """Bytes by which a block may exceed a request of at least `max_split_size` (max_non_split_rounding_mb)."""
-    roundup_power2_divisions: int = 0
-    """Steps between two powers of two that sizes are rounded up to; 0 rounds to multiples of 512 only."""
-
-    def __post_init__(self) -> None:
-        if self.max_split_size is not None and self.max_split_size <= LARGE_SEGMENT:
-            raise PlanError(f"max_split_size must be above {LARGE_SEGMENT // MIB} MiB, got {self.max_split_size} bytes")
-        if self.max_non_split_rounding < LARGE_SEGMENT:
-            raise PlanError(
-                f"max_non_split_rounding must be at least {LARGE_SEGMENT // MIB} MiB, "
-                f"got {self.max_non_split_rounding} bytes"
-            )
-        if self.expandable_segments and self.max_split_size is not None:
-            raise PlanError("max_split_size is not modelled together with expandable_segments: leave one of them out")
-        divisions = self.roundup_power2_divisions
-        if divisions < 0 or divisions & (divisions - 1):
-            raise PlanError(f"roundup_power2_divisions must be 0 or a power of two, got {divisions}")
+_STREAM_ADDRESSES = 2 * _LARGE_POOL_ADDRESS
+"""Above all that the pools of a stream can hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,30 +49,59 @@ class Replay:
         return max(self.reserved_bytes, default=0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """The allocator's counters at one instant, in bytes."""
+
+    requested_bytes: int = 0
+    allocated_bytes: int = 0
+    reserved_bytes: int = 0
+
+
 class CachingAllocator:
     """Allocates and frees as torch does on a CUDA device, without one.
 
     An operation takes O(log n) steps for n free blocks, and one shift of a list of their keys.
+
+    Args:
+        settings: what PYTORCH_ALLOC_CONF says.
+        limit: bytes that can be reserved in all; None for no limit. Garbage collection counts from it.
     """
 
-    def __init__(self, settings: AllocatorSettings | None = None) -> None:
+    def __init__(self, settings: AllocatorSettings | None = None, *, limit: int | None = None) -> None:
         self._settings = settings or AllocatorSettings()
-        self._small, self._large = _pools(self._settings)
-        self._blocks: dict[Hashable, tuple[Pool, Block]] = {}
+        self.device = Device(limit)
+        self._pools: dict[int, tuple[Pool, Pool]] = {}
+        """The small and the large pool of each stream: a block serves the stream that it was made for."""
+        self._divisions = self._settings.divisions if any(self._settings.divisions) else None
+        threshold = self._settings.garbage_collection_threshold
+        self._collect_above = None if threshold is None or limit is None else int(threshold * limit)
+        self._blocks: dict[Hashable, Block] = {}
         self.allocated_bytes = 0
         """Blocks in use, each as large as it is: what torch.cuda.memory_allocated() says."""
         self.requested_bytes = 0
         """Blocks in use, each as it was asked for."""
         self.peak_allocated_bytes = 0
-        self.peak_reserved_bytes = 0
+        self.retries = 0
+        """How often all that was cached was given back to the device, since it had no more (num_alloc_retries)."""
+        self.highest = Level()
+        """When most was reserved."""
 
     @property
     def reserved_bytes(self) -> int:
         """What is held of the device, in use or cached: what torch.cuda.memory_reserved() says."""
-        return self._small.reserved_bytes + self._large.reserved_bytes
+        return self.device.reserved_bytes
 
-    def allocate(self, key: Hashable, nbytes: int) -> None:
+    @property
+    def peak_reserved_bytes(self) -> int:
+        """The most that was reserved so far."""
+        return self.highest.reserved_bytes
+
+    def allocate(self, key: Hashable, nbytes: int) -> bool:
         """Allocates a block for a storage of `nbytes`, known by `key` until it is freed; no bytes take no block.
+
+        Returns:
+            Whether there was room: False only where there is a limit.
 
         Raises:
             PlanError: the key has a block already, or the size is negative.
@@ -94,31 +109,56 @@ class CachingAllocator:
         if nbytes < 0 or key in self._blocks:
             raise PlanError(f"allocation of {nbytes} bytes at {key!r}: the size is negative or the block is in use")
         if nbytes == 0:
-            return
-        size = round_size(nbytes, self._settings.roundup_power2_divisions)
-        pool = self._small if size <= SMALL_SIZE else self._large
-        block = pool.allocate(size)
-        block.requested = nbytes
-        self._blocks[key] = pool, block
-        self.requested_bytes += nbytes
-        self.allocated_bytes += block.size
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
-        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+            return True
+        block = self.take(nbytes)
+        if block is None:
+            return False
+        self._blocks[key] = block
+        return True
 
     def free(self, key: Hashable) -> None:
         """Frees the block of a key; a key without one, such as that of an empty storage, is ignored."""
         found = self._blocks.pop(key, None)
-        if found is None:
-            return
-        pool, block = found
+        if found is not None:
+            self.give_back(found)
+
+    def take(self, nbytes: int, stream: int = 0) -> Block | None:
+        """Returns a block in use for `nbytes`, more than none; None where the device has no room for it (malloc)."""
+        divisions = 0 if self._divisions is None else self._divisions[_interval(nbytes)]
+        size = round_size(nbytes, divisions)
+        small, large = self._pools.get(stream) or self._begin(stream)
+        pool = small if size <= SMALL_SIZE else large
+        block = pool.find(size)
+        grown = block is None
+        if block is None:
+            block = self._grown(pool, size)
+            if block is None:
+                return None
+        pool.cut(block, size)
+        block.requested, block.pool = nbytes, pool
+        self.requested_bytes += nbytes
+        self.allocated_bytes += block.size
+        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+        if grown and self.device.reserved_bytes > self.highest.reserved_bytes:
+            self.highest = Level(
+                requested_bytes=self.requested_bytes,
+                allocated_bytes=self.allocated_bytes,
+                reserved_bytes=self.device.reserved_bytes,
+            )
+        return block
+
+    def give_back(self, block: Block) -> None:
+        """Frees a block that `take` has returned."""
         self.requested_bytes -= block.requested
         self.allocated_bytes -= block.size
-        pool.release(block)
+        assert block.pool is not None
+        block.pool.release(block)
 
     def empty_cache(self) -> None:
         """Gives back what no block in use needs, as torch.cuda.empty_cache() does."""
-        self._small.empty()
-        self._large.empty()
+        for small, large in self._pools.values():
+            large.empty()
+            small.empty()
 
     def address_range(self, key: Hashable) -> range:
         """Returns the model's addresses of a block in use.
@@ -126,8 +166,35 @@ class CachingAllocator:
         Raises:
             KeyError: the key has none.
         """
-        _, block = self._blocks[key]
+        block = self._blocks[key]
         return range(block.address, block.address + block.size)
+
+    def stretches(self) -> Iterator[list[Block]]:
+        """Yields blocks that lie side by side, in all pools: see `Pool.stretches`."""
+        for small, large in self._pools.values():
+            yield from small.stretches()
+            yield from large.stretches()
+
+    def _begin(self, stream: int) -> tuple[Pool, Pool]:
+        """Makes the pools of a stream, above those of the others."""
+        first = len(self._pools) * _STREAM_ADDRESSES
+        self._pools[stream] = found = _pools(self._settings, self.device, first)
+        return found
+
+    def _grown(self, pool: Pool, size: int) -> Block | None:
+        """Returns a block of new memory, for which what is cached is given back where the device has no more."""
+        if self._collect_above is not None and self.device.reserved_bytes > self._collect_above:
+            target = self.device.reserved_bytes - self._collect_above
+            for _, large in self._pools.values():
+                target -= large.collect(target)
+        block = pool.grow(size)
+        if block is None and pool.release_oversized(size):
+            block = pool.grow(size)
+        if block is None:
+            self.retries += 1
+            self.empty_cache()
+            block = pool.grow(size)
+        return block
 
 
 def round_size(nbytes: int, power2_divisions: int = 0) -> int:
@@ -168,11 +235,19 @@ def replay(events: Iterable[Event], allocator: CachingAllocator) -> Replay:
     return Replay(requested_bytes=requested, allocated_bytes=allocated, reserved_bytes=reserved)
 
 
-def _pools(settings: AllocatorSettings) -> tuple[Pool, Pool]:
-    if settings.expandable_segments:
-        return ExpandablePool(SMALL_SEGMENT, 0), ExpandablePool(LARGE_SEGMENT, _LARGE_POOL_ADDRESS)
-    rules = [
+def _interval(nbytes: int) -> int:
+    """Returns which of the intervals of roundup_power2_divisions a size is in: from 1 MiB on, one a power of two."""
+    return min(max(nbytes.bit_length() - MIB.bit_length(), 0), INTERVALS - 1)
+
+
+def _pools(settings: AllocatorSettings, device: Device, first: int) -> tuple[Pool, Pool]:
+    small, large = (
         PoolRules(small=small, split_limit=settings.max_split_size, rounding_limit=settings.max_non_split_rounding)
         for small in (True, False)
-    ]
-    return SegmentPool(rules[0], 0), SegmentPool(rules[1], _LARGE_POOL_ADDRESS)
+    )
+    if settings.expandable_segments:
+        return (
+            ExpandablePool(small, SMALL_SEGMENT, first, device),
+            ExpandablePool(large, LARGE_SEGMENT, first + _LARGE_POOL_ADDRESS, device),
+        )
+    return SegmentPool(small, first, device), SegmentPool(large, first + _LARGE_POOL_ADDRESS, device)

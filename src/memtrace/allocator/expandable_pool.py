@@ -2,41 +2,85 @@
 
 from __future__ import annotations
 
-from memtrace.allocator.blocks import MIN_BLOCK, Block, FreeBlocks
+from collections.abc import Iterator
 
-_ADDRESS_SPACE = 2**46
-"""More than any device has: how far a segment can grow."""
+from memtrace.allocator.blocks import LARGE_SEGMENT, MIN_BLOCK, Block, Device, FreeBlocks
+from memtrace.allocator.segment_pool import PoolRules
+
+_ADDRESS_SPACE = LARGE_SEGMENT * 2**21
+"""More than any device has, and a multiple of either page: how far a segment can grow."""
 
 
 class ExpandablePool:
     """A segment of address space, of which pages are mapped to memory when they are needed.
 
     Args:
+        rules: of the small or the large pool. A limit on splits bars blocks from smaller requests, as in any pool, but
+            what is cut is cut to size.
         page: bytes by which it grows, 2 MiB in the small pool and 20 MiB in the large one.
         first_address: where the segment begins, a multiple of the page.
+        device: what the pages come from.
     """
 
-    def __init__(self, page: int, first_address: int) -> None:
-        self.reserved_bytes = 0
+    def __init__(self, rules: PoolRules, page: int, first_address: int, device: Device) -> None:
+        self._rules, self._device = rules, device
         self._page = page
         self._free = FreeBlocks()
+        self._first = Block(first_address, _ADDRESS_SPACE, mapped=False)
         self._holes: dict[int, Block] = {}
         """Address space without memory, by address: the end of the segment, and what was given back before it."""
-        self._add_hole(Block(first_address, _ADDRESS_SPACE, mapped=False))
+        self._add_hole(self._first)
 
-    def allocate(self, size: int) -> Block:
-        """Best fit, the block that can grow last; else new pages at the lowest address with room."""
-        block = self._best_fit(size) or self._grow(size)
-        self._free.remove(block)
+    def find(self, size: int) -> Block | None:
+        """Returns the smallest free block that is large enough, the block that can grow last (get_free_block).
+
+        A block before a hole counts as large as it can grow to, so that any other that fits comes first.
+        """
+        best = self._free.smallest(size)
+        if best is None:
+            return None
+        if best.after is not None and not best.after.mapped:
+            for block in self._free.at_least(size):
+                if block is best:
+                    continue
+                if _room(block) >= _room(best):
+                    break
+                best = block
+        if self._rules.refuses(best, size):
+            return None
+        self._free.remove(best)
+        return best
+
+    def grow(self, size: int) -> Block | None:
+        """Returns a free block of at least `size` bytes, made by mapping pages (try_allocate_expandable_block).
+
+        What was mapped before the device had no more stays.
+        """
+        found = self._lowest_room(size)
+        if found is not None and not found.mapped:
+            found = self._map(found, min(found.size, size))
+        while found is not None and found.size < size:
+            hole = found.after
+            assert hole is not None and not hole.mapped
+            found = self._map(hole, min(hole.size, size - found.size))
+        if found is not None:
+            self._free.remove(found)
+        return found
+
+    def cut(self, block: Block, size: int) -> None:
+        """Splits off the rest of the block, however small (should_split)."""
         if block.size - size >= MIN_BLOCK:
             self._free.add(block.split(size))
         block.free = False
-        return block
 
     def release(self, block: Block) -> None:
         """Merges the block with free neighbours that have memory behind them."""
         block.free = True
         self._add_free(block)
+
+    def release_oversized(self, size: int) -> bool:
+        """Gives nothing back: only segments of their own are (release_available_cached_blocks)."""
+        return False
 
     def empty(self) -> None:
         """Gives back the pages that lie whole in free blocks (unmap_block)."""
@@ -47,47 +91,41 @@ class ExpandablePool:
                 self._free.remove(block)
                 self._unmap(block, begin, end)
 
-    def _best_fit(self, size: int) -> Block | None:
-        """Returns the smallest free block that is large enough (get_free_block).
+    def collect(self, target: int) -> int:
+        """Gives nothing back: garbage collection knows segments of their own only."""
+        return 0
 
-        A block before a hole counts as large as it can grow to, so that any other that fits comes first.
+    def stretches(self) -> Iterator[list[Block]]:
+        """Yields each free piece with its neighbours that are in use: its whole pages can be given back at any time."""
+        for piece in self._free.all():
+            around = (piece.before, piece, piece.after)
+            yield [block for block in around if block is not None and block.mapped]
+
+    def _lowest_room(self, size: int) -> Block | None:
+        """Returns where the lowest run of free blocks and holes begins that has room (find_expandable_block).
+
+        None where the address space is used up.
         """
-        best = None
-        for block in self._free.at_least(size):
-            if best is not None and _room(block) >= _room(best):
-                break
-            best = block
-        return best
-
-    def _grow(self, size: int) -> Block:
-        """Returns a free block of at least `size` bytes, made by mapping pages (try_allocate_expandable_block)."""
-        block = self._lowest_room(size)
-        if not block.mapped:
-            block = self._map(block, min(block.size, size))
-        while block.size < size:
-            hole = block.after
-            assert hole is not None and not hole.mapped
-            block = self._map(hole, min(hole.size, size - block.size))
-        return block
-
-    def _lowest_room(self, size: int) -> Block:
-        """Returns where the lowest run of free blocks and holes begins that has room (find_expandable_block)."""
         for address in sorted(self._holes):
             hole = self._holes[address]
             begin = hole.before if hole.before is not None and hole.before.free else hole
             if _run(begin, size) >= size:
                 return begin
-        raise AssertionError("the address space of a segment is used up")
+        return None
 
-    def _map(self, hole: Block, size: int) -> Block:
-        """Puts whole pages behind the beginning of a hole; returns the free block that they are now part of."""
-        del self._holes[hole.address]
+    def _map(self, hole: Block, size: int) -> Block | None:
+        """Puts whole pages behind the beginning of a hole; returns the free block that they are now part of.
+
+        None where the device has not so many.
+        """
         size = -(-size // self._page) * self._page
+        if not self._device.take(size):
+            return None
+        del self._holes[hole.address]
         rest = hole.split(size) if size < hole.size else None
         hole.mapped = True
         if rest is not None:
             self._add_hole(rest)
-        self.reserved_bytes += size
         return self._add_free(hole)
 
     def _unmap(self, block: Block, begin: int, end: int) -> None:
@@ -97,7 +135,7 @@ class ExpandablePool:
             self._free.add(head)
         if end < block.address + block.size:
             self._free.add(block.split(end - block.address))
-        self.reserved_bytes -= block.size
+        self._device.give_back(block.size)
         block.mapped = False
         self._add_hole(block)
 

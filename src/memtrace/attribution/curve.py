@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from memtrace.allocator.recording import AllocatorRecording
+from memtrace.attribution.recording import step_recording
 from memtrace.attribution.timeline import StepMarks, Timeline
-from memtrace.record.breakdown import StepCurve
+from memtrace.record.breakdown import StepCurve, StepRecord
 from memtrace.record.categories import Category, Moment
 
 MAX_STRETCHES = 160
 """Stretches that the changes of a step are cut into, each with one point: a picture has no more columns to show."""
 
+RECORDED = "cuda"
+"""How devices are named whose allocator is recorded: others have no settings to choose from."""
+
 
 class HighestSteps:
     """Makes a curve of a step only where its peak is above that of every one before: a steady run makes no more.
+
+    On a CUDA device it keeps the recording of the last such step, for when memory runs out and for the file.
 
     Args:
         every: whether every step has a curve.
@@ -20,14 +27,26 @@ class HighestSteps:
     def __init__(self, *, every: bool = False) -> None:
         self._every = every
         self._highest = 0
+        self._waiting: tuple[Timeline, StepMarks] | None = None
+        """Of the step that has just made a curve, until its record is there."""
+        self.recording: AllocatorRecording | None = None
+        """Of the highest step so far; None on a CPU, and where a step allocates too often."""
 
     def curve(self, timeline: Timeline, marks: StepMarks) -> StepCurve | None:
         """Returns the curve of a step that sets a new record, or of every one; None for others."""
         peak = timeline.totals[timeline.positions(marks)[Moment.PEAK]]
         if peak <= self._highest and not self._every:
             return None
-        self._highest = max(peak, self._highest)
+        if peak > self._highest:
+            self._highest = peak
+            self._waiting = timeline, marks
         return step_curve(timeline, marks)
+
+    def ended(self, record: StepRecord) -> None:
+        """Takes in the record of a step that has ended."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and record.device.startswith(RECORDED):
+            self.recording = step_recording(*waiting, record) or self.recording
 
 
 def step_curve(timeline: Timeline, marks: StepMarks) -> StepCurve:

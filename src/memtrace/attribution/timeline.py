@@ -8,7 +8,7 @@ it can list them (CUDA), else from the ledger and from tags on addresses that no
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
@@ -118,6 +118,11 @@ class Timeline:
             and (life.end is None or life.end >= end)
             and classify(life, end).category is Category.UNATTRIBUTED
         ]
+
+    def entries(self, marks: StepMarks, position: int) -> Callable[[Lifetime], EntryKey]:
+        """Returns what says the entry of a block that is there at a position."""
+        classify = _Classifier(self, marks)
+        return lambda life: classify(life, position)
 
     def held(self, marks: StepMarks, positions: Sequence[int]) -> dict[EntryKey, list[int]]:
         """Returns the bytes of each entry at each of the positions, which ascend."""

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 import memtrace
+from memtrace.cli.allocator import Allocator
 from memtrace.cli.bisect import Bisect
 from memtrace.cli.check import Check
 from memtrace.cli.command import Command
 from memtrace.cli.compare import Compare
 from memtrace.cli.export.command import Export
 from memtrace.cli.plan import PlanCommand
+from memtrace.cli.read import Read
 from memtrace.cli.report import Report
 from memtrace.cli.run import Run
 from memtrace.cli.runs import Runs
@@ -36,6 +38,8 @@ COMMANDS: tuple[Command, ...] = (
     Report(),
     Runs(),
     Export(),
+    Read(),
+    Allocator(),
     Watch(),
 )
 """Every subcommand, in the order of the help."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from memtrace.record.breakdown import BatchShape, EntryKey
 from memtrace.record.categories import Category, Phase
 from memtrace.record.oom_report import FailedRequest, Fragmentation, Remedy, RemedyKind
 from memtrace.record.units import format_bytes
+from memtrace.sources.cuda.settings_variable import variable_for
 
 _CHECKPOINT_SHARE = 2 / 34
 """What a checkpointed transformer layer keeps of what it saves otherwise: its input, 2 of the 34 bytes for each element
@@ -192,10 +195,11 @@ def _expandable_segments(situation: Situation) -> Iterator[_Proposal]:
     cut_up, requested = situation.fragmentation, situation.request.bound_bytes
     if cut_up is None or cut_up.expandable or requested is None or cut_up.free_bytes < requested:
         return
+    variable = variable_for(str(torch.__version__))
     yield (
         RemedyKind.EXPANDABLE_SEGMENTS,
         cut_up.free_bytes,
-        "Set PYTORCH_ALLOC_CONF=expandable_segments:True. The allocator held more than was asked for, but in pieces: "
+        f"Set {variable}=expandable_segments:True. The allocator held more than was asked for, but in pieces: "
         f"the largest has {format_bytes(cut_up.largest_free_bytes)}.",
     )
 

@@ -29,7 +29,9 @@ def render_markdown(report: OomReport) -> str:
         _holders(report),
         _blocks(report),
         _device(report),
+        _fragments(report),
         _last_peak(report),
+        _other_settings(report),
     )
     return "\n".join(line for section in sections for line in section)
 
@@ -192,6 +194,28 @@ def _device(report: OomReport) -> Iterator[str]:
         yield from _table(("", ""), rows)
 
 
+def _fragments(report: OomReport) -> Iterator[str]:
+    cut_up = report.fragmentation
+    if cut_up is None or not cut_up.pinned:
+        return
+    yield "## Fragments"
+    yield ""
+    yield "Free memory that cannot be given back to the device, since the segment has blocks in use: the largest."
+    yield ""
+    yield from _table(
+        ("free", "of a segment of", "blocks in use", "the smallest of them"),
+        [
+            (
+                format_bytes(segment.free_bytes),
+                format_bytes(segment.size),
+                str(segment.pinned_by),
+                ", ".join(f"{_label(key)} {format_bytes(size)}" for size, key in segment.pins) or _UNKNOWN,
+            )
+            for segment in cut_up.pinned
+        ],
+    )
+
+
 def _private_pools(allocator: AllocatorReading) -> Iterator[tuple[str, str]]:
     if allocator.private_pool_bytes:
         yield "private pools (CUDA graphs), which nobody else can use", _size(allocator.private_pool_bytes)
@@ -210,6 +234,39 @@ def _last_peak(report: OomReport) -> Iterator[str]:
             ("**sum**", f"**{format_bytes(peak.total_bytes)}**"),
         ],
     )
+
+
+def _other_settings(report: OomReport) -> Iterator[str]:
+    answer = report.allocator_answer
+    if answer is None:
+        return
+    yield "## Other settings of the allocator"
+    yield ""
+    yield (
+        f"By a model of the allocator, for what it was asked for in {_text(answer.origin)}, the traced step with the "
+        "highest peak. Each begins with an empty cache: fragments of earlier steps are in none."
+    )
+    yield ""
+    fits = {True: "yes", False: "no", None: _UNKNOWN}
+    yield from _table(
+        (_code(answer.variable), "reserved at the peak", "saves", "request would fit", "retries"),
+        [
+            (
+                f"{_code(outcome.settings) if outcome.settings else 'defaults'}{' (in force)' * outcome.in_force}",
+                format_bytes(outcome.reserved_bytes),
+                format_bytes(outcome.saved_bytes),
+                "" if outcome.in_force else fits[outcome.would_fit],
+                str(outcome.retries),
+            )
+            for outcome in answer.outcomes
+        ],
+    )
+    best = answer.outcomes[0]
+    if best.saved_bytes > 0:
+        yield f"To try the first: `export {answer.variable}={best.settings}`."
+    else:
+        yield "None reserves less in that step."
+    yield ""
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -12,12 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from memtrace.allocator.recording import AllocatorRecording
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.attribution.window import TraceWindow
 from memtrace.guard import Guard
 from memtrace.oom.advice import ModelFacts
+from memtrace.oom.allocator_answer import answer
 from memtrace.oom.composition import Holding, StepFacts, from_blocks, from_ledger, from_timeline
 from memtrace.oom.failure import failing_module, first_line, is_pool_segment, out_of_memory, requested_bytes
 from memtrace.oom.fragmentation import parse_fragmentation
@@ -75,12 +77,15 @@ class OomWatch:
         current_step: Callable[[], StepInProgress | None],
         snapshot: Callable[[], Snapshot],
         publish: Publish,
+        recording: Callable[[], AllocatorRecording | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model, self._scan = model, scan
         self._source, self._ledger, self._window, self._guard = source, ledger, window, guard
         self._current_step, self._snapshot, self._publish = current_step, snapshot, publish
-        self._clock = clock
+        self._clock, self._recording = clock, recording
+        self._replayed: AllocatorRecording | None = None
+        """The recording that was replayed last: once each, in a loop that fails again and again."""
         self._notice: _Notice | None = None
         self._next_look = -math.inf
         """When the allocator's word is looked into again, by the clock."""
@@ -165,6 +170,12 @@ class OomWatch:
             report = self._look(request, step)
         else:
             report = with_request(known, replace(request, witness=Witness.ALLOCATOR), self._facts())
+        recording = self._recording()
+        if recording is not None and recording is not self._replayed:
+            self._replayed, device = recording, report.device_memory
+            free = None if device is None else device.free_bytes
+            found = self._guard.run(answer, recording, request, free)  # a fault there leaves the rest of the report
+            report = replace(report, allocator_answer=found)
         return report, self._publish(report)
 
     def _look(self, request: FailedRequest, step: StepInProgress | None) -> OomReport:
@@ -208,7 +219,8 @@ class OomWatch:
         )
         blocks, hidden = live_blocks(listed, index), self._scan.hidden()
         holdings, estimated = from_blocks(blocks, known, hidden, facts, self._scan.workspace_sizes())
-        return holdings, estimated, parse_fragmentation(listed, index)
+        held = {holding.address: holding.key for holding in holdings}
+        return holdings, estimated, parse_fragmentation(listed, index, held)
 
     def _on_cpu(self, step: StepInProgress | None) -> tuple[list[Holding], bool]:
         """Reads an open window, which ends it: the step that it was for has failed."""

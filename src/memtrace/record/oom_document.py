@@ -8,14 +8,17 @@ from typing import Any
 from memtrace.record.breakdown import AllocatorReading, DeviceReading, EntryKey
 from memtrace.record.categories import Category, Moment, Phase
 from memtrace.record.oom_report import (
+    AllocatorAnswer,
     Composition,
     FailedRequest,
     Fragmentation,
     Holder,
     LargeBlock,
     OomReport,
+    PinnedSegment,
     Remedy,
     RemedyKind,
+    SettingOutcome,
     Witness,
 )
 from memtrace.record.schema import (
@@ -87,6 +90,15 @@ def report_document(report: OomReport) -> dict[str, Any]:
             "largest_free_bytes": cut_up.largest_free_bytes,
             "segments": cut_up.segments,
             "expandable": cut_up.expandable,
+            "pinned": [
+                {
+                    "bytes": segment.size,
+                    "free_bytes": segment.free_bytes,
+                    "pinned_by": segment.pinned_by,
+                    "pins": [entry_documents({key: size})[0] for size, key in segment.pins],
+                }
+                for segment in cut_up.pinned
+            ],
         },
         "device_memory": reading_document(report.device_memory),
         "limit_bytes": report.limit_bytes,
@@ -105,6 +117,29 @@ def report_document(report: OomReport) -> dict[str, Any]:
             }
             for remedy in report.remedies
         ],
+        **_answer_document(report.allocator_answer),
+    }
+
+
+def _answer_document(answer: AllocatorAnswer | None) -> dict[str, Any]:
+    if answer is None:
+        return {}
+    return {
+        "allocator_answer": {
+            "origin": answer.origin,
+            "variable": answer.variable,
+            "outcomes": [
+                {
+                    "settings": outcome.settings,
+                    "in_force": outcome.in_force,
+                    "reserved_bytes": outcome.reserved_bytes,
+                    "saved_bytes": outcome.saved_bytes,
+                    "retries": outcome.retries,
+                    "would_fit": outcome.would_fit,
+                }
+                for outcome in answer.outcomes
+            ],
+        }
     }
 
 
@@ -141,6 +176,7 @@ def parse_report(document: Any, source: str) -> OomReport:
         last_traced_step=None if traced is None else traced.integer("step"),
         last_traced_peak=None if traced is None else parse_moments(traced.object("moments")).get(Moment.PEAK),
         remedies=tuple(map(_parse_remedy, report.objects("remedies"))),
+        allocator_answer=_parse_answer(report.optional("allocator_answer", Fields.object)),
     )
 
 
@@ -192,6 +228,19 @@ def _parse_fragmentation(cut_up: Fields | None) -> Fragmentation | None:
         largest_free_bytes=cut_up.integer("largest_free_bytes"),
         segments=cut_up.integer("segments"),
         expandable=cut_up.boolean("expandable"),
+        pinned=tuple(map(_parse_pinned, cut_up.objects("pinned"))) if "pinned" in cut_up else (),
+    )
+
+
+def _parse_pinned(segment: Fields) -> PinnedSegment:
+    return PinnedSegment(
+        size=segment.integer("bytes"),
+        free_bytes=segment.integer("free_bytes"),
+        pinned_by=segment.integer("pinned_by"),
+        pins=tuple(
+            (pin.integer("bytes"), EntryKey(pin.word("category", Category), pin.text("component"), pin.text("dtype")))
+            for pin in segment.objects("pins")
+        ),
     )
 
 
@@ -201,4 +250,25 @@ def _parse_remedy(remedy: Fields) -> Remedy:
         saved_bytes=remedy.integer("saved_bytes"),
         would_fit=remedy.optional("would_fit", Fields.boolean),
         advice=remedy.text("advice"),
+    )
+
+
+def _parse_answer(answer: Fields | None) -> AllocatorAnswer | None:
+    if answer is None:
+        return None
+    return AllocatorAnswer(
+        origin=answer.text("origin"),
+        variable=answer.text("variable"),
+        outcomes=tuple(map(_parse_outcome, answer.objects("outcomes"))),
+    )
+
+
+def _parse_outcome(outcome: Fields) -> SettingOutcome:
+    return SettingOutcome(
+        settings=outcome.text("settings"),
+        in_force=outcome.boolean("in_force"),
+        reserved_bytes=outcome.integer("reserved_bytes"),
+        saved_bytes=int(outcome.number("saved_bytes")),
+        retries=outcome.integer("retries"),
+        would_fit=outcome.optional("would_fit", Fields.boolean),
     )

@@ -121,6 +121,18 @@ class LargeBlock:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PinnedSegment:
+    """A segment with free memory that cannot be given back, since blocks of it are in use. Bytes."""
+
+    size: int
+    free_bytes: int
+    pinned_by: int
+    """How many blocks of it are in use."""
+    pins: tuple[tuple[int, EntryKey], ...]
+    """The smallest of them, with what each is for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fragmentation:
     """How the memory that the caching allocator holds without using it is cut up. Bytes."""
 
@@ -132,6 +144,8 @@ class Fragmentation:
     """Stretches of device memory that the allocator holds."""
     expandable: bool
     """Whether segments can grow (`expandable_segments:True`)."""
+    pinned: tuple[PinnedSegment, ...] = ()
+    """The segments with most free memory beside blocks in use. Of segments that grow none: they give pages back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +158,36 @@ class Remedy:
     """Whether the failed request would then have been served; None where its size or free memory is not known."""
     advice: str
     """What to do, in one or two sentences."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettingOutcome:
+    """What the allocator would have reserved under one setting, by its model. Bytes."""
+
+    settings: str
+    """As PYTORCH_ALLOC_CONF takes them; empty for torch's defaults."""
+    in_force: bool
+    """Whether the run has this setting."""
+    reserved_bytes: int
+    """At the peak of the recorded step."""
+    saved_bytes: int
+    """Less than under the setting in force; below 0 where it is more."""
+    retries: int
+    """How often everything cached had to be given back."""
+    would_fit: bool | None
+    """Whether what it saves is enough for the failed request; None where its size or free memory is not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocatorAnswer:
+    """What other allocator settings would have reserved in a recorded step."""
+
+    origin: str
+    """Which step was recorded."""
+    variable: str
+    """The variable that this version of torch reads."""
+    outcomes: tuple[SettingOutcome, ...]
+    """The one to take first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,3 +220,5 @@ class OomReport:
     """Those that save most first."""
     run_id: str = ""
     """The launch that the run belongs to; empty in reports of older versions."""
+    allocator_answer: AllocatorAnswer | None = None
+    """None without a recording: on a CPU, and before a step was traced."""

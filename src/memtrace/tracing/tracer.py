@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from memtrace.allocator.recording import AllocatorRecording
 from memtrace.attribution.curve import HighestSteps
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.attribution.optimizers import HandedOver, flat
@@ -142,6 +143,11 @@ class Tracer:
         """Which process of which run this is; complete once attached."""
         return self._published.snapshot.identity
 
+    @property
+    def allocator_recording(self) -> AllocatorRecording | None:
+        """What CUDA's allocator was asked for in the traced step with the highest peak; None before it and on a CPU."""
+        return self._highest.recording
+
     def snapshot(self) -> Snapshot:
         """Returns the state for exporters: one immutable value, with the newest reading of the device.
 
@@ -165,9 +171,10 @@ class Tracer:
 
     def report_failure(self, error: BaseException) -> None:
         """Makes an OOM report of an exception that says so, and adds a note of it to the exception; ignores others."""
-        if self._watch is not None:
-            self._guard.run(self._watch.oom.raised, error)
-            self._guard.run(self._watch.window.explain, error)
+        watch = self._watch
+        if watch is not None:  # a fault in the first lets go of it
+            self._guard.run(watch.oom.raised, error)
+            self._guard.run(watch.window.explain, error)
 
     def report_restart(self) -> None:
         """Makes an OOM report of a step in progress that the loop has given up because memory had run out."""

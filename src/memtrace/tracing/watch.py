@@ -112,8 +112,7 @@ class Watch:
 
     def _set_up(self, device: torch.device, source: EventSource | None = None) -> None:
         """Sets up what belongs to one device."""
-        self._device = device
-        held = self._scan.held
+        self._device, held, highest = device, self._scan.held, self._highest
         here = (p for p in held.parameters() if canonical_device(p.device) == device)
         self._anchor = next(map(held.reference_to, here), lambda: None)
         """A parameter that tells when the model is moved; of none where an engine keeps all of them elsewhere."""
@@ -141,6 +140,7 @@ class Watch:
             current_step=self._current.any,
             snapshot=self._snapshot,
             publish=self._publish_oom,
+            recording=lambda: highest.recording,
         )
 
     def attach(self) -> None:
@@ -369,9 +369,9 @@ class Watch:
             curve=curve,
             replaced_bytes=self.window.leftovers.gone(),
         )
-        self._spent_before_ns = spent_ns
+        self._highest.ended(record)
+        self._spent_before_ns, self._micro_batches = spent_ns, step.micro_batches
         self._allocations = step.allocations() or self._allocations
-        self._micro_batches = step.micro_batches
         lost = step.lost or (bool(step.recorded) and moments is None)
         self._schedule.ended(record, skipped_seconds=self.skipped.seconds, lost=lost)
         self._bounds.ended(step, self.model)

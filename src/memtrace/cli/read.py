@@ -1,0 +1,105 @@
+"""`memtrace read`: what an allocator's snapshot means, whoever wrote it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from memtrace.cli.show import console
+from memtrace.errors import ConfigError
+from memtrace.exporters.reading_table import difference_table, ranks_of_readings, reading_table
+from memtrace.record.readings.document import document_of
+from memtrace.record.readings.snapshot_reading import SnapshotReading
+
+_SAID_EACH = 64 << 20
+"""Bytes of a pickle between two lines about how far reading it is."""
+
+
+class Read:
+    """Reads snapshots of `torch.cuda.memory._dump_snapshot`."""
+
+    name = "read"
+    summary = "Read an allocator's snapshot: what memory was for at the peak, at the end and when a request failed."
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declares the snapshots, what else is known of the model, and what is written."""
+        parser.add_argument(
+            "snapshots",
+            type=Path,
+            nargs="+",
+            metavar="SNAPSHOT.pickle",
+            help="what torch.cuda.memory._dump_snapshot() wrote, plain or gzip'ed; of several the peaks",
+        )
+        parser.add_argument(
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help="the model's config.json, its model.safetensors.index.json or a file of safetensors, or a directory "
+            "that has one: blocks are told by its sizes",
+        )
+        parser.add_argument(
+            "--compare", action="store_true", help="show by how much the second of two snapshots is larger"
+        )
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument(
+            "--annotate",
+            type=Path,
+            metavar="OUT.pickle",
+            help="write the snapshot with categories, for https://pytorch.org/memory_viz",
+        )
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Prints what the snapshots say.
+
+        Raises:
+            ConfigError: two snapshots are needed for a comparison, one to be annotated, or the model is not known.
+            LogFormatError: a snapshot cannot be understood.
+            OutputError: a file cannot be read or written.
+            PlanError: the configuration names no model.
+        """
+        from memtrace.forensics.attribution.expected import expected_model  # noqa: PLC0415 - torch takes a second to import
+        from memtrace.forensics.loader import load_snapshot  # noqa: PLC0415
+        from memtrace.forensics.reading import read_snapshot  # noqa: PLC0415
+
+        paths: list[Path] = arguments.snapshots
+        if arguments.compare and len(paths) != 2:
+            raise ConfigError(f"--compare needs two snapshots, got {len(paths)}")
+        if arguments.annotate is not None and len(paths) != 1:
+            raise ConfigError(f"--annotate needs one snapshot, got {len(paths)}")
+        model = None if arguments.config is None else expected_model(arguments.config)
+        readings = []
+        for path in paths:
+            snapshot = load_snapshot(path, _Progress(path))
+            readings.append(read_snapshot(snapshot, path.name, model))
+            if arguments.annotate is not None:
+                from memtrace.forensics.annotated import write_annotated  # noqa: PLC0415
+
+                write_annotated(snapshot, model, arguments.annotate)
+        if arguments.json:
+            print(json.dumps(document_of(readings), indent=2, allow_nan=False))
+        else:
+            _show(readings, compare=arguments.compare)
+        return 0
+
+
+def _show(readings: list[SnapshotReading], *, compare: bool) -> None:
+    if compare:
+        console().print(difference_table(*readings))
+    elif len(readings) > 1:
+        console().print(ranks_of_readings(readings))
+    else:
+        console().print(reading_table(readings[0]))
+
+
+class _Progress:
+    """Says on stderr how far reading a large file is."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._said = path, 0
+
+    def __call__(self, done: int) -> None:
+        if done >= self._said + _SAID_EACH:
+            self._said = done
+            print(f"memtrace: {self._path.name}: {done >> 20:,} MiB read", file=sys.stderr)

@@ -1,0 +1,159 @@
+"""How blocks live over steps: those that outlive them, and those that each step makes and frees."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from memtrace.attribution.timeline import Lifetime
+from memtrace.forensics.attribution.labels import Label
+from memtrace.forensics.attribution.steps import Steps, find_valleys, height_of, steps_between
+from memtrace.forensics.history import History
+from memtrace.record.categories import Category
+from memtrace.record.readings.snapshot_reading import Source
+
+_ALIKE = 0.1
+"""Share of the height of a step within which two valleys are alike."""
+_MOSTLY = 0.8
+_UPDATE = 0.35
+"""Changes of an optimizer's step are fewer than this share of those of the passes before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lives:
+    """The blocks of a history, by how long they live. Indices of lifetimes, in the order of birth."""
+
+    steps: Steps
+    persistent: Sequence[int]
+    """Those that outlive steps."""
+    of_steps: Sequence[Sequence[int]]
+    """Those that are made in each step and are no persistent ones; the last step may not have ended."""
+
+    @property
+    def steps_seen(self) -> bool:
+        """Whether the history shows a whole step."""
+        return self.steps.whole > 0
+
+
+def read_lives(history: History) -> Lives:
+    """Returns how the blocks of a history live."""
+    lifetimes = history.timeline.lifetimes
+    totals = history.timeline.totals
+    valleys = find_valleys(totals)
+    bounds = _boundaries(lifetimes, valleys, height_of(totals)) if valleys else []
+    steps = steps_between(totals, valleys, bounds)
+    persistent: list[int] = []
+    of_steps: list[list[int]] = [[] for _ in bounds]
+    for index, life in enumerate(lifetimes):
+        if _outlives(life, bounds, history):
+            persistent.append(index)
+            continue
+        number = bisect_right(bounds, max(life.begin, 0)) - 1
+        if number >= 0:
+            of_steps[number].append(index)
+    return Lives(steps=steps, persistent=persistent, of_steps=of_steps)
+
+
+def _boundaries(lifetimes: Sequence[Lifetime], valleys: Sequence[int], height: int) -> list[int]:
+    """Returns the valleys that lie between steps, the first one among them.
+
+    At a valley between micro batches, or between backward pass and optimizer, gradients are there that will be freed;
+    of the valleys those are between steps at which least is there that will be. The last ones are not judged by that,
+    since what they hold is not freed yet: they are none from where what is new is what was freed at others.
+    """
+    dying = [0] * (len(valleys) + 1)
+    for life in lifetimes:
+        if life.end is not None:
+            dying[bisect_right(valleys, life.begin)] += life.nbytes
+            dying[bisect_right(valleys, life.end)] -= life.nbytes
+    dying = [*accumulate(dying[:-1])]
+    inner = dying[1:-1] or dying[1:]
+    limit = min(inner, default=0) + _ALIKE * height
+    chosen = [valley for valley, nbytes in zip(valleys, dying, strict=True) if valley == valleys[0] or nbytes <= limit]
+    others = [valley for valley in valleys if valley not in chosen]
+    freed: Counter[int] = Counter()
+    for valley in others:
+        freed |= Counter(life.nbytes for life in lifetimes if life.end is not None and life.begin < valley <= life.end)
+    for number in range(2, len(chosen)):
+        new = Counter(
+            life.nbytes for life in lifetimes if life.end is None and chosen[number - 1] <= life.begin < chosen[number]
+        )
+        alike = sum(size * count for size, count in (new & freed).items())
+        if alike > _ALIKE * height and alike >= _MOSTLY * sum(size * count for size, count in new.items()):
+            chosen = chosen[:number]
+            break
+    return [*_without_updates(chosen)]
+
+
+def _without_updates(boundaries: Sequence[int]) -> Iterator[int]:
+    """Yields the boundaries but those after which the optimizer's step alone makes a hump: it has fewer changes."""
+    before = boundaries[0]
+    for boundary, after in zip(boundaries, [*boundaries[1:], None], strict=True):
+        if boundary != boundaries[0] and after is not None and after - boundary < _UPDATE * (boundary - before):
+            continue
+        yield boundary
+        before = boundary
+
+
+def _outlives(life: Lifetime, bounds: Sequence[int], history: History) -> bool:
+    """Whether a block is there at one boundary after its birth and still at the next, or at the end of the history.
+
+    Gradients that are freed in the next step are there at one only. After the last boundary, half a step more must have
+    gone by. Without a boundary, what is there at the end counts.
+    """
+    following = bisect_right(bounds, life.begin)
+    if not bounds[1:]:
+        return life.end is None
+    if following >= len(bounds):
+        return False
+    if life.end is None:
+        goes_on = 2 * (history.end - bounds[-1]) >= bounds[-1] - bounds[-2]
+        return following < len(bounds) - 1 or len(bounds) <= 2 or goes_on
+    after = bounds[following + 1] if following + 1 < len(bounds) else history.end
+    return life.end > after
+
+
+def labels_by_life(history: History, lives: Lives, known: Mapping[int, Label]) -> dict[int, Label]:
+    """Returns what the lives of blocks tell of those that a step makes and frees.
+
+    What is there at the end of the forward pass and is freed later was kept for the backward pass; the rest are
+    temporaries.
+
+    Args:
+        history: of the device.
+        lives: of its blocks.
+        known: what better sources have told. Where they know gradients, the forward pass ended before the last of them.
+    """
+    found: dict[int, Label] = {}
+    lifetimes, valleys = history.timeline.lifetimes, lives.steps.valleys
+    if not valleys:
+        return found
+    activations = Label(Category.ACTIVATIONS, "", "", Source.LIFE)
+    temporaries = Label(Category.TEMPORARIES, "", "", Source.LIFE)
+    ends = [*valleys[1:], history.end]
+    backward = [0] * len(valleys)
+    """Where the last gradient of each micro batch was made."""
+    of_steps = [index for step in lives.of_steps for index in step]
+    for index in of_steps:
+        number = _place(valleys, lifetimes[index].begin)
+        if _is_gradient(known.get(index)):
+            backward[number] = max(backward[number], lifetimes[index].begin)
+    tops = [history.top(begin, gradient or end) for begin, end, gradient in zip(valleys, ends, backward, strict=True)]
+    for index in of_steps:
+        life = lifetimes[index]
+        number = _place(valleys, life.begin)
+        end = history.end if life.end is None else life.end
+        if end <= ends[number]:
+            found[index] = activations if life.begin < tops[number] <= end else temporaries
+    return found
+
+
+def _place(valleys: Sequence[int], position: int) -> int:
+    return max(0, bisect_right(valleys, position) - 1)
+
+
+def _is_gradient(label: Label | None) -> bool:
+    return label is not None and label.category is Category.GRADIENTS

@@ -1,0 +1,204 @@
+"""Takes the entries of histories while a pickle is read: they become columns, and each stack is kept once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from sys import getsizeof
+from typing import Any, Final
+
+from memtrace.errors import LogFormatError
+from memtrace.forensics.trace import UNKNOWN, Frame, Stacks, Trace
+
+GONE: Final = object()
+"""In place of a value that a pickle may not refer to again."""
+ADDRESSED = frozenset(
+    {"alloc", "free_requested", "free_completed", "segment_alloc", "segment_free", "segment_map", "segment_unmap"}
+)
+"""Actions that name a block or a segment."""
+
+_LARGEST = (1 << 63) - 1
+_ROW_BYTES = 64
+_FRAME_BYTES = 700
+_SPARSE_BYTES = 100
+_RARER = frozenset({"user_metadata", "category", "pool_id"})
+_NO_FRAMES: tuple[object, ...] = (None, [], ())
+
+
+class Rows:
+    """Takes the entries of histories while they are read, and lets go of what they were made of."""
+
+    def __init__(self) -> None:
+        self.stacks = Stacks()
+        self._traces: dict[int, tuple[object, Trace]] = {}
+        """By the identity of the list that the entries were to be added to, which is kept."""
+        self._frame_numbers: dict[int, int] = {}
+        self._frames: dict[int, Mapping[str, Any]] = {}
+        """The one dictionary that is kept of each frame, and by its identity the number of it."""
+        self._stack_numbers: dict[int, int] = {}
+        self._lists: dict[int, Sequence[Any]] = {}
+        """The same for lists of frames."""
+        self._pairs: dict[tuple[int, int], tuple[int, int]] = {}
+        """Ids of pools, each once."""
+        self._nothing: list[Any] = []
+        self._recent: dict[int, int] = {}
+        """Numbers of the lists of frames that the entries at hand have: an allocation and its free share one."""
+        self._new_bytes = 0
+
+    def trace_of(self, found: object) -> Trace:
+        """Returns the history that was read as this list; an empty one where it had no entries."""
+        known = self._traces.get(id(found))
+        return Trace() if known is None else known[1]
+
+    def add(self, target: list[Any], entries: Sequence[Any]) -> None:
+        """Adds entries of one history.
+
+        Raises:
+            LogFormatError: one of them has not the form of an entry.
+        """
+        trace = self._traces.setdefault(id(target), (target, Trace()))[1]
+        self._recent.clear()
+        for entry in entries:
+            self._add(trace, entry)
+        self._new_bytes += _ROW_BYTES * len(entries)
+
+    def stack_of(self, frames: object) -> int:
+        """Returns the number of a stack, given as a list of dictionaries; `UNKNOWN` for none.
+
+        Raises:
+            LogFormatError: a frame has not the form of one.
+        """
+        known = self._stack_numbers.get(id(frames))
+        if known is not None:
+            return known
+        if not isinstance(frames, list | tuple) or not frames:
+            if frames in _NO_FRAMES:
+                return UNKNOWN
+            raise LogFormatError(f"'frames' must be a list of frames, got {type(frames).__name__}")
+        known_frames = tuple(map(self._frame_numbers.get, map(id, frames)))
+        number = self.stacks.stack(
+            tuple(map(self._frame, frames)) if None in known_frames else known_frames  # type: ignore[arg-type]
+        )
+        if number not in self._lists:
+            kept = frames if isinstance(frames, list) else [*frames]
+            kept[:] = [self._frames[frame] for frame in self.stacks.numbers(number)]
+            self._lists[number] = kept
+            self._stack_numbers[id(kept)] = number
+            self._new_bytes += 250 + 24 * len(kept)
+        return number
+
+    def forget(self, memo: list[Any], begin: int) -> int:
+        """Lets go of what entries were made of; returns the bytes that are kept.
+
+        Args:
+            memo: what a pickle may refer to. From `begin` on, only texts, frames and stacks stay in it.
+            begin: the first that the entries brought.
+        """
+        kept, self._new_bytes = self._new_bytes, 0
+        for index in range(begin, len(memo)):
+            value = memo[index]
+            kind = type(value)
+            if kind is str:
+                kept += getsizeof(value)
+            elif kind is list and value:
+                number = self._stack_numbers.get(id(value), UNKNOWN)
+                if number == UNKNOWN and type(value[0]) is dict and "filename" in value[0]:
+                    number = self.stack_of(value)
+                memo[index] = GONE if number == UNKNOWN else self._lists[number]
+            elif kind is dict and "filename" in value:
+                memo[index] = self._frames[self._frame(value)]
+            elif kind is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+                memo[index] = self._pairs.setdefault(value, value)
+            else:
+                memo[index] = self._nothing if kind is list and not value else GONE
+        return kept + self._new_bytes
+
+    def _frame(self, found: object) -> int:
+        known = self._frame_numbers.get(id(found))
+        if known is not None:
+            return known
+        frame = _frame(found)
+        number = self.stacks.frame(frame)
+        if number not in self._frames:
+            assert isinstance(found, dict)
+            found.clear()  # what else torch says of a frame can be long
+            found.update(frame._asdict())
+            self._frames[number] = found
+            self._frame_numbers[id(found)] = number
+            self._new_bytes += _FRAME_BYTES + len(frame.filename) + len(frame.name)
+        return number
+
+    def _add(self, trace: Trace, entry: Any) -> None:
+        if type(entry) is not dict or type(action := entry.get("action")) is not str:
+            raise LogFormatError("an entry of a history must be a dictionary with an action")
+        row = len(trace.actions)
+        number = _number if action in ADDRESSED else _number_if_any
+        address, size = number(entry, "addr", action), number(entry, "size", action)
+        if action in ADDRESSED and UNKNOWN in (address, size):
+            raise LogFormatError(f"entry {row:,} of a history: {action!r} must have 'addr' and 'size'")
+        trace.addresses.append(address)
+        trace.sizes.append(size)
+        trace.streams.append(number(entry, "stream", action))
+        trace.times_us.append(number(entry, "time_us", action))
+        frames = entry.get("frames")
+        stack = self._recent.get(id(frames))
+        if stack is None:
+            stack = self._recent[id(frames)] = self.stack_of(frames)
+        trace.stacks.append(stack)
+        trace.actions.append(self._word(trace, action))
+        if not _RARER.isdisjoint(entry):
+            self._add_rarer(trace, row, entry)
+        if action == "oom":
+            trace.device_free[row] = _number_if_any(entry, "device_free", action)
+
+    def _add_rarer(self, trace: Trace, row: int, entry: Mapping[str, Any]) -> None:
+        for name, column in (("user_metadata", trace.notes), ("category", trace.categories)):
+            text = entry.get(name)
+            if text and type(text) is str:
+                column[row] = self._word(trace, text)
+                self._new_bytes += _SPARSE_BYTES
+        pool = entry.get("pool_id")
+        if pool and (name := pool_name(pool)):
+            trace.pools[row] = self._word(trace, name)
+            self._new_bytes += _SPARSE_BYTES
+
+    def _word(self, trace: Trace, text: str) -> int:
+        known = trace.words.get(text)
+        if known is None:
+            known = trace.words[text] = len(trace.words)
+            self._new_bytes += _SPARSE_BYTES + getsizeof(text)
+        return known
+
+
+def pool_name(found: object) -> str:
+    """Returns the id of a private pool as text; empty for the allocator's own pools, and for what is no id."""
+    if not isinstance(found, tuple | list) or len(found) != 2 or not all(type(part) is int for part in found):
+        return ""
+    return "" if found[0] == found[1] == 0 else f"{found[0]}.{found[1]}"
+
+
+_parts = itemgetter("filename", "line", "name")
+
+
+def _frame(found: Any) -> Frame:
+    try:
+        filename, line, name = _parts(found)
+    except (KeyError, TypeError, IndexError) as error:
+        raise LogFormatError("a frame must be a dictionary with filename, line and name") from error
+    if type(filename) is not str or type(line) is not int or type(name) is not str:
+        raise LogFormatError("a frame must have a text as filename and name, and a number as line")
+    return Frame(filename, line, name)
+
+
+def _number(entry: Mapping[str, Any], name: str, action: str) -> int:
+    value = entry.get(name)
+    if value is None:
+        return UNKNOWN
+    if type(value) is not int or not 0 <= value <= _LARGEST:
+        raise LogFormatError(f"an entry {action!r} has {name} = {value!r:.40}, which must be an integer from 0 on")
+    return value
+
+
+def _number_if_any(entry: Mapping[str, Any], name: str, _: str) -> int:
+    value = entry.get(name)
+    return value if type(value) is int and 0 <= value <= _LARGEST else UNKNOWN

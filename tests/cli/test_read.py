@@ -1,0 +1,123 @@
+"""`memtrace read`: a snapshot as a table, as JSON, beside another, and annotated."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+
+from memtrace.cli import main, read
+from memtrace.forensics import plain_pickle
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "snapshots"
+SNAPSHOT, CONFIG = str(FIXTURE / "snapshot.pickle.gz"), str(FIXTURE / "config.json")
+
+
+def lines_of(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_the_table_has_each_moment_with_the_source_of_each_entry(capsys):
+    """With a configuration sizes tell; without it the same bytes are unattributed, and no line claims otherwise."""
+    assert main(["read", SNAPSHOT, "--config", CONFIG]) == 0
+    with_sizes = lines_of(capsys.readouterr().out)
+    assert "MiB source peak end failure" in with_sizes
+    assert "■ optimizer_state exp_avg float32 size 7.43 7.43 7.43" in with_sizes
+    assert "failed: a request for 6.00 MiB at train.py:41 train, with 2.00 MiB free on the device" in with_sizes
+    assert any(line.startswith("free in 2 segments at the end: 5.33 MiB") for line in with_sizes)
+    assert main(["read", SNAPSHOT]) == 0
+    without = lines_of(capsys.readouterr().out)
+    assert "■ unattributed none 44.52 38.55 38.55" in without
+    totals = [line for line in with_sizes if line.startswith("allocated")]
+    assert totals == [line for line in without if line.startswith("allocated")] == ["allocated 53.42 49.09 49.09"]
+
+
+def test_json_has_the_same_in_bytes(capsys):
+    """Entries add up to what is allocated, at each moment and at each point of the timeline."""
+    assert main(["read", SNAPSHOT, "--config", CONFIG, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == "memtrace.read/1"
+    (device,) = document["snapshots"][0]["devices"]
+    assert {*device["moments"]} == {"peak", "end", "failure"}
+    for moment in device["moments"].values():
+        assert sum(entry["bytes"] for entry in moment["entries"]) == moment["allocated_bytes"] <= 53.43 * 2**20
+        assert {entry["source"] for entry in moment["entries"]} <= {"size", "life", "none"}
+    curve = device["timeline"]
+    assert (
+        max(map(sum, zip(*curve["categories"].values(), strict=True))) == device["moments"]["peak"]["allocated_bytes"]
+    )
+    assert len(curve["seconds"]) == len(curve["categories"]["weights"])
+    assert device["failure"] == {"requested_bytes": 6 << 20, "free_bytes": 2 << 20, "place": "train.py:41 train"}
+
+
+def test_several_snapshots_are_compared_and_listed(tmp_path, capsys):
+    """Two by category with the difference; more than one as the peaks of ranks."""
+    other = tmp_path / "rank1.pickle"
+    other.write_bytes(
+        pickle.dumps({"segments": [], "device_traces": [[{"action": "alloc", "addr": 1, "size": 5 << 20}]]})
+    )
+    assert main(["read", SNAPSHOT, str(other), "--compare"]) == 0
+    assert "total 53.42 MiB 5.00 MiB -48.42 MiB" in lines_of(capsys.readouterr().out)
+    assert main(["read", SNAPSHOT, str(other), "--config", CONFIG]) == 0
+    shown = capsys.readouterr().out
+    assert "snapshot.pickle.gz, device 0" in shown and "rank1.pickle, device 0" in shown
+
+
+def test_an_annotated_snapshot_says_the_same_without_the_configuration(tmp_path, capsys):
+    """What memtrace has written on the blocks is believed: the entries of the failure are the same."""
+    out = tmp_path / "annotated.pickle"
+    assert main(["read", SNAPSHOT, "--config", CONFIG, "--annotate", str(out), "--json"]) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert main(["read", str(out), "--json"]) == 0
+    after = json.loads(capsys.readouterr().out)
+
+    def entries(document):
+        found = document["snapshots"][0]["devices"][0]["moments"]["failure"]["entries"]
+        return {(entry["category"], entry["component"], entry["dtype"]): entry["bytes"] for entry in found}
+
+    assert entries(before) == entries(after)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{here}/none.pickle"], "cannot be read"),
+        ([SNAPSHOT, "--compare"], "--compare needs two snapshots, got 1"),
+        ([SNAPSHOT, SNAPSHOT, "--annotate", "x"], "--annotate needs one snapshot, got 2"),
+        ([SNAPSHOT, "--annotate", "{here}/no/dir/x"], "cannot be written"),
+        ([SNAPSHOT, "--config", "{here}"], "no config.json"),
+        ([CONFIG], "must be a pickle of protocol 2 to 5"),
+        ([SNAPSHOT, "--config", "{here}/none.json"], "is no configuration"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line_and_status_2(tmp_path, capsys, arguments, said):
+    """The file and what was wrong with it."""
+    assert main(["read", *(part.format(here=tmp_path) for part in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("memtrace: ") and said in error
+
+
+def test_a_snapshot_cannot_steer_the_terminal(tmp_path, capsys):
+    """Names of files and functions are shown without control sequences."""
+    frames = [{"filename": "\x1b[31mx.py", "line": 1, "name": "\x07f"}]
+    entry = {"action": "alloc", "addr": 1, "size": 5 << 20, "frames": frames}
+    path = tmp_path / "s.pickle"
+    path.write_bytes(pickle.dumps({"segments": [], "device_traces": [[entry, {**entry, "action": "oom"}]]}))
+    assert main(["read", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\x07" not in shown
+
+
+def test_a_large_file_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+    """On stderr, so that a pipe gets the reading alone."""
+    monkeypatch.setattr(read, "_SAID_EACH", 10_000)
+    monkeypatch.setattr(plain_pickle, "_CHUNK", 10_000)
+    path = tmp_path / "copy.pickle.gz"
+    shutil.copy(SNAPSHOT, path)
+    assert main(["read", str(path), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("copy.pickle.gz: 0 MiB read") > 1
+    json.loads(captured.out)

@@ -1,0 +1,208 @@
+"""Weights, gradients and each optimizer state of a history by the sizes of a model alone, against what is known."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import model_families
+import pytest
+import torch
+from model_families import own_loss
+from planning import larger_families
+
+from memtrace.errors import ConfigError, OutputError
+from memtrace.forensics.attribution.expected import ExpectedModel, expected_model, sizes_of
+from memtrace.forensics.attribution.joined import Attributed, attribute
+from memtrace.forensics.history import read_history
+from memtrace.forensics.loader import load_snapshot
+from memtrace.forensics.reading import read_snapshot
+from memtrace.record.categories import Category
+from memtrace.record.readings.snapshot_reading import SnapshotMoment, Source
+from tests.forensics.simulated import Recorded, record, snapshot_of
+
+SIZE, WIDTH = larger_families.SIZE, larger_families._WIDTH
+CLOSE = 0.01
+TOLD = (Category.WEIGHTS, Category.MASTER_WEIGHTS, Category.GRADIENTS, Category.OPTIMIZER_STATE)
+
+FAMILIES: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], Any]]] = {
+    "llama": (larger_families._llama, SIZE.sequence_to_sequence),
+    "gpt2": (lambda: model_families.gpt2(SIZE, 192, 3, 6), SIZE.sequence_to_sequence),
+    "bert": (lambda: model_families.bert(SIZE, **WIDTH), SIZE.classified_text),
+    "t5": (lambda: model_families.t5(SIZE, **larger_families._T5), SIZE.sequence_to_sequence),
+    "qwen3": (larger_families._qwen3, SIZE.sequence_to_sequence),
+    "vit": (lambda: model_families.vit(SIZE, **WIDTH), SIZE.images),
+}
+
+CASES = [
+    ("llama", "fp32", "adamw", 1),
+    ("llama", "megatron", "adamw", 1),
+    ("llama", "fp32", "sgd-momentum", 2),
+    ("gpt2", "hf-autocast", "adamw", 1),
+    ("bert", "pure-bf16", "adamw", 1),
+    ("t5", "bf16-master", "adamw", 1),
+    ("qwen3", "fp16-master", "adamw", 2),
+    ("vit", "hf-autocast", "adamw-amsgrad", 1),
+    *(
+        pytest.param(*case, marks=pytest.mark.long)
+        for case in (
+            ("gpt2", "fp32", "sgd-momentum", 1),
+            ("llama", "bf16-master", "adamw", 2),
+            ("bert", "pure-bf16", "sgd", 1),
+            ("t5", "hf-autocast", "adamw", 4),
+        )
+    ),
+]
+
+
+def made(family: str, recipe: str, optimizer: str = "adamw", accumulation: int = 1) -> tuple[Recorded, ExpectedModel]:
+    make_model, make_batch = FAMILIES[family]
+    recorded = record(
+        make_model, make_batch, own_loss, recipe=recipe, optimizer=optimizer, accumulation_steps=accumulation
+    )
+    with torch.device("meta"):
+        model = make_model()
+    return recorded, sizes_of(
+        (tuple(parameter.shape) for parameter in model.parameters()), (buffer.nbytes for buffer in model.buffers())
+    )
+
+
+def attributed(content: dict[str, Any], directory: Path, model: ExpectedModel | None) -> Attributed:
+    path = directory / "snapshot.pickle"
+    path.write_bytes(pickle.dumps(content, protocol=4))
+    snapshot = load_snapshot(path)
+    return attribute(read_history(snapshot, 0), snapshot.stacks, model)
+
+
+def told(found: Attributed, position: int) -> Counter[tuple[Category, str]]:
+    """Bytes of each category and width of the elements; optimizer states apart."""
+    sizes: Counter[tuple[Category, str]] = Counter()
+    for index in found.history.live(position):
+        label = found.label(index)
+        if label.category in TOLD:
+            sizes[label.category, label.component] += found.history.timeline.lifetimes[index].nbytes
+    return sizes
+
+
+def known(recorded: Recorded) -> Counter[tuple[Category, str]]:
+    sizes: Counter[tuple[Category, str]] = Counter()
+    for key, nbytes in recorded.peak.entries.items():
+        if key.category in TOLD:
+            sizes[key.category, key.component] += nbytes
+    return sizes
+
+
+@pytest.mark.parametrize(("family", "recipe", "optimizer", "accumulation"), CASES)
+def test_sizes_alone_tell_what_outlives_steps_and_the_gradients(tmp_path, family, recipe, optimizer, accumulation):
+    """At the peak each is within 1 % of the breakdown that is known: nothing but sizes and lives of blocks is given."""
+    recorded, model = made(family, recipe, optimizer, accumulation)
+    found = attributed(recorded.snapshot, tmp_path, model)
+    assert found.history.complete
+    expected, seen = known(recorded), told(found, found.history.peak)
+    for key in {*expected, *seen}:
+        assert abs(expected[key] - seen[key]) <= CLOSE * expected[key], key
+    assert all(found.label(index).source is Source.SIZE for index in found.lives.persistent)
+
+
+def test_a_ring_that_lost_the_beginning_and_a_failure_in_the_second_step(tmp_path):
+    """Weights and states are told where the ring lost their birth, and where the second step's forward pass failed."""
+    recorded, model = made("gpt2", "fp32")
+    whole = sum(size * count for size, count in model.parameters.items()) * 4
+    trace = recorded.snapshot["device_traces"][0]
+    late = attributed(snapshot_of(recorded.run, 700), tmp_path, model)
+    assert late.history.complete
+    assert told(late, late.history.peak) == known(recorded)
+
+    births = [number for number, entry in enumerate(trace) if entry["action"] == "alloc"]
+    content = snapshot_of_first(trace, births[len(births) * 3 // 4], recorded.snapshot)
+    content["device_traces"][0].append({"action": "oom", "size": 1 << 30, "stream": 0, "device_free": 1 << 20})
+    path = tmp_path / "failed.pickle"
+    path.write_bytes(pickle.dumps(content))
+    device = read_snapshot(load_snapshot(path), "failed", model).devices[0]
+    failure = device.moments[SnapshotMoment.FAILURE]
+    sizes = failure.by_category()
+    assert sizes[Category.WEIGHTS] == whole
+    assert sizes[Category.OPTIMIZER_STATE] == 2 * whole
+    assert sizes[Category.ACTIVATIONS] > 0
+    assert device.failure is not None and device.failure.requested_bytes == 1 << 30
+    assert failure.total_bytes == sum(block["requested_size"] for block in content["segments"][0]["blocks"])
+    assert {remedy.kind.value for remedy in device.remedies} >= {"sharding", "8bit_optimizer"}
+
+
+def snapshot_of_first(trace: list[dict[str, Any]], stop: int, whole: dict[str, Any]) -> dict[str, Any]:
+    """What the snapshot would have been after the first entries."""
+    live: dict[int, int] = {}
+    for entry in trace[:stop]:
+        if entry["action"] == "alloc":
+            live[entry["addr"]] = entry["size"]
+        elif entry["action"] == "free_completed":
+            del live[entry["addr"]]
+    blocks = [
+        {"address": address, "size": size, "requested_size": size, "state": "active_allocated"}
+        for address, size in live.items()
+    ]
+    return {"segments": [{**whole["segments"][0], "blocks": blocks}], "device_traces": [trace[:stop]]}
+
+
+def test_a_model_is_known_by_its_configuration_and_by_the_heads_of_its_checkpoint(tmp_path):
+    """Both name the same sizes; of the checkpoint no weight is read."""
+    with torch.device("meta"):
+        model = larger_families._llama()
+    (tmp_path / "config.json").write_text(model.config.to_json_string(use_diff=False), encoding="utf-8")
+    heads = {
+        name: {"dtype": "BF16", "shape": [*parameter.shape], "data_offsets": [0, 0]}
+        for name, parameter in model.named_parameters()
+    }
+    files = tmp_path / "checkpoint"
+    files.mkdir()
+    for number, names in enumerate((list(heads)[:5], list(heads)[5:])):
+        text = json.dumps({"__metadata__": {"format": "pt"}, **{name: heads[name] for name in names}}).encode()
+        (files / f"model-{number}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    weight_map = {name: f"model-{int(place >= 5)}.safetensors" for place, name in enumerate(heads)}
+    (files / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    configured, indexed = expected_model(tmp_path), expected_model(files)
+    (files / "model.safetensors.index.json").unlink()
+    for other in (indexed, expected_model(files)):
+        assert other.parameters == configured.parameters
+        assert other.matrices == configured.matrices
+    assert configured.elements == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("m.safetensors", b"\xff" * 20, "no file of safetensors"),
+        ("m.safetensors", b"", "no file of safetensors"),
+        ("m.safetensors", (9).to_bytes(8, "little") + b'{"a": 1}', "no JSON where it should be|has no shape"),
+        ("m.safetensors", (12).to_bytes(8, "little") + b'{"a": [-1]} ', "has no shape"),
+        ("x.index.json", b"[]", "must hold one JSON object"),
+        ("x.index.json", b'{"weight_map": {"a": 1}}', "must have a 'weight_map'"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_understood_is_refused(tmp_path, name, content, said):
+    """The message names the file and what it lacks."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        expected_model(path)
+
+
+def test_a_directory_without_a_model_and_a_missing_file_are_refused(tmp_path):
+    """As any file that a user names."""
+    with pytest.raises(ConfigError, match=r"no config\.json and no checkpoint"):
+        expected_model(tmp_path)
+    (tmp_path / "x.index.json").write_text('{"weight_map": {"a": "../../b.safetensors"}}', encoding="utf-8")
+    with pytest.raises(OutputError, match=r"b\.safetensors cannot be read"):
+        expected_model(tmp_path / "x.index.json")
+
+
+def test_sizes_of_another_model_tell_nothing(tmp_path):
+    """Then nothing is claimed, and the reading says that the sizes do not fit."""
+    recorded, _ = made("gpt2", "fp32", "sgd")
+    other = sizes_of([(1000, 7), (13, 13), (31,)])
+    found = attributed(recorded.snapshot, tmp_path, other)
+    assert Source.SIZE not in {label.source for label in found.labels.values() if label.category in TOLD}
