@@ -195,6 +195,8 @@ def changed(path: str, value: object) -> dict[str, Any]:
         ("device_traces/0/0/action", 3, "must be a dictionary with an action"),
         ("device_traces/0/2/addr", None, "'alloc' must have 'addr' and 'size'"),
         ("device_traces/0/2/size", -5, "'alloc' has size = -5"),
+        ("device_traces/0/2/size", 2**60, "'alloc' has size = 1152921504606846976, which must be an integer, 0 to"),
+        ("device_traces/0/2/time_us", 2**62, "'alloc' has time_us"),
         ("device_traces/0/2/addr", 1.5, "'alloc' has addr = 1.5"),
         ("device_traces/0/2/frames", [{"line": 1}], "a frame must be a dictionary with filename, line and name"),
     ],

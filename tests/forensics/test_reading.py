@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import pickle
 import pickletools
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from memtrace.errors import LogFormatError
+from memtrace.exporters.reading_table import reading_table
+from memtrace.exporters.table import plain_text
 from memtrace.forensics.annotated import write_annotated
 from memtrace.forensics.attribution.by_note import note_of, parse_note
 from memtrace.forensics.attribution.by_stack import RULES
+from memtrace.forensics.attribution.expected import sizes_of
 from memtrace.forensics.attribution.labels import Label
 from memtrace.forensics.history import History, read_history
 from memtrace.forensics.loader import load_snapshot
 from memtrace.forensics.reading import read_snapshot
 from memtrace.record.categories import Category
+from memtrace.record.readings.document import document_of
 from memtrace.record.readings.snapshot_reading import DeviceReading, SnapshotMoment, Source
 from tests.forensics.snapshots import BASE, VERSIONS, snapshot
 
@@ -243,3 +249,38 @@ def test_blocks_from_before_a_history_are_given_an_allocation(tmp_path):
     assert [(entry["action"], entry["size"] // KIB) for entry in entries] == [
         ("snapshot", 0), ("alloc", 2), ("alloc", 5), ("free_requested", 2), ("free_completed", 2), ("alloc", 3),
     ]  # fmt: skip
+
+
+def test_histories_that_make_no_sense_are_read_or_refused(tmp_path):
+    """Entries with any address, size, time, action and order: each reading, table and annotated pickle is made."""
+    chosen = random.Random(7)
+    model, path, out, read = sizes_of([(10, 100), (25,), (512,)], [64]), tmp_path / "s.pickle", tmp_path / "o.pickle", 0
+    numbers = [0, 1, 1 << 40, (1 << 63) - 1, BASE, BASE + 1024, BASE + 4096]
+    values: dict[str, list[Any]] = {
+        "addr": numbers, "size": numbers[:3], "time_us": numbers[:3], "stream": numbers,
+        "action": ["alloc", "free_completed", "free_requested", "oom", "segment_free", "segment_map", "other"],
+        "user_metadata": ["weights", "memtrace: optimizer_state x", "a b"], "category": ["unknown", "gradient"],
+    }  # fmt: skip
+    for number in range(300):
+        content = snapshot(chosen.choice(VERSIONS))
+        trace = [dict(entry) for entry in content["device_traces"][0]]
+        for _ in range(chosen.randrange(1, 30)):
+            name = chosen.choice([*values])
+            chosen.choice(trace)[name] = chosen.choice(values[name])
+        if number % 3 == 0:
+            chosen.shuffle(trace)
+        content["device_traces"][0] = trace * (1 + number % 2)
+        path.write_bytes(pickle.dumps(content))
+        try:
+            loaded = load_snapshot(path)
+        except LogFormatError:
+            continue
+        reading = read_snapshot(loaded, "s", model)
+        json.dumps(document_of([reading]), allow_nan=False)
+        plain_text(reading_table(reading))
+        for device in reading.devices:
+            assert all(size >= 0 for row in device.moments.values() for size in row.entries.values())
+        write_annotated(loaded, model, out)
+        load_snapshot(out)
+        read += 1
+    assert read > 100

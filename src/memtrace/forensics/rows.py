@@ -18,6 +18,8 @@ ADDRESSED = frozenset(
 """Actions that name a block or a segment."""
 
 _LARGEST = (1 << 63) - 1
+_MOST = {"size": 1 << 50, "time_us": 1 << 53}
+"""What no device has and no clock reads."""
 _ROW_BYTES = 64
 _FRAME_BYTES = 700
 _SPARSE_BYTES = 100
@@ -194,8 +196,9 @@ def _number(entry: Mapping[str, Any], name: str, action: str) -> int:
     value = entry.get(name)
     if value is None:
         return UNKNOWN
-    if type(value) is not int or not 0 <= value <= _LARGEST:
-        raise LogFormatError(f"an entry {action!r} has {name} = {value!r:.40}, which must be an integer from 0 on")
+    most = _MOST.get(name, _LARGEST)
+    if type(value) is not int or not 0 <= value <= most:
+        raise LogFormatError(f"an entry {action!r} has {name} = {value!r:.40}, which must be an integer, 0 to {most}")
     return value
 
 
