@@ -85,6 +85,7 @@ class Exports:
         identity: RunIdentity,
         config: TracerConfig,
         log_dir: Path,
+        *,
         recording: Callable[[], AllocatorRecording | None] = lambda: None,
         on_record: Callable[[StepRecord], None] | None = None,
     ) -> Self:
