@@ -191,6 +191,8 @@ class Exports:
                 logger.warning("memtrace: %s; from now on there is none", error)
         if record.curve is not None:
             self._write_curve(record)
+        if self._on_record is not None:
+            self._on_record(record)
 
     def _write_curve(self, record: StepRecord) -> None:
         if self._timelines is not None:
@@ -203,14 +205,12 @@ class Exports:
             except OutputError as error:
                 self._timeline_directory = None
                 logger.warning("memtrace: %s; from now on there is none", error)
-        if self._recording_directory is not None and record.curve is not None:
+        if self._recording_directory is not None:
             try:
                 self._write_recording(self._recording_directory)
             except OutputError as error:
                 self._recording_directory = None
                 logger.warning("memtrace: %s; from now on there is none", error)
-        if self._on_record is not None:
-            self._on_record(record)
 
     def write_oom(self, report: OomReport) -> Path | None:
         """Writes an OOM report and, since nothing may follow it, the text file; returns the report's file.
