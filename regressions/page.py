@@ -90,7 +90,8 @@ def _lines() -> Iterator[str]:
         "In `regressions/` of the repository, 44 releases in seven trials:",
         "",
     )
-    yield from ("```console", f"$ {BISECTION}", *(HERE / "bisected.txt").read_text().splitlines(), "```")
+    yield from ("```console", f"$ {BISECTION}", "```", "", "It said:", "")
+    yield from ("```text", *(HERE / "bisected.txt").read_text().splitlines(), "```")
 
 
 def _cases() -> Iterator[str]:

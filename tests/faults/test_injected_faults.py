@@ -43,7 +43,7 @@ SHELLS = frozenset(
         "_Pair.pack",
         "_Pair.unpack",
         "after_backward.<locals>.end",
-        "weakly.<locals>.call",
+        "_WeakHook.__call__",
         "TraceWindow._gradient_comes",
         "DroppedGradients._hears",
         "_module_hook.<locals>.heard",
