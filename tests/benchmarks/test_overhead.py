@@ -51,6 +51,7 @@ def test_every_variant_is_measured_beside_nothing(tmp_path: Path, monkeypatch: p
     assert rows["control"]["traced_steps"] == 0
 
 
+@pytest.mark.long
 def test_the_command_measures_each_variant_in_a_process_of_its_own(tmp_path: Path) -> None:
     """It prints a row for each and writes what it prints, with what it was measured on."""
     command = [sys.executable, "-m", "benchmarks.overhead", "tiny", "--seconds", "0", "--variants", "control,default"]

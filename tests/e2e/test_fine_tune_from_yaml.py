@@ -13,6 +13,8 @@ import yaml
 
 from versions.frameworks import EXAMPLES, NO_DEVICE, OUTPUT, ROOT, checked
 
+pytestmark = pytest.mark.long
+
 
 def test_trl_sft_is_traced_without_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`memtrace run trl sft --config trl.yaml`: every step has a record, traced ones close, the adapter is trained."""

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from entries import total
 
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("deepspeed-example")]
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_deepspeed.py"
 OPTIONS = ("--max-steps", "3", "--max-tokens", "16")
 RANKS = 2

@@ -59,12 +59,14 @@ def loop_output(tmp_path_factory: pytest.TempPathFactory) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_loop_example_shows_master_weights_and_the_other_four(loop_output: str) -> None:
     """The plain loop prints a table with all five categories that its recipe has."""
     for category in ("weights", "master_weights", "gradients", "optimizer_state", "activations"):
         assert re.search(rf"\b{category}\b", loop_output), category
 
 
+@pytest.mark.long
 def test_memtrace_can_be_left_out_and_changes_no_result(loop_output: str, tmp_path: Path) -> None:
     """With `--no-memtrace` the loop reaches the same accuracies, prints no table and leaves no log."""
     done = run_example("finetune_loop.py", "--no-memtrace", cwd=tmp_path)

@@ -17,6 +17,8 @@ import pytest
 from documented import difference
 from transformers.utils import logging
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORT = ("--max-steps", "3", "--batch-size", "4", "--max-tokens", "16", "--output-dir", "out")
 PARAMETERS = 22_719_376
