@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
@@ -124,5 +125,6 @@ def test_every_module_has_a_docstring_and_is_typed() -> None:
     assert (root / "py.typed").exists()
     for path in root.rglob("*.py"):
         name = ".".join(("memtrace", *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
-        if name != "memtrace.__main__" and not path.name.startswith("lightning"):
-            assert importlib.import_module(name).__doc__, name
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), name
+        if name != "memtrace.__main__" and not path.name.startswith(("lightning", "axolotl")):  # asked for by those alone
+            importlib.import_module(name)
