@@ -97,6 +97,7 @@ def test_all_plans_that_share_what_is_known_are_those_that_do_not(name: str) -> 
     check(REQUESTS[name], [changed for _, changed in candidates(REQUESTS[name])])
 
 
+@pytest.mark.long
 def test_remedies_are_the_plans_that_each_makes_by_itself() -> None:
     """Those that save anything, with the plan that the changed request has alone."""
     asked = request(LLAMA, "lora")
