@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import csv
+import gc
 import json
 import logging
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -112,6 +114,16 @@ class TestFit:
         assert not watched.tracer.attached
         fit(tmp_path, [watched])
         assert watched.tracer.latest.step == 4
+
+    def test_a_module_is_let_go_when_it_is_dropped(self, tmp_path):
+        """Law 8: Trainer's handler of SIGTERM, which knows the module, goes with the run. The tracer may be kept."""
+        watched = callback()
+        dropped = weakref.ref(fit(tmp_path, [watched]))
+        tracer = watched.tracer
+        del watched  # Lightning gives it the module's `log`
+        gc.collect()
+        assert dropped() is None
+        assert tracer.latest.step == 4
 
 
 def test_the_one_network_of_a_module_is_what_is_watched():
