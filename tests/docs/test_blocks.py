@@ -32,7 +32,7 @@ NOT_RUN = {
 """Commands that are not run, by how they begin."""
 
 ELSEWHERE = {
-    "memtrace run": "tests/run/test_unchanged_scripts.py",
+    "memtrace run ": "tests/run/test_unchanged_scripts.py",
     "torchrun ": "tests/run/test_unchanged_scripts.py",
     "accelerate launch": "tests/run/test_unchanged_scripts.py",
     "deepspeed ": "tests/run/test_unchanged_scripts.py",
