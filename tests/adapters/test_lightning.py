@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import csv
+import gc
 import json
 import logging
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from memtrace.adapters.lightning import MemTraceLightningCallback, trained_module
 from memtrace.exporters.run_file import read_run_file, run_file_path
+from memtrace.launch.lightning_callback import RunLightningCallback
 from memtrace.record.categories import Category, Moment
 
 FEATURES, HIDDEN = 32, 64
@@ -112,6 +115,27 @@ class TestFit:
         assert not watched.tracer.attached
         fit(tmp_path, [watched])
         assert watched.tracer.latest.step == 4
+
+    def test_a_module_is_let_go_when_it_is_dropped(self, tmp_path):
+        """Law 8: Trainer's handler of SIGTERM, which knows the module, goes with the run. The tracer may be kept."""
+        watched = callback()
+        dropped = weakref.ref(fit(tmp_path, [watched]))
+        tracer = watched.tracer
+        del watched  # Lightning gives it the module's `log`
+        gc.collect()
+        assert dropped() is None
+        assert tracer.latest.step == 4
+
+    def test_a_callback_of_the_script_that_comes_for_the_second_run(self, tmp_path, capsys):
+        """What the one of `memtrace run` had of the first run is over: one tracer, and its table alone."""
+        ours, watched = RunLightningCallback(strict=True, port=None), callback()
+        fit(tmp_path, [ours])
+        assert ours.tracer.latest.step == 4
+        capsys.readouterr()
+        fit(tmp_path, [ours, watched])
+        assert watched.tracer.latest.step == 4
+        assert ours.tracer is None
+        assert capsys.readouterr().err.count("sizes in MiB") == 1
 
 
 def test_the_one_network_of_a_module_is_what_is_watched():
@@ -301,6 +325,20 @@ class TestLoggers:
             assert float(row["memtrace/peak/weights_gib"]) * 2**30 == highest[Category.WEIGHTS]
         assert not [name for name in trainer.callback_metrics if "memtrace" in name]
         assert not [name for name in trainer.logged_metrics if "memtrace" in name]
+
+    def test_a_tracer_that_the_script_detaches(self, tmp_path):
+        """It has nothing new to say: the logs that follow have no figures, instead of those of before."""
+
+        class Detaches(MemTraceLightningCallback):
+            def on_train_batch_start(self, trainer, *arguments):
+                super().on_train_batch_start(trainer, *arguments)
+                if trainer.global_step == 3:
+                    self.tracer.detach()
+
+        watched = Detaches(strict=True, port=None, device_poll_seconds=0, trace_every=1)
+        self.train(tmp_path, watched, CSVLogger(tmp_path, name="csv", version=""))
+        with (tmp_path / "csv" / "metrics.csv").open() as file:
+            assert [int(row["step"]) for row in csv.DictReader(file)] == [1]
 
     def test_off_by_one_setting(self, tmp_path):
         """Then the loggers have what they have without memtrace: here nothing at all."""

@@ -23,6 +23,7 @@ from small_training import make, step
 from memtrace import MemoryTracer, TracerConfig
 from memtrace.cli import main
 from memtrace.errors import ConfigError, MissingPackageError
+from memtrace.exporters.otlp import push as push_module
 from memtrace.exporters.otlp.metrics import metrics_url
 from memtrace.exporters.otlp.push import OtlpPush
 from memtrace.exporters.prometheus import registry_of
@@ -247,6 +248,24 @@ def test_a_script_that_ends_without_detach_pushes_how_it_has_ended(collector: Co
     assert collector.points("memtrace_run_state")[0][0]["state"] == "exception"
     assert collector.points("memtrace_steps_total")[0][1] == 1
     assert collector.resource()["service.name"] == "script"
+
+
+def test_the_reason_is_said_where_the_end_comes_first(
+    collector: Collector, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends while the SDK tries again says what the collector has answered, not that the run has ended."""
+    collector.status = 503
+    monkeypatch.setattr(push_module, "LAST_PUSH_SECONDS", 0)
+    snapshot = full_snapshot()
+    with caplog.at_level(logging.WARNING, logger="memtrace"):
+        push = OtlpPush(lambda: snapshot, collector.url, interval_seconds=600)
+        push.end()
+        for _ in range(2):
+            assert collector.came.acquire(timeout=60)
+        push.close()
+        push._thread.join()
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "Transient error Service Unavailable" in warning
 
 
 def test_variables_that_the_sdk_does_not_take_are_said(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,6 +108,13 @@ def run(log_dir: Path, on_call: OnCall) -> list[torch.Tensor]:
         if file is not None:
             file.close()
     return state_of(model)
+
+
+def test_each_shell_is_there() -> None:
+    """A function that is renamed is renamed in the table."""
+    code = "\n".join(path.read_text(encoding="utf-8") for path in Path(PACKAGE).rglob("*.py"))
+    parts = {part for name in SHELLS for part in name.split(".") if not part.startswith("<")}
+    assert {part for part in parts if not re.search(rf"(def|class) {part}\b", code)} == set()
 
 
 def functions_that_run(tmp_path: Path) -> list[str]:

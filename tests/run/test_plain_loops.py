@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from memtrace import MemTraceOptimizer
+from memtrace import MemoryTracer, MemTraceOptimizer
 from memtrace.adapters import forgotten
 from memtrace.launch.loaded import Launched
 
@@ -244,7 +244,10 @@ def test_the_tracer_of_the_script_wins(launched: Launched, tmp_path: Path) -> No
     with MemTraceOptimizer(optimizer, model, step_log=False, oom_reports=0) as wrapped:
         for _ in range(2):
             step(model, wrapped)
-    assert records(tmp_path) == []
+    step(model, optimizer)
+    step(model, optimizer)
+    assert records(tmp_path) == [], "it is not taken over from, where the script has closed it"
+    optimizer = torch.optim.AdamW(model.parameters())
     for _ in range(2):
         step(model, optimizer)
     assert len(records(tmp_path)) == 1
@@ -252,7 +255,22 @@ def test_the_tracer_of_the_script_wins(launched: Launched, tmp_path: Path) -> No
         for _ in range(3):
             step(model, wrapped)
         assert [record.step for record in wrapped.tracer.history] == [1, 2, 3]
+    for _ in range(2):
+        step(model, optimizer)
     assert len(records(tmp_path)) == 2
+
+
+def test_a_generator_and_its_critic_that_the_script_traces(launched: Launched, tmp_path: Path) -> None:
+    """Neither of two optimizers is taken over when the script's own tracer has ended."""
+    models = [network(), network()]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    with MemoryTracer(nn.ModuleList(models), optimizers, step_log=False, oom_reports=0):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            step(model, optimizer)
+    for _ in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            step(model, optimizer)
+    assert records(tmp_path) == []
 
 
 def test_parameters_of_no_module(launched: Launched, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

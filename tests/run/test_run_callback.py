@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments, trainer
+from transformers.integrations import TensorBoardCallback
 
 from memtrace import MemTraceCallback
+from memtrace.adapters import forgotten
 from memtrace.launch.loaded import LAUNCHED
 from memtrace.launch.trainer import RunCallback
 
@@ -35,11 +38,47 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     def make(callbacks: list[Any]) -> Trainer:
         settings = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
-        arguments = TrainingArguments(output_dir=str(tmp_path / "out"), max_steps=3, **settings)
+        arguments = TrainingArguments(output_dir=str(tmp_path / "out"), max_steps=3, logging_steps=1, **settings)
         samples = [{"x": torch.randn(8), "labels": torch.randn(1)} for _ in range(32)]
         return Trainer(Regression(), arguments, train_dataset=samples, callbacks=callbacks)
 
     return make
+
+
+class Stops(TrainerCallback):
+    """Calls something when the second step begins."""
+
+    def __init__(self, stop: Callable[[], object]) -> None:
+        self._stop = stop
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1:
+            self._stop()
+
+
+class Board(TensorBoardCallback):
+    """A tracker that keeps at which steps it got figures."""
+
+    def __init__(self) -> None:
+        self.tb_writer = None
+        self.has_figures: dict[int, bool] = {}
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            self.has_figures[state.global_step] = any(key.startswith("memtrace/") for key in logs)
+
+
+@pytest.fixture
+def hooked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The hook on the steps of all optimizers is on too, as it is under `memtrace run`."""
+    monkeypatch.chdir(tmp_path)
+    LAUNCHED.torch(torch)
+    yield
+    LAUNCHED.handle.remove()
+    LAUNCHED.give_way()
 
 
 def ours(made: Trainer) -> RunCallback:
@@ -70,14 +109,58 @@ def test_the_callback_of_the_script_wins(make: Any, caplog: pytest.LogCaptureFix
     assert not [record for record in caplog.records if "already" in record.getMessage()]
 
 
-def test_outputs_that_cannot_be_used_under_trainer(
-    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_callback_of_the_script_that_comes_for_the_second_training(
+    make: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They cost the tracing and a warning, not the training."""
+    """What ours had of the first one is over, also where an exception has ended that: one tracer, one table."""
+    monkeypatch.setenv("MEMTRACE_QUIET", "0")
+    made = make([])
+    made.train()
+    failed = Stops(lambda: 1 // 0)
+    made.add_callback(failed)
+    with pytest.raises(ZeroDivisionError):
+        made.train()
+    made.remove_callback(failed)
+    own = MemTraceCallback()
+    made.add_callback(own)
+    capsys.readouterr()
+    made.train()
+    assert own.tracer is not None
+    assert len(own.tracer.history) == 3
+    assert ours(made).tracer is None
+    assert capsys.readouterr().err.count("sizes in MiB") == 1
+
+
+@pytest.mark.parametrize("is_own", [True, False], ids=["of the script", "ours"])
+def test_a_tracer_that_ends_within_a_training(make: Any, hooked: None, is_own: bool, tmp_path: Path) -> None:
+    """It stays ended: no plain loop is made out of the rest, and trackers get no figures of before."""
+    callback: MemTraceCallback
+
+    def stop() -> None:
+        assert callback.tracer is not None
+        callback.tracer.detach()
+
+    board = Board()
+    own = MemTraceCallback()
+    made = make([board, Stops(stop), *([own] if is_own else [])])
+    callback = own if is_own else ours(made)
+    made.train()
+    assert callback.tracer is not None
+    assert [record.step for record in callback.tracer.history] == [1]
+    assert board.has_figures == {1: True, 2: False, 3: False}
+    assert not forgotten.are_attached(besides=None)
+    assert not list(tmp_path.rglob("memtrace-runs"))
+
+
+def test_outputs_that_cannot_be_used_under_trainer(
+    make: Any, hooked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They cost the tracing and one warning, not the training."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MEMTRACE_LOG_DIR", str(tmp_path / "file"))
     made = make([])
     with caplog.at_level(logging.WARNING, logger="memtrace"):
         made.train()
     assert made.state.global_step == 3
-    assert "memtrace: this run is not traced, training goes on: the step log" in caplog.text
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("memtrace: this run is not traced, training goes on: the step log")

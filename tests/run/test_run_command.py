@@ -115,6 +115,10 @@ def test_the_next_sitecustomize(script: Path, tmp_path: Path, monkeypatch: pytes
         (["--port", "99999", "x.py"], "MEMTRACE_PORT: port must be 0..65535, got 99999"),
         (["--port", "many", "x.py"], "MEMTRACE_PORT must be a whole number, got 'many'"),
         (["--port", "0"], command.NEEDS),
+        (
+            ["--on-record", "print", "x.py"],
+            "--on-record needs a function, which only a script can give: MemTraceCallback(on_record=function)",
+        ),
         (["-m"], command.NEEDS),
         (["no-such-command"], "no-such-command is neither a script nor a command on PATH"),
     ],

@@ -84,18 +84,22 @@ class MemTraceCallback(TrainerCallback):
             self._tracer.guarded(self._find_logs, args, trainer_of(self))
 
     def _begin(self, args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._leave_logs()
-        before, self._tracer = self._tracer, None
-        if before is not None:  # the run before has ended without on_train_end
-            if args.auto_find_batch_size:
-                before.report_restart()
-            before.give_way()
+        self._end_before(args)
         config = self._config if self._config.run_name else self._config.with_run_name(_run_name(args))
         output_dir = Path(args.output_dir or ".")
         writes = config.log_dir is None and (config.step_log or config.oom_reports)
         log_dir = log_directory(output_dir) if writes else output_dir
         further = self._further.also(models_of(trainer_of(self)))
         self._tracer = attached_tracer(model, [optimizer], config, log_dir, further)
+
+    def _end_before(self, args: TrainingArguments) -> None:
+        """Ends the run before, which may have had no `on_train_end`."""
+        self._leave_logs()
+        before, self._tracer = self._tracer, None
+        if before is not None:
+            if args.auto_find_batch_size:
+                before.report_restart()
+            before.give_way()
 
     def _expect(self, loader: object, batch_size: int) -> None:
         """Tells the tracer the largest micro batch that the dataset has, where that costs nothing to know."""
@@ -118,7 +122,9 @@ class MemTraceCallback(TrainerCallback):
 
     def _take_figures(self) -> Mapping[str, float]:
         tracer = self._tracer
-        return {} if tracer is None else tracer.guarded(lambda: self._figures.take(tracer.snapshot())) or {}
+        if tracer is None or not tracer.attached:  # the script has detached it: there is nothing new to say
+            return {}
+        return tracer.guarded(lambda: self._figures.take(tracer.snapshot())) or {}
 
     def _summarise(self, takers: list[Callable[[Summary], None]]) -> None:
         if self._tracer is not None:

@@ -82,7 +82,7 @@ class MemTraceLightningCallback(Callback):
         if self._tracer is not None and self._step not in (None, trainer.global_step):
             self._step = None
             self._tracer.end_step()
-            if self._config.trackers and trainer.loggers:
+            if self._config.trackers and self._tracer.attached and trainer.loggers:
                 found = self._tracer.guarded(self._figures_of, trainer, self._tracer)
                 if found is not None:
                     self._log(trainer.loggers, *found)
@@ -109,14 +109,18 @@ class MemTraceLightningCallback(Callback):
         self._end()
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        before, self._tracer, self._step = self._tracer, None, None
-        if before is not None:  # the run before has ended without on_train_end
-            before.give_way()
+        self._end_before()
         model, log_dir = trained_module(pl_module), Path(trainer.default_root_dir) / "memtrace"
         self._tracer = attached_tracer(model, trainer.optimizers, self._config, log_dir, self._further)
         self._figures = Figures()
         if self._tracer is not None:
             self._tracer.add_listener(self._figures.note)
+
+    def _end_before(self) -> None:
+        """Ends the run before, which may have had no `on_train_end`."""
+        before, self._tracer, self._step = self._tracer, None, None
+        if before is not None:
+            before.give_way()
 
     def _end(self) -> None:
         self._step = None

@@ -86,7 +86,7 @@ def _setting(word: str, name: str) -> tuple[str, str | None]:
     """Returns the variable of a setting, and what a switch sets it to; None where it has a value.
 
     Raises:
-        ConfigError: it is no setting.
+        ConfigError: it is no setting, or one that has no variable.
     """
     from memtrace.config import TracerConfig  # noqa: PLC0415 - nobody waits for it who gives no settings
 
@@ -96,6 +96,8 @@ def _setting(word: str, name: str) -> tuple[str, str | None]:
     is_off = name.startswith("no_") and annotations.get(name[3:]) == "bool"
     name = name[3:] if is_off else name
     TracerConfig.check_names([name])
+    if annotations[name].startswith("Callable"):
+        raise ConfigError(f"{word} needs a function, which only a script can give: MemTraceCallback({name}=function)")
     switch = None if annotations[name] != "bool" else "0" if is_off else "1"
     return f"{PREFIX}{name.upper()}", switch
 

@@ -21,9 +21,10 @@ class RunLightningCallback(MemTraceLightningCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attaches a tracer, unless the script does so itself."""
-        LAUNCHED.give_way()
+        LAUNCHED.leave(trainer.optimizers)
         others = [one for one in trainer.callbacks if isinstance(one, MemTraceLightningCallback)]
         if any(not isinstance(one, RunLightningCallback) for one in others):
+            self._end_before()
             return
         try:
             super().on_train_start(trainer, pl_module)

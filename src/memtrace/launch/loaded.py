@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -63,14 +63,21 @@ class Launched:
         self.guard.run(self._follow, optimizer)
 
     def _follow(self, optimizer: Any) -> None:
+        self._plain_loops().stepped(optimizer)
+
+    def _plain_loops(self) -> PlainLoops:
         if self._loops is None:
             from memtrace.launch.plain_loops import PlainLoops  # noqa: PLC0415 - torch is whole by now
 
             self._loops = PlainLoops(self.guard)
-        self._loops.stepped(optimizer)
+        return self._loops
+
+    def leave(self, optimizers: Iterable[Any]) -> None:
+        """Ends the tracers of plain loops, since a framework's callback takes over, and leaves its optimizers to it."""
+        self.guard.run(lambda: self._plain_loops().leave(optimizers))
 
     def give_way(self) -> None:
-        """Ends the tracers of plain loops, since a framework's callback takes over."""
+        """Ends the tracers of plain loops."""
         if self._loops is not None:
             self.guard.run(self._loops.give_way)
 

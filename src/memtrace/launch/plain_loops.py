@@ -6,11 +6,12 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from memtrace.adapters import forgotten
 from memtrace.adapters.memory_tracer import MemoryTracer
+from memtrace.attribution.optimizers import wrapping_chain
 from memtrace.config import TracerConfig
 from memtrace.errors import MemTraceError
 from memtrace.guard import Guard
@@ -30,7 +31,7 @@ class PlainLoops:
 
     What it attaches ends with the training: optimizers are held weakly, and with the first one that is dropped the
     tracer is detached, unless it is collected on another thread: then with the model. It gives way to the tracer of
-    anybody else.
+    anybody else, and does not take over from it when that has ended.
 
     Args:
         guard: runs what is called when an optimizer is dropped.
@@ -41,6 +42,8 @@ class PlainLoops:
         self._tracer: Callable[[], MemoryTracer | None] = _none
         self._known: dict[int, Callable[[], Any]] = {}
         """The optimizers that need no look: those that are followed, and those that cannot be."""
+        self._others: dict[int, Callable[[], Any]] = {}
+        """Those that have stepped under a tracer of somebody else, or that a framework's callback answers for."""
         self._turns: _Turns | None = None
         """Which optimizers are waited for."""
 
@@ -48,9 +51,9 @@ class PlainLoops:
         """Takes in that an optimizer has stepped."""
         tracer = self._tracer()
         if forgotten.are_attached(besides=tracer):
-            self.give_way()
+            self.leave([optimizer])
             return
-        is_known = self._known.get(id(optimizer), _none)() is optimizer
+        is_known = _has(self._known, optimizer) or _has(self._others, optimizer)
         training = None
         if self._turns is None or not self._turns.know(optimizer):
             if is_known:
@@ -72,6 +75,14 @@ class PlainLoops:
                 training = training_of(optimizers[0], among=optimizers)
             if training is not None:
                 self._attach(training)
+
+    def leave(self, optimizers: Iterable[Any]) -> None:
+        """Gives way to the tracer of some optimizers, and leaves them to it, also when it has ended."""
+        self.give_way()
+        for optimizer in optimizers:
+            if not _has(self._others, optimizer):
+                for part in wrapping_chain(optimizer):
+                    self._others = _with(self._others, part)
 
     def give_way(self) -> None:
         """Detaches the tracer, since somebody else traces from now on."""
@@ -95,8 +106,7 @@ class PlainLoops:
             weakref.finalize(optimizer, self._dropped, weakref.ref(tracer), threading.get_ident()).atexit = False
 
     def _knows(self, optimizer: Any) -> None:
-        self._known = {key: alive for key, alive in self._known.items() if alive() is not None}
-        self._known[id(optimizer)] = weakref.ref(optimizer)
+        self._known = _with(self._known, optimizer)
 
     def _dropped(self, tracer: Callable[[], MemoryTracer | None], thread: int) -> None:
         """Ends a tracer whose optimizer is gone, so that the model can go too; a collector may call from any thread."""
@@ -140,6 +150,16 @@ class _Turns:
         """Returns those that have stepped and are still there."""
         alive = (self._alive[key]() for key in self._steps)
         return [optimizer for optimizer in alive if optimizer is not None]
+
+
+def _has(known: Mapping[int, Callable[[], Any]], optimizer: Any) -> bool:
+    return known.get(id(optimizer), _none)() is optimizer
+
+
+def _with(known: Mapping[int, Callable[[], Any]], optimizer: Any) -> dict[int, Callable[[], Any]]:
+    """Returns those that are alive, and one more, all held weakly."""
+    alive = {key: one for key, one in known.items() if one() is not None}
+    return {**alive, id(optimizer): weakref.ref(optimizer)}
 
 
 def _none() -> None:

@@ -35,8 +35,9 @@ class RunCallback(MemTraceCallback):
         **kwargs: Any,
     ) -> None:
         """Attaches a tracer, unless the script does so itself."""
-        LAUNCHED.give_way()
-        if LAUNCHED.guard.run(self._has_other):
+        LAUNCHED.leave([optimizer])
+        if LAUNCHED.guard.run(self._has_other) is not False:
+            self._end_before(args)
             return
         try:
             super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)

@@ -33,7 +33,8 @@ class Termination:
     Where nobody handles the signal, the process ends of it once the subscribers have been told. A handler that was
     there before is called at once, as ever, and decides: then only `has_come` tells of it. One that is set later takes
     the signal over, and nothing tells. An ignored signal stays ignored. Subscribers are held weakly; where one
-    raises, the others are not told, and the process ends all the same. A forked child has the handler of before.
+    raises, the others are not told, and the process ends all the same. A forked child has the handler of before, which
+    is let go with the last subscriber.
     """
 
     def __init__(self) -> None:
@@ -89,6 +90,7 @@ class Termination:
         finally:
             os.close(pipe[1])  # which ends the thread
             if self._before != signal.SIG_DFL:
+                self._before = None  # a handler may refer to a model, as Lightning's does
                 os.close(pipe[0])
 
     def _hand_back(self) -> None:
@@ -137,6 +139,7 @@ class Termination:
             for end in pipe:
                 with suppress(OSError):
                     os.close(end)
+        self._before = None
         self._unblock()
 
 

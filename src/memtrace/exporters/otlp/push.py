@@ -29,14 +29,16 @@ LAST_PUSH_SECONDS = 3.0
 
 
 class _Kept(logging.Filter):
-    """Keeps what the SDK logs on one thread, tries and retries, out of the user's log; the newest of it is asked for.
+    """Keeps what the SDK logs on one thread, tries and retries, out of the user's log.
 
-    The logger is the process's: it is given back with `close()`.
+    What it says first of a push is why that fails; what follows is about retries. The logger is the process's: it is
+    given back with `close()`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.newest = ""
+        self.first = ""
+        """Of the push in progress, or of the last one."""
         self._thread = threading.get_ident()
         self._logger = logging.getLogger(OTLPMetricExporter.__module__)
         self._logger.addFilter(self)
@@ -45,7 +47,7 @@ class _Kept(logging.Filter):
         """Returns whether the record is to be logged: those of other threads are."""
         if record.thread != self._thread:
             return True
-        self.newest = record.getMessage()
+        self.first = self.first or record.getMessage()
         return False
 
     def close(self) -> None:
@@ -105,6 +107,7 @@ class OtlpPush:
 
     def _push(self, said: _Kept) -> bool:
         """Pushes the state of now; returns whether the collector has it. The first failure is logged."""
+        said.first = ""
         arrived = ask(self._export) is MetricExportResult.SUCCESS
         if not arrived and not self._failed:
             self._failed = True
@@ -112,7 +115,7 @@ class OtlpPush:
                 "memtrace: the collector at %s does not take the metrics of rank %d, they are offered again: %s",
                 self._endpoint,
                 self._identity.rank,
-                said.newest or "no answer",
+                said.first or "no answer",
             )
         return arrived
 
