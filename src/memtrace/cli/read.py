@@ -6,12 +6,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memtrace.cli.show import console
 from memtrace.errors import ConfigError
 from memtrace.exporters.reading_table import difference_table, ranks_of_readings, reading_table
 from memtrace.record.readings.document import document_of
 from memtrace.record.readings.snapshot_reading import SnapshotReading
+
+if TYPE_CHECKING:
+    from memtrace.forensics.attribution.expected import ExpectedModel
 
 _SAID_EACH = 64 << 20
 """Bytes of a pickle between two lines about how far reading it is."""
@@ -60,8 +64,6 @@ class Read:
             PlanError: the configuration names no model.
         """
         from memtrace.forensics.attribution.expected import expected_model  # noqa: PLC0415 - torch takes a second to import
-        from memtrace.forensics.loader import load_snapshot  # noqa: PLC0415
-        from memtrace.forensics.reading import read_snapshot  # noqa: PLC0415
 
         paths: list[Path] = arguments.snapshots
         if arguments.compare and len(paths) != 2:
@@ -69,19 +71,26 @@ class Read:
         if arguments.annotate is not None and len(paths) != 1:
             raise ConfigError(f"--annotate needs one snapshot, got {len(paths)}")
         model = None if arguments.config is None else expected_model(arguments.config)
-        readings = []
-        for path in paths:
-            snapshot = load_snapshot(path, _Progress(path))
-            readings.append(read_snapshot(snapshot, path.name, model))
-            if arguments.annotate is not None:
-                from memtrace.forensics.annotated import write_annotated  # noqa: PLC0415
-
-                write_annotated(snapshot, model, arguments.annotate)
+        readings = [_read(path, model, arguments.annotate) for path in paths]
         if arguments.json:
             print(json.dumps(document_of(readings), indent=2, allow_nan=False))
         else:
             _show(readings, compare=arguments.compare)
         return 0
+
+
+def _read(path: Path, model: ExpectedModel | None, annotated: Path | None) -> SnapshotReading:
+    """Returns what one snapshot says, and lets go of it before the next one is loaded."""
+    from memtrace.forensics.loader import load_snapshot  # noqa: PLC0415 - torch takes a second to import
+    from memtrace.forensics.reading import read_snapshot  # noqa: PLC0415
+
+    snapshot = load_snapshot(path, _Progress(path))
+    reading = read_snapshot(snapshot, path.name, model)
+    if annotated is not None:
+        from memtrace.forensics.annotated import write_annotated  # noqa: PLC0415
+
+        write_annotated(snapshot, model, annotated)
+    return reading
 
 
 def _show(readings: list[SnapshotReading], *, compare: bool) -> None:
