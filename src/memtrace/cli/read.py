@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memtrace.cli.show import console
-from memtrace.errors import ConfigError
+from memtrace.errors import ConfigError, OutputError
+from memtrace.exporters.reading_page import render_readings
 from memtrace.exporters.reading_table import difference_table, ranks_of_readings, reading_table
+from memtrace.exporters.traces.events import render_trace
+from memtrace.exporters.traces.readings import reading_events
 from memtrace.record.readings.document import document_of
 from memtrace.record.readings.snapshot_reading import SnapshotReading
+from memtrace.record.whole_file import write_whole
 
 if TYPE_CHECKING:
     from memtrace.forensics.attribution.expected import ExpectedModel
@@ -48,6 +52,15 @@ class Read:
         )
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.add_argument(
+            "--html", type=Path, metavar="OUT.html", help="write the timeline and the table of each device as a page"
+        )
+        parser.add_argument(
+            "--perfetto",
+            type=Path,
+            metavar="OUT.json",
+            help="write memory by category over time as a trace, for https://ui.perfetto.dev",
+        )
+        parser.add_argument(
             "--annotate",
             type=Path,
             metavar="OUT.pickle",
@@ -72,6 +85,10 @@ class Read:
             raise ConfigError(f"--annotate needs one snapshot, got {len(paths)}")
         model = None if arguments.config is None else expected_model(arguments.config)
         readings = [_read(path, model, arguments.annotate) for path in paths]
+        if arguments.html is not None:
+            _write(arguments.html, render_readings(readings))
+        if arguments.perfetto is not None:
+            _write(arguments.perfetto, "".join(render_trace(reading_events(readings), {})))
         if arguments.json:
             print(json.dumps(document_of(readings), indent=2, allow_nan=False))
         else:
@@ -91,6 +108,13 @@ def _read(path: Path, model: ExpectedModel | None, annotated: Path | None) -> Sn
 
         write_annotated(snapshot, model, annotated)
     return reading
+
+
+def _write(path: Path, content: str) -> None:
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _show(readings: list[SnapshotReading], *, compare: bool) -> None:
