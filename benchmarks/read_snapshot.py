@@ -27,13 +27,14 @@ LIVE = 50
 
 
 def write_snapshot(path: Path, entries: int, frames: int) -> None:
-    """Writes a history of allocations and frees; each entry has dictionaries of its own, as torch's have."""
+    """Writes a history of allocations and frees; each entry has dictionaries of its own, which is more than torch's have."""
     chance, live, trace, address = random.Random(0), deque[tuple[int, int]](), [], 1 << 40
+    known = [
+        {"filename": f"/site-packages/models/modeling_{line % 7}.py", "line": line, "name": f"forward_{line % 40}"}
+        for line in range(STACKS + frames)
+    ]
     for number in range(entries):
-        stack = [
-            {"filename": f"/site-packages/models/modeling_{line % 7}.py", "line": line, "name": f"forward_{line % 40}"}
-            for line in range(number % STACKS, number % STACKS + frames)
-        ]
+        stack = [dict(frame) for frame in known[number % STACKS :][:frames]]
         if len(live) > LIVE:
             action, (at, size) = "free_completed", live.popleft()
         else:

@@ -145,3 +145,26 @@ def test_a_page_and_a_trace_show_the_timeline(tmp_path, capsys):
     assert {event["name"] for event in events if event["ph"] == "i"} == {"peak", "out of memory"}
     assert main(["read", SNAPSHOT, "--html", str(tmp_path)]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--html", "--perfetto", "--annotate"])
+def test_an_output_that_cannot_be_or_would_replace_a_snapshot_is_refused_before_reading(
+    tmp_path, capsys, monkeypatch, option
+):
+    """Reading may take minutes, and the snapshot may be the only one of a failure."""
+    monkeypatch.setattr(read, "_read", pytest.fail)
+    named = tmp_path / "s.pickle.gz"
+    shutil.copy(SNAPSHOT, named)
+    assert main(["read", str(named), option, str(tmp_path / "." / "s.pickle.gz")]) == 2
+    assert "is one of the snapshots" in capsys.readouterr().err
+    assert named.read_bytes() == Path(SNAPSHOT).read_bytes()
+    assert main(["read", str(named), option, str(tmp_path / "nowhere" / "out")]) == 2
+    assert "there is no directory" in capsys.readouterr().err
+
+
+def test_an_empty_file_says_so(tmp_path, capsys):
+    """It is what a process leaves that was killed while it wrote."""
+    path = tmp_path / "s.pickle"
+    path.write_bytes(b"")
+    assert main(["read", str(path)]) == 2
+    assert "the file is empty" in capsys.readouterr().err

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memtrace.cli.show import console
 from memtrace.errors import ConfigError, OutputError
-from memtrace.exporters.reading_page import render_readings
+from memtrace.exporters.drawn.reading_page import render_readings
 from memtrace.exporters.reading_table import difference_table, ranks_of_readings, reading_table
 from memtrace.exporters.traces.events import render_trace
 from memtrace.exporters.traces.readings import reading_events
@@ -71,7 +72,8 @@ class Read:
         """Prints what the snapshots say.
 
         Raises:
-            ConfigError: two snapshots are needed for a comparison, one to be annotated, or the model is not known.
+            ConfigError: two snapshots are needed for a comparison, one to be annotated, an output is one of them, or the
+                model is not known.
             LogFormatError: a snapshot cannot be understood.
             OutputError: a file cannot be read or written.
             PlanError: the configuration names no model.
@@ -83,6 +85,9 @@ class Read:
             raise ConfigError(f"--compare needs two snapshots, got {len(paths)}")
         if arguments.annotate is not None and len(paths) != 1:
             raise ConfigError(f"--annotate needs one snapshot, got {len(paths)}")
+        for written in (arguments.html, arguments.perfetto, arguments.annotate):
+            if written is not None:
+                _check_output(written, paths)
         model = None if arguments.config is None else expected_model(arguments.config)
         readings = [_read(path, model, arguments.annotate) for path in paths]
         if arguments.html is not None:
@@ -108,6 +113,14 @@ def _read(path: Path, model: ExpectedModel | None, annotated: Path | None) -> Sn
 
         write_annotated(snapshot, model, annotated)
     return reading
+
+
+def _check_output(path: Path, snapshots: Sequence[Path]) -> None:
+    """Refuses before minutes of reading what cannot be written after them, and what would replace a snapshot."""
+    if not path.parent.is_dir():
+        raise OutputError(f"{path} cannot be written: there is no directory {path.parent}")
+    if path.resolve() in {snapshot.resolve() for snapshot in snapshots}:
+        raise ConfigError(f"{path} is one of the snapshots: give another name for what is written")
 
 
 def _write(path: Path, content: str) -> None:

@@ -43,6 +43,8 @@ def load_snapshot(path: str | os.PathLike[str], progress: Progress | None = None
 def _load(file: IO[bytes], progress: Progress | None) -> AllocatorSnapshot:
     magic = file.read(4)
     file.seek(0)
+    if not magic:
+        raise LogFormatError("the file is empty: was the snapshot written whole?")
     if magic == _ZIP:
         raise LogFormatError("is a zip file, as torch.save() writes it: dump the snapshot with pickle.dump instead")
     rows = Rows()

@@ -1,4 +1,4 @@
-"""Histories of allocator snapshots in the trace event format: memory by category, marks at the peak and at a failure."""
+"""Histories of allocator snapshots in the trace event format: memory by category, marks at peak and failure."""
 
 from __future__ import annotations
 
