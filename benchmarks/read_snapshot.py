@@ -27,7 +27,7 @@ LIVE = 50
 
 
 def write_snapshot(path: Path, entries: int, frames: int) -> None:
-    """Writes a history of allocations and frees; each entry has dictionaries of its own, which is more than torch's have."""
+    """Writes a history of allocations and frees; entries share no dictionaries, as torch's do."""
     chance, live, trace, address = random.Random(0), deque[tuple[int, int]](), [], 1 << 40
     known = [
         {"filename": f"/site-packages/models/modeling_{line % 7}.py", "line": line, "name": f"forward_{line % 40}"}

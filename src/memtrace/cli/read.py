@@ -72,8 +72,8 @@ class Read:
         """Prints what the snapshots say.
 
         Raises:
-            ConfigError: two snapshots are needed for a comparison, one to be annotated, an output is one of them, or the
-                model is not known.
+            ConfigError: two snapshots are needed for a comparison, one to be annotated, an output is one of them, or
+                the model is not known.
             LogFormatError: a snapshot cannot be understood.
             OutputError: a file cannot be read or written.
             PlanError: the configuration names no model.
