@@ -19,7 +19,8 @@ _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
 def load_snapshot(path: str | os.PathLike[str], progress: Progress | None = None) -> AllocatorSnapshot:
     """Returns the snapshot in a file.
 
-    Time goes with the size: see benchmarks/read_snapshot.py. Histories take about 64 bytes of memory an entry and each stack is kept once.
+    Time goes with the size: see benchmarks/read_snapshot.py. Histories take about 64 bytes of memory an
+    entry and each stack is kept once.
 
     Args:
         path: a pickle of protocol 2 to 5, which may be gzip'ed.
