@@ -121,3 +121,50 @@ def test_a_large_file_says_how_far_it_is(tmp_path, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert captured.err.count("copy.pickle.gz: 0 MiB read") > 1
     json.loads(captured.out)
+
+
+def test_a_page_and_a_trace_show_the_timeline(tmp_path, capsys):
+    """The page runs no script and escapes names; the trace's counters add up to the peak, where its mark is."""
+    named = tmp_path / "<b>&.pickle.gz"
+    shutil.copy(SNAPSHOT, named)
+    page, trace = tmp_path / "page.html", tmp_path / "trace.json"
+    assert main(["read", str(named), "--config", CONFIG, "--html", str(page), "--perfetto", str(trace)]) == 0
+    assert "allocated" in capsys.readouterr().out
+    html = page.read_text(encoding="utf-8")
+    assert "<script" not in html
+    assert "script-src" not in html
+    assert "<b>" not in html
+    assert html.count("<svg") == 1
+    assert "failed: a request for 6.00 MiB" in html
+    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    (peak,) = (event for event in events if event["name"] == "peak")
+    at_peak = [sum(event["args"].values()) for event in events if event["ph"] == "C" and event["ts"] == peak["ts"]]
+    totals = [event["args"]["bytes"] for event in events if event["name"] == "memory in all"]
+    assert max(totals) in at_peak
+    assert f"{max(totals) / 2**20:.2f}" == "53.42"
+    assert {event["name"] for event in events if event["ph"] == "i"} == {"peak", "out of memory"}
+    assert main(["read", SNAPSHOT, "--html", str(tmp_path)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--html", "--perfetto", "--annotate"])
+def test_an_output_that_cannot_be_or_would_replace_a_snapshot_is_refused_before_reading(
+    tmp_path, capsys, monkeypatch, option
+):
+    """Reading may take minutes, and the snapshot may be the only one of a failure."""
+    monkeypatch.setattr(read, "_read", pytest.fail)
+    named = tmp_path / "s.pickle.gz"
+    shutil.copy(SNAPSHOT, named)
+    assert main(["read", str(named), option, str(tmp_path / "." / "s.pickle.gz")]) == 2
+    assert "is one of the snapshots" in capsys.readouterr().err
+    assert named.read_bytes() == Path(SNAPSHOT).read_bytes()
+    assert main(["read", str(named), option, str(tmp_path / "nowhere" / "out")]) == 2
+    assert "there is no directory" in capsys.readouterr().err
+
+
+def test_an_empty_file_says_so(tmp_path, capsys):
+    """It is what a process leaves that was killed while it wrote."""
+    path = tmp_path / "s.pickle"
+    path.write_bytes(b"")
+    assert main(["read", str(path)]) == 2
+    assert "the file is empty" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ CASES = [
     ("t5", "bf16-master", "adamw", 1),
     ("qwen3", "fp16-master", "adamw", 2),
     ("vit", "hf-autocast", "adamw-amsgrad", 1),
+    ("bert", "fp32", "adamw8bit", 2),
     *(
         pytest.param(*case, marks=pytest.mark.long)
         for case in (
@@ -54,6 +56,9 @@ CASES = [
             ("llama", "bf16-master", "adamw", 2),
             ("bert", "pure-bf16", "sgd", 1),
             ("t5", "hf-autocast", "adamw", 4),
+            ("bert", "fp32", "adamw8bit", 1),
+            ("llama", "bf16-master", "adamw8bit", 2),
+            ("gpt2", "pure-bf16", "adamw8bit", 1),
         )
     ),
 ]
@@ -206,3 +211,22 @@ def test_sizes_of_another_model_tell_nothing(tmp_path):
     other = sizes_of([(1000, 7), (13, 13), (31,)])
     found = attributed(recorded.snapshot, tmp_path, other)
     assert Source.SIZE not in {label.source for label in found.labels.values() if label.category in TOLD}
+
+
+def test_8_bit_states_are_told_with_their_scales_beside_gradients_that_stay(tmp_path):
+    """Small parameters have float32 states; float32 blocks beyond the weights are gradients, and no further state."""
+    sizes = [(64, 100), (5000,), (100,)]
+    groups = [[prod(shape) * 4 for shape in sizes]] * 2 + [[6400, 100, 5000, 80, 400]] * 2
+    blocks = [
+        {"address": place << 20, "size": size, "requested_size": size, "state": "active_allocated"}
+        for place, size in enumerate(size for group in groups for size in group)
+    ]
+    segment = {"device": 0, "address": 0, "total_size": 1 << 30, "stream": 0, "blocks": blocks}
+    content = {"segments": [segment], "device_traces": []}
+    found = attributed(content, tmp_path, sizes_of(sizes))
+    assert told(found, found.history.end) == {
+        (Category.WEIGHTS, "trainable"): 46_000,
+        (Category.GRADIENTS, ""): 46_000,
+        **{(Category.OPTIMIZER_STATE, f"state{number}"): 11_800 for number in (1, 2)},
+        **{(Category.OPTIMIZER_STATE, f"absmax{number}"): 180 for number in (1, 2)},
+    }

@@ -14,6 +14,7 @@ import pytest
 from memtrace.errors import LogFormatError
 from memtrace.exporters.reading_table import reading_table
 from memtrace.exporters.table import plain_text
+from memtrace.forensics import history
 from memtrace.forensics.annotated import write_annotated
 from memtrace.forensics.attribution.by_note import note_of, parse_note
 from memtrace.forensics.attribution.by_stack import RULES
@@ -89,6 +90,17 @@ def test_entries_that_were_lost_are_noticed(tmp_path):
     assert [total // KIB for total in again.timeline.totals] == [1, 0]
     requested_only = history_of(tmp_path, content_of([allocated(1), event("free_requested", 1)], {}))
     assert requested_only.complete
+
+
+def test_of_a_history_that_is_too_long_the_newest_entries_are_replayed(tmp_path, monkeypatch):
+    """As of a ring that lost the others; the reading says how many, and blocks keep the places of their allocation."""
+    monkeypatch.setattr(history, "MAX_REPLAYED", 3)
+    content = content_of([allocated(1, 9), *freed(1, 9), allocated(2, 3), *freed(2, 3), allocated(1, 1)], {1: 1, 7: 5})
+    found = history_of(tmp_path, content)
+    assert found.complete
+    assert [total // KIB for total in found.timeline.totals] == [8, 5, 6]
+    assert [*found.rows] == [-1, -2, 6]
+    assert "its oldest 4 entries are left out" in device_of(tmp_path, content).notes[0]
 
 
 def test_what_was_reserved_is_counted_backwards(tmp_path):

@@ -5,13 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memtrace.cli.show import console
-from memtrace.errors import ConfigError
+from memtrace.errors import ConfigError, OutputError
+from memtrace.exporters.drawn.reading_page import render_readings
 from memtrace.exporters.reading_table import difference_table, ranks_of_readings, reading_table
+from memtrace.exporters.traces.events import render_trace
+from memtrace.exporters.traces.readings import reading_events
 from memtrace.record.readings.document import document_of
 from memtrace.record.readings.snapshot_reading import SnapshotReading
+from memtrace.record.whole_file import write_whole
+
+if TYPE_CHECKING:
+    from memtrace.forensics.attribution.expected import ExpectedModel
 
 _SAID_EACH = 64 << 20
 """Bytes of a pickle between two lines about how far reading it is."""
@@ -44,6 +53,15 @@ class Read:
         )
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.add_argument(
+            "--html", type=Path, metavar="OUT.html", help="write the timeline and the table of each device as a page"
+        )
+        parser.add_argument(
+            "--perfetto",
+            type=Path,
+            metavar="OUT.json",
+            help="write memory by category over time as a trace, for https://ui.perfetto.dev",
+        )
+        parser.add_argument(
             "--annotate",
             type=Path,
             metavar="OUT.pickle",
@@ -54,34 +72,62 @@ class Read:
         """Prints what the snapshots say.
 
         Raises:
-            ConfigError: two snapshots are needed for a comparison, one to be annotated, or the model is not known.
+            ConfigError: two snapshots are needed for a comparison, one to be annotated, an output is one of them, or
+                the model is not known.
             LogFormatError: a snapshot cannot be understood.
             OutputError: a file cannot be read or written.
             PlanError: the configuration names no model.
         """
         from memtrace.forensics.attribution.expected import expected_model  # noqa: PLC0415 - torch takes a second to import
-        from memtrace.forensics.loader import load_snapshot  # noqa: PLC0415
-        from memtrace.forensics.reading import read_snapshot  # noqa: PLC0415
 
         paths: list[Path] = arguments.snapshots
         if arguments.compare and len(paths) != 2:
             raise ConfigError(f"--compare needs two snapshots, got {len(paths)}")
         if arguments.annotate is not None and len(paths) != 1:
             raise ConfigError(f"--annotate needs one snapshot, got {len(paths)}")
+        for written in (arguments.html, arguments.perfetto, arguments.annotate):
+            if written is not None:
+                _check_output(written, paths)
         model = None if arguments.config is None else expected_model(arguments.config)
-        readings = []
-        for path in paths:
-            snapshot = load_snapshot(path, _Progress(path))
-            readings.append(read_snapshot(snapshot, path.name, model))
-            if arguments.annotate is not None:
-                from memtrace.forensics.annotated import write_annotated  # noqa: PLC0415
-
-                write_annotated(snapshot, model, arguments.annotate)
+        readings = [_read(path, model, arguments.annotate) for path in paths]
+        if arguments.html is not None:
+            _write(arguments.html, render_readings(readings))
+        if arguments.perfetto is not None:
+            _write(arguments.perfetto, "".join(render_trace(reading_events(readings), {})))
         if arguments.json:
             print(json.dumps(document_of(readings), indent=2, allow_nan=False))
         else:
             _show(readings, compare=arguments.compare)
         return 0
+
+
+def _read(path: Path, model: ExpectedModel | None, annotated: Path | None) -> SnapshotReading:
+    """Returns what one snapshot says, and lets go of it before the next one is loaded."""
+    from memtrace.forensics.loader import load_snapshot  # noqa: PLC0415 - torch takes a second to import
+    from memtrace.forensics.reading import read_snapshot  # noqa: PLC0415
+
+    snapshot = load_snapshot(path, _Progress(path))
+    reading = read_snapshot(snapshot, path.name, model)
+    if annotated is not None:
+        from memtrace.forensics.annotated import write_annotated  # noqa: PLC0415
+
+        write_annotated(snapshot, model, annotated)
+    return reading
+
+
+def _check_output(path: Path, snapshots: Sequence[Path]) -> None:
+    """Refuses before minutes of reading what cannot be written after them, and what would replace a snapshot."""
+    if not path.parent.is_dir():
+        raise OutputError(f"{path} cannot be written: there is no directory {path.parent}")
+    if path.resolve() in {snapshot.resolve() for snapshot in snapshots}:
+        raise ConfigError(f"{path} is one of the snapshots: give another name for what is written")
+
+
+def _write(path: Path, content: str) -> None:
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _show(readings: list[SnapshotReading], *, compare: bool) -> None:

@@ -12,20 +12,11 @@ from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
 from memtrace.exporters.drawn.first_things import first_things
+from memtrace.exporters.drawn.page import page_head
 from memtrace.exporters.figures import figures
 from memtrace.exporters.run_history import RunHistory
 from memtrace.exporters.table import printable
 from memtrace.record.units import format_bytes
-
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1f2328; margin: 0 auto; max-width: 1100px; padding: 16px }
-h1 { font-size: 24px; margin: 8px 0 } h2 { font-size: 18px; margin: 28px 0 2px }
-p { margin: 2px 0 8px; color: #57606a }
-table { border-collapse: collapse; width: 100% } td, th { text-align: left; padding: 6px 12px 6px 0;
-border-bottom: 1px solid #d0d7de; vertical-align: top } td:first-child { white-space: nowrap; font-weight: 600 }
-pre { background: #f6f8fa; padding: 12px; overflow-x: auto; font-size: 13px }
-"""
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 def render_html(run: RunHistory) -> str:
@@ -44,9 +35,7 @@ def _head(run: RunHistory) -> Iterator[str]:
         last.device,
         *([f"launch {printable(last.run_id)}"] if last.run_id else []),
     ]
-    yield f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>memtrace: {name}</title>'
-    yield f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-    yield f'<link rel="icon" href="data:,"><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>'
+    yield page_head(run.name, get_plotlyjs())
     yield f"<h1>{name}</h1><p>{escape(' · '.join(facts))}</p>"
 
 

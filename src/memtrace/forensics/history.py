@@ -17,6 +17,10 @@ from memtrace.forensics.snapshot import AllocatorSnapshot, Segment
 from memtrace.forensics.trace import UNKNOWN, Trace
 from memtrace.sources.events import Block, Events, Window
 
+MAX_REPLAYED = 1_000_000
+"""Entries of one device that are replayed, the newest ones. Each takes up to about 500 bytes meanwhile, beside what the
+whole file holds: with 16 million entries in columns, 1.5 GB were measured."""
+
 _GROWS, _SHRINKS = frozenset({"segment_alloc", "segment_map"}), frozenset({"segment_free", "segment_unmap"})
 
 
@@ -59,6 +63,8 @@ class History:
     segments: Sequence[Segment]
     recorded: bool
     """Whether there is a history at all; without one, only the blocks at the end are known."""
+    left_out: int
+    """Entries that are older than those that were replayed."""
     complete: bool
     """Whether the history leads to the blocks that the segments list."""
 
@@ -89,8 +95,9 @@ class History:
 def read_history(snapshot: AllocatorSnapshot, device: int) -> History:
     """Returns what is known of one device."""
     trace, segments = snapshot.trace(device), snapshot.segments_of(device)
+    left_out = max(0, len(trace) - MAX_REPLAYED)
     listed = {block.address: block for segment in segments for block in segment.blocks if block.live}
-    changes = _changes(trace)
+    changes = _changes(trace, left_out)
     before = {address: size for address, size, _ in changes.older}
     for address, block in listed.items():
         if address not in changes.live and address not in changes.touched:
@@ -115,6 +122,7 @@ def read_history(snapshot: AllocatorSnapshot, device: int) -> History:
         failures=changes.failures,
         segments=segments,
         recorded=len(trace) > 0,
+        left_out=left_out,
         complete=not segments or ends == set(listed),
     )
 
@@ -157,11 +165,11 @@ class _Changes:
         self.add(time_us, address, -(known or size), row)
 
 
-def _changes(trace: Trace) -> _Changes:
+def _changes(trace: Trace, first: int) -> _Changes:
     found = _Changes()
     free = "free_completed" if "free_completed" in trace.words else "free_requested"
     allocated: set[int] = set()
-    for row, entry in enumerate(trace):
+    for row, entry in enumerate(trace.entries(first), first):
         action, address, size = entry.action, entry.address, entry.size
         if action == "alloc":
             if not size:

@@ -19,7 +19,8 @@ _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
 def load_snapshot(path: str | os.PathLike[str], progress: Progress | None = None) -> AllocatorSnapshot:
     """Returns the snapshot in a file.
 
-    A file of 1 GB takes 1 to 2 minutes. Histories take about 64 bytes of memory an entry and each stack is kept once.
+    Time goes with the size: see benchmarks/read_snapshot.py. Histories take about 64 bytes of memory an
+    entry and each stack is kept once.
 
     Args:
         path: a pickle of protocol 2 to 5, which may be gzip'ed.
@@ -43,6 +44,8 @@ def load_snapshot(path: str | os.PathLike[str], progress: Progress | None = None
 def _load(file: IO[bytes], progress: Progress | None) -> AllocatorSnapshot:
     magic = file.read(4)
     file.seek(0)
+    if not magic:
+        raise LogFormatError("the file is empty: was the snapshot written whole?")
     if magic == _ZIP:
         raise LogFormatError("is a zip file, as torch.save() writes it: dump the snapshot with pickle.dump instead")
     rows = Rows()

@@ -177,6 +177,8 @@ def _notes(found: Attributed, model: ExpectedModel | None) -> Iterator[str]:
     if not history.recorded:
         yield "No history was recorded: only what was there at the end is known. Record with _record_memory_history()."
         return
+    if history.left_out:
+        yield f"The history is long: its oldest {history.left_out:,} entries are left out, also of the peak."
     if not history.complete:
         yield "The history does not lead to the blocks that are in use at the end: entries of it are missing."
     if not found.lives.steps_seen:

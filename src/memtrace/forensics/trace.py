@@ -61,9 +61,14 @@ class Trace:
         return len(self.actions)
 
     def __iter__(self) -> Iterator[Entry]:
+        return self.entries(0)
+
+    def entries(self, first: int) -> Iterator[Entry]:
+        """Yields the entries from this row on."""
         words = [*self.words]
         columns = (self.actions, self.addresses, self.sizes, self.streams, self.times_us, self.stacks)
-        for row, (action, *numbers) in enumerate(zip(*columns, strict=True)):
+        wanted = (memoryview(column)[first:] for column in columns)
+        for row, (action, *numbers) in enumerate(zip(*wanted, strict=True), first):
             texts = (words[column.get(row, 0)] for column in (self.notes, self.categories, self.pools))
             yield Entry._make((words[action], *numbers, *texts, self.device_free.get(row, UNKNOWN)))
 

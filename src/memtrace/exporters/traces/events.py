@@ -86,16 +86,39 @@ def trace_events(rank: RankTrace, base_ns: int) -> Iterator[Event]:
     """
     pid = FIRST_PID + rank.rank
     spans = list(_spans(rank.records))
-    yield from _names(pid, rank)
+    yield from process_events(pid, rank.title, rank.rank, "steps")
     for span in spans:
         yield _slice(pid, span, base_ns)
     for span in spans:
         yield from _marks(pid, span, rank.curves.get(span.record.step), base_ns)
     for seconds in rank.failures:
-        yield _mark(pid, "out of memory", _ns(seconds), base_ns, scope="p")
+        yield mark_event(pid, "out of memory", _ns(seconds), base_ns, scope="p")
     yield from _memory(pid, spans, rank.curves, base_ns)
     yield from _peaks(pid, spans, base_ns)
     yield from _allocator(pid, spans, base_ns)
+
+
+def memory_events(pid: int, points: Sequence[tuple[int, Mapping[Category, int]]], base_ns: int) -> Iterator[Event]:
+    """Yields the counters of what is allocated, by category and in all, at points in order; nanoseconds."""
+    for at_ns, arguments in _counters(points):
+        yield _event(pid, "C", MEMORY_TRACK, at_ns, base_ns, args=arguments)
+        yield _event(pid, "C", TOTAL_TRACK, at_ns, base_ns, args={"bytes": sum(arguments.values())})
+
+
+def process_events(pid: int, title: str, place: int, thread: str) -> Iterator[Event]:
+    """Yields what a viewer writes beside a process and its thread, and its place among the others."""
+    named = {
+        "process_name": {"name": title},
+        "process_sort_index": {"sort_index": place},
+        "thread_name": {"name": thread},
+    }
+    for name, arguments in named.items():
+        yield {"ph": "M", "name": name, "pid": pid, "tid": pid, "args": arguments}
+
+
+def mark_event(pid: int, name: str, at_ns: int, base_ns: int, *, scope: str) -> Event:
+    """Returns a mark on a thread (scope `t`) or a whole process (`p`)."""
+    return _event(pid, "i", name, at_ns, base_ns, s=scope, cat="memtrace")
 
 
 def render_trace(events: Iterable[Event], head: Mapping[str, Any]) -> Iterator[str]:
@@ -133,16 +156,6 @@ def _event(pid: int, phase: str, name: str, at_ns: int, base_ns: int, **fields: 
     return {"ph": phase, "name": name, "pid": pid, "tid": pid, "ts": (at_ns - base_ns) / 1000, **fields}
 
 
-def _names(pid: int, rank: RankTrace) -> Iterator[Event]:
-    named = {
-        "process_name": {"name": rank.title},
-        "process_sort_index": {"sort_index": rank.rank},
-        "thread_name": {"name": "steps"},
-    }
-    for name, arguments in named.items():
-        yield {"ph": "M", "name": name, "pid": pid, "tid": pid, "args": arguments}
-
-
 def _slice(pid: int, span: _Span, base_ns: int) -> Event:
     record = span.record
     told: dict[str, Any] = {"step": record.step, "traced": record.traced}
@@ -157,15 +170,11 @@ def _slice(pid: int, span: _Span, base_ns: int) -> Event:
     return _event(pid, "X", name, span.begin_ns, base_ns, dur=length, cat="memtrace", args=told)
 
 
-def _mark(pid: int, name: str, at_ns: int, base_ns: int, *, scope: str) -> Event:
-    return _event(pid, "i", name, at_ns, base_ns, s=scope, cat="memtrace")
-
-
 def _marks(pid: int, span: _Span, curve: StepCurve | None, base_ns: int) -> Iterator[Event]:
     """Yields the moments of a step whose time is known: all of one with a timeline."""
     moments = {} if curve is None else curve.moments
     for moment, seconds in sorted(moments.items(), key=lambda item: item[1]):
-        yield _mark(pid, moment.value, _within(span, seconds), base_ns, scope="t")
+        yield mark_event(pid, moment.value, _within(span, seconds), base_ns, scope="t")
 
 
 def _within(span: _Span, seconds: float) -> int:
@@ -182,9 +191,7 @@ def _memory(pid: int, spans: Sequence[_Span], curves: Mapping[int, StepCurve], b
                 points.append((_within(span, seconds), {name: row[place] for name, row in curve.by_category.items()}))
         elif end is not None:
             points.append((span.end_ns, end.by_category()))
-    for at_ns, arguments in _counters(points):
-        yield _event(pid, "C", MEMORY_TRACK, at_ns, base_ns, args=arguments)
-        yield _event(pid, "C", TOTAL_TRACK, at_ns, base_ns, args={"bytes": sum(arguments.values())})
+    yield from memory_events(pid, points, base_ns)
 
 
 def _peaks(pid: int, spans: Sequence[_Span], base_ns: int) -> Iterator[Event]:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from memtrace.attribution.timeline import Lifetime
-from memtrace.forensics.attribution.copies import WIDTHS, Copies, count_copies
+from memtrace.forensics.attribution.copies import WIDTHS, Copies, Part, count_copies, parts_of
 from memtrace.forensics.attribution.expected import ExpectedModel
 from memtrace.forensics.attribution.labels import Label
 from memtrace.forensics.attribution.lives import Lives
@@ -30,6 +30,8 @@ _FLAT = 256 << 10
 """Bytes from which a block can be a flat buffer: smaller ones have such a size by chance."""
 _RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 """Ranks that a flat buffer may be shared out over."""
+_STATE_8BIT, _SCALES_8BIT = "state", "absmax"
+"""What bitsandbytes names 8-bit states and their scales; numbers from 1 on follow."""
 _WORKSPACES = frozenset({cublas.BEFORE_HOPPER, cublas.FROM_HOPPER})
 
 Role = tuple[Category, str, int]
@@ -108,7 +110,7 @@ def _roles(copies: Copies, weights: int, *, persistent_gradients: bool) -> Itera
 
     Weights come first. With float32 copies beside weights of two bytes, the first of those is what the optimizer
     updates. Where no step was seen to free its gradients and there is one copy more than the states of a common
-    optimizer, the gradients stay.
+    optimizer, the gradients stay. Beside 8-bit states there are no others.
     """
     trainable = Category.WEIGHTS, "trainable", weights
     yield trainable
@@ -118,13 +120,15 @@ def _roles(copies: Copies, weights: int, *, persistent_gradients: bool) -> Itera
         yield Category.MASTER_WEIGHTS, "", 4
         rest[4] -= 1
     own = next((width for width in (4, weights) if rest[width] in (1, 3)), None) if persistent_gradients else None
-    if own is not None and (rest[own] == 3 or (mixed and own == weights)):
+    if own is not None and (rest[own] == 3 or (mixed and own == weights) or copies[1]):
         yield Category.GRADIENTS, "", own
         rest[own] -= 1
-    names = _state_names(sum(rest.values()))
-    for width in (4, 2, 1):
+    names = _state_names(rest[4] + rest[2])
+    for width in (4, 2):
         for _ in range(rest[width]):
             yield Category.OPTIMIZER_STATE, next(names), width
+    for number in range(1, rest[1] + 1):
+        yield Category.OPTIMIZER_STATE, f"{_STATE_8BIT}{number}", 1
 
 
 def _state_names(count: int) -> Iterator[str]:
@@ -143,13 +147,21 @@ def _persistent(
     places: dict[int, list[Role]] = {}
     for role in roles:
         for size, count in model.parameters.items():
-            places.setdefault(size * role[2], []).extend([role] * count)
+            for part in parts_of(size, role[2]):
+                places.setdefault(part.nbytes, []).extend([_role_of(part, role)] * count)
     found = {}
     for index in persistent:  # in the order of their birth
         left = places.get(lifetimes[index].nbytes)
         if left:
             found[index] = left.pop(0)
     return found
+
+
+def _role_of(part: Part, role: Role) -> Role:
+    category, component, _ = role
+    if part.scales:
+        component = component.replace(_STATE_8BIT, _SCALES_8BIT)
+    return category, component, part.width
 
 
 def _gradients(history: History, lives: Lives, model: ExpectedModel, width: int, taken: Collection[int]) -> set[int]:
