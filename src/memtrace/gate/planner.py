@@ -56,7 +56,7 @@ def _plan_all(file: CaseFile, cases: Sequence[Case], jobs: int, answers_to: int)
             process.start()
             sending.close()
             running[receiving] = case, process
-        for ready in wait([*running, sys.stdin.buffer]):
+        for ready in wait([*running, sys.stdin.fileno()]):
             if not isinstance(ready, Connection):
                 for _, process in running.values():
                     process.kill()
