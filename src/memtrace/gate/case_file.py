@@ -117,7 +117,7 @@ def _case_of(name: str, table: Any, source: str) -> Case:
     try:
         tolerance = Tolerance.of(table.get("tolerance", 0))
     except ConfigError as error:
-        raise ConfigError(f"{place}: tolerance: {error}") from error
+        raise ConfigError(f"{place}: {error}") from error
     try:
         return Case(name=name, **{**table, "tolerance": tolerance})
     except ConfigError as error:

@@ -36,7 +36,7 @@ class Tolerance:
         if isinstance(value, str):
             share = _SHARE.fullmatch(value.strip())
             return cls(share=float(share[1]) / 100) if share else cls(nbytes=parse_bytes(value))
-        raise ConfigError(f"it must be a size such as 64MiB or a share such as '1%', got {value!r}")
+        raise ConfigError(f"tolerance must be a size such as 64MiB or a share such as '1%', got {value!r}")
 
     def allows(self, before: int, now: int) -> bool:
         """Returns whether a total may be `now` where it was `before`; less is always allowed."""
