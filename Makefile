@@ -44,6 +44,10 @@ bench: venv ## what a training step costs with memtrace and with its neighbours;
 bench-plan: venv ## how long simulated plans take, beside torch's MemTracker; a quiet machine, two minutes
 	$(TEST_ENV) $(BIN)/python -m benchmarks.plan
 
+.PHONY: bench-allocator
+bench-allocator: venv ## how long a million events take under eight settings of the allocator; a quiet machine, half a minute
+	$(TEST_ENV) $(BIN)/python -m benchmarks.allocator
+
 bench-gpu: venv ## memtrace alone for Llama with a billion parameters, on a CUDA device with 80 GB; two minutes
 	$(TEST_ENV) $(BIN)/python -m benchmarks.overhead llama1b --short
 

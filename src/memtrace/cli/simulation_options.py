@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memtrace.cli.plan_options import further_of, sharding_of
 from memtrace.errors import PlanError
@@ -13,9 +13,6 @@ from memtrace.planning.sharding.shares import Sharding
 
 if TYPE_CHECKING:
     from memtrace.planning.simulation_request import SimulationRequest
-
-_POSITIONS = 2048
-"""Tokens of a text where nobody says how many."""
 
 _FORMULA_ONLY = (
     "params",
@@ -112,17 +109,23 @@ def simulation_of(arguments: argparse.Namespace) -> SimulationRequest:
         PlanError: the configuration cannot be used, or an option has no meaning.
     """
     try:
-        from memtrace.simulation.models.configurations import load_configuration  # noqa: PLC0415 - torch and transformers
+        from memtrace.simulation.models.configurations import (  # noqa: PLC0415 - torch and transformers
+            load_configuration,
+            width_of,
+        )
     except ImportError as error:
         raise PlanError(f"--config needs transformers ({error}): pip install torch-memtrace[transformers]") from error
     from memtrace.planning.simulation_request import SimulationRequest, with_weights  # noqa: PLC0415
     from memtrace.simulation.kernels import Target  # noqa: PLC0415
-    from memtrace.simulation.models.builds import BatchSettings, ModelSettings, longest_text  # noqa: PLC0415
+    from memtrace.simulation.models.builds import (  # noqa: PLC0415
+        BatchSettings,
+        ModelSettings,
+        named_modules,
+        usual_positions,
+    )
 
     recipe = find_recipe(arguments.recipe)
     configuration = load_configuration(arguments.config)
-    longest = longest_text(configuration)
-    usual = _POSITIONS if longest is None else min(_POSITIONS, longest)
     return SimulationRequest(
         configuration=configuration,
         recipe=recipe if arguments.dtype is None else with_weights(recipe, arguments.dtype),
@@ -131,11 +134,11 @@ def simulation_of(arguments: argparse.Namespace) -> SimulationRequest:
             attention=arguments.attn,
             gradient_checkpointing=arguments.gradient_checkpointing,
             adapter_rank=arguments.lora_rank,
-            adapter_targets=targets_of(arguments.lora_targets),
+            adapter_targets=named_modules(arguments.lora_targets),
         ),
         batch=BatchSettings(
             samples=1 if arguments.batch_size is None else arguments.batch_size,
-            positions=usual if arguments.seq_len is None else arguments.seq_len,
+            positions=usual_positions(configuration) if arguments.seq_len is None else arguments.seq_len,
             image_size=arguments.image_size,
             padded=arguments.padded,
         ),
@@ -144,22 +147,13 @@ def simulation_of(arguments: argparse.Namespace) -> SimulationRequest:
         fused_step=arguments.fused_optimizer,
         further=further_of(arguments, lambda name, source: load_configuration(source)),
         target=Target(arguments.kernels or "cuda"),
-        sharding=_sharding_of(arguments, configuration),
+        sharding=_sharding_of(arguments, width_of(configuration)),
     )
 
 
-def targets_of(text: str | None) -> tuple[str, ...] | None:
-    """Returns the names of modules in a list such as `q_proj,v_proj`; None for `all-linear` and where there is none."""
-    if text is None or text == "all-linear":
-        return None
-    return tuple(name.strip() for name in text.split(","))
-
-
-def _sharding_of(arguments: argparse.Namespace, configuration: Any) -> Sharding:
+def _sharding_of(arguments: argparse.Namespace, width: int | None) -> Sharding:
     if arguments.deepspeed is None:
         return sharding_of(arguments)
     if arguments.zero is not None or arguments.fsdp or arguments.ddp or arguments.offload or arguments.overlap_comm:
         raise PlanError("--deepspeed says how ranks share the model: leave --zero, --fsdp, --ddp and their options out")
-    text = configuration.get_text_config()
-    width = getattr(configuration, "hidden_size", None) or getattr(text, "hidden_size", None)
-    return read_deepspeed(arguments.deepspeed, arguments.world_size, width if isinstance(width, int) else None)
+    return read_deepspeed(arguments.deepspeed, arguments.world_size, width)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from memtrace.gate.result import CaseResult
-from memtrace.gate.step_plan import planned, training_with
+from memtrace.gate.step_plan import planned
 from memtrace.planning.optimizers.updates import MakeOptimizer
 from memtrace.planning.sharding.shares import Sharding
+from memtrace.planning.simulate import training_with
 from memtrace.planning.simulated_run import Loss
 from memtrace.record.categories import Moment
 from memtrace.record.units import format_bytes, parse_bytes

@@ -116,6 +116,9 @@ def _case_of(name: str, table: Any, source: str) -> Case:
             raise ConfigError(f"{place}: {key} must be {expected}, got {value!r}")
     try:
         tolerance = Tolerance.of(table.get("tolerance", 0))
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
+    try:
         return Case(name=name, **{**table, "tolerance": tolerance})
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error

@@ -14,16 +14,14 @@ from torch import nn
 from memtrace.errors import ConfigError, PlanError, packages_of
 from memtrace.gate.cases import ENTRY_POINT, Case
 from memtrace.gate.result import CaseResult
-from memtrace.gate.step_plan import on_device, planned, training_with
+from memtrace.gate.step_plan import planned
 from memtrace.planning.hardware import Device
 from memtrace.planning.recipe import find_recipe
 from memtrace.planning.sharding.deepspeed_settings import read_deepspeed
 from memtrace.planning.sharding.shares import Sharding
+from memtrace.planning.simulate import on_device, training_with
 from memtrace.planning.simulated_run import Training, refusals
 from memtrace.simulation.kernels import Target
-
-_POSITIONS = 2048
-"""Tokens of a text where nobody says how many."""
 
 
 def plan_case(case: Case, root: Path, python_path: Sequence[Path] = ()) -> CaseResult:
@@ -52,17 +50,18 @@ def _of_configuration(case: Case, root: Path, target: Target, device: Device | N
             training_of,
             with_weights,
         )
-        from memtrace.simulation.models.builds import BatchSettings, ModelSettings, longest_text  # noqa: PLC0415
-        from memtrace.simulation.models.configurations import load_configuration  # noqa: PLC0415
+        from memtrace.simulation.models.builds import (  # noqa: PLC0415
+            BatchSettings,
+            ModelSettings,
+            named_modules,
+            usual_positions,
+        )
+        from memtrace.simulation.models.configurations import load_configuration, width_of  # noqa: PLC0415
 
     assert case.config is not None
     recipe = find_recipe(case.recipe)
     here = root / case.config
     configuration = load_configuration(str(here) if here.exists() else case.config)
-    longest = longest_text(configuration)
-    usual = _POSITIONS if longest is None else min(_POSITIONS, longest)
-    targets = None if case.lora_targets in (None, "all-linear") else case.lora_targets
-    width = getattr(configuration, "hidden_size", None) or getattr(configuration.get_text_config(), "hidden_size", None)
     return training_of(
         SimulationRequest(
             configuration=configuration,
@@ -72,11 +71,11 @@ def _of_configuration(case: Case, root: Path, target: Target, device: Device | N
                 attention=case.attn,
                 gradient_checkpointing=case.gradient_checkpointing,
                 adapter_rank=case.lora_rank,
-                adapter_targets=None if targets is None else tuple(name.strip() for name in targets.split(",")),
+                adapter_targets=named_modules(case.lora_targets),
             ),
             batch=BatchSettings(
                 samples=case.batch_size,
-                positions=usual if case.seq_len is None else case.seq_len,
+                positions=usual_positions(configuration) if case.seq_len is None else case.seq_len,
                 image_size=case.image_size,
                 padded=case.padded,
             ),
@@ -85,7 +84,7 @@ def _of_configuration(case: Case, root: Path, target: Target, device: Device | N
             fused_step=case.fused_optimizer,
             target=target,
             device=device,
-            sharding=_sharding(case, root, width if isinstance(width, int) else None),
+            sharding=_sharding(case, root, width_of(configuration)),
         )
     )
 
@@ -119,9 +118,9 @@ def _transformers_batch(case: Case, model: nn.Module, dtype: torch.dtype) -> Any
     """Returns a micro batch for a model of transformers, or for the one that adapters are put around."""
     from memtrace.simulation.models.builds import (  # noqa: PLC0415 - transformers takes seconds
         BatchSettings,
-        longest_text,
         make_inputs,
         make_labels,
+        usual_positions,
     )
 
     configuration, kind = getattr(model, "config", None), type(model)
@@ -130,11 +129,9 @@ def _transformers_batch(case: Case, model: nn.Module, dtype: torch.dtype) -> Any
             f"{kind.__name__} is no model of transformers, whose inputs are known: give it batch, "
             "such as batch = 'package.module:function'"
         )
-    longest = longest_text(configuration)
-    usual = _POSITIONS if longest is None else min(_POSITIONS, longest)
     settings = BatchSettings(
         samples=case.batch_size,
-        positions=usual if case.seq_len is None else case.seq_len,
+        positions=usual_positions(configuration) if case.seq_len is None else case.seq_len,
         image_size=case.image_size,
         padded=case.padded,
     )

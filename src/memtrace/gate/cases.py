@@ -99,6 +99,11 @@ class Case:
             if getattr(self, key) not in (None, False):
                 other = "config" if self.build is None else "build"
                 raise ConfigError(f"case {self.name}: {key} does not go together with {other}")
+        for key, usual in _OF_A_USUAL_BATCH.items():
+            if self.batch is not None and getattr(self, key) != usual:
+                raise ConfigError(
+                    f"case {self.name}: {key} has no meaning where the function {self.batch} makes the batch"
+                )
 
     def shared(self) -> Sharding:
         """Returns who holds which share of the model, where no configuration of DeepSpeed says it.
@@ -114,6 +119,8 @@ class Case:
         return Sharding(strategy=Strategy(self.sharding), world_size=self.world_size, offload=Offload(self.offload))
 
 
+_OF_A_USUAL_BATCH = {"batch_size": 1, "seq_len": None, "image_size": None, "padded": False}
+"""Keys that say how large a batch is, with their values where they are not given."""
 _OF_A_BUILD = ("batch", "loss")
 _OF_A_CONFIGURATION = ("gradient_checkpointing", "attn", "dtype", "lora_rank", "lora_targets", "fused_optimizer")
 """Keys that go with one of `build` and `config` only: a function makes its model as it likes it."""

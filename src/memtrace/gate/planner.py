@@ -1,6 +1,7 @@
 """The process that plans: it imports what plans need once, and forks for each case.
 
-`memtrace.gate.processes` starts it, asks on its standard input and reads the answers from its standard output.
+`memtrace.gate.processes` starts it, asks in one line on its standard input and reads the answers from its standard
+output. Where the input ends before, nobody waits for the answers any more, and all processes end.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -25,18 +27,23 @@ from memtrace.gate.result import result_document
 
 
 def main() -> None:
-    """Answers one request: for each case its result, or the reason why there is none."""
+    """Answers one request: for each case its result, or the reason why there is none.
+
+    Raises:
+        SystemExit: whoever asked is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches whoever asked, too
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)  # what code prints must not come between
-        request = json.load(sys.stdin)
+        request = json.loads(sys.stdin.buffer.readline())
         file = read_case_file(Path(request["file"]))
         cases = [file.cases[name] for name in request["cases"]]
         logging.disable(logging.ERROR)  # libraries tell of kernels that are not there, above all
         warnings.simplefilter("ignore")
-        json.dump(_plan_all(file, cases, request["jobs"]), answers)
+        json.dump(_plan_all(file, cases, request["jobs"], answers.fileno()), answers)
 
 
-def _plan_all(file: CaseFile, cases: Sequence[Case], jobs: int) -> dict[str, Any]:
+def _plan_all(file: CaseFile, cases: Sequence[Case], jobs: int, answers_to: int) -> dict[str, Any]:
     _import(with_transformers=any(case.config is not None for case in cases))
     context = multiprocessing.get_context("fork")
     waiting, answers = [*reversed(cases)], {}
@@ -45,12 +52,15 @@ def _plan_all(file: CaseFile, cases: Sequence[Case], jobs: int) -> dict[str, Any
         while waiting and len(running) < jobs:
             case = waiting.pop()
             receiving, sending = context.Pipe(duplex=False)
-            process: BaseProcess = context.Process(target=_plan, args=(sending, case, file), daemon=True)
+            process: BaseProcess = context.Process(target=_plan, args=(sending, case, file, answers_to), daemon=True)
             process.start()
             sending.close()
             running[receiving] = case, process
-        for ready in wait(list(running)):
-            assert isinstance(ready, Connection)
+        for ready in wait([*running, sys.stdin.fileno()]):
+            if not isinstance(ready, Connection):
+                for _, process in running.values():
+                    process.kill()
+                sys.exit("memtrace: nobody waits for the plans any more")
             case, process = running.pop(ready)
             answers[case.name] = _answer(ready, process)
     return answers
@@ -87,7 +97,8 @@ def _answer(connection: Connection, process: BaseProcess) -> Any:
     return {"reason": f"its process ended with {how} before there was a plan; see what it printed"}
 
 
-def _plan(sending: Connection, case: Case, file: CaseFile) -> None:
+def _plan(sending: Connection, case: Case, file: CaseFile, answers_to: int) -> None:
+    os.close(answers_to)  # a process that a case leaves behind must not keep it open
     try:
         from memtrace.gate.case_plan import plan_case  # noqa: PLC0415 - it is imported where it can be
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -59,18 +60,23 @@ def plan_cases(
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
     request = {"file": str(file.path), "cases": chosen, "jobs": jobs or len(os.sched_getaffinity(0))}
-    ended = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-P", "-m", "memtrace.gate.planner"],
-        input=json.dumps(request).encode(),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=printed,
         env=environment,
         cwd=directory,
-        check=False,
-    )
-    if ended.returncode:
-        raise OutputError(f"the process that plans ended with status {ended.returncode}; see what it printed")
-    answers = Fields.of(parse_json(ended.stdout, "the process that plans"), "the process that plans")
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        with suppress(BrokenPipeError):  # its status says more
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+        answer = process.stdout.read()  # its input stays open: it ends with this process, however that one ends
+        status = process.wait()
+    if status:
+        raise OutputError(f"the process that plans ended with status {status}; see what it printed")
+    answers = Fields.of(parse_json(answer, "the process that plans"), "the process that plans")
     return {name: _outcome(answers.object(name)) for name in chosen}
 
 

@@ -2,71 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from torch import nn
-
 from memtrace.allocator.caching_allocator import CachingAllocator, replay
-from memtrace.errors import PlanError
 from memtrace.gate.result import CaseResult
 from memtrace.planning.by_module import holdings
-from memtrace.planning.hardware import Device, find_device
-from memtrace.planning.optimizers.simulated import make_optimizer
-from memtrace.planning.optimizers.updates import MakeOptimizer
-from memtrace.planning.recipe import find_recipe
-from memtrace.planning.sharding.shares import Sharding
-from memtrace.planning.simulate import model_loss, step_kernels, workspaces_of
-from memtrace.planning.simulated_run import Loss, Training, run_two_steps
+from memtrace.planning.simulated_run import Training, run_two_steps
 from memtrace.simulation.kernels import Target
-
-
-def on_device(name: str) -> tuple[Target, Device | None]:
-    """Returns whose kernels `cuda`, `cpu` or the name of a GPU stands for, and the GPU where one is named.
-
-    Raises:
-        PlanError: there is no such device.
-    """
-    if name in tuple(Target):
-        return Target(name), None
-    return Target.CUDA, find_device(name)
-
-
-def training_with(
-    make_model: Callable[[], nn.Module],
-    make_batch: Callable[[], Any],
-    *,
-    recipe: str,
-    optimizer: str | MakeOptimizer = "adamw",
-    loss: Loss | None = None,
-    accumulation_steps: int = 1,
-    sharding: Sharding | None = None,
-    device: str = "cuda",
-    keep_outputs: bool = False,
-) -> Training:
-    """Returns what is simulated for the arguments of `memtrace.plan`.
-
-    Raises:
-        PlanError: one has no meaning.
-    """
-    if accumulation_steps < 1:
-        raise PlanError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
-    target, named = on_device(device)
-    sharding = sharding or Sharding()
-    if isinstance(optimizer, str):
-        optimizer = make_optimizer(optimizer, step_kernels(target, sharding))
-    return Training(
-        make_model=make_model,
-        make_batch=make_batch,
-        loss=loss or model_loss,
-        recipe=find_recipe(recipe),
-        make_optimizer=optimizer,
-        accumulation_steps=accumulation_steps,
-        keeps_outputs=keep_outputs,
-        target=target,
-        sharding=sharding,
-        workspaces=workspaces_of(named),
-    )
 
 
 def planned(training: Training) -> CaseResult:

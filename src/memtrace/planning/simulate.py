@@ -79,36 +79,66 @@ def plan(
         PlanError: there is no such device; a model cannot be made, refuses the batch, or does what cannot be
             simulated.
     """
-    named = _named(device)
-    if accumulation_steps < 1:
-        raise PlanError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
-    held = [FurtherModel(name=name) for name in further_models or {}]
-    target, found = Target.CUDA if named else Target(device), find_recipe(recipe)
-    sharding = sharding or Sharding()
-    if isinstance(optimizer, str):
-        name, make = optimizer, make_optimizer(optimizer, step_kernels(target, sharding))
-    else:
-        name, make = _CUSTOM, optimizer
-    run = run_two_steps(
-        Training(
-            make_model=make_model,
-            make_batch=make_batch,
-            loss=loss or _own_loss,
-            further=dict(further_models or {}),
-            recipe=found,
-            make_optimizer=make,
-            accumulation_steps=accumulation_steps,
-            keeps_outputs=keep_outputs,
-            target=target,
-            sharding=sharding,
-            workspaces=workspaces_of(named),
-        )
+    training = training_with(
+        make_model,
+        make_batch,
+        recipe=recipe,
+        optimizer=optimizer,
+        loss=loss,
+        accumulation_steps=accumulation_steps,
+        sharding=sharding,
+        device=device,
+        keep_outputs=keep_outputs,
+        further_models=further_models,
     )
-    made = plan_of(run, found, name, target, sharding, device=named)
+    held = [FurtherModel(name=name) for name in training.further]
+    run = run_two_steps(training)
+    _, named = on_device(device)
+    sharding, name = training.sharding, optimizer if isinstance(optimizer, str) else _CUSTOM
+    made = plan_of(run, training.recipe, name, training.target, sharding, device=named)
     if held:
         said = (*made.assumptions, *_said_of(held, run), *further_sharding(held, sharding))
         made = replace(made, setup={**made.setup, **further_setup(held)}, assumptions=said)
     return made if named is None else held_against(made, named.name, named.usable_bytes, sharding.world_size)
+
+
+def training_with(
+    make_model: Callable[[], nn.Module],
+    make_batch: Callable[[], Any],
+    *,
+    recipe: str,
+    optimizer: str | MakeOptimizer = "adamw",
+    loss: Loss | None = None,
+    accumulation_steps: int = 1,
+    sharding: Sharding | None = None,
+    device: str = "cuda",
+    keep_outputs: bool = False,
+    further_models: Mapping[str, Callable[[], nn.Module]] | None = None,
+) -> Training:
+    """Returns what is simulated for the arguments of `plan`.
+
+    Raises:
+        PlanError: one has no meaning.
+    """
+    if accumulation_steps < 1:
+        raise PlanError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
+    target, named = on_device(device)
+    sharding = sharding or Sharding()
+    if isinstance(optimizer, str):
+        optimizer = make_optimizer(optimizer, step_kernels(target, sharding))
+    return Training(
+        make_model=make_model,
+        make_batch=make_batch,
+        loss=loss or _own_loss,
+        further=dict(further_models or {}),
+        recipe=find_recipe(recipe),
+        make_optimizer=optimizer,
+        accumulation_steps=accumulation_steps,
+        keeps_outputs=keep_outputs,
+        target=target,
+        sharding=sharding,
+        workspaces=workspaces_of(named),
+    )
 
 
 def _said_of(models: Sequence[FurtherModel], run: SimulatedRun) -> Iterator[str]:
@@ -122,12 +152,16 @@ def _own_loss(model: nn.Module, batch: Any, /, **_: nn.Module) -> torch.Tensor:
     return model_loss(model, batch)
 
 
-def _named(device: str) -> Device | None:
-    """Returns the GPU with this name; None for a kind of device."""
+def on_device(device: str) -> tuple[Target, Device | None]:
+    """Returns whose kernels `cuda`, `cpu` or the name of a GPU stands for, and the GPU where one is named.
+
+    Raises:
+        PlanError: there is no such device.
+    """
     if device in tuple(Target):
-        return None
+        return Target(device), None
     try:
-        return find_device(device)
+        return Target.CUDA, find_device(device)
     except PlanError as error:
         raise PlanError(f"device must be {', '.join(Target)} or the name of a GPU; {error}") from error
 

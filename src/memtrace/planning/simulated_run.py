@@ -48,11 +48,14 @@ _REFUSALS = (
     AttributeError,
     ImportError,
     LookupError,
+    MemoryError,
+    OSError,
     RuntimeError,
+    SyntaxError,
     TypeError,
     ValueError,
 )
-"""What model code raises for a configuration or a batch that it cannot use."""
+"""What model code raises for a configuration or a batch that it cannot use, and for files that are not there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,8 @@ own flash attention saves."""
 
 _ONE_LABEL = ("SequenceClassification", "ImageClassification", "AudioClassification")
 _CTC_LABELS = 8
+_POSITIONS = 2048
+"""Tokens of a text where nobody says how many."""
 _FIRST_WORD = 3
 """A token that is none of the special ones in common vocabularies."""
 
@@ -214,6 +216,19 @@ def longest_text(configuration: Any) -> int | None:
     longest = getattr(text, "max_position_embeddings", None)
     rotary = hasattr(text, "rope_parameters") or hasattr(text, "rope_theta")
     return longest if isinstance(longest, int) and not rotary else None
+
+
+def usual_positions(configuration: Any) -> int:
+    """Returns how many tokens a text has where nobody says: 2048, or as many as the model has positions for."""
+    longest = longest_text(configuration)
+    return _POSITIONS if longest is None else min(_POSITIONS, longest)
+
+
+def named_modules(text: str | None) -> tuple[str, ...] | None:
+    """Returns the names of modules in a list such as `q_proj,v_proj`; None for `all-linear` and where there is none."""
+    if text is None or text == "all-linear":
+        return None
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _check_positions(configuration: Any, positions: int) -> None:

@@ -72,6 +72,13 @@ def configuration_of(document: Any, source: str) -> Any:
         raise PlanError(f"{source} is refused by {kind.__name__}: {type(error).__name__}: {error}") from error
 
 
+def width_of(configuration: Any) -> int | None:
+    """Returns the size of a hidden state, by which DeepSpeed sizes some of its buffers; None where nobody says it."""
+    text = configuration.get_text_config()
+    width = getattr(configuration, "hidden_size", None) or getattr(text, "hidden_size", None)
+    return width if isinstance(width, int) else None
+
+
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
