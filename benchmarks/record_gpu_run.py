@@ -20,7 +20,7 @@ from torch import nn
 
 from memtrace import MemTraceOptimizer
 from memtrace.exporters.prometheus import render_text as render_metrics
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.steplog import read_step_log
 from memtrace.exporters.table import TABLE_WIDTH, render_text
 
 STEPS = 6

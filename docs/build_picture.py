@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.steplog import read_step_log
 from memtrace.exporters.table import TABLE_WIDTH, step_table
 
 PICTURE = Path(__file__).parent / "table.png"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from memtrace.record.categories import Category, Moment
-from memtrace.cli.plan_markdown import plan_markdown
+from memtrace.cli.plan.markdown import plan_markdown
 from memtrace.planning.formula import plan_by_formula
 from memtrace.planning.hardware import COMMUNICATOR, CONTEXT, DEVICES, SLACK_RATIO, held_against
 from memtrace.planning.optimizers.states import OPTIMIZERS, find_optimizer

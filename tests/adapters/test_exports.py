@@ -11,7 +11,7 @@ from small_training import make, step
 from memtrace import MemoryTracer, TracerConfig
 from memtrace.adapters.exports import Exports
 from memtrace.exporters.endpoint.server import Scrapes
-from memtrace.exporters.run_file import read_run_file, run_file_path
+from memtrace.exporters.run_directory.run_file import read_run_file, run_file_path
 from memtrace.record.snapshot import RunState
 from memtrace.tracing.tracer import Tracer
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from memtrace.adapters.lightning import MemTraceLightningCallback, trained_module
-from memtrace.exporters.run_file import read_run_file, run_file_path
+from memtrace.exporters.run_directory.run_file import read_run_file, run_file_path
 from memtrace.launch.lightning_callback import RunLightningCallback
 from memtrace.record.categories import Category, Moment
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.steplog import read_step_log
 from memtrace.exporters.trackers.figures import FORECAST, HEADROOM, PEAK, RISK, Figure, part_key
 from memtrace.record.categories import Category, Moment
 from memtrace.record.units import GIB

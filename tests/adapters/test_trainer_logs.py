@@ -16,8 +16,8 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from memtrace import MemTraceCallback, Moment
 from memtrace.adapters.trackers import KEY
-from memtrace.exporters.run_history import observe
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.run_history import observe
+from memtrace.exporters.run_directory.steplog import read_step_log
 from memtrace.exporters.trackers.figures import CATALOGUE, FORECAST, HEADROOM, PEAK, RISK, part_key
 from memtrace.record.categories import Category
 from memtrace.record.snapshot import RunIdentity, Snapshot

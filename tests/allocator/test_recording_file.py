@@ -13,7 +13,7 @@ import pytest
 from memtrace.allocator.recording import AllocatorRecording, parse_recording, recording_document
 from memtrace.errors import LogFormatError, OutputError
 from memtrace.exporters import allocator_file
-from memtrace.exporters.allocator_file import allocator_path, read_recording, write_recording
+from memtrace.exporters.run_directory.allocator_file import allocator_path, read_recording, write_recording
 
 RECORDING = AllocatorRecording(
     sizes_at_begin=[1000, 512],

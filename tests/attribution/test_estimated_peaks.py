@@ -13,7 +13,7 @@ from memtrace.adapters.exports import Exports
 from memtrace.config import TracerConfig
 from memtrace.exporters.live import parse_scrape
 from memtrace.exporters.prometheus import render_text
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.steplog import read_step_log
 from memtrace.record import metrics
 from memtrace.record.breakdown import AllocatorReading
 from memtrace.record.categories import Category, Moment

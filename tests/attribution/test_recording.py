@@ -13,7 +13,7 @@ from small_training import make, step
 from memtrace import Category, MemoryTracer, Moment, TracerConfig
 from memtrace.allocator.recording import AllocatorRecording
 from memtrace.attribution import curve, recording
-from memtrace.exporters.allocator_file import allocator_path, read_recording
+from memtrace.exporters.run_directory.allocator_file import allocator_path, read_recording
 from memtrace.oom import allocator_answer, watch
 from memtrace.oom.markdown import render_markdown
 from memtrace.record.oom_document import encode, parse_report

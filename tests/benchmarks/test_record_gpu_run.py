@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.record_gpu_run import STEPS, MasterAdamW, record, write
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.steplog import read_step_log
 from memtrace.record.categories import Category, Moment
 
 

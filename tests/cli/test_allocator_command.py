@@ -12,8 +12,8 @@ from records import traced_step
 
 from memtrace.allocator.recording import recording_document
 from memtrace.cli import main
-from memtrace.exporters.allocator_file import read_recording
-from memtrace.exporters.steplog import StepLog, step_log_path
+from memtrace.exporters.run_directory.allocator_file import read_recording
+from memtrace.exporters.run_directory.steplog import StepLog, step_log_path
 from tests.allocator.histories import second_step
 from tests.forensics.snapshots import snapshot
 

@@ -9,7 +9,7 @@ import pytest
 from records import PEAK_ENTRIES, traced_step
 
 from memtrace.cli import main
-from memtrace.exporters.steplog import StepLog, step_log_path
+from memtrace.exporters.run_directory.steplog import StepLog, step_log_path
 from memtrace.record.categories import Category
 
 PLAN = {

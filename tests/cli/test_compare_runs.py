@@ -10,7 +10,7 @@ import pytest
 from records import GIB, PEAK_ENTRIES, breakdown, counted_step, traced_step
 
 from memtrace.cli import main
-from memtrace.exporters.steplog import StepLog, step_log_path
+from memtrace.exporters.run_directory.steplog import StepLog, step_log_path
 from memtrace.record.breakdown import BatchShape, EntryKey, StepRecord
 from memtrace.record.categories import Category, Moment
 

@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from memtrace import MemoryTracer, TracerConfig
 from memtrace.cli import main
 from memtrace.exporters.csv_table import COLUMNS
-from memtrace.exporters.steplog import StepLog, step_log_path
-from memtrace.exporters.timeline_file import timeline_path
+from memtrace.exporters.run_directory.steplog import StepLog, step_log_path
+from memtrace.exporters.run_directory.timeline_file import timeline_path
 from memtrace.exporters.traces.events import FIRST_PID
 from memtrace.record.breakdown import AllocatorReading, StepRecord
 from memtrace.record.categories import Category, Moment

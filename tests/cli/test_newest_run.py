@@ -10,8 +10,8 @@ from records import traced_step
 from memtrace.cli import main
 from memtrace.cli.report import read_run
 from memtrace.cli.show import choose_records, find_logs
-from memtrace.exporters.run_file import RunFile, run_file_path
-from memtrace.exporters.steplog import StepLog, step_log_path
+from memtrace.exporters.run_directory.run_file import RunFile, run_file_path
+from memtrace.exporters.run_directory.steplog import StepLog, step_log_path
 from memtrace.record.snapshot import RunIdentity, RunState
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from memtrace.cli import main
-from memtrace.cli.plan_options import parse_count
+from memtrace.cli.plan.options import parse_count
 from memtrace.errors import PlanError
 from memtrace.planning.optimizers.states import OPTIMIZERS
 from memtrace.planning.recipe import RECIPES

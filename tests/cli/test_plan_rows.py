@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memtrace.cli.plan_rows import peak_rows
+from memtrace.cli.plan.rows import peak_rows
 from memtrace.record.breakdown import Breakdown, EntryKey
 from memtrace.record.categories import Category, Moment
 from memtrace.record.plan import ByteRange, Plan

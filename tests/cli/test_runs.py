@@ -15,9 +15,9 @@ from small_training import make, step
 
 from memtrace import MemoryTracer
 from memtrace.cli import main
-from memtrace.exporters.run_catalogue import find_runs
-from memtrace.exporters.run_file import RunFile, run_file_path
-from memtrace.exporters.steplog import StepLog, step_log_path
+from memtrace.exporters.run_directory.run_catalogue import find_runs
+from memtrace.exporters.run_directory.run_file import RunFile, run_file_path
+from memtrace.exporters.run_directory.steplog import StepLog, step_log_path
 from memtrace.record.snapshot import RunIdentity, RunState
 
 
@@ -83,7 +83,7 @@ def test_the_order_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_the_ranks_of_the_newest_launch_are_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The fullest rank's peak, the OOMs of all, and the worst of their ends; an earlier launch is left out."""
-    with mock.patch("memtrace.exporters.run_file.time.time", return_value=1000.0):
+    with mock.patch("memtrace.exporters.run_directory.run_file.time.time", return_value=1000.0):
         make_run(tmp_path, "r", RunState.EXCEPTION, run_id="before", rank=2, peak=70 * GIB)
     make_run(tmp_path, "r", RunState.SIGNAL, rank=0, ooms=1)
     make_run(tmp_path, "r", RunState.OUT_OF_MEMORY, rank=1, peak=40 * GIB, ooms=1)

@@ -19,7 +19,7 @@ from memtrace.cli import main
 from memtrace.config import TracerConfig
 from memtrace.exporters.endpoint.server import Endpoint, serve
 from memtrace.exporters.prometheus import registry_of
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.steplog import read_step_log
 from memtrace.record.snapshot import RunIdentity, RunState, Snapshot, Totals
 from memtrace.risk import RiskMonitor
 

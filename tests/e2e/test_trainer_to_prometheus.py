@@ -13,7 +13,7 @@ from prometheus_server import PrometheusServer, Sample
 from transformers import Trainer, TrainerCallback
 
 from memtrace import Category, MemTraceCallback, Moment, StepRecord
-from memtrace.exporters.steplog import read_step_log, step_log_path
+from memtrace.exporters.run_directory.steplog import read_step_log, step_log_path
 from memtrace.record.metrics import MAX_SERIES
 
 STEPS = 5

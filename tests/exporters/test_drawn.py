@@ -19,10 +19,10 @@ from test_html import HOSTILE, RUN, hostile
 from memtrace import MemoryTracer
 from memtrace.exporters.drawn.areas import MAX_POINTS, Areas, svg
 from memtrace.exporters.drawn.notebook import RunDrawing
-from memtrace.exporters.run_history import RunHistory, observe
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.run_history import RunHistory, observe
+from memtrace.exporters.run_directory.steplog import read_step_log
+from memtrace.exporters.run_directory.timeline_file import StepTimeline
 from memtrace.exporters.table import render_text
-from memtrace.exporters.timeline_file import StepTimeline
 from memtrace.record.breakdown import History, StepCurve
 from memtrace.record.categories import COLOURS, Category, Moment
 

@@ -10,9 +10,9 @@ from browser import page
 
 from memtrace.exporters.drawn.first_things import first_things
 from memtrace.exporters.html import render_html
-from memtrace.exporters.run_history import MAX_STEPS, OomText, RankHistory, RunHistory, observe
-from memtrace.exporters.steplog import read_step_log
-from memtrace.exporters.timeline_file import StepTimeline
+from memtrace.exporters.run_directory.run_history import MAX_STEPS, OomText, RankHistory, RunHistory, observe
+from memtrace.exporters.run_directory.steplog import read_step_log
+from memtrace.exporters.run_directory.timeline_file import StepTimeline
 from memtrace.record.breakdown import AllocatorReading, Breakdown, EntryKey, StepCurve, StepRecord
 from memtrace.record.categories import Category, Moment
 

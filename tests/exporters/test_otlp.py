@@ -27,8 +27,8 @@ from memtrace.exporters.otlp import push as push_module
 from memtrace.exporters.otlp.metrics import metrics_url
 from memtrace.exporters.otlp.push import OtlpPush
 from memtrace.exporters.prometheus import registry_of
-from memtrace.exporters.run_file import RunFile, run_file_path
-from memtrace.exporters.steplog import StepLog, step_log_path
+from memtrace.exporters.run_directory.run_file import RunFile, run_file_path
+from memtrace.exporters.run_directory.steplog import StepLog, step_log_path
 from memtrace.record.categories import Category, Moment
 from memtrace.record.snapshot import RunIdentity, RunState
 

@@ -11,7 +11,7 @@ import pytest
 from browser import page
 
 from memtrace.cli import main
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.steplog import read_step_log
 from memtrace.exporters.table import TABLE_WIDTH, render_text
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.categories import Category, Moment, Phase

@@ -15,14 +15,14 @@ import pytest
 from records import counted_step, traced_step
 
 from memtrace.errors import LogFormatError, OutputError
-from memtrace.exporters.steplog import StepLog, read_step_log, rotated_path, step_log_path
+from memtrace.exporters.run_directory.steplog import StepLog, read_step_log, rotated_path, step_log_path
 from memtrace.record.units import KIB
 
 WRITER = """
     import sys
     from dataclasses import replace
     from records import traced_step
-    from memtrace.exporters.steplog import StepLog
+    from memtrace.exporters.run_directory.steplog import StepLog
 """
 
 

@@ -13,7 +13,7 @@ from small_training import make, step
 
 from memtrace import MemoryTracer, TracerConfig
 from memtrace.errors import LogFormatError, OutputError
-from memtrace.exporters.timeline_file import (
+from memtrace.exporters.run_directory.timeline_file import (
     read_timeline,
     read_timelines,
     timeline_path,

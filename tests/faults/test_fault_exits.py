@@ -21,7 +21,7 @@ import torch
 from faults.training import assert_same, batches, make, run_steps, state_of, train
 
 from memtrace import MemoryTracer, TracerConfig
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.steplog import read_step_log
 
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), *sys.path)), "OMP_NUM_THREADS": "1"}

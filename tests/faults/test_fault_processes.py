@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from stub_nvml import StubLibraries, StubProcess
 
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.steplog import read_step_log
 
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from memtrace.cli import main
-from memtrace.exporters.run_file import RunStatus, read_run_file
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.run_file import RunStatus, read_run_file
+from memtrace.exporters.run_directory.steplog import read_step_log
 
 TESTS = Path(__file__).parents[1]
 

@@ -19,7 +19,7 @@ import torch
 from faults.training import batches, make, run_steps
 
 from memtrace import MemoryTracer, TracerConfig
-from memtrace.exporters.run_file import read_run_file
+from memtrace.exporters.run_directory.run_file import read_run_file
 
 HUGE = 2**60
 

@@ -15,7 +15,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from memtrace.exporters.prometheus import render_text
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.steplog import read_step_log
 from memtrace.record.breakdown import AllocatorReading, Breakdown, DeviceReading, StepRecord
 from memtrace.record.categories import Moment
 from memtrace.record.risk_reading import LargestBatch, ShapeSource

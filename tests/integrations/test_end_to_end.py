@@ -20,7 +20,7 @@ import pytest
 from promql import ROOT, RULES
 from servers import Webhook, alertmanager, ask, free_port, prometheus
 
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.steplog import read_step_log
 from memtrace.record.categories import Moment
 
 JOB = Path(__file__).with_name("training_job.py")

@@ -25,7 +25,7 @@ from promql import RULES
 from servers import Webhook, alertmanager, ask, free_port, prometheus
 from test_end_to_end import ALERTMANAGER, faster
 
-from memtrace.exporters.run_file import read_run_file
+from memtrace.exporters.run_directory.run_file import read_run_file
 
 pytestmark = pytest.mark.timeout(600)
 

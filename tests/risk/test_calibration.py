@@ -16,7 +16,7 @@ from statistics import NormalDist
 import pytest
 from test_replay import RUNS, tokens_of
 
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.steplog import read_step_log
 from memtrace.record.categories import Moment
 from memtrace.record.risk_reading import LargestBatch, ShapeSource
 from memtrace.risk import RiskMonitor

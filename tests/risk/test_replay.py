@@ -10,7 +10,7 @@ from statistics import median
 
 import pytest
 
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.steplog import read_step_log
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.categories import Moment
 from memtrace.record.risk_reading import LargestBatch, PeakForecast, ShapeSource

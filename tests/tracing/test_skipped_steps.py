@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from memtrace import MemoryTracer
 from memtrace.config import TracerConfig
-from memtrace.exporters.steplog import read_step_log
+from memtrace.exporters.run_directory.steplog import read_step_log
 from memtrace.record.breakdown import BatchShape
 from memtrace.record.limitations import Unseen
 

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Self
 from memtrace.allocator.recording import AllocatorRecording
 from memtrace.config import TracerConfig
 from memtrace.errors import OutputError, packages_of
-from memtrace.exporters.allocator_file import write_recording
 from memtrace.exporters.claims import Claim
 from memtrace.exporters.endpoint.page import render_page
 from memtrace.exporters.endpoint.server import Endpoint, MetricsServer, serve
 from memtrace.exporters.prometheus import registry_of
-from memtrace.exporters.run_file import RunFile, run_file_path
-from memtrace.exporters.steplog import StepLog, step_log_path
+from memtrace.exporters.run_directory.allocator_file import write_recording
+from memtrace.exporters.run_directory.run_file import RunFile, run_file_path
+from memtrace.exporters.run_directory.steplog import StepLog, step_log_path
+from memtrace.exporters.run_directory.timeline_file import timeline_text, timelines_path, write_timeline
 from memtrace.exporters.targets import TargetFile, clear_stale, target_path
 from memtrace.exporters.textfile import clear_ended, textfile_path, write_textfile
-from memtrace.exporters.timeline_file import timeline_text, timelines_path, write_timeline
 from memtrace.oom.files import write_report
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.categories import Moment

@@ -19,7 +19,7 @@ from memtrace.cli.check import Check
 from memtrace.cli.command import Command
 from memtrace.cli.compare import Compare
 from memtrace.cli.export.command import Export
-from memtrace.cli.plan import PlanCommand
+from memtrace.cli.plan.command import PlanCommand
 from memtrace.cli.read import Read
 from memtrace.cli.report import Report
 from memtrace.cli.run import Run

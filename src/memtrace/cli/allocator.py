@@ -13,7 +13,7 @@ from memtrace.allocator.recording import AllocatorRecording
 from memtrace.cli.allocator_table import document, tables
 from memtrace.cli.show import choose_records, console, find_logs
 from memtrace.errors import ConfigError, LogFormatError
-from memtrace.exporters.allocator_file import allocator_path, read_recording
+from memtrace.exporters.run_directory.allocator_file import allocator_path, read_recording
 from memtrace.record.units import parse_bytes
 
 _NAME = re.compile(r"allocator-rank(\d{1,9})\.json\.gz")

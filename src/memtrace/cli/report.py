@@ -8,10 +8,10 @@ from pathlib import Path
 
 from memtrace.cli.show import find_logs, of_the_newest_run
 from memtrace.errors import ConfigError, LogFormatError, OutputError
-from memtrace.exporters.run_file import name_of
-from memtrace.exporters.run_history import OomText, RankHistory, RunHistory, observe
-from memtrace.exporters.steplog import newest_run, read_step_log
-from memtrace.exporters.timeline_file import read_timeline, timeline_path
+from memtrace.exporters.run_directory.run_file import name_of
+from memtrace.exporters.run_directory.run_history import OomText, RankHistory, RunHistory, observe
+from memtrace.exporters.run_directory.steplog import newest_run, read_step_log
+from memtrace.exporters.run_directory.timeline_file import read_timeline, timeline_path
 from memtrace.record.oom_document import parse_report
 from memtrace.record.strict_json import parse_json
 from memtrace.record.units import parse_bytes

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from memtrace.cli.show import find_logs, of_the_newest_run
 from memtrace.errors import ConfigError, LogFormatError
-from memtrace.exporters.run_file import RunStatus, read_run_file, run_file_path
-from memtrace.exporters.steplog import begins_a_run, newest_run, read_step_log
+from memtrace.exporters.run_directory.run_file import RunStatus, read_run_file, run_file_path
+from memtrace.exporters.run_directory.steplog import begins_a_run, newest_run, read_step_log
 from memtrace.record.breakdown import StepRecord
 
 

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from memtrace.cli.show import console
 from memtrace.errors import LogFormatError
-from memtrace.exporters.run_catalogue import RunSummary, find_runs
-from memtrace.exporters.run_file import TRAINERS_DIRECTORIES
+from memtrace.exporters.run_directory.run_catalogue import RunSummary, find_runs
+from memtrace.exporters.run_directory.run_file import TRAINERS_DIRECTORIES
 from memtrace.exporters.table import printable
 from memtrace.record.units import format_bytes
 

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from memtrace.errors import ConfigError, LogFormatError
 from memtrace.exporters.ranks import ranks_table
-from memtrace.exporters.run_file import run_files
-from memtrace.exporters.steplog import begins_a_run, read_step_log, step_log_path
+from memtrace.exporters.run_directory.run_file import run_files
+from memtrace.exporters.run_directory.steplog import begins_a_run, read_step_log, step_log_path
 from memtrace.exporters.table import TABLE_WIDTH, printable, step_table
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.categories import Moment

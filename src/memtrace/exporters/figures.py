@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from plotly import graph_objects as go
 
-from memtrace.exporters.run_history import Observed, RankHistory, RunHistory
+from memtrace.exporters.run_directory.run_history import Observed, RankHistory, RunHistory
 from memtrace.record.breakdown import Breakdown, StepCurve
 from memtrace.record.categories import COLOURS, Category, Moment
 from memtrace.record.risk_reading import ShapeSource

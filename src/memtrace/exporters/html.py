@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from memtrace.exporters.drawn.first_things import first_things
 from memtrace.exporters.drawn.page import page_head
 from memtrace.exporters.figures import figures
-from memtrace.exporters.run_history import RunHistory
+from memtrace.exporters.run_directory.run_history import RunHistory
 from memtrace.exporters.table import printable
 from memtrace.record.units import format_bytes
 

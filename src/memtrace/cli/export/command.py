@@ -13,9 +13,9 @@ from typing import Any, TextIO
 from memtrace.cli.run_logs import RankLog, rank_logs
 from memtrace.errors import ConfigError, LogFormatError, OutputError
 from memtrace.exporters.csv_table import write_csv, write_header
-from memtrace.exporters.run_file import name_of
+from memtrace.exporters.run_directory.run_file import name_of
+from memtrace.exporters.run_directory.timeline_file import read_timelines
 from memtrace.exporters.table import printable
-from memtrace.exporters.timeline_file import read_timelines
 from memtrace.exporters.traces.events import RankTrace, begin_ns, render_trace, timeline_of, trace_events
 from memtrace.exporters.traces.profiler import PATTERNS, ProfilerTrace, read_profiler_trace
 from memtrace.record.oom_document import parse_report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memtrace.exporters.run_history import RankHistory, RunHistory
+from memtrace.exporters.run_directory.run_history import RankHistory, RunHistory
 from memtrace.record.categories import Category, Moment
 from memtrace.record.units import format_bytes
 from memtrace.risk import WARN_AT, advise

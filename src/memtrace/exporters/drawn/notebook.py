@@ -11,7 +11,7 @@ from rich.console import Console
 
 from memtrace.exporters.drawn.areas import Areas, svg
 from memtrace.exporters.drawn.first_things import first_things
-from memtrace.exporters.run_history import RunHistory
+from memtrace.exporters.run_directory.run_history import RunHistory
 from memtrace.exporters.table import TABLE_WIDTH, render_text, step_table
 from memtrace.record.breakdown import Drawn, History, StepCurve, StepRecord, drawing
 from memtrace.record.categories import Category, Moment

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from memtrace.exporters.run_history import RunHistory, observe
+from memtrace.exporters.run_directory.run_history import RunHistory, observe
+from memtrace.exporters.run_directory.timeline_file import StepTimeline
 from memtrace.exporters.table import render_text
-from memtrace.exporters.timeline_file import StepTimeline
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.snapshot import Snapshot
 

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memtrace.cli.plan_rows import facts, gigabytes, headline, holding_rows, peak_rows, remedy_rows
+from memtrace.cli.plan.rows import facts, gigabytes, headline, holding_rows, peak_rows, remedy_rows
 from memtrace.exporters.table import CompositionBar, category_name, printable
 from memtrace.planning.what_if.remedies import Remedy
 from memtrace.record.categories import COLOURS, Moment

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from rich.console import Console
 
-from memtrace.cli.simulation_options import simulation_of
+from memtrace.cli.plan.simulation_options import simulation_of
 from memtrace.errors import PlanError
 from memtrace.planning.by_module import Holding, activation_holders
 from memtrace.planning.hardware import held_against, known_as

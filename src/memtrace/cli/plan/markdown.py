@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from memtrace.cli.plan_rows import facts, gigabytes, headline, holding_rows, peak_rows, remedy_rows
+from memtrace.cli.plan.rows import facts, gigabytes, headline, holding_rows, peak_rows, remedy_rows
 from memtrace.planning.what_if.remedies import Remedy
 from memtrace.record.plan import Plan
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from memtrace.cli.plan_options import further_of, sharding_of
+from memtrace.cli.plan.options import further_of, sharding_of
 from memtrace.errors import PlanError
 from memtrace.planning.recipe import find_recipe
 from memtrace.planning.sharding.deepspeed_settings import read_deepspeed

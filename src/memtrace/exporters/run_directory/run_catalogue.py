@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from memtrace.errors import LogFormatError
-from memtrace.exporters.run_file import RunFigures, RunStatus, name_of, run_files
+from memtrace.exporters.run_directory.run_file import RunFigures, RunStatus, name_of, run_files
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.schema import parse_step
 from memtrace.record.strict_json import parse_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from memtrace.exporters.timeline_file import StepTimeline
+from memtrace.exporters.run_directory.timeline_file import StepTimeline
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.categories import Moment
 from memtrace.record.risk_reading import RiskReading, largest_by_setting

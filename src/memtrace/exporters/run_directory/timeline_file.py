@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memtrace.errors import LogFormatError, OutputError
-from memtrace.exporters.steplog import rotated_path
+from memtrace.exporters.run_directory.steplog import rotated_path
 from memtrace.record.breakdown import StepCurve, StepRecord
 from memtrace.record.categories import Category, Moment
 from memtrace.record.strict_json import Fields, parse_json, read_document

@@ -7,17 +7,17 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from memtrace.cli.plan_markdown import plan_markdown
-from memtrace.cli.plan_options import (
+from memtrace.cli.plan.markdown import plan_markdown
+from memtrace.cli.plan.options import (
     add_device_arguments,
     add_model_arguments,
     add_training_arguments,
     capacity_of,
     request_of,
 )
-from memtrace.cli.plan_table import plan_table
+from memtrace.cli.plan.simulation_options import add_simulation_arguments, check_simulation_options
+from memtrace.cli.plan.table import plan_table
 from memtrace.cli.show import console
-from memtrace.cli.simulation_options import add_simulation_arguments, check_simulation_options
 from memtrace.errors import PlanError
 from memtrace.planning.formula import plan_by_formula
 from memtrace.planning.hardware import held_against
@@ -65,7 +65,7 @@ class PlanCommand:
         check_simulation_options(arguments)
         device = capacity_of(arguments)
         if arguments.config is not None:
-            from memtrace.cli.plan_simulated import answer  # noqa: PLC0415 - torch and transformers take seconds
+            from memtrace.cli.plan.simulated import answer  # noqa: PLC0415 - torch and transformers take seconds
 
             answered = answer(arguments, device)
             _print(answered.plan, answered.remedies, arguments.format, answered.holdings)
