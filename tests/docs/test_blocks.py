@@ -51,9 +51,10 @@ NO_CODE = {
 }
 """Indented blocks that are no commands, by page and beginning."""
 
-LANGUAGES = {"console", "python", "yaml", "promql", "mermaid", "toml"}
+LANGUAGES = {"console", "python", "yaml", "promql", "mermaid", "toml", "text"}
 """What a fence may hold: commands, Python and settings, which are run and read here, memtrace.toml,
-expressions, which tests/integrations/test_rules.py reads, and the picture that tests/test_development.py makes anew."""
+expressions, which tests/integrations/test_rules.py reads, the picture that tests/test_development.py makes anew, and an
+output that tests/test_regressions.py compares."""
 
 STATUS = {
     "memtrace plan --params 8e9 --activation-ratio 0.3 --device H100-80GB --what-if": 2,
