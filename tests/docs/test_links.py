@@ -30,7 +30,9 @@ def broken(page: Path) -> list[str]:
         target = page.parent / path if path else page
         if "://" in link:
             continue
-        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+        if not target.exists():
+            found.append(link)
+        elif anchor and anchor not in anchors(target.read_text(encoding="utf-8")):
             found.append(link)
     return found
 
