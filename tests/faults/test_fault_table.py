@@ -7,7 +7,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(Path(__file__).parent.glob("test_*.py"))
-CHECKS_OF_TABLES = {"test_every_method_of_the_callback_is_in_the_table", "test_every_row_has_its_test"}
+CHECKS_OF_TABLES = {
+    "test_every_method_of_the_callback_is_in_the_table",
+    "test_every_row_has_its_test",
+    "test_each_shell_is_there",
+}
 
 
 def named_in(paths: Iterable[Path]) -> set[str]:
