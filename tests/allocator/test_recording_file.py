@@ -12,7 +12,7 @@ import pytest
 
 from memtrace.allocator.recording import AllocatorRecording, parse_recording, recording_document
 from memtrace.errors import LogFormatError, OutputError
-from memtrace.exporters import allocator_file
+from memtrace.exporters.run_directory import allocator_file
 from memtrace.exporters.run_directory.allocator_file import allocator_path, read_recording, write_recording
 
 RECORDING = AllocatorRecording(

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from histories import FRAGMENTING, longer_and_longer, one_after_the_other, recording
+from allocator_histories import FRAGMENTING, longer_and_longer, one_after_the_other, recording
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

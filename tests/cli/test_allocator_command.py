@@ -14,7 +14,7 @@ from memtrace.allocator.recording import recording_document
 from memtrace.cli import main
 from memtrace.exporters.run_directory.allocator_file import read_recording
 from memtrace.exporters.run_directory.steplog import StepLog, step_log_path
-from tests.allocator.histories import second_step
+from tests.allocator.allocator_histories import second_step
 from tests.forensics.snapshots import snapshot
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "allocator_recordings" / "allocator-rank0.json.gz"

@@ -33,7 +33,7 @@ NOT_RUN = {
 
 ELSEWHERE = {
     "memtrace run ": "tests/run/test_unchanged_scripts.py",
-    "torchrun ": "tests/run/test_unchanged_scripts.py",
+    "torchrun --nproc-per-node 8 -m memtrace": "tests/run/test_unchanged_scripts.py",
     "accelerate launch": "tests/run/test_unchanged_scripts.py",
     "deepspeed ": "tests/run/test_unchanged_scripts.py",
     "promtool ": "tests/integrations/test_rules.py",
