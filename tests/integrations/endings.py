@@ -88,6 +88,17 @@ def train(directory: Path, pipes: tuple[int, int], *, run_name: str, port: int, 
     """
     ready, go = pipes
     model = Model()
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=STEPS,
+        per_device_train_batch_size=8,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rows())  # imports all trackers that there are
     limit = psutil.Process().memory_info().rss + round(HELD * (1 / NEAR - 1)) if near else None
     callback = MemTraceCallback(
         port=port,
@@ -105,18 +116,10 @@ def train(directory: Path, pipes: tuple[int, int], *, run_name: str, port: int, 
         os.read(go, 1)
         model.greedy.fails_in = end if end in ("forward", "backward") else None
 
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        max_steps=STEPS,
-        per_device_train_batch_size=8,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
     hold = Hold(1 if end == "hangs" else STEPS, wait)
-    Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[callback, hold]).train()
+    trainer.add_callback(callback)
+    trainer.add_callback(hold)
+    trainer.train()
 
 
 def start(directory: Path) -> Child | tuple[int, int]:
