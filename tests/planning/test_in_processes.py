@@ -39,6 +39,13 @@ def killed(at):
 killed.__module__, killed.__qualname__ = in_processes.__name__, "_planned"
 in_processes._planned = killed
 assert simulated_remedies(asked, plan, processes=2) == alone
+
+class Broken(in_processes.ProcessPoolExecutor):
+    def submit(self, *args, **kwargs):
+        raise in_processes.BrokenProcessPool("a process was killed while requests were handed out")
+
+in_processes.ProcessPoolExecutor = Broken
+assert simulated_remedies(asked, plan, processes=2) == alone
 print("the same", len(alone))
 """
 

@@ -192,6 +192,23 @@ def test_what_is_overwritten_with_something_unknown_is_not_known_any_more(simula
             counts.tolist()
 
 
+def test_what_no_kernel_of_a_cpu_writes_is_not_known_any_more(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator for a device alone is simulated; what it has written to is not taken for what was there before."""
+
+    def refuses(*_: object) -> None:
+        raise NotImplementedError("could not run with arguments from the CPU backend")
+
+    with simulation:
+        counts = torch.ones(4, dtype=torch.long)
+        assert counts.tolist() == [1, 1, 1, 1]
+        monkeypatch.setattr("memtrace.simulation.known_values.run", refuses)
+        counts.add_(1)
+        with pytest.raises(PlanError, match="depends on values"):
+            counts.tolist()
+
+
 def test_shapes_that_depend_on_activations_are_refused(simulation: Simulation) -> None:
     """A mixture of experts that picks tokens by value names the way out."""
     with simulation, pytest.raises(PlanError, match="experts_implementation='batched_mm'"):

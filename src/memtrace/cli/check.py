@@ -89,7 +89,7 @@ def _planned(outcomes: Mapping[str, Outcome]) -> dict[str, CaseResult]:
 
 
 def _update(path: Path, made: Baseline, file: CaseFile, *, whole: bool) -> None:
-    if not whole:
+    if not whole and path.exists():
         before = read_baseline(path)
         if before.versions != made.versions:
             raise ConfigError(f"{path} was made with other versions: update all cases at once, without --case")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from typing import IO
 from memtrace.errors import ConfigError, OutputError
 from memtrace.gate.case_file import CaseFile
 from memtrace.gate.result import CaseResult, parse_result
+from memtrace.record.process import usable_processors
 from memtrace.record.strict_json import Fields, parse_json
 
 
@@ -59,7 +59,7 @@ def plan_cases(
             raise ConfigError(f"{file.path} has no case {name!r}, only {', '.join(file.cases)}")
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
-    request = {"file": str(file.path), "cases": chosen, "jobs": jobs or len(os.sched_getaffinity(0))}
+    request = {"file": str(file.path), "cases": chosen, "jobs": jobs or usable_processors()}
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "memtrace.gate.planner"],
         stdin=subprocess.PIPE,

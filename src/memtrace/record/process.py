@@ -1,4 +1,4 @@
-"""Which process this is, told apart from one that has its number later: by its start, on its machine."""
+"""Which process this is, told apart from one that has its number later, and how many may run at once."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ class Process:
             return None
         start = _start(self.pid)
         return start is not None and abs(start - self.start_unix_seconds) <= _TOLERANCE_SECONDS
+
+
+def usable_processors() -> int:
+    """Returns on how many processors this process may run; those of the machine where the system does not tell."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return (os.cpu_count() or 1) if affinity is None else len(affinity(0))
 
 
 def _start(pid: int) -> float | None:

@@ -71,8 +71,7 @@ class KnownValues:
         values = self.inputs(call)
         written = self._written_arguments(call.operator)
         if values is None:
-            for tensor in _tensors([_argument(call, position, name) for position, name in written]):
-                self.forget(id(tensor.untyped_storage()))
+            self._forget_written(call)
             return
         before = {id(tensor.untyped_storage()) for tensor in call.inputs}
         fresh = [tensor for tensor in _tensors(answer) if id(tensor.untyped_storage()) not in before]
@@ -81,11 +80,17 @@ class KnownValues:
         try:
             outputs = list(_tensors(run(call, values)))
         except NotImplementedError:  # there is no kernel for a CPU
+            self._forget_written(call)
             return
         if fresh and len(fresh) == len(outputs):
             for tensor, real in zip(fresh, outputs, strict=True):
                 if real.shape == tensor.shape:  # a workspace, which a fake kernel leaves empty, is no value
                     self.learn(tensor, real)
+
+    def _forget_written(self, call: Call) -> None:
+        arguments = self._written_arguments(call.operator)
+        for tensor in _tensors([_argument(call, position, name) for position, name in arguments]):
+            self.forget(id(tensor.untyped_storage()))
 
     def _written_arguments(self, operator: Operator) -> tuple[tuple[int, str], ...]:
         """Returns position and name of the arguments that the operator writes to."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 
 import torch
 
 from memtrace.errors import PlanError
 from memtrace.planning.simulation_request import SimulationRequest, plan_simulated
 from memtrace.record.plan import Plan
+from memtrace.record.process import usable_processors
 
 MOST = 8
 """Processes at once, each of which takes some 0.3 GB."""
@@ -24,7 +25,7 @@ _requests: Sequence[SimulationRequest] = ()
 
 def usable_processes() -> int:
     """Returns how many processes may plan at once: one for each processor, and one alone where none can be forked."""
-    return min(MOST, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
+    return min(MOST, usable_processors()) if sys.platform == "linux" else 1
 
 
 def plans_of(requests: Sequence[SimulationRequest], processes: int) -> Iterator[Plan | None]:
@@ -45,17 +46,24 @@ def plans_of(requests: Sequence[SimulationRequest], processes: int) -> Iterator[
         initargs=(requests,),
     )
     try:
-        for request, future in [(request, pool.submit(_planned, at)) for at, request in enumerate(requests)]:
+        for request, future in [(request, _submitted(pool, at)) for at, request in enumerate(requests)]:
             yield _result(future, request)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _result(future: Future[Plan | None], request: SimulationRequest) -> Plan | None:
+def _submitted(pool: ProcessPoolExecutor, at: int) -> Future[Plan | None] | None:
     try:
-        return future.result()
-    except BrokenProcessPool:
-        return _plan_of(request)
+        return pool.submit(_planned, at)
+    except BrokenProcessPool:  # one was killed while the others are handed out
+        return None
+
+
+def _result(future: Future[Plan | None] | None, request: SimulationRequest) -> Plan | None:
+    with suppress(BrokenProcessPool):
+        if future is not None:
+            return future.result()
+    return _plan_of(request)
 
 
 def _begin(requests: Sequence[SimulationRequest]) -> None:

@@ -255,7 +255,7 @@ def _with_adapters(model: nn.Module, rank: int, targets: tuple[str, ...] | None)
     try:
         from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - an optional dependency
     except ImportError as error:
-        raise PlanError("a plan with adapters needs peft: pip install peft") from error
+        raise PlanError(f"a plan with adapters needs peft ({error}): pip install peft") from error
     settings = LoraConfig(r=rank, target_modules="all-linear" if targets is None else list(targets))
     try:
         adapted: nn.Module = get_peft_model(model, settings)
