@@ -38,35 +38,42 @@ class HookSet:
         self._stack.close()
 
     def before_forward(
-        self, module: nn.Module, hook: Callable[..., None], *, prepend: bool = True, breaks_graphs: bool = True
+        self, module: nn.Module, hook: Callable[..., None], *, prepend: bool = True, breaks_graphs: bool | None = True
     ) -> None:
         """Calls `hook(module, args, kwargs)` before each forward of the module, before or after all other hooks.
 
-        Inside a graph of torch's compiler it is heard at the price of a break, or not at all.
+        Args:
+            module: whose forward passes are told.
+            hook: what is called.
+            prepend: whether before all other hooks.
+            breaks_graphs: inside a graph of torch's compiler it is heard at the price of a break, or not at all. None
+                for a hook that asks the compiler itself and goes on to what `unless_whole` returns.
         """
-        handle = module.register_forward_pre_hook(_module_hook(hook, breaks_graphs), with_kwargs=True, prepend=prepend)
+        heard = hook if breaks_graphs is None else unless_whole(hook, breaks_graphs)
+        handle = module.register_forward_pre_hook(_ModuleHook(heard), with_kwargs=True, prepend=prepend)
         self._stack.callback(handle.remove)
 
-    def after_forward(self, module: nn.Module, hook: Callable[..., None], *, breaks_graphs: bool = True) -> None:
-        """Calls `hook(module, args, output)` after each forward of the module, also of one that raised."""
-        handle = module.register_forward_hook(_module_hook(hook, breaks_graphs), always_call=True)
+    def after_forward(self, module: nn.Module, hook: Callable[..., None], *, breaks_graphs: bool | None = True) -> None:
+        """Calls `hook(module, args, output)` after each forward of the module, also of one that raised.
+
+        Args:
+            module: whose forward passes are told.
+            hook: what is called.
+            breaks_graphs: see `before_forward`.
+        """
+        heard = hook if breaks_graphs is None else unless_whole(hook, breaks_graphs)
+        handle = module.register_forward_hook(_ModuleHook(heard), always_call=True)
         self._stack.callback(handle.remove)
 
     def around_step(
         self, optimizer: torch.optim.Optimizer, before: Callable[..., None], after: Callable[..., None]
     ) -> None:
-        """Calls `before` and `after`, each with (optimizer, args, kwargs), around each step of the optimizer.
+        """Calls `before` and `after`, each with (stepped, args, kwargs), around each step of the optimizer.
 
-        Always with the given object: torch names the one that was stepped, which may be a wrapper with the same hooks.
+        The first argument is whose `step` was called: the optimizer, or a wrapper with the same hooks.
         """
-
-        alive = weakref.ref(optimizer)
-
-        def given(hook: Callable[..., None]) -> Callable[..., None]:
-            return lambda _, args, kwargs: hook(alive(), args, kwargs)
-
-        self._stack.callback(optimizer.register_step_pre_hook(given(before)).remove)
-        self._stack.callback(optimizer.register_step_post_hook(given(after)).remove)
+        self._stack.callback(optimizer.register_step_pre_hook(before).remove)
+        self._stack.callback(optimizer.register_step_post_hook(after).remove)
 
     def around_steps(
         self,
@@ -77,7 +84,8 @@ class HookSet:
     ) -> None:
         """Calls `before` and `after` as `around_step` does, also where the loop steps what the optimizer wraps.
 
-        All of its parts, each stepped once, are one step of it. Inside of its own step theirs are not told of.
+        All of its parts, each stepped once, are one step of it. Inside of its own step theirs are not told of. Where
+        there are parts, the first argument is always the optimizer.
         """
         if not parts:
             self.around_step(optimizer, before, after)
@@ -86,25 +94,25 @@ class HookSet:
         at_work: list[int] = []
         left = {*map(id, parts)}
 
-        def begins(one: object, *args: object) -> None:
-            if id(one) in at_work:  # it has raised the last time
-                del at_work[at_work.index(id(one)) :]
-            at_work.append(id(one))
+        def begins(one: int, _: object, *args: object) -> None:
+            if one in at_work:  # it has raised the last time
+                del at_work[at_work.index(one) :]
+            at_work.append(one)
             if len(at_work) == 1:
                 before(whole(), *args)
 
-        def ends(one: object, *args: object) -> None:
-            if id(one) in at_work:
-                del at_work[at_work.index(id(one)) :]
+        def ends(one: int, _: object, *args: object) -> None:
+            if one in at_work:
+                del at_work[at_work.index(one) :]
             if not at_work:
-                left.discard(id(one))
-                if one is whole() or not left:
+                left.discard(one)
+                if one == owner or not left:
                     left.update(each)
                     after(whole(), *args)
 
-        each = frozenset(left)
+        each, owner = frozenset(left), id(optimizer)
         for one in (optimizer, *parts):
-            self.around_step(one, begins, ends)
+            self.around_step(one, partial(begins, id(one)), partial(ends, id(one)))
 
     def after_gradient(
         self, parameters: Iterable[nn.Parameter], hook: Callable[[torch.Tensor], None], *, first: bool = False
@@ -130,7 +138,13 @@ class HookSet:
         self._stack.callback(function)
 
 
-class _WeakHook:
+class GradientHook:
+    """A hook of memtrace on a gradient: told from those of others by its class."""
+
+    __slots__ = ()
+
+
+class _WeakHook(GradientHook):
     """Calls a bound method as long as its object is there."""
 
     def __init__(self, method: Callable[[Any], None]) -> None:
@@ -145,7 +159,7 @@ class _WeakHook:
 def weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
     """Returns what calls a bound method as long as its object is there: torch holds hooks where no collector looks.
 
-    The form of every hook of memtrace on a gradient that outlives a step.
+    The form of every hook on a gradient that outlives a step and refers to something.
     """
     return _WeakHook(method)
 
@@ -153,7 +167,7 @@ def weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
 def others_take_gradient(parameter: nn.Parameter) -> bool:
     """Returns whether others than memtrace hear of the gradient of this leaf, or use it within the backward pass."""
     hooks = autograd_torch_private.gradient_hooks(parameter)
-    theirs = any(not isinstance(hook, _WeakHook) for hook in hooks)
+    theirs = any(not isinstance(hook, GradientHook) for hook in hooks)
     return theirs or bool(autograd_torch_private.optimizers_in_backward((parameter,)))
 
 
@@ -174,7 +188,7 @@ def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
     return outside
 
 
-def _module_hook(hook: Callable[..., None], may_break: bool) -> Callable[..., None]:
+def unless_whole(hook: Callable[..., None], may_break: bool) -> Callable[..., None]:
     """Returns the hook as it goes on a module: heard outside of graphs, and nowhere in one that must be whole.
 
     Where a graph may be in parts, the compiler breaks it at a hook that may, and calls it in between. A caller compiled
@@ -184,14 +198,14 @@ def _module_hook(hook: Callable[..., None], may_break: bool) -> Callable[..., No
     outside, must_be_whole, is_traced = outside_graphs(hook), torch_private.one_graph, torch_private.is_jit_tracing
     is_compiling, breaks_graphs = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
 
-    def heard(*args: Any) -> None:
+    def heard(module: nn.Module, args: Any, rest: Any) -> None:
         if is_compiling():
             if may_break and breaks_graphs() and not must_be_whole():
-                outside(*args)
+                outside(module, args, rest)
         elif not is_traced():
-            outside(*args)
+            outside(module, args, rest)
 
-    return _ModuleHook(heard)
+    return heard
 
 
 class _ModuleHook(partial[None]):

@@ -9,11 +9,24 @@ import torch
 from torch import nn
 
 from memtrace.attribution.scan import Scan
-from memtrace.guard import Guard
-from memtrace.sources.hooks import HookSet, weakly
+from memtrace.sources.hooks import GradientHook, HookSet
 
 _IN_A_ROW = 3
 """Steps with dropped gradients in a row after which they are a part of each step."""
+
+
+class _Gradient(GradientHook):
+    """Whether a parameter has had a gradient, and what it was then. Refers to nothing, since torch keeps it."""
+
+    __slots__ = ("has_come", "identity", "version")
+
+    def __init__(self) -> None:
+        self.has_come = False
+        self.identity = self.version = 0
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        # In each backward pass there is, also of steps that are skipped: nothing is called here.
+        self.has_come, self.identity, self.version = True, id(parameter), parameter._version
 
 
 class DroppedGradients:
@@ -30,16 +43,14 @@ class DroppedGradients:
 
     Args:
         scan: knows the parameters and the engines.
-        guard: runs what torch calls.
     """
 
-    def __init__(self, scan: Scan, guard: Guard) -> None:
-        self._scan, self._guard = scan, guard
+    def __init__(self, scan: Scan) -> None:
+        self._scan = scan
         self._holder: Callable[[], nn.Module | None] = _nobody
         self._name = ""
-        self._identity = self._version = 0
-        self.has_come = False
-        """Whether the parameter has had a gradient since an optimizer has begun to step."""
+        self.gradient = _Gradient()
+        """Of the parameter, since an optimizer has begun to step."""
         self._in_this_step = False
         self.in_a_row = 0
         """Steps in a row in which gradients were dropped, the one at work included."""
@@ -53,7 +64,7 @@ class DroppedGradients:
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.requires_grad and parameter.is_leaf:
                     self._holder, self._name = weakref.ref(module), name
-                    hooks.after_gradient((parameter,), weakly(self._hears), first=True)
+                    hooks.after_gradient((parameter,), self.gradient, first=True)
                     return
 
     @property
@@ -65,16 +76,17 @@ class DroppedGradients:
     @property
     def are_dropped(self) -> bool:
         """Whether gradients have come and are gone, and nothing was done with them."""
-        if not self.has_come:
+        gradient = self.gradient
+        if not gradient.has_come:
             return False
         parameter = self.parameter
-        if parameter is None or id(parameter) != self._identity or parameter.grad is not None:
+        if parameter is None or id(parameter) != gradient.identity or parameter.grad is not None:
             return False
-        return parameter._version == self._version and all(engine.leaves_gradients for engine in self._scan.engines)
+        return parameter._version == gradient.version and all(engine.leaves_gradients for engine in self._scan.engines)
 
     def end_step(self) -> bool:
         """Takes it that gradients were dropped; returns whether the step at work is over by that."""
-        self.has_come = False
+        self.gradient.has_come = False
         self.in_a_row += not self._in_this_step
         self._in_this_step = True
         return self.in_a_row <= _IN_A_ROW
@@ -83,14 +95,7 @@ class DroppedGradients:
         """Notes that an optimizer has stepped."""
         if not self._in_this_step:
             self.in_a_row = 0
-        self.has_come = self._in_this_step = False
-
-    def _hears(self, parameter: torch.Tensor) -> None:
-        self._guard.run(self._comes, parameter)
-
-    def _comes(self, parameter: torch.Tensor) -> None:
-        self.has_come = True
-        self._identity, self._version = id(parameter), parameter._version
+        self.gradient.has_come = self._in_this_step = False
 
 
 def _nobody() -> None:

@@ -50,8 +50,8 @@ class Entries:
 
     Args:
         model: the module that is trained.
-        before: called with (module, args, kwargs) before a forward pass.
-        after: called with (module, args, output) after it, also where it has raised.
+        before: called with (module, args, kwargs) before a forward pass; asks the compiler itself, see `HookSet`.
+        after: called with (module, args, output) after it, also where it has raised; likewise.
         guard: runs what decides.
     """
 
@@ -155,9 +155,9 @@ class Entries:
         self.take_off()
         first, last = _alive(self._first), _alive(self._last)
         for module in first:
-            self._hooks.before_forward(module, self._before, breaks_graphs=False)
+            self._hooks.before_forward(module, self._before, breaks_graphs=None)
         for module in last:
-            self._hooks.after_forward(module, self._after, breaks_graphs=False)
+            self._hooks.after_forward(module, self._after, breaks_graphs=None)
         if first:
             self._followed = _Followed.FIRST_AND_LAST
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from time import perf_counter_ns
 from typing import Any
@@ -16,7 +17,8 @@ from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.guard import Guard
 from memtrace.record.categories import Phase
 from memtrace.sources.autograd_torch_private import after_backward, backward_is_running, current_autograd_node
-from memtrace.sources.torch_private import frame_compiler, leave_out_of_graphs
+from memtrace.sources.hooks import outside_graphs, unless_whole
+from memtrace.sources.torch_private import frame_compiler, is_jit_tracing
 from memtrace.tracing.cycle import Cycle
 from memtrace.tracing.dropped import DroppedGradients
 from memtrace.tracing.schedule import TraceSchedule
@@ -42,7 +44,8 @@ class SkippedSteps:
 
     These are the hooks that run most often of all, in steps of less than a millisecond. Calls are what takes time
     there, with caches that the training has filled: so each hook is one function, which sets plain attributes and calls
-    nothing in Python. All else is done by what it goes on to, under the guard.
+    nothing in Python. All else is done by what it goes on to, under the guard. Inside a graph a hook on the model goes
+    on at once: torch's compiler takes it for a constant that it is at work, and never sees the rest.
 
     Args:
         scan: knows whether there is one optimizer or more.
@@ -54,7 +57,7 @@ class SkippedSteps:
 
     def __init__(self, scan: Scan, cycle: Cycle, guard: Guard, *, explicit: bool, main_input_name: str | None) -> None:
         self._scan, self._cycle, self._guard = scan, cycle, guard
-        self.dropped = DroppedGradients(scan, guard)
+        self.dropped = DroppedGradients(scan)
         """Knows whether the loop has dropped what a step was for."""
         self._explicit, self._main_input_name = explicit, main_input_name or ""
         self.left = 0
@@ -92,19 +95,37 @@ class SkippedSteps:
         """What memtrace has taken so far, with its share in steps that were skipped; nanoseconds."""
         return self._guard.spent_ns + self._spent_ns
 
-    def before_forward(self, otherwise: Hook) -> Hook:
-        """Returns the hook before each forward pass of the model.
+    def around_forward(self, before: Hook, after: Hook, *, breaks_graphs: bool) -> tuple[Hook, Hook]:
+        """Returns the hooks before and after each forward pass of the model.
+
+        Args:
+            before: what the first goes on to, with (module, args, kwargs).
+            after: what the second goes on to, with (module, output, what was raised).
+            breaks_graphs: whether they may break a graph of torch's compiler to be heard.
+        """
+        return self._before_forward(before, breaks_graphs), self._after_forward(after, breaks_graphs)
+
+    def _before_forward(self, otherwise: Hook, breaks_graphs: bool) -> Hook:
+        """Returns the hook before each forward pass.
 
         It notes the forward passes of steps that are skipped, as far as it can tell at a glance that the batch is
         not larger than any with a record, and goes on to `otherwise` with all others.
         """
 
+        goes_on, in_graph = unless_whole(outside_graphs(otherwise), breaks_graphs), torch.compiler.is_dynamo_compiling
         named, explicit = self._main_input_name, self._explicit
         outside, forward, dropped = Phase.OUTSIDE, Phase.FORWARD, self.dropped
-        records_gradients, timed_every = torch.is_grad_enabled, _TIMED_EVERY
+        gradient = dropped.gradient
+        records_gradients, is_traced, timed_every = torch.is_grad_enabled, is_jit_tracing, _TIMED_EVERY
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if self.left and not self._over and frame_compiler() is None and (self.number is not None or not explicit):
+            if (
+                not in_graph()
+                and self.left
+                and not self._over
+                and frame_compiler() is None
+                and (self.number is not None or not explicit)
+            ):
                 begin_ns = 0 if self.left % timed_every else perf_counter_ns()
                 batch = kwargs.get(named) if kwargs else None
                 if batch is None and args:
@@ -112,8 +133,9 @@ class SkippedSteps:
                 if (
                     type(batch) is torch.Tensor
                     and self.passes < self._looked_at
-                    and not (self.passes and dropped.are_dropped)
+                    and not (self.passes and gradient.has_come and dropped.are_dropped)
                     and records_gradients()
+                    and not is_traced()
                     and (self._phase is outside or current_autograd_node() is None)
                 ):
                     try:
@@ -130,57 +152,61 @@ class SkippedSteps:
                         if begin_ns:
                             self._spent_ns += (perf_counter_ns() - begin_ns) * timed_every
                         return
-            otherwise(module, args, kwargs)
+            goes_on(module, args, kwargs)
 
-        leave_out_of_graphs(hook)
         return hook
 
-    def after_forward(self, otherwise: Hook) -> Hook:
-        """Returns the hook after each forward pass; `otherwise` gets module, output and what was raised.
+    def _after_forward(self, otherwise: Hook, breaks_graphs: bool) -> Hook:
+        """Returns the hook after each forward pass.
 
         A model may return None, and within the handling of some other exception: its own is the one that torch has
         caught where it calls modules.
         """
 
-        forward, backward = Phase.FORWARD, Phase.BACKWARD
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            if self.left and output is not None:
-                if self._phase is forward:  # else it was not one of the step, but an evaluation
-                    self._phase = backward
-                return
+        def ended(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
             error = sys.exception() if output is None else None
             caught = None if error is None or error.__traceback__ is None else error.__traceback__.tb_frame.f_code
             otherwise(module, output, error if caught is not None and caught.co_filename == _CALLS else None)
 
-        leave_out_of_graphs(hook)
+        goes_on, in_graph = unless_whole(outside_graphs(ended), breaks_graphs), torch.compiler.is_dynamo_compiling
+        forward, backward = Phase.FORWARD, Phase.BACKWARD
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            if not in_graph() and self.left and output is not None:
+                if self._phase is forward:  # else it was not one of the step, but an evaluation
+                    self._phase = backward
+                return
+            goes_on(module, args, output)
+
         return hook
 
-    def before_optimizer(self, otherwise: Hook) -> Hook:
-        """Returns the hook before each step of an optimizer."""
+    def before_optimizer(self, optimizer: torch.optim.Optimizer, otherwise: Hook) -> Hook:
+        """Returns the hook before each step of an optimizer; `otherwise` gets the optimizer."""
 
-        explicit, stepping, dropped = self._explicit, Phase.OPTIMIZER, self.dropped
+        explicit, stepping, gradient = self._explicit, Phase.OPTIMIZER, self.dropped.gradient
+        alive = weakref.ref(optimizer)  # torch names the one that is stepped, which may be a wrapper with its hooks
 
-        def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        def hook(stepped: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.left and not self._over:
-                self._phase, dropped.has_come = stepping, False
+                self._phase, gradient.has_come = stepping, False
                 if self.number is None and not explicit:
                     self.number, self._unheard = self._next, True
             else:
-                otherwise(optimizer, args, kwargs)
+                otherwise(alive())
 
         return hook
 
-    def after_optimizer(self, otherwise: Hook) -> Hook:
-        """Returns the hook after each step of an optimizer.
+    def after_optimizer(self, optimizer: torch.optim.Optimizer, otherwise: Hook) -> Hook:
+        """Returns the hook after each step of an optimizer; `otherwise` gets the optimizer.
 
         It ends a step that is skipped, but for the last one: unless the loop tells where steps end, or more than
         this optimizer has to step. One whose own `step` calls that of its base class may be told of twice. Of those
         that step inside a backward pass, where each parameter may have one, the first is all there is to know.
         """
         outside, backward, dropped = Phase.OUTSIDE, Phase.BACKWARD, self.dropped
+        alive = weakref.ref(optimizer)
 
-        def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        def hook(stepped: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self._alone and self.left > 1 and self.number is not None and not dropped.in_a_row:
                 self.left -= 1
                 self.done += 1
@@ -191,7 +217,7 @@ class SkippedSteps:
             elif self._inside and self.left and current_autograd_node() is not None:
                 self._phase = backward
             else:
-                otherwise(optimizer, args, kwargs)
+                otherwise(alive())
 
         return hook
 

@@ -38,7 +38,7 @@ class UpdatesInBackward:
 
     def begins(self) -> bool:
         """Notes that an optimizer begins its step; returns whether the step at work was over before that."""
-        self._is_stepped, self._dropped.has_come = True, False
+        self._is_stepped, self._dropped.gradient.has_come = True, False
         step = self._current.step
         if step is None or step.marks is None:
             return False

@@ -35,7 +35,7 @@ from memtrace.sources.devices.readers import open_device
 from memtrace.sources.devices.sampler import DeviceSampler
 from memtrace.sources.event_source import event_source
 from memtrace.sources.events import EventSource
-from memtrace.sources.hooks import HookSet, outside_graphs
+from memtrace.sources.hooks import HookSet
 from memtrace.sources.ranks import identify
 from memtrace.sources.torch_private import runs_without_memory
 from memtrace.tracing.bounds import StepBounds
@@ -159,16 +159,16 @@ class Watch:
             self._scan.claim_persistent(self._ledger, anew=False)
         self._host.look()
         wrap, skipped = self._guard.wrap, self.skipped
-        begins = skipped.before_forward(outside_graphs(wrap(self._on_forward)))
-        ends = skipped.after_forward(outside_graphs(wrap(self._on_forward_end)))
-        self._hooks.before_forward(self.model, begins)
-        self._hooks.after_forward(self.model, ends)
-        self._entries = Entries(self.model, begins, ends, self._guard)
+        begins, ends = wrap(self._on_forward), wrap(self._on_forward_end)
+        before, after = skipped.around_forward(begins, ends, breaks_graphs=True)
+        self._hooks.before_forward(self.model, before, breaks_graphs=None)
+        self._hooks.after_forward(self.model, after, breaks_graphs=None)
+        self._entries = Entries(self.model, *skipped.around_forward(begins, ends, breaks_graphs=False), self._guard)
         self._hooks.callback(self._entries.release)
-        before = skipped.before_optimizer(wrap(self._on_optimizer))
-        after = skipped.after_optimizer(wrap(self._on_optimizer_end))
-        for optimizer in self._scan.optimizers:
-            self._hooks.around_steps(optimizer, self._scan.parts_of(optimizer), before, after)
+        for one in self._scan.optimizers:
+            before = skipped.before_optimizer(one, wrap(self._on_optimizer))
+            after = skipped.after_optimizer(one, wrap(self._on_optimizer_end))
+            self._hooks.around_steps(one, self._scan.parts_of(one), before, after)
         if not self._explicit:
             self.skipped.dropped.follow(self.model, self._hooks)
         self._hooks.callback(self.oom.subscribe())
@@ -303,7 +303,7 @@ class Watch:
         step.forward_ends()
         self.window.forward_ends(output)
 
-    def _on_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _on_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self._updates.begins() and not (self.window.is_open and backward_is_running()):
             self.end()
         if self._current.step is None:
@@ -315,7 +315,7 @@ class Watch:
         if self.window.is_open:
             self.window.backward_ends(optimizer if backward_is_running() else None)
 
-    def _on_optimizer_end(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _on_optimizer_end(self, optimizer: torch.optim.Optimizer) -> None:
         step = self._current.step
         if step is None:
             self.skipped.optimizer_ends(optimizer)
