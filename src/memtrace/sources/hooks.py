@@ -193,17 +193,18 @@ def unless_whole(hook: Callable[..., None], may_break: bool) -> Callable[..., No
 
     Where a graph may be in parts, the compiler breaks it at a hook that may, and calls it in between. A caller compiled
     with `fullgraph=True` allows none, `torch.export` runs the module on tensors without memory, and `torch.jit.trace`
-    on shapes that are tensors: there it does nothing.
+    on shapes that are tensors: there it does nothing. Nor does it where a hook before it has taken it off in the same
+    call: torch calls it all the same, and has forgotten that it takes keyword arguments.
     """
     outside, must_be_whole, is_traced = outside_graphs(hook), torch_private.one_graph, torch_private.is_jit_tracing
     is_compiling, breaks_graphs = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
 
-    def heard(module: nn.Module, args: Any, rest: Any) -> None:
+    def heard(module: nn.Module, args: Any, *rest: Any) -> None:
         if is_compiling():
             if may_break and breaks_graphs() and not must_be_whole():
-                outside(module, args, rest)
-        elif not is_traced():
-            outside(module, args, rest)
+                outside(module, args, *rest)
+        elif rest and not is_traced():
+            outside(module, args, *rest)
 
     return heard
 

@@ -118,7 +118,9 @@ class SkippedSteps:
         gradient = dropped.gradient
         records_gradients, is_traced, timed_every = torch.is_grad_enabled, is_jit_tracing, _TIMED_EVERY
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+            if kwargs is None:  # taken off in this call by a hook before it: see `unless_whole`
+                return
             if (
                 not in_graph()
                 and self.left
