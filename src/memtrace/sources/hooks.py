@@ -174,12 +174,17 @@ def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
     return outside
 
 
+_ARGUMENTS = 3
+"""A hook on a module is called with the module, its arguments, and their keyword arguments or the output."""
+
+
 def _module_hook(hook: Callable[..., None], may_break: bool) -> Callable[..., None]:
     """Returns the hook as it goes on a module: heard outside of graphs, and nowhere in one that must be whole.
 
     Where a graph may be in parts, the compiler breaks it at a hook that may, and calls it in between. A caller compiled
     with `fullgraph=True` allows none, `torch.export` runs the module on tensors without memory, and `torch.jit.trace`
-    on shapes that are tensors: there it does nothing.
+    on shapes that are tensors: there it does nothing. Nor does it where a hook before it has taken it off in the same
+    call: torch calls it all the same, and has forgotten that it takes keyword arguments.
     """
     outside, must_be_whole, is_traced = outside_graphs(hook), torch_private.one_graph, torch_private.is_jit_tracing
     is_compiling, breaks_graphs = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
@@ -188,7 +193,7 @@ def _module_hook(hook: Callable[..., None], may_break: bool) -> Callable[..., No
         if is_compiling():
             if may_break and breaks_graphs() and not must_be_whole():
                 outside(*args)
-        elif not is_traced():
+        elif len(args) == _ARGUMENTS and not is_traced():
             outside(*args)
 
     return _ModuleHook(heard)
