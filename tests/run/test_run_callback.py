@@ -186,9 +186,14 @@ def test_outputs_that_cannot_be_used_under_trainer(
 
 
 @pytest.mark.parametrize(
-    ("takes_off", "steps"), [(TakesOff("begin", 1), [1]), (TakesOff("end", 1), []), (TakesOff("end", 2), [1])]
+    ("is_own", "takes_off", "steps"),
+    [
+        (True, TakesOff("begin", 1), [1]),
+        (True, TakesOff("end", 1), []),
+        (False, TakesOff("begin", 1), [1]),
+        (False, TakesOff("end", 2), [1, 2]),  # it comes before all others, and has ended the step
+    ],
 )
-@pytest.mark.parametrize("is_own", [True, False], ids=["of the script", "ours"])
 def test_a_callback_that_is_taken_off_within_a_training(
     make: Any, hooked: None, is_own: bool, takes_off: TakesOff, steps: list[int]
 ) -> None:
