@@ -5,10 +5,10 @@ Names are resolved when they are first used: importing this package loads neithe
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # what `typing` would say: each process under `memtrace run` waits for all that is imported here
 if TYPE_CHECKING:
+    from typing import Any
+
     from memtrace.adapters.hf_trainer import MemTraceCallback
     from memtrace.adapters.lightning import MemTraceLightningCallback
     from memtrace.adapters.memory_tracer import MemoryTracer
@@ -60,7 +60,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'memtrace' has no attribute {name!r}")
-    from memtrace.errors import packages_of  # noqa: PLC0415 - nothing is loaded before a name is used
+    import importlib  # noqa: PLC0415 - nothing is loaded before a name is used
+
+    from memtrace.errors import packages_of  # noqa: PLC0415
 
     with packages_of(f"memtrace.{name}"):
         value = getattr(importlib.import_module(_HOMES[name]), name)

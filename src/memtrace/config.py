@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, Self
-from urllib.parse import urlsplit
 
+import memtrace
 from memtrace.errors import ConfigError
-from memtrace.record.breakdown import StepRecord
 from memtrace.record.units import KIB, MIB, parse_bytes
+
+TYPE_CHECKING = False  # what `typing` would say: `memtrace run` waits for all that is imported here
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any, Self
 
 DEFAULT_PORT = 16368
 """First port of the metrics server; the local rank is added to it."""
@@ -157,7 +158,7 @@ class TracerConfig:
     """Whether the trackers that Trainer or Lightning reports to (W&B, TensorBoard, MLflow, Trackio, ...) get figures of
     memory with each log, and at the end the table and a report: see docs/trackers.md. Where a run reports to none,
     nothing is done."""
-    on_record: Callable[[StepRecord], object] | None = field(default=None, repr=False)
+    on_record: Callable[[memtrace.StepRecord], object] | None = field(default=None, repr=False)
     """Called with each StepRecord on the training thread, after the step log has it. Its time counts as memtrace's own,
     so that `overhead_budget` makes records fewer where it is slow. What it raises is logged once, and goes no
     further. Has no variable; whoever pickles the settings needs a function that can be pickled."""
@@ -260,6 +261,8 @@ class TracerConfig:
         known = [field.name for field in fields(cls)]
         for name in settings:
             if name not in known:
+                import difflib  # noqa: PLC0415 - see the top
+
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
                 if name == "config":
@@ -281,6 +284,8 @@ class TracerConfig:
 
     def log_path(self, default: Path) -> Path:
         """Returns the directory for the step log: `log_dir`, else `default`."""
+        from pathlib import Path  # noqa: PLC0415 - see the top
+
         return default if self.log_dir is None else Path(self.log_dir)
 
 
@@ -293,6 +298,8 @@ def check_otlp_endpoint(name: str, endpoint: object) -> None:
     if endpoint == "env":
         return
     if isinstance(endpoint, str):
+        from urllib.parse import urlsplit  # noqa: PLC0415 - see the top
+
         with suppress(ValueError):
             parts = urlsplit(endpoint)
             if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:

@@ -13,9 +13,6 @@ The message says what was wrong, what was expected and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 
 class MemTraceError(Exception):
     """Base of all errors that memtrace raises on purpose."""
@@ -55,21 +52,35 @@ INSTALL = {
 }
 
 
-@contextmanager
-def packages_of(what: str) -> Iterator[None]:
-    """Says what to install where a package is missing that something needs.
+def packages_of(what: str) -> _PackagesOf:
+    """Returns a context that says what to install where a package is missing that something needs.
 
     Args:
         what: what needs it, as the message begins.
 
     Raises:
-        MissingPackageError: one of `INSTALL` is not there.
+        MissingPackageError: within the context, one of `INSTALL` is not there.
     """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in INSTALL:
-            raise
-        message = f"{what} needs {package}, which is not installed: {INSTALL[package]}"
-        raise MissingPackageError(message, name=package) from error
+    return _PackagesOf(what)
+
+
+class _PackagesOf:
+    """What `packages_of` returns; written out, since `memtrace run` would wait for `contextlib` to load.
+
+    Args:
+        what: see `packages_of`.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        """Does nothing."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Puts a message in the place of an import that has failed."""
+        if isinstance(error, ModuleNotFoundError):
+            package = (error.name or "").partition(".")[0]
+            if package in INSTALL:
+                message = f"{self._what} needs {package}, which is not installed: {INSTALL[package]}"
+                raise MissingPackageError(message, name=package) from error

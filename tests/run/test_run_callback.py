@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,22 @@ class Stops(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 1:
             self._stop()
+
+
+class TakesOff(TrainerCallback):
+    """Takes a callback off at the begin or at the end of a step."""
+
+    def __init__(self, at: str, step: int) -> None:
+        self.when = at, step
+        self.take_off: Callable[[], object] = lambda: None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.when == ("begin", state.global_step):
+            self.take_off()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.when == ("end", state.global_step):
+            self.take_off()
 
 
 class Board(TensorBoardCallback):
@@ -164,3 +183,36 @@ def test_outputs_that_cannot_be_used_under_trainer(
     assert made.state.global_step == 3
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("memtrace: this run is not traced, training goes on: the step log")
+
+
+@pytest.mark.parametrize(
+    ("is_own", "takes_off", "steps"),
+    [
+        (True, TakesOff("begin", 1), [1]),
+        (True, TakesOff("end", 1), []),
+        (False, TakesOff("begin", 1), [1]),
+        (False, TakesOff("end", 2), [1, 2]),  # it comes before all others, and has ended the step
+    ],
+)
+def test_a_callback_that_is_taken_off_within_a_training(
+    make: Any, hooked: None, is_own: bool, takes_off: TakesOff, steps: list[int]
+) -> None:
+    """The tracer is detached with the next forward pass, and trackers get no more figures; nothing is left of it."""
+    board = Board()
+    made = make([takes_off, board, *([MemTraceCallback()] if is_own else [])])
+    held = [one for one in made.callback_handler.callbacks if isinstance(one, MemTraceCallback)][-1]
+    before = [one for one in made.callback_handler.callbacks if one is not held]
+    takes_off.take_off = partial(made.remove_callback, held)
+    made.train()
+    assert held.tracer is not None
+    assert [record.step for record in held.tracer.history] == steps
+    assert not held.tracer.attached
+    assert not forgotten.are_attached(besides=None)
+    assert made.callback_handler.callbacks == before
+    assert [*made.model._forward_pre_hooks, *made.model.layer._forward_pre_hooks] == []
+    assert not any(has for step, has in board.has_figures.items() if step > takes_off.when[1])
+    takes_off.take_off = bool
+    dropped = weakref.ref(held)
+    del held
+    gc.collect()
+    assert dropped() is None

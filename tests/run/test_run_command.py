@@ -187,24 +187,19 @@ def test_what_is_started(
         assert command.traced(environment) == environment  # one `memtrace run` inside another
 
 
-def test_the_start_loads_nothing(script: Path) -> None:
-    """Neither the command nor what Python runs at its start loads a parser, the settings, torch or an exporter."""
-    heavy = {
-        "argparse",
-        "dataclasses",
-        "inspect",
-        "rich",
-        "torch",
-        "memtrace.config",
-        "memtrace.cli",
-        "prometheus_client",
-    }
+@pytest.mark.parametrize("settings", [[], ["--port", "0", "--trace-every", "50"]], ids=["bare", "with settings"])
+def test_the_start_loads_nothing(settings: list[str], script: Path) -> None:
+    """Neither the command nor what Python runs at its start loads a parser, torch or an exporter; settings little."""
+    heavy = {"argparse", "difflib", "pathlib", "prometheus_client", "rich", "torch", "typing", "urllib.parse"}
+    heavy |= {"memtrace.cli", "memtrace.record.breakdown"}
+    if not settings:
+        heavy |= {"collections", "contextlib", "dataclasses", "inspect", "memtrace.config", "re"}
     code = "import os, sys; os.execve = lambda *a: print(*sys.modules); from memtrace.__main__ import main; main()"
-    status, out, _ = ran([sys.executable, "-c", code, "run", "x.py"])
+    status, out, _ = ran([sys.executable, "-c", code, "run", *settings, "x.py"])
     assert status == 0
     assert heavy & set(out.split()) == set()
     code = f"{sys.executable} -c 'import sys; print(*sys.modules)'"
-    bare, launched = (set(ran([*words, "bash", "-c", code])[1].split()) for words in ([], RUN))
+    bare, launched = (set(ran([*words, "bash", "-c", code])[1].split()) for words in ([], [*RUN, *settings]))
     assert launched - bare <= {"sitecustomize", "__future__"}
 
 

@@ -410,3 +410,14 @@ def test_a_storage_that_others_of_c_refer_to_weakly_is_gone_all_the_same() -> No
     del tensor
     assert theirs.expired()
     assert torch_private.alive(reference) is None
+
+
+def test_a_hook_that_is_taken_off_by_the_one_before_it() -> None:
+    """Torch calls it once more, without keyword arguments: it does nothing, and the call goes on."""
+    model, first, second, heard = nn.Linear(2, 2), HookSet(), HookSet(), []
+    second.before_forward(model, lambda module, args, kwargs: heard.append("pre"))
+    second.after_forward(model, lambda module, args, output: heard.append("post"))
+    first.before_forward(model, lambda *_: second.close())
+    assert model(torch.ones(1, 2)).shape == (1, 2)
+    assert heard == []
+    first.close()

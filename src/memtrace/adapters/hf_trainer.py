@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from memtrace.adapters.dataset_lengths import largest_batch
 from memtrace.adapters.frameworks import attached_tracer, end_run
 from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.adapters.output_directory import log_directory
+from memtrace.adapters.taken_off import when_taken_off
 from memtrace.adapters.trackers import Summary, hand_over
 from memtrace.adapters.trainer_logs import TrainerLogs
 from memtrace.adapters.trainer_models import models_of, trainer_of
@@ -22,6 +24,7 @@ from memtrace.attribution.models.further import FurtherModels
 from memtrace.config import TracerConfig
 from memtrace.exporters.trackers.figures import Figures
 from memtrace.guard import Guard, ask
+from memtrace.sources.hooks import HookSet
 
 logger = logging.getLogger("memtrace")
 
@@ -31,9 +34,10 @@ class MemTraceCallback(TrainerCallback):
 
     Metrics are served from then on, the step log goes to `<output_dir>/memtrace`, which `push_to_hub` does not upload.
     One line says where they are, and the table of the last traced step is shown at the end of training; `quiet=True`
-    silences both. The trackers that Trainer reports to get figures of memory with each log, and the table at the end:
-    `trackers=False` is without. A run that crashed leaves the callback usable: the next `on_train_begin` starts anew.
-    Copies and pickles have the settings, and no run.
+    silences both. Where the callback is taken off in the middle of a training (`remove_callback`, `pop_callback`), it
+    ends with the next forward pass. The trackers that Trainer reports to get figures of memory with each log, and the
+    table at the end: `trackers=False` is without. A run that crashed leaves the callback usable: the next
+    `on_train_begin` starts anew. Copies and pickles have the settings, and no run.
 
     Models beside the trained one, such as TRL's `ref_model`, are found among the attributes of the Trainer and of its
     callbacks: their weights have the attribute's name as component.
@@ -51,6 +55,7 @@ class MemTraceCallback(TrainerCallback):
         self._further = FurtherModels(further_models)
         self._tracer: MemoryTracer | None = None
         self._logs: TrainerLogs | None = None
+        self._taken_off = HookSet()
         self._figures = Figures()
 
     @property
@@ -59,7 +64,8 @@ class MemTraceCallback(TrainerCallback):
         return self._tracer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_tracer": None, "_further": FurtherModels(), "_logs": None, "_figures": Figures()}
+        of_the_run = {"_tracer": None, "_further": FurtherModels(), "_logs": None, "_taken_off": HookSet()}
+        return {**vars(self), **of_the_run, "_figures": Figures()}
 
     def on_train_begin(  # type: ignore[override]  # Trainer passes model and optimizer by name
         self,
@@ -81,7 +87,9 @@ class MemTraceCallback(TrainerCallback):
         guard.set_up(lambda: self._begin(args, model, optimizer), undo=lambda: None)
         if self._tracer is not None:
             self._tracer.guarded(self._expect, kwargs.get("train_dataloader"), args.train_batch_size)
-            self._tracer.guarded(self._find_logs, args, trainer_of(self))
+            trainer = trainer_of(self)
+            self._tracer.guarded(self._find_logs, args, trainer)
+            self._tracer.guarded(self._follow, trainer, model)
 
     def _begin(self, args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._end_before(args)
@@ -130,10 +138,16 @@ class MemTraceCallback(TrainerCallback):
         if self._tracer is not None:
             self._tracer.guarded(hand_over, self._tracer, takers)
 
+    def _follow(self, trainer: Trainer | None, model: nn.Module) -> None:
+        """Ends the run where the callback is taken off before the training ends."""
+        if trainer is not None and self._tracer is not None:
+            end = partial(_end, self._tracer, self._config, self._logs)
+            self._taken_off = when_taken_off(trainer, self, model, end)
+
     def _leave_logs(self) -> None:
+        self._taken_off.close()
         logs, self._logs = self._logs, None
-        if logs is not None:
-            ask(logs.leave)
+        _leave(logs)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -153,9 +167,23 @@ class MemTraceCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Detaches, and shows the table on the first process of each machine."""
-        self._leave_logs()
-        if self._tracer is not None:
-            end_run(self._tracer, self._config)
+        self._taken_off.close()
+        logs, self._logs = self._logs, None
+        if self._tracer is None:
+            _leave(logs)
+        else:
+            _end(self._tracer, self._config, logs)
+
+
+def _end(tracer: MemoryTracer, config: TracerConfig, logs: TrainerLogs | None) -> None:
+    """Ends a run with its training, or where the callback is taken off before that."""
+    _leave(logs)
+    end_run(tracer, config)
+
+
+def _leave(logs: TrainerLogs | None) -> None:
+    if logs is not None:
+        ask(logs.leave)
 
 
 def _run_name(args: TrainingArguments) -> str | None:

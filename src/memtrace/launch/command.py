@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
 
 from memtrace.errors import ConfigError
+
+TYPE_CHECKING = False  # what `typing` would say: each process of a training waits for all that is imported here
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 VARIABLE = "MEMTRACE_RUN"
 """Says that what this process and those that it starts train is traced; 0 in a child's environment says that it is

@@ -1,0 +1,35 @@
+"""A callback that is taken off in the middle of a training: Trainer tells it nothing any more, its end included."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from memtrace.sources.hooks import HookSet, outside_graphs
+
+
+def when_taken_off(trainer: Trainer, callback: TrainerCallback, model: nn.Module, end: Callable[[], None]) -> HookSet:
+    """Returns a hook that calls a function in the model's first forward pass after a Trainer has lost a callback.
+
+    The list of callbacks stays as the user knows it: nothing is put into it. The hook comes off with the call.
+
+    Args:
+        trainer: whose callback it is. Held weakly.
+        callback: what may be taken off. Held weakly.
+        model: the trained model.
+        end: must not hold the callback.
+    """
+    handler, expected = weakref.ref(trainer.callback_handler), weakref.ref(callback)
+    hooks = HookSet()
+
+    def look(*_: object) -> None:
+        known, sought = handler(), expected()
+        if known is not None and (sought is None or not any(one is sought for one in known.callbacks)):
+            hooks.close()
+            end()
+
+    hooks.before_forward(model, outside_graphs(look))
+    return hooks
