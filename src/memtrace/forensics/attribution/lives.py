@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from memtrace.attribution.timeline import Lifetime
 from memtrace.forensics.attribution.labels import Label
@@ -18,6 +18,8 @@ from memtrace.record.readings.snapshot_reading import Source
 _ALIKE = 0.1
 """Share of the height of a step within which two valleys are alike."""
 _MOSTLY = 0.8
+_NEAR = 0.1
+"""Share of a step within which a valley and the end of a step are one."""
 _UPDATE = 0.35
 """Changes of an optimizer's step are fewer than this share of those of the passes before it."""
 
@@ -38,12 +40,22 @@ class Lives:
         return self.steps.whole > 0
 
 
-def read_lives(history: History) -> Lives:
-    """Returns how the blocks of a history live."""
+def read_lives(history: History, ends: Sequence[int] = ()) -> Lives:
+    """Returns how the blocks of a history live.
+
+    Args:
+        history: of a device.
+        ends: positions at which steps ended, where somebody knows; else they are found in the curve.
+    """
     lifetimes = history.timeline.lifetimes
     totals = history.timeline.totals
     valleys = find_valleys(totals)
-    bounds = _boundaries(lifetimes, valleys, height_of(totals)) if valleys else []
+    if ends:
+        bounds = [*({0} | {*ends})]
+        bounds.sort()
+        valleys = _with_ends(valleys, bounds)
+    else:
+        bounds = _boundaries(lifetimes, valleys, height_of(totals)) if valleys else []
     steps = steps_between(totals, valleys, bounds)
     persistent: list[int] = []
     of_steps: list[list[int]] = [[] for _ in bounds]
@@ -55,6 +67,13 @@ def read_lives(history: History) -> Lives:
         if number >= 0:
             of_steps[number].append(index)
     return Lives(steps=steps, persistent=persistent, of_steps=of_steps)
+
+
+def _with_ends(valleys: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """Returns the valleys and the ends of steps, without the valleys that an end stands for."""
+    shortest = min((after - before for before, after in pairwise(ends)), default=0)
+    apart = [valley for valley in valleys if all(abs(valley - end) > _NEAR * shortest for end in ends)]
+    return sorted({*apart, *ends})
 
 
 def _boundaries(lifetimes: Sequence[Lifetime], valleys: Sequence[int], height: int) -> list[int]:
