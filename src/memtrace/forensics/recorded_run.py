@@ -93,7 +93,8 @@ def find_run(history: History, runs: Sequence[RunRecords]) -> SeenRun:
             reasons.append(f"{run.name} has steps {_span(records)}")
             continue
         steps = [*_steps(history, ends)]
-        if steps and len(steps) >= _AGREE * len(ends):
+        inside = sum(history.timeline.change_ns[0] <= _ns(end.record.unix_seconds) for end in ends)
+        if steps and len(steps) >= _AGREE * inside:
             return SeenRun(name=run.name, steps=steps)
         reasons.append(f"{run.name}: {_other_total(history, ends)}")
     raise ConfigError(
@@ -111,13 +112,18 @@ class _End(NamedTuple):
 
 
 def _ends(history: History, records: Sequence[StepRecord]) -> Iterator[_End]:
-    """Yields the ends of steps that are in the history by their times."""
+    """Yields the ends of steps that can be in the history by their times."""
     times = history.timeline.change_ns
     for record in records:
         end = record.moments.get(Moment.STEP_END)
         end_ns = _ns(record.unix_seconds)
         begin_ns = end_ns - _ns(record.step_seconds or 0.0)
-        if end is None or end.allocated_bytes is None or end_ns < times[0] or begin_ns > times[-1]:
+        if (
+            end is None
+            or end.allocated_bytes is None
+            or end_ns < times[0] - _CLOCK_NS
+            or begin_ns > times[-1] + _CLOCK_NS
+        ):
             continue
         yield _End(record, end.allocated_bytes, bisect_right(times, end_ns))
 
@@ -129,8 +135,10 @@ def _steps(history: History, ends: Sequence[_End]) -> Iterator[SeenStep]:
         position = _nearest(history, end, before)
         if position is None:
             continue
-        seconds = end.record.step_seconds
-        begin = 0 if seconds is None else bisect_left(times, _ns(end.record.unix_seconds - seconds))
+        seconds, end_ns = end.record.step_seconds, _ns(end.record.unix_seconds)
+        if position != end.position and position:
+            end_ns = times[position - 1]  # by the clock of the history
+        begin = 0 if seconds is None else bisect_left(times, end_ns - _ns(seconds))
         yield SeenStep(end.record, max(before, min(begin, position)), position)
         before = position
 

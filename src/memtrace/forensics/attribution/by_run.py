@@ -45,7 +45,7 @@ def labels_by_run(history: History, lives: Lives, run: SeenRun, model: ExpectedM
     sizes: Sizes = {} if model is None else model.parameters
     persistent = set(lives.persistent)
     for step in run.steps:
-        gradients = _gradients(history, step, persistent)
+        gradients = _gradients(history, step)
         keys |= gradients
         sizes = _elements(lifetimes, gradients) or sizes
     last = run.steps[-1]
@@ -66,7 +66,7 @@ def labels_by_run(history: History, lives: Lives, run: SeenRun, model: ExpectedM
     }
 
 
-def _gradients(history: History, step: SeenStep, persistent: set[int]) -> dict[int, EntryKey]:
+def _gradients(history: History, step: SeenStep) -> dict[int, EntryKey]:
     """Returns the blocks that a step has made and has at the end of its backward pass, where they are the gradients."""
     lifetimes = history.timeline.lifetimes
     for moment in (Moment.BACKWARD_END, Moment.STEP_END):
@@ -78,11 +78,7 @@ def _gradients(history: History, step: SeenStep, persistent: set[int]) -> dict[i
         nbytes = breakdown[Category.GRADIENTS]
         if not nbytes:
             continue
-        made = [
-            index
-            for index in history.live(position)
-            if step.begin <= lifetimes[index].begin and (index not in persistent or moment is Moment.BACKWARD_END)
-        ]
+        made = [index for index in history.live(position) if step.begin <= lifetimes[index].begin]
         top = history.top(step.begin, position)
         late = [index for index in made if lifetimes[index].begin >= top]
         for chosen in (made, late):
@@ -161,7 +157,7 @@ def _parts(elements: int, key: EntryKey) -> Sequence[Part]:
 
 
 def _part_of(part: Part, key: EntryKey) -> EntryKey:
-    """Returns the entry that a block of a copy belongs to: scales and small parameters of 8-bit states have their own."""
+    """Returns the entry that a block of a copy belongs to: in an 8-bit copy, scales and small states have their own."""
     if part.scales:
         return key._replace(component=key.component.replace("state", "absmax"), dtype="float32")
     return key if part.width == _WIDTHS[key.dtype] else key._replace(dtype="float32")
