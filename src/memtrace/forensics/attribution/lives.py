@@ -20,6 +20,8 @@ _ALIKE = 0.1
 _MOSTLY = 0.8
 _NEAR = 0.1
 """Share of a step within which a valley and the end of a step are one."""
+_FEW = 3
+"""Valleys of a history in which there can be none between steps: its ends, and one in a step."""
 _UPDATE = 0.35
 """Changes of an optimizer's step are fewer than this share of those of the passes before it."""
 
@@ -55,7 +57,10 @@ def read_lives(history: History, ends: Sequence[int] = ()) -> Lives:
         bounds.sort()
         valleys = _with_ends(valleys, bounds)
     else:
-        bounds = _boundaries(lifetimes, valleys, height_of(totals)) if valleys else []
+        found = _boundaries(lifetimes, valleys, height_of(totals)) if valleys else []
+        bounds = [*_after_updates(lifetimes, found, valleys[-1] if valleys else 0, history.end)]
+        moved = dict(zip(found, bounds, strict=True))
+        valleys = sorted({moved.get(valley, valley) for valley in valleys})
     steps = steps_between(totals, valleys, bounds)
     persistent: list[int] = []
     of_steps: list[list[int]] = [[] for _ in bounds]
@@ -82,12 +87,24 @@ def _boundaries(lifetimes: Sequence[Lifetime], valleys: Sequence[int], height: i
     At a valley between micro batches, or between backward pass and optimizer, gradients are there that will be freed;
     of the valleys those are between steps at which least is there that will be. The last ones are not judged by that,
     since what they hold is not freed yet: they are none from where what is new is what was freed at others.
+
+    Where that finds none, gradients are freed at the beginning of steps and are there at every valley. Then those valleys
+    are between steps after which they are freed.
     """
+    found = _chosen(lifetimes, valleys, height, beyond=0)
+    if len(valleys) > _FEW and not any(valleys[0] < valley < valleys[-1] for valley in found):
+        found = _chosen(lifetimes, valleys, height, beyond=1)
+    return [*_without_updates(found)]
+
+
+def _chosen(lifetimes: Sequence[Lifetime], valleys: Sequence[int], height: int, *, beyond: int) -> list[int]:
+    """Returns the valleys at which least is there that is freed after so many valleys beyond, up to the judged ones."""
     dying = [0] * (len(valleys) + 1)
     for life in lifetimes:
         if life.end is not None:
-            dying[bisect_right(valleys, life.begin)] += life.nbytes
-            dying[bisect_right(valleys, life.end)] -= life.nbytes
+            first, last = bisect_right(valleys, life.begin), bisect_right(valleys, life.end) - beyond
+            dying[first] += life.nbytes
+            dying[max(first, last)] -= life.nbytes
     dying = [*accumulate(dying[:-1])]
     inner = dying[1:-1] or dying[1:]
     limit = min(inner, default=0) + _ALIKE * height
@@ -100,11 +117,14 @@ def _boundaries(lifetimes: Sequence[Lifetime], valleys: Sequence[int], height: i
         new = Counter(
             life.nbytes for life in lifetimes if life.end is None and chosen[number - 1] <= life.begin < chosen[number]
         )
-        alike = sum(size * count for size, count in (new & freed).items())
-        if alike > _ALIKE * height and alike >= _MOSTLY * sum(size * count for size, count in new.items()):
-            chosen = chosen[:number]
-            break
-    return [*_without_updates(chosen)]
+        alike = _nbytes(new & freed)
+        if alike > _ALIKE * height and alike >= _MOSTLY * (_nbytes(freed) if beyond else _nbytes(new)):
+            return chosen[:number]
+    return chosen
+
+
+def _nbytes(sizes: Counter[int]) -> int:
+    return sum(size * count for size, count in sizes.items())
 
 
 def _without_updates(boundaries: Sequence[int]) -> Iterator[int]:
@@ -115,6 +135,24 @@ def _without_updates(boundaries: Sequence[int]) -> Iterator[int]:
             continue
         yield boundary
         before = boundary
+
+
+def _after_updates(lifetimes: Sequence[Lifetime], boundaries: Sequence[int], last: int, end: int) -> Iterator[int]:
+    """Yields the boundaries, each at the end of its low: the optimizer makes its states after the lowest position.
+
+    That is the last position before most is there that will be freed, at which no more of it is there than at the low.
+    After the last valley nobody knows what will be.
+    """
+    deltas = [0] * (end + 2)
+    for life in lifetimes:
+        if life.end is not None:
+            deltas[life.begin + 1] += life.nbytes
+            deltas[life.end + 1] -= life.nbytes
+    dying = [*accumulate(deltas)]
+    for boundary, after in zip(boundaries, [*boundaries[1:], last], strict=False):
+        top = max(range(boundary, after + 1), key=dying.__getitem__)
+        lows = (at for at in range(top, boundary, -1) if boundary and dying[at] <= dying[boundary])
+        yield next(lows, boundary)
 
 
 def _outlives(life: Lifetime, bounds: Sequence[int], history: History) -> bool:
