@@ -88,13 +88,13 @@ def _boundaries(lifetimes: Sequence[Lifetime], valleys: Sequence[int], height: i
     of the valleys those are between steps at which least is there that will be. The last ones are not judged by that,
     since what they hold is not freed yet: they are none from where what is new is what was freed at others.
 
-    Where that finds none, gradients are freed at the beginning of steps and are there at every valley. Then those valleys
-    are between steps after which they are freed.
+    Where that finds none, gradients are freed at the beginning of steps and are there at every valley. Then those
+    valleys are between steps after which they are freed.
     """
-    found = _chosen(lifetimes, valleys, height, beyond=0)
+    found = [*_without_updates(_chosen(lifetimes, valleys, height, beyond=0))]
     if len(valleys) > _FEW and not any(valleys[0] < valley < valleys[-1] for valley in found):
-        found = _chosen(lifetimes, valleys, height, beyond=1)
-    return [*_without_updates(found)]
+        found = [*_without_updates(_chosen(lifetimes, valleys, height, beyond=1))]
+    return found
 
 
 def _chosen(lifetimes: Sequence[Lifetime], valleys: Sequence[int], height: int, *, beyond: int) -> list[int]:
