@@ -58,7 +58,7 @@ def read_lives(history: History, ends: Sequence[int] = ()) -> Lives:
         valleys = _with_ends(valleys, bounds)
     else:
         found = _boundaries(lifetimes, valleys, height_of(totals)) if valleys else []
-        bounds = [*_after_updates(lifetimes, found, valleys[-1] if valleys else 0, history.end)]
+        bounds = [*_after_updates(lifetimes, found, valleys, history.end)]
         moved = dict(zip(found, bounds, strict=True))
         valleys = sorted({moved.get(valley, valley) for valley in valleys})
     steps = steps_between(totals, valleys, bounds)
@@ -137,11 +137,12 @@ def _without_updates(boundaries: Sequence[int]) -> Iterator[int]:
         before = boundary
 
 
-def _after_updates(lifetimes: Sequence[Lifetime], boundaries: Sequence[int], last: int, end: int) -> Iterator[int]:
-    """Yields the boundaries, each at the end of its low: the optimizer makes its states after the lowest position.
+def _after_updates(
+    lifetimes: Sequence[Lifetime], boundaries: Sequence[int], valleys: Sequence[int], end: int
+) -> Iterator[int]:
+    """Yields the boundaries, each where first least is there of what will be freed, before most of it is.
 
-    That is the last position before most is there that will be freed, at which no more of it is there than at the low.
-    After the last valley nobody knows what will be.
+    The optimizer's first step makes its states after the lowest position, and gradients are freed after them.
     """
     deltas = [0] * (end + 2)
     for life in lifetimes:
@@ -149,10 +150,13 @@ def _after_updates(lifetimes: Sequence[Lifetime], boundaries: Sequence[int], las
             deltas[life.begin + 1] += life.nbytes
             deltas[life.end + 1] -= life.nbytes
     dying = [*accumulate(deltas)]
-    for boundary, after in zip(boundaries, [*boundaries[1:], last], strict=False):
+    for boundary in boundaries:
+        after = next((valley for valley in valleys if valley > boundary), None)
+        if not boundary or after is None:
+            yield boundary
+            continue
         top = max(range(boundary, after + 1), key=dying.__getitem__)
-        lows = (at for at in range(top, boundary, -1) if boundary and dying[at] <= dying[boundary])
-        yield next(lows, boundary)
+        yield min(range(boundary, top + 1), key=dying.__getitem__)
 
 
 def _outlives(life: Lifetime, bounds: Sequence[int], history: History) -> bool:
