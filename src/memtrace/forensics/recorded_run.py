@@ -23,6 +23,8 @@ _CLOCK_NS = 100_000_000
 """How far the clock of a history, which torch reckons from the processor's counter, may be from the system's."""
 _SEARCHED = 5000
 """Changes before and after the end of a step among which the bytes that the run has counted are looked for."""
+_FAR_SECONDS = 1e11
+"""Beyond every clock: a step log is a file, and may say anything."""
 _AGREE = 0.5
 """Share of the steps whose totals must agree: more are missed where several threads allocate at the end of a step."""
 
@@ -170,7 +172,7 @@ def _other_total(history: History, ends: Sequence[_End]) -> str:
 
 
 def _ns(seconds: float) -> int:
-    return round(seconds * 1e9)
+    return round(min(seconds, _FAR_SECONDS) * 1e9)
 
 
 def _span(records: Sequence[StepRecord]) -> str:
