@@ -8,6 +8,7 @@ import weakref
 from typing import Any
 
 import model_families
+import pytest
 import torch
 from planning.larger_families import _GROUPED, SIZE
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,6 +55,7 @@ class _Recorder(TorchDispatchMode):
         self.trace.append({"action": action, "addr": address, "size": nbytes, "stream": 0, "frames": frames})
 
 
+@pytest.mark.long
 def test_stacks_of_a_real_training_tell_weights_and_states(tmp_path):
     """Of transformers' Llama and torch's AdamW: every state and every cast weight, and no state but these."""
     torch.manual_seed(0)
