@@ -1,66 +1,77 @@
 """Time and memory that `memtrace read` takes for a large snapshot.
 
-usage: python -m benchmarks.read_snapshot [ENTRIES [FRAMES]]
+usage: python -m benchmarks.read_snapshot [MB [FRAMES]]
 
-Writes a snapshot whose entries have stacks of so many frames (30 by default, 0 for none) into a temporary directory and
-reads it in a process of its own. Prints the size of the file, the processor time and the largest resident set; the exit
-status is 1 where that is above 2 GB.
+Writes a snapshot of so many MB (1,000 by default), whose entries have stacks of so many frames (30 by default, 0 for
+none), into a temporary directory and reads it with the whole command in a process of its own. Prints the size of the
+file, the processor time, the largest resident set and what the command said meanwhile; the exit status is 1 where the
+command fails or takes more than 2 GB.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import pickle
-import random
 import subprocess
 import sys
 import tempfile
-from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from benchmarks.pickled_history import write_snapshot
 
 BOUND_BYTES = 2_000_000_000
-STACKS = 200
-LIVE = 50
-"""Blocks in use, beyond which the oldest one is freed."""
 
 
-def write_snapshot(path: Path, entries: int, frames: int) -> None:
-    """Writes a history of allocations and frees; entries share no dictionaries, as torch's do."""
-    chance, live, trace, address = random.Random(0), deque[tuple[int, int]](), [], 1 << 40
-    known = [
-        {"filename": f"/site-packages/models/modeling_{line % 7}.py", "line": line, "name": f"forward_{line % 40}"}
-        for line in range(STACKS + frames)
-    ]
-    for number in range(entries):
-        stack = [dict(frame) for frame in known[number % STACKS :][:frames]]
-        if len(live) > LIVE:
-            action, (at, size) = "free_completed", live.popleft()
-        else:
-            action, at, size = "alloc", address, 512 * chance.randint(1, 4000)
-            address += size
-            live.append((at, size))
-        entry = {"action": action, "addr": at, "size": size, "stream": 0, "time_us": 7 * number, "frames": stack}
-        trace.append(entry)
-    snapshot: dict[str, Any] = {"segments": [], "device_traces": [trace]}
-    with path.open("wb") as file:
-        pickle.dump(snapshot, file, protocol=4)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What reading a snapshot took."""
+
+    status: int
+    file_bytes: int
+    seconds: float
+    """Of the processor."""
+    resident_bytes: int
+    """The largest resident set of the command."""
+    said: str
+    """What the command printed, progress included."""
+
+
+def read(path: Path) -> Reading:
+    """Reads a snapshot with the whole command, as a user does."""
+    with tempfile.TemporaryFile() as said:
+        command = [sys.executable, "-m", "memtrace", "read", str(path)]
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        text = said.read().decode()
+    return Reading(
+        status=process.returncode,
+        file_bytes=path.stat().st_size,
+        seconds=used.ru_utime + used.ru_stime,
+        resident_bytes=used.ru_maxrss << 10,
+        said=text,
+    )
+
+
+def _arguments(words: list[str]) -> Iterator[int]:
+    yield int(words[0]) * 1_000_000 if words else 1_000_000_000
+    yield int(words[1]) if len(words) > 1 else 30
 
 
 def main() -> int:
-    entries, frames = (int(word) for word in (sys.argv[1:] + ["400000", "30"][len(sys.argv) - 1 :])[:2])
+    nbytes, frames = _arguments(sys.argv[1:])
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "snapshot.pickle"
-        writer = multiprocessing.Process(target=write_snapshot, args=(path, entries, frames))
-        writer.start()
-        writer.join()
-        reader = subprocess.Popen([sys.executable, "-m", "memtrace", "read", str(path)], stdout=subprocess.DEVNULL)
-        _, status, used = os.wait4(reader.pid, 0)
-        nbytes = path.stat().st_size
-    seconds, most = used.ru_utime + used.ru_stime, used.ru_maxrss << 10
-    print(f"{entries:,} entries, {nbytes / 1e6:,.0f} MB: {seconds:.0f} s of processor, {most / 1e6:,.0f} MB of memory")
-    return int(status != 0 or most > BOUND_BYTES)
+        entries = write_snapshot(path, nbytes, frames)
+        found = read(path)
+    print(found.said)
+    print(
+        f"{entries:,} entries, {found.file_bytes / 1e6:,.0f} MB: {found.seconds:.0f} s of processor, "
+        f"{found.resident_bytes / 1e6:,.0f} MB of memory"
+    )
+    return int(found.status != 0 or found.resident_bytes > BOUND_BYTES)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from memtrace.allocator.caching_allocator import CachingAllocator
+from memtrace.exporters.run_directory.steplog import StepLog, step_log_path
 from memtrace.planning.optimizers.simulated import make_optimizer
 from memtrace.planning.recipe import find_recipe
 from memtrace.planning.sharding.shares import Sharding
 from memtrace.planning.simulate import step_kernels
 from memtrace.planning.simulated_run import SimulatedRun, Training, run_two_steps
-from memtrace.record.breakdown import Breakdown
+from memtrace.record.breakdown import Breakdown, StepRecord
 from memtrace.record.categories import Moment
 from memtrace.simulation.kernels import Target
 from tests.forensics.snapshots import BASE
@@ -56,6 +58,47 @@ def record(
         )
     )
     return Recorded(run=run, snapshot=snapshot_of(run))
+
+
+BEGIN_US = 1_795_820_593_000_000
+"""When the history of a snapshot with a step log begins, microseconds since 1970."""
+
+
+def with_times(snapshot: dict[str, Any]) -> dict[str, Any]:
+    """The same snapshot, with times since 1970."""
+    (trace,) = snapshot["device_traces"]
+    return {**snapshot, "device_traces": [[{**entry, "time_us": entry["time_us"] + BEGIN_US} for entry in trace]]}
+
+
+def write_step_log(run: SimulatedRun, directory: Path, **changed: Any) -> StepRecord:
+    """Writes the second step as the tracer would have recorded it; returns the record."""
+    begin, end = (run.timeline.position(at) for at in (run.marks.begin_ns, run.marks.end_ns))
+    record = StepRecord(
+        step=2,
+        rank=0,
+        device="cuda:0",
+        traced=True,
+        unix_seconds=(BEGIN_US + end) / 1e6,
+        self_seconds=0.0,
+        step_seconds=(end - begin) / 1e6,
+        moments=run.moments,
+    )
+    record = replace(record, **changed)
+    with StepLog(step_log_path(directory, record.rank)) as log:
+        log.write(record)
+    return record
+
+
+def failing(snapshot: dict[str, Any], requested: int = 1 << 30) -> dict[str, Any]:
+    """The same history, after which another block is made and a request fails."""
+    (trace,), (segment,) = snapshot["device_traces"], snapshot["segments"]
+    made = {"action": "alloc", "addr": 1 << 50, "size": 5000, "stream": 0, "time_us": trace[-1]["time_us"] + 1}
+    failed = {"action": "oom", "size": requested, "stream": 0, "device_free": 1 << 20, "time_us": made["time_us"] + 1}
+    block = {"address": 1 << 50, "size": 5120, "requested_size": 5000, "state": "active_allocated"}
+    return {
+        "segments": [{**segment, "blocks": [*segment["blocks"], block]}],
+        "device_traces": [[*trace, made, failed]],
+    }
 
 
 def snapshot_of(run: SimulatedRun, first: int = 0) -> dict[str, Any]:

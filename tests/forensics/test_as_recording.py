@@ -13,6 +13,7 @@ import pytest
 from memtrace.allocator.recording import AllocatorRecording
 from memtrace.allocator.what_if import what_if
 from memtrace.errors import ConfigError, LogFormatError, MemTraceError
+from memtrace.forensics import history
 from memtrace.forensics.as_recording import as_recording
 from memtrace.forensics.loader import load_snapshot
 from memtrace.record.units import GIB, KIB, MIB
@@ -244,3 +245,24 @@ def test_any_history_can_be_replayed(tmp_path: Path) -> None:
         except MemTraceError:
             continue
         assert answer.in_force.reserved_bytes >= answer.in_force.allocated_bytes
+
+
+def test_of_a_long_history_the_newest_entries_are_replayed_and_compared(tmp_path: Path, monkeypatch: Any) -> None:
+    """What was reserved and what failed before them counts no more, and the recording says so."""
+    monkeypatch.setattr(history, "MAX_REPLAYED", 4)
+    trace = [
+        entry("segment_alloc", BASE, 40 * MIB),
+        entry("alloc", BASE, 30 * MIB),
+        entry("free_completed", BASE, 30 * MIB),
+        entry("oom", size=1 << 40, device_free=0),
+        entry("segment_free", BASE, 40 * MIB),
+        entry("segment_alloc", BASE, 20 * MIB),
+        entry("alloc", BASE, 12 * MIB),
+        entry("free_completed", BASE, 12 * MIB),
+    ]
+    found = read(tmp_path, trace, segment(BASE, 20 * MIB))
+    assert found.origin == "made, device 0, without its oldest 4 entries"
+    assert not found.from_the_start
+    assert found.failed_bytes is None
+    assert found.peak_reserved_bytes == 40 * MIB  # at the first entry that is replayed
+    assert sum(event > 0 for event in found.events) == 1

@@ -37,6 +37,9 @@ FAMILIES: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], Any]]] = {
     "t5": (lambda: model_families.t5(SIZE, **larger_families._T5), SIZE.sequence_to_sequence),
     "qwen3": (larger_families._qwen3, SIZE.sequence_to_sequence),
     "vit": (lambda: model_families.vit(SIZE, **WIDTH), SIZE.images),
+    "gemma2": (larger_families._gemma2, SIZE.sequence_to_sequence),
+    "swin": (larger_families._swin, SIZE.images),
+    "mixtral": (lambda: larger_families._mixtral("grouped_mm"), SIZE.sequence_to_sequence),
 }
 
 CASES = [
@@ -49,6 +52,8 @@ CASES = [
     ("qwen3", "fp16-master", "adamw", 2),
     ("vit", "hf-autocast", "adamw-amsgrad", 1),
     ("bert", "fp32", "adamw8bit", 2),
+    ("swin", "fp32", "adamw", 1),
+    ("qwen3", "pure-bf16", "adamw8bit", 2),
     *(
         pytest.param(*case, marks=pytest.mark.long)
         for case in (
@@ -59,6 +64,12 @@ CASES = [
             ("bert", "fp32", "adamw8bit", 1),
             ("llama", "bf16-master", "adamw8bit", 2),
             ("gpt2", "pure-bf16", "adamw8bit", 1),
+            ("qwen3", "pure-bf16", "adamw8bit", 1),
+            ("gemma2", "pure-bf16", "adamw8bit", 2),
+            ("gemma2", "hf-autocast", "sgd-momentum", 4),
+            ("mixtral", "pure-bf16", "adamw", 1),
+            ("vit", "fp32", "sgd-momentum", 4),
+            ("bert", "bf16-master", "adamw", 4),
         )
     ),
 ]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memtrace.cli.show import console
+from memtrace.cli.show import console, find_logs
 from memtrace.errors import ConfigError, OutputError
 from memtrace.exporters.drawn.reading_page import render_readings
 from memtrace.exporters.reading_table import difference_table, ranks_of_readings, reading_table
+from memtrace.exporters.run_directory.steplog import read_step_log
 from memtrace.exporters.traces.events import render_trace
 from memtrace.exporters.traces.readings import reading_events
 from memtrace.record.readings.document import document_of
@@ -21,6 +22,9 @@ from memtrace.record.whole_file import write_whole
 
 if TYPE_CHECKING:
     from memtrace.forensics.attribution.expected import ExpectedModel
+    from memtrace.forensics.recorded_run import RunRecords
+    from memtrace.forensics.snapshot import AllocatorSnapshot
+    from memtrace.record.breakdown import StepRecord
 
 _SAID_EACH = 64 << 20
 """Bytes of a pickle between two lines about how far reading it is."""
@@ -49,6 +53,14 @@ class Read:
             "that has one: blocks are told by its sizes",
         )
         parser.add_argument(
+            "--run",
+            type=Path,
+            metavar="RUN_DIR",
+            dest="run_directory",
+            help="what memtrace has written of the same process, a step log or the directory that has them: its steps, "
+            "and what it has traced, tell what blocks are for; a run of another process is refused",
+        )
+        parser.add_argument(
             "--compare", action="store_true", help="show by how much the second of two snapshots is larger"
         )
         parser.add_argument("--json", action="store_true", help="print JSON")
@@ -72,9 +84,9 @@ class Read:
         """Prints what the snapshots say.
 
         Raises:
-            ConfigError: two snapshots are needed for a comparison, one to be annotated, an output is one of them, or
-                the model is not known.
-            LogFormatError: a snapshot cannot be understood.
+            ConfigError: two snapshots are needed for a comparison, one to be annotated, an output is one of them, the
+                model is not known, or the run is of another process.
+            LogFormatError: a snapshot or a step log cannot be understood.
             OutputError: a file cannot be read or written.
             PlanError: the configuration names no model.
         """
@@ -89,7 +101,7 @@ class Read:
             if written is not None:
                 _check_output(written, paths)
         model = None if arguments.config is None else expected_model(arguments.config)
-        readings = [_read(path, model, arguments.annotate) for path in paths]
+        readings = [_read(path, model, arguments.run_directory, arguments.annotate) for path in paths]
         if arguments.html is not None:
             _write(arguments.html, render_readings(readings))
         if arguments.perfetto is not None:
@@ -101,18 +113,41 @@ class Read:
         return 0
 
 
-def _read(path: Path, model: ExpectedModel | None, annotated: Path | None) -> SnapshotReading:
+def _read(path: Path, model: ExpectedModel | None, run: Path | None, annotated: Path | None) -> SnapshotReading:
     """Returns what one snapshot says, and lets go of it before the next one is loaded."""
     from memtrace.forensics.loader import load_snapshot  # noqa: PLC0415 - torch takes a second to import
     from memtrace.forensics.reading import read_snapshot  # noqa: PLC0415
 
     snapshot = load_snapshot(path, _Progress(path))
-    reading = read_snapshot(snapshot, path.name, model)
+    runs = () if run is None else [*_records(run, snapshot)]
+    try:
+        reading = read_snapshot(snapshot, path.name, model, runs)
+    except ConfigError as error:
+        raise ConfigError(f"{path.name}: {error}") from error
     if annotated is not None:
         from memtrace.forensics.annotated import write_annotated  # noqa: PLC0415
 
-        write_annotated(snapshot, model, annotated)
+        write_annotated(snapshot, model, annotated, runs)
     return reading
+
+
+def _records(run: Path, snapshot: AllocatorSnapshot) -> Iterator[RunRecords]:
+    """Yields what each rank has recorded while the histories of a snapshot were, and its first and last step."""
+    from memtrace.forensics.recorded_run import RunRecords  # noqa: PLC0415 - torch takes a second to import
+
+    times = [(trace.times_us[0], trace.times_us[-1]) for trace in snapshot.traces if len(trace)]
+    begin, end = (min(begin for begin, _ in times), max(end for _, end in times)) if times else (0, 0)
+    for log in find_logs(run):
+        kept: list[StepRecord] = []
+        last = None
+        for record in read_step_log(log):
+            began = record.unix_seconds - (record.step_seconds or 0.0)
+            if not kept or (begin / 1e6 <= record.unix_seconds and began <= end / 1e6):
+                kept.append(record)
+            last = record
+        if last is not None and kept[-1] is not last:
+            kept.append(last)
+        yield RunRecords(name=log.name, records=kept)
 
 
 def _check_output(path: Path, snapshots: Sequence[Path]) -> None:

@@ -7,16 +7,16 @@ of their own at its beginning. It needs a category `unknown` among the others, a
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from memtrace.errors import ConfigError, OutputError
 from memtrace.forensics.attribution.by_note import note_of
 from memtrace.forensics.attribution.expected import ExpectedModel
-from memtrace.forensics.attribution.joined import Attributed, attribute
+from memtrace.forensics.attribution.joined import Attributed, attribute_devices
 from memtrace.forensics.attribution.labels import Label
-from memtrace.forensics.history import read_history
+from memtrace.forensics.recorded_run import RunRecords
 from memtrace.forensics.snapshot import AllocatorSnapshot, Segment
 from memtrace.forensics.trace import UNKNOWN, Trace
 from memtrace.record.categories import Category
@@ -27,26 +27,30 @@ MAX_ENTRIES = 1_000_000
 _UNKNOWN = "unknown"
 
 
-def write_annotated(snapshot: AllocatorSnapshot, model: ExpectedModel | None, path: Path) -> None:
+def write_annotated(
+    snapshot: AllocatorSnapshot, model: ExpectedModel | None, path: Path, runs: Sequence[RunRecords] = ()
+) -> None:
     """Writes the snapshot with categories.
 
     Args:
         snapshot: as it was loaded.
         model: whose sizes blocks are matched with, where one was given.
         path: of the file to write.
+        runs: what the ranks of a memtrace run of the same process have recorded.
 
     Raises:
-        ConfigError: the history is too long.
+        ConfigError: the history is too long, or no run is of that process.
         OutputError: the file cannot be written.
     """
     entries = sum(len(trace) for trace in snapshot.traces)
     if entries > MAX_ENTRIES:
         raise ConfigError(f"a history of {entries:,} entries is not annotated: {MAX_ENTRIES:,} are the most")
     frames = [[frame._asdict() for frame in stack] for stack in snapshot.stacks]
-    traces = []
-    for device in range(len(snapshot.traces)):
-        found = attribute(read_history(snapshot, device), snapshot.stacks, model)
-        traces.append([*_before(found, frames), *_entries(snapshot.trace(device), found, frames)])
+    count = max([len(snapshot.traces), *(device + 1 for device in snapshot.devices)])
+    traces: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+    for found in attribute_devices(snapshot, model, runs):
+        device = found.history.device
+        traces[device] = [*_before(found, frames), *_entries(snapshot.trace(device), found, frames)]
     content = {
         "segments": [_segment(segment, frames) for segment in snapshot.segments],
         "device_traces": traces,

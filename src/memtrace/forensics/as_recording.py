@@ -53,7 +53,7 @@ def as_recording(snapshot: AllocatorSnapshot, device: int | None = None, origin:
     end = history.end if failure is None else failure.position
     private = _PrivatePools(history.segments, trace)
     blocks = _blocks(history, private, end)
-    limit, peak, begun = _reserved(history.segments, trace, private)
+    limit, peak, begun = _reserved(history.segments, trace, private, history.left_out)
     names, labels = label_columns(_labels(snapshot, history, blocks))
     streams = _streams(history, trace, blocks, origin)
     lives = [history.timeline.lifetimes[number] for number in blocks]
@@ -63,8 +63,8 @@ def as_recording(snapshot: AllocatorSnapshot, device: int | None = None, origin:
         sizes_at_begin=array("q", (life.nbytes for life in lives[:before])),
         events=_events(history, blocks, end),
         settings=settings,
-        origin=f"{origin}, device {index}" if origin else f"device {index}",
-        from_the_start=not begun and not before,
+        origin=", ".join(_origin(origin, index, history.left_out)),
+        from_the_start=not begun and not before and not history.left_out,
         limit_bytes=limit,
         peak_reserved_bytes=peak,
         failed_bytes=failed if failed is not None and 0 < failed < MAX_BLOCK else None,
@@ -73,6 +73,14 @@ def as_recording(snapshot: AllocatorSnapshot, device: int | None = None, origin:
         addresses=array("q", (life.address for life in lives)),
         streams=streams,
     )
+
+
+def _origin(origin: str, device: int, left_out: int) -> Iterator[str]:
+    if origin:
+        yield origin
+    yield f"device {device}"
+    if left_out:
+        yield f"without its oldest {left_out:,} entries"
 
 
 class _PrivatePools:
@@ -139,7 +147,7 @@ def _streams(history: History, trace: Trace, blocks: Sequence[int], origin: str)
         LogFormatError: there are more than `MAX_STREAMS`.
     """
     listed = {block.address: segment.stream for segment in history.segments for block in segment.blocks}
-    numbers = {trace.streams[row]: 0 for row in [_failed_row(trace)] if row is not None}
+    numbers = {trace.streams[row]: 0 for row in [_failed_row(trace, history.left_out)] if row is not None}
     found = array("q")
     for number in blocks:
         row, life = history.rows[number], history.timeline.lifetimes[number]
@@ -150,22 +158,25 @@ def _streams(history: History, trace: Trace, blocks: Sequence[int], origin: str)
     return found if any(found) else ()
 
 
-def _failed_row(trace: Trace) -> int | None:
+def _failed_row(trace: Trace, first: int) -> int | None:
     code = trace.words.get("oom")
-    rows = range(len(trace) - 1, -1, -1)
+    rows = range(len(trace) - 1, first - 1, -1)
     return None if code is None else next((row for row in rows if trace.actions[row] == code), None)
 
 
-def _reserved(segments: Sequence[Segment], trace: Trace, private: _PrivatePools) -> tuple[int | None, int, int]:
+def _reserved(
+    segments: Sequence[Segment], trace: Trace, private: _PrivatePools, first: int
+) -> tuple[int | None, int, int]:
     """Returns what could be reserved, the most that was before the last failure, and what was at the begin.
 
-    Private pools are left out. What could be is known where a request failed.
+    Private pools are left out, and so are entries before the first one that is replayed. What could be is known where
+    a request failed.
     """
     signs = {trace.words[word]: sign for word, sign in _GROWS.items() if word in trace.words}
-    failed = _failed_row(trace)
+    failed = _failed_row(trace, first)
     end = len(trace) if failed is None else failed
     moved = highest = then = 0
-    for row, action in enumerate(trace.actions):
+    for row, action in enumerate(memoryview(trace.actions)[first:], first):
         if row == end:
             then = moved
         if action in signs and not private.have(row, trace.addresses[row]):

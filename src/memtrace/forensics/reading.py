@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from memtrace.forensics.attribution.expected import ExpectedModel
-from memtrace.forensics.attribution.joined import Attributed, attribute
-from memtrace.forensics.history import read_history
+from memtrace.forensics.attribution.joined import Attributed, attribute_devices
 from memtrace.forensics.places import place_of
+from memtrace.forensics.recorded_run import RunRecords
 from memtrace.forensics.snapshot import AllocatorSnapshot, Segment
 from memtrace.forensics.trace import Stacks
 from memtrace.oom.advice import ModelFacts, Situation, remedies
-from memtrace.record.breakdown import EntryKey, StepCurve
+from memtrace.record.breakdown import Breakdown, EntryKey, StepCurve
 from memtrace.record.categories import Category, Moment, Phase
 from memtrace.record.oom_report import FailedRequest, Fragmentation, Witness
 from memtrace.record.readings.snapshot_reading import (
@@ -34,20 +34,26 @@ _ORDER = {category: position for position, category in enumerate(Category)}
 _TRUST = {source: position for position, source in enumerate(Source)}
 
 
-def read_snapshot(snapshot: AllocatorSnapshot, name: str, model: ExpectedModel | None = None) -> SnapshotReading:
+def read_snapshot(
+    snapshot: AllocatorSnapshot,
+    name: str,
+    model: ExpectedModel | None = None,
+    runs: Sequence[RunRecords] = (),
+) -> SnapshotReading:
     """Returns what a snapshot says.
 
     Args:
         snapshot: as it was loaded.
         name: of its file.
         model: whose sizes blocks are matched with, where one was given.
+        runs: what the ranks of a memtrace run of the same process have recorded.
+
+    Raises:
+        ConfigError: no run is of the process that the snapshot is of.
     """
     return SnapshotReading(
         name=name,
-        devices=[
-            _device(attribute(read_history(snapshot, device), snapshot.stacks, model), snapshot.stacks, model)
-            for device in snapshot.devices
-        ],
+        devices=[_device(found, snapshot.stacks, model) for found in attribute_devices(snapshot, model, runs)],
         settings=snapshot.settings,
     )
 
@@ -58,7 +64,10 @@ def _device(found: Attributed, stacks: Stacks, model: ExpectedModel | None) -> D
     failure = history.failures[-1] if history.failures else None
     if failure is not None:
         positions[SnapshotMoment.FAILURE] = failure.position
-    moments = {moment: _breakdown(found, moment, position) for moment, position in positions.items()}
+    traced = {} if found.run is None else found.run.known(history)
+    moments = {
+        moment: _breakdown(found, moment, position, traced.get(position)) for moment, position in positions.items()
+    }
     worst = SnapshotMoment.PEAK if failure is None else SnapshotMoment.FAILURE
     fragmentation = _fragmentation(history.segments)
     return DeviceReading(
@@ -81,12 +90,16 @@ def _device(found: Attributed, stacks: Stacks, model: ExpectedModel | None) -> D
     )
 
 
-def _breakdown(found: Attributed, moment: SnapshotMoment, position: int) -> ReadBreakdown:
+def _breakdown(found: Attributed, moment: SnapshotMoment, position: int, traced: Breakdown | None) -> ReadBreakdown:
+    """Returns what memory was for at a position: as the run has traced it there, else by the label of each block."""
     history = found.history
     entries: dict[ReadKey, int] = {}
-    for index in history.live(position):
-        key = ReadKey(*found.label(index))
-        entries[key] = entries.get(key, 0) + history.timeline.lifetimes[index].nbytes
+    if traced is not None:
+        entries = {ReadKey(*key, Source.RUN): nbytes for key, nbytes in traced.entries.items()}
+    else:
+        for index in history.live(position):
+            key = ReadKey(*found.label(index))
+            entries[key] = entries.get(key, 0) + history.timeline.lifetimes[index].nbytes
     times = history.timeline.change_ns
     known = times and times[-1] > 0
     return ReadBreakdown(
@@ -177,6 +190,9 @@ def _notes(found: Attributed, model: ExpectedModel | None) -> Iterator[str]:
     if not history.recorded:
         yield "No history was recorded: only what was there at the end is known. Record with _record_memory_history()."
         return
+    if found.run is not None:
+        steps = [step.record.step for step in found.run.steps]
+        yield f"{found.run.name} is of the same process: {_steps(steps)}."
     if history.left_out:
         yield f"The history is long: its oldest {history.left_out:,} entries are left out, also of the peak."
     if not history.complete:
@@ -185,3 +201,9 @@ def _notes(found: Attributed, model: ExpectedModel | None) -> Iterator[str]:
         yield "No whole step is in the history: persistent memory was told by what is there at the end."
     if model is not None and not any(label.source is Source.SIZE for label in found.labels.values()):
         yield "The sizes of the model that was given are not those of the blocks."
+
+
+def _steps(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return f"step {numbers[0]:,} is in the history"
+    return f"{len(numbers):,} of its steps are in the history, {numbers[0]:,} to {numbers[-1]:,}"

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from memtrace.attribution.timeline import Lifetime
 from memtrace.forensics.attribution.labels import Label
@@ -18,6 +18,10 @@ from memtrace.record.readings.snapshot_reading import Source
 _ALIKE = 0.1
 """Share of the height of a step within which two valleys are alike."""
 _MOSTLY = 0.8
+_NEAR = 0.1
+"""Share of a step within which a valley and the end of a step are one."""
+_FEW = 3
+"""Valleys of a history in which there can be none between steps: its ends, and one in a step."""
 _UPDATE = 0.35
 """Changes of an optimizer's step are fewer than this share of those of the passes before it."""
 
@@ -38,12 +42,25 @@ class Lives:
         return self.steps.whole > 0
 
 
-def read_lives(history: History) -> Lives:
-    """Returns how the blocks of a history live."""
+def read_lives(history: History, ends: Sequence[int] = ()) -> Lives:
+    """Returns how the blocks of a history live.
+
+    Args:
+        history: of a device.
+        ends: positions at which steps ended, where somebody knows; else they are found in the curve.
+    """
     lifetimes = history.timeline.lifetimes
     totals = history.timeline.totals
     valleys = find_valleys(totals)
-    bounds = _boundaries(lifetimes, valleys, height_of(totals)) if valleys else []
+    if ends:
+        bounds = [*({0} | {*ends})]
+        bounds.sort()
+        valleys = _with_ends(valleys, bounds)
+    else:
+        found = _boundaries(lifetimes, valleys, height_of(totals)) if valleys else []
+        bounds = [*_after_updates(lifetimes, found, valleys, history.end)]
+        moved = dict(zip(found, bounds, strict=True))
+        valleys = sorted({moved.get(valley, valley) for valley in valleys})
     steps = steps_between(totals, valleys, bounds)
     persistent: list[int] = []
     of_steps: list[list[int]] = [[] for _ in bounds]
@@ -57,18 +74,37 @@ def read_lives(history: History) -> Lives:
     return Lives(steps=steps, persistent=persistent, of_steps=of_steps)
 
 
+def _with_ends(valleys: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """Returns the valleys and the ends of steps, without the valleys that an end stands for."""
+    shortest = min((after - before for before, after in pairwise(ends)), default=0)
+    apart = [valley for valley in valleys if all(abs(valley - end) > _NEAR * shortest for end in ends)]
+    return sorted({*apart, *ends})
+
+
 def _boundaries(lifetimes: Sequence[Lifetime], valleys: Sequence[int], height: int) -> list[int]:
     """Returns the valleys that lie between steps, the first one among them.
 
     At a valley between micro batches, or between backward pass and optimizer, gradients are there that will be freed;
     of the valleys those are between steps at which least is there that will be. The last ones are not judged by that,
     since what they hold is not freed yet: they are none from where what is new is what was freed at others.
+
+    Where that finds none, gradients are freed at the beginning of steps and are there at every valley. Then those
+    valleys are between steps after which they are freed.
     """
+    found = [*_without_updates(_chosen(lifetimes, valleys, height, beyond=0))]
+    if len(valleys) > _FEW and not any(valleys[0] < valley < valleys[-1] for valley in found):
+        found = [*_without_updates(_chosen(lifetimes, valleys, height, beyond=1))]
+    return found
+
+
+def _chosen(lifetimes: Sequence[Lifetime], valleys: Sequence[int], height: int, *, beyond: int) -> list[int]:
+    """Returns the valleys at which least is there that is freed after so many valleys beyond, up to the judged ones."""
     dying = [0] * (len(valleys) + 1)
     for life in lifetimes:
         if life.end is not None:
-            dying[bisect_right(valleys, life.begin)] += life.nbytes
-            dying[bisect_right(valleys, life.end)] -= life.nbytes
+            first, last = bisect_right(valleys, life.begin), bisect_right(valleys, life.end) - beyond
+            dying[first] += life.nbytes
+            dying[max(first, last)] -= life.nbytes
     dying = [*accumulate(dying[:-1])]
     inner = dying[1:-1] or dying[1:]
     limit = min(inner, default=0) + _ALIKE * height
@@ -81,11 +117,14 @@ def _boundaries(lifetimes: Sequence[Lifetime], valleys: Sequence[int], height: i
         new = Counter(
             life.nbytes for life in lifetimes if life.end is None and chosen[number - 1] <= life.begin < chosen[number]
         )
-        alike = sum(size * count for size, count in (new & freed).items())
-        if alike > _ALIKE * height and alike >= _MOSTLY * sum(size * count for size, count in new.items()):
-            chosen = chosen[:number]
-            break
-    return [*_without_updates(chosen)]
+        alike = _nbytes(new & freed)
+        if alike > _ALIKE * height and alike >= _MOSTLY * (_nbytes(freed) if beyond else _nbytes(new)):
+            return chosen[:number]
+    return chosen
+
+
+def _nbytes(sizes: Counter[int]) -> int:
+    return sum(size * count for size, count in sizes.items())
 
 
 def _without_updates(boundaries: Sequence[int]) -> Iterator[int]:
@@ -96,6 +135,28 @@ def _without_updates(boundaries: Sequence[int]) -> Iterator[int]:
             continue
         yield boundary
         before = boundary
+
+
+def _after_updates(
+    lifetimes: Sequence[Lifetime], boundaries: Sequence[int], valleys: Sequence[int], end: int
+) -> Iterator[int]:
+    """Yields the boundaries, each where first least is there of what will be freed, before most of it is.
+
+    The optimizer's first step makes its states after the lowest position, and gradients are freed after them.
+    """
+    deltas = [0] * (end + 2)
+    for life in lifetimes:
+        if life.end is not None:
+            deltas[life.begin + 1] += life.nbytes
+            deltas[life.end + 1] -= life.nbytes
+    dying = [*accumulate(deltas)]
+    for boundary in boundaries:
+        after = next((valley for valley in valleys if valley > boundary), None)
+        if not boundary or after is None:
+            yield boundary
+            continue
+        top = max(range(boundary, after + 1), key=dying.__getitem__)
+        yield min(range(boundary, top + 1), key=dying.__getitem__)
 
 
 def _outlives(life: Lifetime, bounds: Sequence[int], history: History) -> bool:

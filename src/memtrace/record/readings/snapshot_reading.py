@@ -17,6 +17,8 @@ class Source(StrEnum):
 
     ANNOTATION = "annotation"
     """Somebody has written it on the block: memtrace, or the user's metadata."""
+    RUN = "run"
+    """A memtrace run of the same process has counted it at that moment, or its sums leave no choice."""
     SIZE = "size"
     """Its size is that of a parameter of the model that was given, and it lives as such a block does."""
     STACK = "stack"

@@ -1,0 +1,146 @@
+"""A snapshot and a memtrace run of the same process: what the run has recorded says what blocks are for."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forensics.test_by_size import made
+
+from memtrace.cli import main
+from memtrace.errors import ConfigError
+from memtrace.exporters.run_directory.steplog import StepLog, step_log_path
+from memtrace.forensics.loader import load_snapshot
+from memtrace.forensics.reading import read_snapshot
+from memtrace.forensics.recorded_run import RunRecords
+from memtrace.record.breakdown import EntryKey, StepRecord
+from memtrace.record.categories import Category, Moment
+from memtrace.record.readings.snapshot_reading import DeviceReading, ReadBreakdown, ReadKey, SnapshotMoment, Source
+from tests.forensics.simulated import Recorded, failing, snapshot_of, with_times, write_step_log
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Recorded:
+    return made("gpt2", "hf-autocast")[0]
+
+
+def reading(directory: Path, content: dict[str, Any], *records: StepRecord) -> DeviceReading:
+    path = directory / "snapshot.pickle"
+    path.write_bytes(pickle.dumps(content, protocol=4))
+    runs = [RunRecords(name="steps-rank0.jsonl", records=records)]
+    return read_snapshot(load_snapshot(path), "s", None, runs).devices[0]
+
+
+def of_the_run(breakdown: ReadBreakdown) -> dict[EntryKey, int]:
+    return {EntryKey(*key[:3]): nbytes for key, nbytes in breakdown.entries.items() if key.source is Source.RUN}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("gpt2", "hf-autocast", "adamw", 1),
+        ("llama", "bf16-master", "adamw", 2),
+        ("bert", "fp32", "adamw8bit", 2),
+        pytest.param(("qwen3", "pure-bf16", "adamw8bit", 2), marks=pytest.mark.long),
+        pytest.param(("t5", "hf-autocast", "adamw", 4), marks=pytest.mark.long),
+    ],
+)
+def test_after_a_step_of_the_run_each_block_that_goes_on_is_told_to_the_byte(tmp_path, gpt2, case):
+    """No configuration is given: where the next step fails, all entries of the step before are there, and the rest."""
+    recorded = gpt2 if case[0] == "gpt2" else made(*case)[0]
+    record = write_step_log(recorded.run, tmp_path)
+    device = reading(tmp_path, failing(with_times(recorded.snapshot)), record)
+    failure = device.moments[SnapshotMoment.FAILURE]
+    assert of_the_run(failure) == record.moments[Moment.STEP_END].entries
+    assert failure.total_bytes == record.moments[Moment.STEP_END].total_bytes + 5000
+    assert device.notes == ["steps-rank0.jsonl is of the same process: step 2 is in the history."]
+
+
+def test_at_the_peak_of_a_traced_step_the_table_is_that_of_the_run(tmp_path, gpt2):
+    """Activations and temporaries with their element types among it, which nothing in a snapshot tells."""
+    record = write_step_log(gpt2.run, tmp_path)
+    device = reading(tmp_path, with_times(gpt2.snapshot), record)
+    for moment, known in ((SnapshotMoment.PEAK, Moment.PEAK), (SnapshotMoment.END, Moment.STEP_END)):
+        assert of_the_run(device.moments[moment]) == record.moments[known].entries
+        assert {key.source for key in device.moments[moment].entries} == {Source.RUN}
+
+
+def test_a_counted_step_tells_what_goes_on_and_nothing_of_its_peak(tmp_path, gpt2):
+    """Its peak is an estimate, and what the allocator kept beside the ledger's is told by its size alone."""
+    moments = {
+        moment: replace(breakdown, estimated=True)
+        for moment, breakdown in gpt2.run.moments.items()
+        if moment is not Moment.BACKWARD_END
+    }
+    record = write_step_log(gpt2.run, tmp_path, traced=False, moments=moments)
+    device = reading(tmp_path, failing(with_times(gpt2.snapshot)), record)
+    assert of_the_run(device.moments[SnapshotMoment.FAILURE]) == moments[Moment.STEP_END].entries
+    peak = device.moments[SnapshotMoment.PEAK].entries
+    assert peak[ReadKey(Category.WEIGHTS, "trainable", "float32", Source.RUN)] > 0
+    assert Source.LIFE in {key.source for key in peak}
+
+
+def test_a_ring_that_lost_the_beginning_is_matched_with_the_run(tmp_path, gpt2):
+    """Blocks from before it have no order; sizes of gradients tell the copies of the model all the same."""
+    record = write_step_log(gpt2.run, tmp_path)
+    device = reading(tmp_path, failing(with_times(snapshot_of(gpt2.run, 700))), record)
+    found = of_the_run(device.moments[SnapshotMoment.FAILURE])
+    known = record.moments[Moment.STEP_END].entries
+    for key, nbytes in known.items():
+        assert key.category is Category.WORKSPACES or found[key] == nbytes
+
+
+def test_the_clock_of_a_history_may_be_off(tmp_path, gpt2):
+    """By a tenth of this step here: the bytes in use say where it has ended. A second is too far."""
+    record = write_step_log(gpt2.run, tmp_path)
+    content = failing(with_times(gpt2.snapshot))
+    for seconds in (-0.0001, 0.0001):
+        shifted = replace(record, unix_seconds=record.unix_seconds + seconds)
+        failure = reading(tmp_path, content, shifted).moments[SnapshotMoment.FAILURE]
+        assert of_the_run(failure) == record.moments[Moment.STEP_END].entries
+    for seconds in (-1, 1):
+        with pytest.raises(ConfigError, match="another process"):
+            reading(tmp_path, content, replace(record, unix_seconds=record.unix_seconds + seconds))
+
+
+def test_a_run_of_another_process_is_refused_with_the_reason(tmp_path, gpt2):
+    """By its times, by what it had in use, by its device; and a snapshot that has no times."""
+    record = write_step_log(gpt2.run, tmp_path)
+    content = failing(with_times(gpt2.snapshot))
+    end = record.moments[Moment.STEP_END]
+    larger = {**record.moments, Moment.STEP_END: replace(end, allocated_bytes=(end.allocated_bytes or 0) + 512)}
+    for changed, said in (
+        (replace(record, unix_seconds=record.unix_seconds - 86_400), r"steps-rank0\.jsonl has steps from 2026-"),
+        (replace(record, moments=larger), r"when step 2 ended, it had .* in use .* and the history has"),
+        (replace(record, device="cuda:1"), r"steps-rank0\.jsonl is of cuda:1"),
+    ):
+        with pytest.raises(ConfigError, match=f"of another process than the snapshot.*{said}"):
+            reading(tmp_path, content, changed)
+    with pytest.raises(ConfigError, match="has no history with times"):
+        reading(tmp_path, {**content, "device_traces": []}, record)
+
+
+def test_the_command_takes_a_run_directory_and_refuses_that_of_another_run(tmp_path, gpt2, capsys):
+    """Of the ranks' logs the one that fits counts; the annotated snapshot has what the run has told."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    for directory in (run, other):
+        directory.mkdir()
+    record = write_step_log(gpt2.run, run)
+    with StepLog(step_log_path(run, 1)) as log:
+        log.write(replace(record, rank=1, device="cuda:1"))
+    write_step_log(gpt2.run, other, unix_seconds=record.unix_seconds + 3600)
+    snapshot, annotated = str(tmp_path / "s.pickle"), tmp_path / "annotated.pickle"
+    Path(snapshot).write_bytes(pickle.dumps(failing(with_times(gpt2.snapshot)), protocol=4))
+    assert main(["read", snapshot, "--run", str(run), "--annotate", str(annotated)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"weights trainable float32 run 6\.60 6\.60 6\.60", shown)
+    assert "note: steps-rank0.jsonl is of the same process: step 2 is in the history." in shown
+    found = read_snapshot(load_snapshot(annotated), "s").devices[0].moments[SnapshotMoment.FAILURE]
+    assert found.entries[ReadKey(Category.WEIGHTS, "trainable", "float32", Source.ANNOTATION)] == 6_925_056
+    assert main(["read", snapshot, "--run", str(other)]) == 2
+    error = capsys.readouterr().err
+    assert "s.pickle: the run is of another process than the snapshot" in error
