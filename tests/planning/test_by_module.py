@@ -115,7 +115,7 @@ class Mixing(nn.Module):
 
 
 def test_blocks_of_the_backward_pass_belong_to_the_module_whose_forward_pass_made_the_node() -> None:
-    """Also behind a checkpoint and in functions of one's own; those of the loss and of the optimizer are no module's."""
+    """Also behind a checkpoint and in one's own functions; those of the loss and the optimizer are no module's."""
     run = run_two_steps(
         Training(
             make_model=lambda: nn.Sequential(nn.Linear(4, 64), nn.GELU(), Mixing(), nn.Linear(64, 4)),
