@@ -159,8 +159,8 @@ def _of_builds(cache: Path, trials: int) -> str:
     there = next(path for path in (cache, *cache.parents) if path.exists())
     return (
         f"Up to {trials} of them are installed in {cache}, where {format_bytes(shutil.disk_usage(there).free)} are "
-        f"free. With its CUDA packages a release takes 5 to 8 GB, which no plan needs: --extra-index-url {_CPU_BUILDS} "
-        "has builds without, of 1 GB."
+        f"free. A release with its CUDA packages takes 5 to 8 GB. No plan needs CUDA: --extra-index-url {_CPU_BUILDS} "
+        "has builds of 1 GB."
     )
 
 

@@ -56,10 +56,7 @@ class Breakdown:
 
     def by_category(self) -> dict[Category, int]:
         """Bytes of each category that has any, in the order of `Category`."""
-        totals: dict[Category, int] = {}
-        for key, size in self.entries.items():
-            totals[key.category] = totals.get(key.category, 0) + size
-        return {category: totals[category] for category in Category if category in totals}
+        return totals_by_category(self.entries)
 
 
 def _breakdown(
@@ -71,6 +68,14 @@ def _breakdown(
 
 
 _ORDER = {category: position for position, category in enumerate(Category)}
+
+
+def totals_by_category(entries: Mapping[EntryKey, int]) -> dict[Category, int]:
+    """Returns the bytes of each category that has any entry, in the order of `Category`."""
+    totals: dict[Category, int] = {}
+    for key, size in entries.items():
+        totals[key.category] = totals.get(key.category, 0) + size
+    return {category: totals[category] for category in Category if category in totals}
 
 
 def ordered_entries(entries: Mapping[EntryKey, int]) -> Mapping[EntryKey, int]:
