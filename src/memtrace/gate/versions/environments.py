@@ -93,7 +93,8 @@ class Environments:
                 made.rename(path)
                 nbytes = sum(file.lstat().st_size for file in path.rglob("*"))
                 if nbytes >= LARGE:
-                    others = f" with {len(missing) - 1} other packages" if len(missing) > 1 else ""
+                    count = len(missing) - 1
+                    others = f" with {count} other package{'s' * (count != 1)}" if count > 0 else ""
                     self.say(f"{package} {version}{others} takes {format_bytes(nbytes)} in {path}")
         return path
 
