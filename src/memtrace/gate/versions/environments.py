@@ -91,7 +91,7 @@ class Environments:
                     options = ("--no-compile", "--no-deps", "--target", str(made), *self.index.options)
                     pip("install", *options, *missing, heard=self._heard, scratch=scratch)
                 made.rename(path)
-                nbytes = sum(file.lstat().st_size for file in path.rglob("*"))
+                nbytes = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
                 if nbytes >= LARGE:
                     count = len(missing) - 1
                     others = f" with {count} other package{'s' * (count != 1)}" if count > 0 else ""

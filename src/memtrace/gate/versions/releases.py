@@ -72,12 +72,19 @@ def pip(*arguments: str, heard: Callable[[str], None] = lambda _: None, scratch:
     if "No module named pip" in complaints:
         raise ConfigError(f"{sys.executable} has no pip, which lists and installs releases: python -m ensurepip")
     if status:
-        said = [line for line in complaints.splitlines() if line.startswith("ERROR: ")] or complaints.splitlines()
-        message = f"pip {arguments[0]}: {said[-1].removeprefix('ERROR: ') if said else 'failed'}"
+        message = f"pip {arguments[0]}: {_complaint(complaints, printed)}"
         if os.strerror(errno.ENOSPC) in complaints:
             raise OutputError(f"{message}; make room, or name a directory on another disk with --cache")
         raise PlanError(message)
     return "".join(printed)
+
+
+def _complaint(complaints: str, printed: Sequence[str]) -> str:
+    """Returns what pip found wrong, in a line: its last error, or whose requirements do not go together."""
+    errors = [line.removeprefix("ERROR: ") for line in complaints.splitlines() if line.startswith("ERROR: ")]
+    said = [line for line in errors if not line.startswith("ResolutionImpossible")] or complaints.splitlines()
+    causes = [line.strip() for line in printed if line.startswith("    ") and " depends on " in line]
+    return "; ".join([said[-1] if said else "failed", *causes])
 
 
 def releases(package: str, index: Index) -> list[str]:
