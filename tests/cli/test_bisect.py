@@ -155,6 +155,6 @@ def test_what_releases_of_torch_take_is_said_before_one_is_downloaded(
         f"3 releases of torch, from 90.0 to 90.2\nUp to 3 of them are installed in {tmp_path}/kept/here"
     )
     assert "No plan needs CUDA: --extra-index-url https://download.pytorch.org/whl/cpu has builds of 1 GB." in said
-    assert re.search("memtrace: 90.0 cannot be planned, .*: pip install: .*torch.* depends on no-package-of-this", said)
+    assert re.search(r"memtrace: 90\.0 cannot be planned, .*: pip install: Cannot install torch==90\.0 because", said)
     assert main(["bisect", "--package", "torch", "--good", "89.9", "--bad", "90.2", *source]) == 2
     assert "torch has no release 89.9 here: there are, among others, 90.0, 90.1, 90.2" in capsys.readouterr().err

@@ -64,6 +64,8 @@ def _of_build(case: Case, root: Path) -> Training:
 
     def make_model() -> Any:
         made[:] = [build()]
+        if not isinstance(made[0], nn.Module):
+            raise PlanError(f"build must return a torch.nn.Module: {case.build} returned a {type(made[0]).__name__}")
         return made[0]
 
     def usual_batch() -> Any:
