@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from memtrace.record.categories import Category, Moment
 
@@ -70,7 +70,18 @@ def _breakdown(
 _ORDER = {category: position for position, category in enumerate(Category)}
 
 
-def totals_by_category(entries: Mapping[EntryKey, int]) -> dict[Category, int]:
+class OfCategory(Protocol):
+    """What an entry is found by; it has a category."""
+
+    @property
+    def category(self) -> Category:
+        """Which one."""
+
+
+Key = TypeVar("Key", bound=OfCategory)
+
+
+def totals_by_category(entries: Mapping[Key, int]) -> dict[Category, int]:
     """Returns the bytes of each category that has any entry, in the order of `Category`."""
     totals: dict[Category, int] = {}
     for key, size in entries.items():
