@@ -138,3 +138,23 @@ def test_the_commit_that_changed_a_peak_is_found(
 def test_a_mistake_is_told(project: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bisect", "--good", "1", "--bad", "2", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_what_releases_of_torch_take_is_said_before_one_is_downloaded(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How many at most, where, and where builds without CUDA are; one that cannot be installed is a reason."""
+    wheels = tmp_path / "wheels"
+    for version in ("90.0", "90.1", "90.2"):
+        write_wheel(wheels, "torch", version, "", ["no-package-of-this-name"])
+    monkeypatch.setattr("sys.platform", "linux")
+    source = ["--no-index", "--find-links", str(wheels), "--cache", str(tmp_path / "kept" / "here")]
+    assert main(["bisect", "--package", "torch", "--good", "90.0", "--bad", "90.2", *source]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"3 releases of torch, from 90.0 to 90.2\nUp to 3 of them are installed in {tmp_path}/kept/here"
+    )
+    assert "No plan needs CUDA: --extra-index-url https://download.pytorch.org/whl/cpu has builds of 1 GB." in said
+    assert re.search(r"memtrace: 90\.0 cannot be planned, .*: pip install: Cannot install torch==90\.0 because", said)
+    assert main(["bisect", "--package", "torch", "--good", "89.9", "--bad", "90.2", *source]) == 2
+    assert "torch has no release 89.9 here: there are, among others, 90.0, 90.1, 90.2" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from urllib.request import urlopen
 
 import pytest
 import torch
-from faults.training import assert_same, batches, make, run_steps, state_of, train
+from faults.fault_training import assert_same, batches, make, run_steps, state_of, train
 
 from memtrace import MemoryTracer, TracerConfig
 from memtrace.exporters.run_directory.steplog import read_step_log
@@ -175,7 +175,7 @@ import os, socket, sys
 from pathlib import Path
 import torch
 from faults.test_fault_exits import config, port_of, text_file
-from faults.training import batches, make, run_steps, state_of, train
+from faults.fault_training import batches, make, run_steps, state_of, train
 from memtrace import MemoryTracer
 
 directory, how = Path(sys.argv[1]), sys.argv[2]

@@ -23,7 +23,7 @@ DEVICE = "device GPU-1 Stub\ntotal 1000\nfree 400\nused 600\n"
 TRAIN_WITH_DRIVER = """
     sys.path.insert(0, {tests!r})
     import torch
-    from faults.training import batches, make, run_steps, state_of, train
+    from faults.fault_training import batches, make, run_steps, state_of, train
     import memtrace.tracing.watch
     from memtrace import MemoryTracer, TracerConfig
 
@@ -93,7 +93,7 @@ def test_driver_hangs(stub_driver: StubProcess) -> None:
 
 TRAIN_IN_READ_ONLY = """
 import os, sys, torch
-from faults.training import batches, make, run_steps, state_of, train
+from faults.fault_training import batches, make, run_steps, state_of, train
 from memtrace import MemoryTracer, TracerConfig
 
 os.chdir(sys.argv[1])
@@ -130,7 +130,7 @@ def test_log_directory_becomes_read_only(tmp_path: Path) -> None:
 
 TRAIN_FOR_EVER = """
 import itertools, sys
-from faults.training import batches, make, run_steps
+from faults.fault_training import batches, make, run_steps
 from memtrace import MemTraceOptimizer
 
 model, optimizer = make()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from adapters.test_hf_trainer import make_model, make_trainer
-from faults.training import assert_same, batches, make, run_steps, state_of, train
+from faults.fault_training import assert_same, batches, make, run_steps, state_of, train
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from adapters.test_hf_trainer import make_model, make_trainer
-from faults.training import assert_same, batches, make, run_steps, state_of, train
+from faults.fault_training import assert_same, batches, make, run_steps, state_of, train
 from nothing_left import recorders_of_torch
 from transformers import TrainerCallback
 

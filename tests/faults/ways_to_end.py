@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import torch
-from faults.training import batches, make, run_steps
+from faults.fault_training import batches, make, run_steps
 
 from memtrace import MemoryTracer, TracerConfig
 from memtrace.exporters.run_directory.run_file import read_run_file

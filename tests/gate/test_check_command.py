@@ -44,7 +44,7 @@ def test_bytes_are_the_same_in_any_process(repository: Path) -> None:
 
 def test_a_case_without_a_plan_leaves_the_others_theirs(repository: Path, tmp_path: Path) -> None:
     """Code that raises, code that ends its process, no such function: exit status 2, each with its reason."""
-    write(tmp_path, good="build", leaves="leaves", lost="nobody", refuses="refuses")
+    write(tmp_path, good="build", leaves="leaves", lost="nobody", none="batch", refuses="refuses")
     before = (repository / "memtrace-baseline.json").read_text(encoding="utf-8").replace('"first": {', '"good": {')
     (tmp_path / "memtrace-baseline.json").write_text(before, encoding="utf-8")
     ended = check(tmp_path)
@@ -53,7 +53,8 @@ def test_a_case_without_a_plan_leaves_the_others_theirs(repository: Path, tmp_pa
     assert lines[0].startswith("good is unchanged: ")
     assert lines[1].startswith("leaves cannot be planned: its process ended with status 3 before there was a plan")
     assert lines[2].endswith("build must name a function, and network has no nobody")
-    assert lines[3] == "refuses cannot be planned: the model cannot be made: ValueError: no such width"
+    assert lines[3].endswith("build must return a torch.nn.Module: network:batch returned a Tensor")
+    assert lines[4] == "refuses cannot be planned: the model cannot be made: ValueError: no such width"
 
 
 @pytest.mark.parametrize(

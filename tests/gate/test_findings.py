@@ -161,6 +161,35 @@ def test_junit_is_read_by_a_parser(report: Report) -> None:
     assert "torch 2.14.1" in (suite.findtext("system-out") or "")
 
 
+JUNIT = {
+    "testsuites": ({"name", "time", "tests", "failures", "errors"}, set(), {"testsuite"}),
+    "testsuite": (
+        {"name", "tests", "failures", "errors", "skipped", "time", "timestamp", "hostname", "id", "package", "file"},
+        {"name", "tests", "failures", "errors"},
+        {"testsuite", "properties", "testcase", "system-out", "system-err"},
+    ),
+    "testcase": (
+        {"name", "classname", "time", "group"},
+        {"name"},
+        {"skipped", "error", "failure", "system-out", "system-err"},
+    ),
+    "failure": ({"type", "message"}, set(), set()),
+    "error": ({"type", "message"}, set(), set()),
+    "system-out": (set(), set(), set()),
+}
+"""What Jenkins reads, by its plugin's schema (junit-10.xsd): attributes that may be, those that must, and elements."""
+
+
+def test_junit_has_nothing_that_jenkins_does_not_know(report: Report) -> None:
+    """No other element or attribute, none missing, counts that are numbers, and text only where there may be some."""
+    for element in ElementTree.fromstring(junit_report(report).encode()).iter():
+        allowed, required, inside = JUNIT[element.tag]
+        assert required <= set(element.keys()) <= allowed, element.tag
+        assert {child.tag for child in element} <= inside, element.tag
+        assert all(element.attrib[key].isdigit() for key in ("tests", "failures", "errors") if key in element.attrib)
+        assert not inside or not (element.text or "").strip(), element.tag
+
+
 def test_many_changes_are_cut_and_the_rest_is_counted() -> None:
     """The twelve largest are listed."""
     many = CaseResult(

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.xdist_group("checked repository")
 _CODE = """
 import os
 import signal
+import threading
 
 from network import batch, build, loss
 
@@ -29,6 +30,12 @@ def leaves_one_behind():
     if os.fork() == 0:
         open("here", "w").close()  # until somebody reads
         os._exit(0)
+    return build()
+
+
+def leaves_a_thread():
+    threading.Thread(target=threading.Event().wait).start()
+    print("printed before there was a plan")
     return build()
 
 
@@ -63,12 +70,14 @@ def test_cases_end_with_whoever_asked(tmp_path: Path, number: signal.Signals) ->
 
 
 def test_what_a_case_leaves_behind_is_not_waited_for(tmp_path: Path) -> None:
-    """A process that outlives its case holds nothing up; files that are not there and wrong code are reasons."""
-    with _started(tmp_path, "more:leaves_one_behind", "more:no_such_file", "broken:build") as process:
+    """A process or a thread that outlives its case holds nothing up; missing files and wrong code are reasons."""
+    builds = "more:leaves_one_behind", "more:no_such_file", "broken:build", "more:leaves_a_thread"
+    with _started(tmp_path, *builds) as process:
         assert process.stdout is not None
         try:
             process.wait(timeout=120)
-            assert process.returncode == 2 and '"case0"' in process.stdout.read()
+            answer = process.stdout.read()
+            assert process.returncode == 2 and '"case0"' in answer and '"case3"' in answer
         finally:
             (tmp_path / "here").open(encoding="utf-8").close()
     said = (tmp_path / "printed").read_text(encoding="utf-8")
@@ -77,4 +86,4 @@ def test_what_a_case_leaves_behind_is_not_waited_for(tmp_path: Path) -> None:
         "case case2 cannot be planned: build cannot be imported: SyntaxError: invalid syntax (broken.py, line 1)"
         in said
     )
-    assert "Traceback" not in said
+    assert "Traceback" not in said and said.count("printed before there was a plan") == 1

@@ -12,7 +12,7 @@ from statistics import linear_regression
 from typing import Any
 
 import pytest
-from soak.training import LOG_MAX_BYTES, TRACE_EVERY
+from soak.soak_training import LOG_MAX_BYTES, TRACE_EVERY
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200), pytest.mark.xdist_group("soak")]
 
@@ -25,7 +25,12 @@ OBJECT_BYTES = 24
 @pytest.fixture(scope="module")
 def soaked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the process held, every hundred steps."""
-    command = [sys.executable, str(TESTS / "soak" / "training.py"), str(tmp_path_factory.mktemp("soak")), str(STEPS)]
+    command = [
+        sys.executable,
+        str(TESTS / "soak" / "soak_training.py"),
+        str(tmp_path_factory.mktemp("soak")),
+        str(STEPS),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
     found: dict[str, Any] = json.loads(done.stdout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,13 +21,16 @@ from memtrace.errors import ConfigError
 from memtrace.gate.findings import Change, peak_changes
 from memtrace.gate.processes import Outcome, Unplanned
 from memtrace.gate.result import OUTSIDE
-from memtrace.gate.versions.bisection import Jump, Stretch
+from memtrace.gate.versions.bisection import Jump, Stretch, most_trials
 from memtrace.gate.versions.commits import commits, described, root_of
 from memtrace.gate.versions.environments import Environments, cache_directory
 from memtrace.gate.versions.kept import KeptOutcomes
 from memtrace.gate.versions.releases import Index, between, releases
 from memtrace.gate.versions.search import Commits, Found, Releases, Search, Versions
 from memtrace.record.units import format_bytes
+
+_CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
+"""Where torch's builds without CUDA are."""
 
 _ROWS = 12
 """Changes that a table has at most, the largest ones."""
@@ -82,7 +86,9 @@ class Bisect:
         cache = (arguments.cache or cache_directory()).absolute()
         versions, ordered = _versions(arguments, chosen, cache)
         search = Search(case=chosen.case, versions=versions, kept=KeptOutcomes(cache / "outcomes"), say=_say)
-        print(f"{len(ordered)} {_kind(arguments)}, from {ordered[0]:.12} to {ordered[-1]:.12}", file=sys.stderr)
+        _tell(f"{len(ordered)} {_kind(arguments)}, from {ordered[0]:.12} to {ordered[-1]:.12}")
+        if arguments.package == "torch" and sys.platform == "linux":
+            _tell(_of_builds(cache, most_trials(len(ordered))))
         found = search.run(ordered)
         name = arguments.package
         if arguments.json:
@@ -111,7 +117,7 @@ def _versions(arguments: argparse.Namespace, chosen: ChosenCase, cache: Path) ->
         find_links=tuple(_place(place) for place in arguments.find_links),
         none=arguments.no_index,
     )
-    made = Environments(directory=cache / "environments", index=index, beside=tuple(arguments.beside))
+    made = Environments(directory=cache / "environments", index=index, beside=tuple(arguments.beside), say=_tell)
     known = releases(arguments.package, index)
     ordered = between(known, arguments.good, arguments.bad, arguments.package)
     package = arguments.package
@@ -141,7 +147,21 @@ def _kind(arguments: argparse.Namespace) -> str:
 
 def _say(version: str, outcome: Outcome, was_kept: bool) -> None:
     said = f"skipped: {outcome.reason}" if isinstance(outcome, Unplanned) else format_bytes(outcome.peak_bytes)
-    print(f"{version:<12.12}  {said}{' (kept from before)' if was_kept else ''}", file=sys.stderr, flush=True)
+    _tell(f"{version:<12.12}  {said}{' (kept from before)' if was_kept else ''}")
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _of_builds(cache: Path, trials: int) -> str:
+    """Returns what releases of torch take, said before the first one is downloaded."""
+    there = next(path for path in (cache, *cache.parents) if path.exists())
+    return (
+        f"Up to {trials} of them are installed in {cache}, where {format_bytes(shutil.disk_usage(there).free)} are "
+        f"free. A release with its CUDA packages takes 5 to 8 GB. No plan needs CUDA: --extra-index-url {_CPU_BUILDS} "
+        "has builds of 1 GB."
+    )
 
 
 def _answer(label: str, case: str, found: Found, jump: Jump) -> Group:

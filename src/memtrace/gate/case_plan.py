@@ -46,47 +46,16 @@ def plan_case(case: Case, root: Path, python_path: Sequence[Path] = ()) -> CaseR
 def _of_configuration(case: Case, root: Path, target: Target, device: Device | None) -> Training:
     with packages_of("a case with config"):
         from memtrace.planning.simulation_request import (  # noqa: PLC0415 - transformers takes seconds
-            SimulationRequest,
+            request_of,
             training_of,
-            with_weights,
-        )
-        from memtrace.simulation.models.builds import (  # noqa: PLC0415
-            BatchSettings,
-            ModelSettings,
-            named_modules,
-            usual_positions,
         )
         from memtrace.simulation.models.configurations import load_configuration, width_of  # noqa: PLC0415
 
     assert case.config is not None
-    recipe = find_recipe(case.recipe)
     here = root / case.config
     configuration = load_configuration(str(here) if here.exists() else case.config)
-    return training_of(
-        SimulationRequest(
-            configuration=configuration,
-            recipe=recipe if case.dtype is None else with_weights(recipe, case.dtype),
-            optimizer=case.optimizer,
-            model=ModelSettings(
-                attention=case.attn,
-                gradient_checkpointing=case.gradient_checkpointing,
-                adapter_rank=case.lora_rank,
-                adapter_targets=named_modules(case.lora_targets),
-            ),
-            batch=BatchSettings(
-                samples=case.batch_size,
-                positions=usual_positions(configuration) if case.seq_len is None else case.seq_len,
-                image_size=case.image_size,
-                padded=case.padded,
-            ),
-            accumulation_steps=case.accumulation_steps,
-            keeps_outputs=case.keep_outputs,
-            fused_step=case.fused_optimizer,
-            target=target,
-            device=device,
-            sharding=_sharding(case, root, width_of(configuration)),
-        )
-    )
+    sharding = _sharding(case, root, width_of(configuration))
+    return training_of(request_of(case, configuration, target=target, sharding=sharding, device=device))
 
 
 def _of_build(case: Case, root: Path) -> Training:
@@ -95,6 +64,8 @@ def _of_build(case: Case, root: Path) -> Training:
 
     def make_model() -> Any:
         made[:] = [build()]
+        if not isinstance(made[0], nn.Module):
+            raise PlanError(f"build must return a torch.nn.Module: {case.build} returned a {type(made[0]).__name__}")
         return made[0]
 
     def usual_batch() -> Any:
@@ -116,12 +87,8 @@ def _of_build(case: Case, root: Path) -> Training:
 
 def _transformers_batch(case: Case, model: nn.Module, dtype: torch.dtype) -> Any:
     """Returns a micro batch for a model of transformers, or for the one that adapters are put around."""
-    from memtrace.simulation.models.builds import (  # noqa: PLC0415 - transformers takes seconds
-        BatchSettings,
-        make_inputs,
-        make_labels,
-        usual_positions,
-    )
+    from memtrace.planning.simulation_request import batch_of  # noqa: PLC0415 - transformers takes seconds
+    from memtrace.simulation.models.builds import make_inputs, make_labels  # noqa: PLC0415
 
     configuration, kind = getattr(model, "config", None), type(model)
     if not hasattr(configuration, "get_text_config") or not hasattr(kind, "main_input_name"):
@@ -129,12 +96,7 @@ def _transformers_batch(case: Case, model: nn.Module, dtype: torch.dtype) -> Any
             f"{kind.__name__} is no model of transformers, whose inputs are known: give it batch, "
             "such as batch = 'package.module:function'"
         )
-    settings = BatchSettings(
-        samples=case.batch_size,
-        positions=usual_positions(configuration) if case.seq_len is None else case.seq_len,
-        image_size=case.image_size,
-        padded=case.padded,
-    )
+    settings = batch_of(case, configuration)
     return make_inputs(kind, configuration, settings, dtype) | make_labels(kind, configuration, settings)
 
 

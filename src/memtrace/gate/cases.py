@@ -35,7 +35,8 @@ class Tolerance:
             return cls(nbytes=value)
         if isinstance(value, str):
             share = _SHARE.fullmatch(value.strip())
-            return cls(share=float(share[1]) / 100) if share else cls(nbytes=parse_bytes(value))
+            if share or not value.strip().endswith("%"):
+                return cls(share=float(share[1]) / 100) if share else cls(nbytes=parse_bytes(value))
         raise ConfigError(f"tolerance must be a size such as 64MiB or a share such as '1%', got {value!r}")
 
     def allows(self, before: int, now: int) -> bool:

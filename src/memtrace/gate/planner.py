@@ -89,9 +89,11 @@ def _answer(connection: Connection, process: BaseProcess) -> Any:
             answer = connection.recv()
         except EOFError:
             answer = None
-    process.join()
     if answer is not None:
+        process.kill()  # a thread that the case has left behind would hold it
+        process.join()
         return answer
+    process.join()
     status = process.exitcode or 0
     how = f"signal {-status}" if status < 0 else f"status {status}"
     return {"reason": f"its process ended with {how} before there was a plan; see what it printed"}
@@ -105,6 +107,8 @@ def _plan(sending: Connection, case: Case, file: CaseFile, answers_to: int) -> N
         answer = result_document(plan_case(case, file.root, file.python_path))
     except MemTraceError as error:
         answer = {"reason": str(error)}
+    for stream in (sys.stdout, sys.stderr):  # what was printed; the process may be killed once it has answered
+        stream.flush()
     with sending:
         sending.send(answer)
 

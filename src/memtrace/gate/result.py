@@ -11,7 +11,7 @@ from memtrace.record.categories import Moment
 from memtrace.record.strict_json import Fields
 
 OUTSIDE = "(outside of the model)"
-"""Stands in files for no module: the optimizer's step, the backward pass, the loss, the libraries."""
+"""Stands in files for no module: the optimizer's step, a loss beside the model and its gradients, the libraries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

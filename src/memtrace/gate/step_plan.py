@@ -16,7 +16,7 @@ def planned(training: Training) -> CaseResult:
         PlanError: the model cannot be made, refuses the batch, or does what cannot be simulated.
     """
     run = run_two_steps(training)
-    by_moment = holdings(run.timeline, run.marks, run.spans, run.owners)
+    by_moment = holdings(run.timeline, run.marks, run.makers, run.owners)
     for moment, breakdown in run.moments.items():
         added = {key: sum(sizes.values()) for key, sizes in by_moment[moment].items()}
         assert added == dict(breakdown.entries), "modules add up to the breakdown"

@@ -1,4 +1,4 @@
-"""Which modules the bytes belong to: those that made activations, and those whose parameters states are kept for."""
+"""Which modules the bytes belong to: those that made blocks, and those whose parameters states are kept for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from memtrace.attribution.timeline import StepMarks, Timeline
 from memtrace.record.breakdown import EntryKey
 from memtrace.record.categories import Category, Moment
 from memtrace.simulation.tensor import DEVICE
+from memtrace.sources.autograd_torch_private import next_node
 from memtrace.sources.hooks import HookSet
 
 _POSITION = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -27,6 +29,36 @@ class Span(NamedTuple):
 
     time_ns: int
     name: str
+    node: int = 0
+    """Number of the first node of autograd that is made in the span; numbers only grow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Makers:
+    """Tells which module made a block."""
+
+    spans: Sequence[Span]
+    nodes: Sequence[tuple[int, int | None]] = ()
+    """Which node of autograd runs its backward pass, from when on: time and number, None outside of all nodes."""
+
+    def at(self, time_ns: int) -> str:
+        """Returns the innermost module that runs at a time; in the backward pass the one that made the running node.
+
+        A module that a checkpoint runs again in the backward pass runs. Empty for code outside of the model: the loss
+        and its nodes, what gathers the gradients of parameters, the optimizer's step.
+        """
+        running = self.spans[index - 1].name if (index := _after(self.spans, time_ns, 0)) else ""
+        if running or not (index := _after(self.nodes, time_ns, 0)):
+            return running
+        number = self.nodes[index - 1][1]
+        if number is None or not (index := _after(self.spans, number, 2)):
+            return ""
+        return self.spans[index - 1].name
+
+
+def _after(rows: Sequence[tuple[Any, ...]], value: int, column: int) -> int:
+    """Returns how many rows, which are sorted by a column, do not come after a value."""
+    return bisect_right(rows, value, key=itemgetter(column))
 
 
 class ModuleSpans:
@@ -45,11 +77,14 @@ class ModuleSpans:
 
     def _enter(self, name: str, *_: object) -> None:
         self._running.append(name)
-        self.spans.append(Span(self._now_ns(), name))
+        self._note()
 
     def _leave(self, *_: object) -> None:
         self._running.pop()
-        self.spans.append(Span(self._now_ns(), self._running[-1] if self._running else ""))
+        self._note()
+
+    def _note(self) -> None:
+        self.spans.append(Span(self._now_ns(), self._running[-1] if self._running else "", next_node()))
 
 
 class Owners:
@@ -98,22 +133,19 @@ def _modules_of(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -
 
 
 def holdings(
-    timeline: Timeline, marks: StepMarks, spans: Sequence[Span], owners: Mapping[int, str]
+    timeline: Timeline, marks: StepMarks, makers: Makers, owners: Mapping[int, str]
 ) -> dict[Moment, dict[EntryKey, dict[str, int]]]:
     """Returns the bytes of each kind of module in each entry, at each moment of a step; they add up to its breakdown.
 
-    A block belongs to the module of its parameter, else to the innermost module that was running when it was allocated.
-    Paths have `*` for positions in lists; the name is empty for blocks of no module, such as those of the optimizer's
-    step and of the backward pass.
+    A block belongs to the module of its parameter, else to the one that made it. Paths have `*` for positions in lists;
+    the name is empty for blocks of no module, such as those of the optimizer's step.
     """
-    begins = [span.time_ns for span in spans]
     positions = timeline.positions(marks)
     ordered = sorted(set(positions.values()))
     held: list[dict[EntryKey, dict[str, int]]] = [{} for _ in ordered]
     for key, life, start, stop in timeline.stretches(marks, ordered):
-        index = bisect_right(begins, life.begin_ns)
-        made = spans[index - 1].name if index else ""
-        kind = _POSITION.sub("*", owners.get(life.address, made))
+        owner = owners.get(life.address)
+        kind = _POSITION.sub("*", makers.at(life.begin_ns) if owner is None else owner)
         for at in range(start, stop):
             sizes = held[at].setdefault(key, {})
             sizes[kind] = sizes.get(kind, 0) + life.nbytes
@@ -131,23 +163,18 @@ class Holding:
     nbytes: int
 
 
-def activation_holders(timeline: Timeline, spans: Sequence[Span], time_ns: int) -> list[Holding]:
-    """Returns who made the activations that are alive at a time, the largest holder first.
-
-    A tensor belongs to the innermost module that was running when it was allocated, whoever saved it.
-    """
-    begins = [span.time_ns for span in spans]
+def activation_holders(timeline: Timeline, makers: Makers, time_ns: int) -> list[Holding]:
+    """Returns who made the activations that are alive at a time, the largest holder first, whoever saved them."""
     position = timeline.position(time_ns)
     sizes: dict[str, int] = {}
-    makers: dict[str, set[str]] = {}
+    holders: dict[str, set[str]] = {}
     for life in timeline.lifetimes:
         alive = life.begin < position and (life.end is None or life.end >= position)
         if not alive or life.tag is None or life.tag.category is not Category.ACTIVATIONS:
             continue
-        index = bisect_right(begins, life.begin_ns)
-        maker = spans[index - 1].name if index else ""
-        kind = _POSITION.sub("*", maker)
+        holder = makers.at(life.begin_ns)
+        kind = _POSITION.sub("*", holder)
         sizes[kind] = sizes.get(kind, 0) + life.nbytes
-        makers.setdefault(kind, set()).add(maker)
-    holders = [Holding(name=kind, modules=len(makers[kind]), nbytes=size) for kind, size in sizes.items()]
-    return sorted(holders, key=lambda holding: (-holding.nbytes, holding.name))
+        holders.setdefault(kind, set()).add(holder)
+    found = [Holding(name=kind, modules=len(holders[kind]), nbytes=size) for kind, size in sizes.items()]
+    return sorted(found, key=lambda holding: (-holding.nbytes, holding.name))

@@ -16,7 +16,7 @@ from memtrace.attribution.garbage import only_new_garbage, uncollected
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.attribution.timeline import StepMarks, Timeline
 from memtrace.errors import MemTraceError, PlanError
-from memtrace.planning.by_module import Span
+from memtrace.planning.by_module import Makers
 from memtrace.planning.held_types import hold_as
 from memtrace.planning.optimizers.updates import MakeOptimizer, Updates, updates_of
 from memtrace.planning.recipe import Recipe, under_deepspeed
@@ -94,8 +94,8 @@ class SimulatedRun:
     """From before the model was made to the end of the second step: all its blocks begin within."""
     marks: StepMarks
     """When the second step entered its parts."""
-    spans: Sequence[Span]
-    """When each module ran in the second step, where it was noted."""
+    makers: Makers
+    """Which module made a block; none where it was not noted."""
     owners: Mapping[int, str]
     """The module of the parameter that a block is kept for, by address, where it was noted."""
     parameters: int
@@ -181,7 +181,7 @@ def _run(training: Training) -> SimulatedRun:
         moments=recorder.timeline.moments(recorder.marks),
         timeline=recorder.timeline,
         marks=recorder.marks,
-        spans=recorder.modules.spans,
+        makers=Makers(recorder.modules.spans, simulation.events.nodes),
         owners=recorder.owners.modules,
         parameters=parameters,
         trainable=trainable,

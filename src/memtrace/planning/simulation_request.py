@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -13,14 +13,21 @@ from memtrace.planning.further import FurtherModel, check_further, further_setup
 from memtrace.planning.further_runs import loss_beside, make_further_inputs, makers, said_of
 from memtrace.planning.hardware import Device
 from memtrace.planning.optimizers.simulated import StepKernels, make_optimizer
-from memtrace.planning.recipe import DTYPE_BYTES, Recipe, under_deepspeed
+from memtrace.planning.recipe import DTYPE_BYTES, Recipe, find_recipe, under_deepspeed
 from memtrace.planning.sharding.shares import Sharding
 from memtrace.planning.simulate import model_loss, plan_of, step_kernels, workspaces_of
 from memtrace.planning.simulated_run import SimulatedRun, Training, run_two_steps
 from memtrace.record.plan import Plan
 from memtrace.record.units import GB
 from memtrace.simulation.kernels import FLASH, Target
-from memtrace.simulation.models.builds import BatchSettings, ModelSettings, build_model, make_batch
+from memtrace.simulation.models.builds import (
+    BatchSettings,
+    ModelSettings,
+    build_model,
+    make_batch,
+    named_modules,
+    usual_positions,
+)
 from memtrace.simulation.operator_results import OperatorResults
 
 MATTERS = 0.01
@@ -79,6 +86,116 @@ class SimulationRequest:
         if self.recipe.trains_adapters and self.model.adapter_rank is None:
             return replace(self.model, adapter_rank=DEFAULT_ADAPTER_RANK)
         return self.model
+
+
+class BatchOptions(Protocol):
+    """How large a micro batch is, by the names that the options of `memtrace plan` and the keys of a case have."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples; None for one."""
+
+    @property
+    def seq_len(self) -> int | None:
+        """Tokens of a text; None for as many as are usual for the model."""
+
+    @property
+    def image_size(self) -> int | None:
+        """Height and width of images; None for the model's."""
+
+    @property
+    def padded(self) -> bool:
+        """Whether texts have different lengths."""
+
+
+class StepOptions(BatchOptions, Protocol):
+    """What is trained, and how, by the same names."""
+
+    @property
+    def recipe(self) -> str:
+        """Its name."""
+
+    @property
+    def optimizer(self) -> str:
+        """Its name."""
+
+    @property
+    def dtype(self) -> str | None:
+        """Of the weights; None for the recipe's."""
+
+    @property
+    def attn(self) -> str | None:
+        """Implementation of attention; None for the model's own choice."""
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether layers are recomputed in the backward pass."""
+
+    @property
+    def lora_rank(self) -> int | None:
+        """Rank of the adapters; None for that of the recipe."""
+
+    @property
+    def lora_targets(self) -> str | None:
+        """Modules that get adapters, with commas between; None for all linear ones."""
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro batches for each step of the optimizer."""
+
+    @property
+    def keep_outputs(self) -> bool:
+        """Whether the loop keeps the output of the model into the next step."""
+
+    @property
+    def fused_optimizer(self) -> bool:
+        """Whether torch's fused kernel updates the weights."""
+
+
+def batch_of(options: BatchOptions, configuration: Any) -> BatchSettings:
+    """Returns the size of a micro batch for the model of a configuration."""
+    return BatchSettings(
+        samples=1 if options.batch_size is None else options.batch_size,
+        positions=usual_positions(configuration) if options.seq_len is None else options.seq_len,
+        image_size=options.image_size,
+        padded=options.padded,
+    )
+
+
+def request_of(
+    options: StepOptions,
+    configuration: Any,
+    *,
+    target: Target,
+    sharding: Sharding,
+    device: Device | None = None,
+    further: tuple[FurtherModel, ...] = (),
+) -> SimulationRequest:
+    """Returns what options ask for.
+
+    Raises:
+        PlanError: a word has no meaning, or two options do not go together.
+    """
+    recipe = find_recipe(options.recipe)
+    return SimulationRequest(
+        configuration=configuration,
+        recipe=recipe if options.dtype is None else with_weights(recipe, options.dtype),
+        optimizer=options.optimizer,
+        model=ModelSettings(
+            attention=options.attn,
+            gradient_checkpointing=options.gradient_checkpointing,
+            adapter_rank=options.lora_rank,
+            adapter_targets=named_modules(options.lora_targets),
+        ),
+        batch=batch_of(options, configuration),
+        accumulation_steps=options.accumulation_steps,
+        keeps_outputs=options.keep_outputs,
+        fused_step=options.fused_optimizer,
+        target=target,
+        device=device,
+        sharding=sharding,
+        further=further,
+    )
 
 
 def simulate(request: SimulationRequest) -> SimulatedRun:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from memtrace.record.categories import Category, Moment
 
@@ -56,10 +56,7 @@ class Breakdown:
 
     def by_category(self) -> dict[Category, int]:
         """Bytes of each category that has any, in the order of `Category`."""
-        totals: dict[Category, int] = {}
-        for key, size in self.entries.items():
-            totals[key.category] = totals.get(key.category, 0) + size
-        return {category: totals[category] for category in Category if category in totals}
+        return totals_by_category(self.entries)
 
 
 def _breakdown(
@@ -71,6 +68,25 @@ def _breakdown(
 
 
 _ORDER = {category: position for position, category in enumerate(Category)}
+
+
+class OfCategory(Protocol):
+    """What an entry is found by; it has a category."""
+
+    @property
+    def category(self) -> Category:
+        """Which one."""
+
+
+Key = TypeVar("Key", bound=OfCategory)
+
+
+def totals_by_category(entries: Mapping[Key, int]) -> dict[Category, int]:
+    """Returns the bytes of each category that has any entry, in the order of `Category`."""
+    totals: dict[Category, int] = {}
+    for key, size in entries.items():
+        totals[key.category] = totals.get(key.category, 0) + size
+    return {category: totals[category] for category in Category if category in totals}
 
 
 def ordered_entries(entries: Mapping[EntryKey, int]) -> Mapping[EntryKey, int]:

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from memtrace.record.breakdown import AllocatorReading, BatchShape, Breakdown, DeviceReading, EntryKey
+from memtrace.record.breakdown import (
+    AllocatorReading,
+    BatchShape,
+    Breakdown,
+    DeviceReading,
+    EntryKey,
+    totals_by_category,
+)
 from memtrace.record.categories import Category, Phase
 
 
@@ -87,10 +94,7 @@ class Composition:
 
     def by_category(self) -> dict[Category, int]:
         """Bytes of each category that has any, the largest first."""
-        totals: dict[Category, int] = {}
-        for key, size in self.entries.items():
-            totals[key.category] = totals.get(key.category, 0) + size
-        return dict(sorted(totals.items(), key=lambda item: -item[1]))
+        return dict(sorted(totals_by_category(self.entries).items(), key=lambda item: -item[1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from memtrace.record.breakdown import AllocatorReading
+from memtrace.sources.autograd_torch_private import running_node
 from memtrace.sources.events import Block, Coordinates, Event, Events, Window
 
 
@@ -15,6 +16,8 @@ class SimulatedEvents:
     """The allocator of a simulation: every block has an address of its own, and a clock counts what happens."""
 
     def __init__(self, address_of: Callable[[torch.UntypedStorage], int]) -> None:
+        self.nodes: list[tuple[int, int | None]] = []
+        """Which node of autograd allocates in its backward pass, from when on: time and number, None outside of all."""
         self._ticks = itertools.count(1)
         self._addresses = itertools.count(1)
         self._live: dict[int, int] = {}
@@ -26,6 +29,9 @@ class SimulatedEvents:
     def allocate(self, nbytes: int) -> int:
         """Returns the address of a new block."""
         address = next(self._addresses)
+        node = running_node()
+        if node != (self.nodes[-1][1] if self.nodes else None):
+            self.nodes.append((self.coordinates.now_ns(), node))
         self._live[address] = nbytes
         self._note(address, nbytes)
         return address

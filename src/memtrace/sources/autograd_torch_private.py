@@ -143,6 +143,26 @@ _saved_names: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictio
 current_autograd_node: Callable[[], object] = getattr(torch._C, "_current_autograd_node", lambda: None)
 """Returns the node of a backward pass that this thread is inside of; None outside, and where torch cannot tell."""
 
+next_node: Callable[[], int] = getattr(torch._C._autograd, "_get_sequence_nr", lambda: 0)
+"""Returns the number that the next node of autograd gets that this thread makes: they only grow. 0 where torch cannot
+tell."""
+
+_GATHERS = 2**63
+"""From this number on nodes are those that gather a parameter's gradient, which have no order."""
+
+
+def running_node() -> int | None:
+    """Returns the number of the node whose backward pass this thread is inside of.
+
+    None outside of all, inside of one that gathers a parameter's gradient, and where torch cannot tell.
+    """
+    node = current_autograd_node()
+    if node is None:
+        return None
+    number: int = getattr(node, "_sequence_nr", lambda: _GATHERS)()
+    return number if number < _GATHERS else None
+
+
 _at_an_end: set[int] = set()
 """The threads that are inside a call from `after_backward`."""
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from math import ceil, log2
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtrace.gate.versions.bisection import Jump, Stretch, find_jump
+from memtrace.gate.versions.bisection import Jump, Stretch, find_jump, most_trials
 
 
 def search(peaks: list[int | None]) -> tuple[Jump | None, list[int]]:
@@ -28,7 +26,7 @@ def test_the_only_jump_is_found_in_few_trials(drawn: tuple[int, int]) -> None:
     count, place = drawn
     found, tried = search([7] * place + [9] * (count - place))
     assert found == Jump(before=str(place - 1), after=str(place), nbytes=2, skipped=(), elsewhere=())
-    assert len(tried) == len(set(tried)) <= 2 + ceil(log2(count))
+    assert len(tried) == len(set(tried)) <= most_trials(count)
 
 
 @given(st.lists(st.none() | st.integers(0, 4), min_size=2, max_size=30))

@@ -12,6 +12,7 @@ from gate.versions.wheels import write_wheel
 from memtrace.errors import ConfigError, OutputError, PlanError
 from memtrace.gate.versions.environments import Environments, cache_directory
 from memtrace.gate.versions.releases import Index, between, releases
+from memtrace.record.units import format_bytes
 
 
 @pytest.fixture
@@ -33,6 +34,69 @@ def test_releases_come_in_their_order_without_those_before_a_release(index: Inde
     assert between(known, "2.0.0", "1.10.0", "weights") == ["1.10.0", "2.0.0"]
 
 
+def test_builds_of_a_release_are_one_release(tmp_path: Path) -> None:
+    """Such as torch's for a CPU beside the usual ones: pip chooses, and either name may be given."""
+    for number in ("2.13.0", "2.13.0+cpu", "2.14.1+cpu"):
+        write_wheel(tmp_path, "weights", number, "")
+    known = releases("weights", Index(find_links=(str(tmp_path),), none=True))
+    assert known == ["2.13.0", "2.14.1"]
+    assert between(known, "2.13.0+cpu", "2.14.1", "weights") == known
+
+
+def python_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
+    """Puts a shell in the place of Python, for what pip cannot be made to do here."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{does}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+
+
+def test_large_downloads_are_told_as_they_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their sizes, by pip's own words; small ones, and what is in its cache, are not."""
+    lines = ("Downloading a-1.whl.metadata (29 kB)", "  Downloading https://x/b-1.whl (899.8 MB)")
+    lines += ("  Using cached c-1.whl (700.0 MB)", "Downloading d-1.whl (9.1 MB)")
+    printed = "; ".join(f"echo '{line}'" for line in lines)
+    python_that(tmp_path, monkeypatch, f'{printed}; echo "$TMPDIR"; echo ERROR: enough >&2; exit 1')
+    said: list[str] = []
+    environments = Environments(directory=tmp_path / "kept", index=Index(), say=said.append)
+    with pytest.raises(PlanError, match="pip install: enough"):
+        environments.path_of("weights", "1.0")
+    assert said == ["downloading b-1.whl, 899.8 MB"]
+
+
+def test_a_full_disk_ends_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no fault of the release, which would be skipped, and another tried that fills the disk again."""
+    complaint = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
+    python_that(tmp_path, monkeypatch, f"echo '{complaint}' >&2; exit 1")
+    with pytest.raises(OutputError, match=r"No space left on device; make room, or name .* with --cache"):
+        Environments(directory=tmp_path / "kept", index=Index()).path_of("weights", "1.0")
+    assert [one.name for one in (tmp_path / "kept").iterdir()] == ["lock"]
+
+
+def test_what_is_built_for_a_release_of_torch_comes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers imports torchvision where it is installed, and that of another torch cannot be imported."""
+    python_that(tmp_path, monkeypatch, 'echo ERROR: "$@" >&2; exit 1')
+    environments = Environments(directory=tmp_path / "kept", index=Index(none=True))
+    monkeypatch.setattr("memtrace.gate.versions.environments.installed", lambda: ["torch==2.13.0", "torchvision==0.28"])
+    with pytest.raises(PlanError, match=r"--no-index torch==2\.14\.1 torchvision$"):
+        environments.path_of("torch", "2.14.1")
+    with pytest.raises(PlanError, match=r"--no-index peft==0\.19\.0$"):
+        environments.path_of("peft", "0.19.0")
+
+
+def test_a_large_release_is_told_with_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels = tmp_path / "wheels"
+    write_wheel(wheels, "weights", "1.0", "", ["parts"])
+    write_wheel(wheels, "parts", "1.2", "# " + "x" * 2000)
+    monkeypatch.setattr("memtrace.gate.versions.environments.LARGE", 2000)
+    said: list[str] = []
+    index = Index(find_links=(str(wheels),), none=True)
+    path = Environments(directory=tmp_path / "kept", index=index, say=said.append).path_of("weights", "1.0")
+    (line,) = said
+    nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    assert line == f"weights 1.0 with 1 other package takes {format_bytes(nbytes)} in {path}"
+
+
 def test_what_is_no_package_or_release_is_told(index: Index) -> None:
     with pytest.raises(ConfigError, match="releases of nothing-of-it are not known: pip index: No matching"):
         releases("nothing-of-it", index)
@@ -45,10 +109,7 @@ def test_what_is_no_package_or_release_is_told(index: Index) -> None:
 
 
 def test_a_python_without_pip_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho $0: No module named pip >&2\nexit 1\n")
-    python.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(python))
+    python_that(tmp_path, monkeypatch, "echo $0: No module named pip >&2; exit 1")
     with pytest.raises(ConfigError, match="has no pip, which lists and installs releases: python -m ensurepip"):
         releases("weights", Index())
 
@@ -81,7 +142,9 @@ def test_an_environment_has_the_release_and_what_is_missing_here(
 
 def test_requirements_beside_a_release_are_installed_with_it(index: Index, tmp_path: Path) -> None:
     environments = Environments(directory=tmp_path / "kept", index=index, beside=("parts==0.9",))
-    with pytest.raises(PlanError, match="pip install"):  # the release needs a newer one
+    with pytest.raises(
+        PlanError, match=r"pip install: .*conflicting dependencies.*weights 2\.0\.0 depends on parts>=1"
+    ):
         environments.path_of("weights", "2.0.0")
     newer = Environments(directory=tmp_path / "kept", index=index, beside=("parts==1.2",))
     assert (newer.path_of("weights", "2.0.0") / "parts-1.2.dist-info").is_dir()

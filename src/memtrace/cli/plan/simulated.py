@@ -67,7 +67,7 @@ def answer(arguments: argparse.Namespace, device: Device | None) -> Answer:
             )
         if arguments.by_module:
             forward_end = run.marks.forward_end_ns
-            holdings = [] if forward_end is None else activation_holders(run.timeline, run.spans, forward_end)
+            holdings = [] if forward_end is None else activation_holders(run.timeline, run.makers, forward_end)
     if device is not None:
         plan = held_against(plan, *device, request.sharding.world_size)
         if remedies is not None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from memtrace.cli.plan.options import further_of, sharding_of
 from memtrace.errors import PlanError
-from memtrace.planning.recipe import find_recipe
 from memtrace.planning.sharding.deepspeed_settings import read_deepspeed
 from memtrace.planning.sharding.shares import Sharding
 
 if TYPE_CHECKING:
-    from memtrace.planning.simulation_request import SimulationRequest
+    from memtrace.planning.simulation_request import SimulationRequest, StepOptions
 
 _FORMULA_ONLY = (
     "params",
@@ -115,39 +114,16 @@ def simulation_of(arguments: argparse.Namespace) -> SimulationRequest:
         )
     except ImportError as error:
         raise PlanError(f"--config needs transformers ({error}): pip install torch-memtrace[transformers]") from error
-    from memtrace.planning.simulation_request import SimulationRequest, with_weights  # noqa: PLC0415
+    from memtrace.planning.simulation_request import request_of  # noqa: PLC0415
     from memtrace.simulation.kernels import Target  # noqa: PLC0415
-    from memtrace.simulation.models.builds import (  # noqa: PLC0415
-        BatchSettings,
-        ModelSettings,
-        named_modules,
-        usual_positions,
-    )
 
-    recipe = find_recipe(arguments.recipe)
     configuration = load_configuration(arguments.config)
-    return SimulationRequest(
-        configuration=configuration,
-        recipe=recipe if arguments.dtype is None else with_weights(recipe, arguments.dtype),
-        optimizer=arguments.optimizer,
-        model=ModelSettings(
-            attention=arguments.attn,
-            gradient_checkpointing=arguments.gradient_checkpointing,
-            adapter_rank=arguments.lora_rank,
-            adapter_targets=named_modules(arguments.lora_targets),
-        ),
-        batch=BatchSettings(
-            samples=1 if arguments.batch_size is None else arguments.batch_size,
-            positions=usual_positions(configuration) if arguments.seq_len is None else arguments.seq_len,
-            image_size=arguments.image_size,
-            padded=arguments.padded,
-        ),
-        accumulation_steps=arguments.accumulation_steps,
-        keeps_outputs=arguments.keep_outputs,
-        fused_step=arguments.fused_optimizer,
-        further=further_of(arguments, lambda name, source: load_configuration(source)),
+    return request_of(
+        cast("StepOptions", arguments),
+        configuration,
         target=Target(arguments.kernels or "cuda"),
         sharding=_sharding_of(arguments, width_of(configuration)),
+        further=further_of(arguments, lambda name, source: load_configuration(source)),
     )
 
 

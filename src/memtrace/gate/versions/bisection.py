@@ -78,6 +78,11 @@ def find_jump(versions: Sequence[str], peak_of: Callable[[str], int | None]) -> 
     )
 
 
+def most_trials(count: int) -> int:
+    """Returns how many of that many versions `find_jump` tries at most, where none is skipped."""
+    return 2 + (count - 2).bit_length()
+
+
 def _note(noted: list[tuple[int, Stretch]], versions: Sequence[str], first: int, last: int, nbytes: int) -> None:
     if nbytes:
         noted.append((first, Stretch(first=versions[first], last=versions[last], nbytes=nbytes)))

@@ -10,9 +10,10 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -22,9 +23,17 @@ from tempfile import TemporaryDirectory
 
 from memtrace.errors import OutputError
 from memtrace.gate.versions.releases import Index, pip
+from memtrace.record.units import format_bytes
+
+OWN_NAME = "torch-memtrace"
+
+LARGE = 100 * 10**6
+"""Bytes of a download or of a release from which on they are told."""
 
 _DRAFT = "draft-"
-OWN_NAME = "torch-memtrace"
+_DOWNLOAD = re.compile(r"Downloading (\S+) \((\d+(?:\.\d+)?) MB\)")
+_BUILT_FOR = {"torch": ("torchvision",)}
+"""By package, those that are built for one release of it, and that transformers imports where they are installed."""
 
 
 def cache_directory() -> Path:
@@ -51,6 +60,8 @@ class Environments:
     index: Index
     beside: tuple[str, ...] = ()
     """Requirements that are installed with each release, such as `peft==0.15.2`."""
+    say: Callable[[str], None] = lambda _: None
+    """Told of each large download before it begins, and of what a large release takes once it is installed."""
 
     def path_of(self, package: str, version: str) -> Path:
         """Returns the directory of a release, which is made where it is not there.
@@ -63,27 +74,42 @@ class Environments:
             OutputError: nothing can be written there.
             PlanError: pip cannot install it.
         """
-        wanted = (f"{package}=={version}", *self.beside)
+        here = {one.partition("==")[0] for one in installed()}
+        built_for = here.intersection(_BUILT_FOR.get(package, ()))  # pip chooses those that go with it
+        wanted = (f"{package}=={version}", *self.beside, *sorted(built_for))
         base = fingerprint(platform.python_version(), sys.prefix, *installed(), *self.index.options, *wanted)
         path = self.directory / f"{package}-{version}-{base}"
         if path.is_dir():
             return path
         with self._alone(), TemporaryDirectory(dir=self.directory, prefix=_DRAFT) as draft:
             if not path.is_dir():
-                made = Path(draft) / "packages"
+                made, scratch = Path(draft) / "packages", Path(draft) / "unpacked"
                 made.mkdir()
-                missing = self._missing(wanted, Path(draft) / "report.json")
+                scratch.mkdir()
+                missing = self._missing(wanted, Path(draft) / "report.json", scratch)
                 if missing:
-                    options = ("--quiet", "--no-compile", "--no-deps", "--target", str(made), *self.index.options)
-                    pip("install", *options, *missing)
+                    options = ("--no-compile", "--no-deps", "--target", str(made), *self.index.options)
+                    pip("install", *options, *missing, heard=self._heard, scratch=scratch)
                 made.rename(path)
+                nbytes = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+                if nbytes >= LARGE:
+                    count = len(missing) - 1
+                    others = f" with {count} other package{'s' * (count != 1)}" if count > 0 else ""
+                    self.say(f"{package} {version}{others} takes {format_bytes(nbytes)} in {path}")
         return path
 
-    def _missing(self, wanted: tuple[str, ...], report: Path) -> list[str]:
+    def _missing(self, wanted: tuple[str, ...], report: Path, scratch: Path) -> list[str]:
         """Returns what pip would install into this environment for some requirements, by exact versions."""
-        pip("install", "--dry-run", "--quiet", "--report", str(report), *self.index.options, *wanted)
+        options = ("--dry-run", "--report", str(report), *self.index.options)
+        pip("install", *options, *wanted, heard=self._heard, scratch=scratch)
         chosen = [one["metadata"] for one in json.loads(report.read_text())["install"]]
         return [f"{one['name']}=={one['version']}" for one in chosen]
+
+    def _heard(self, line: str) -> None:
+        """Passes on what pip prints of a large download."""
+        found = _DOWNLOAD.match(line)
+        if found is not None and float(found[2]) * 10**6 >= LARGE:
+            self.say(f"downloading {found[1].rpartition('/')[2]}, {found[2]} MB")
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
 
-from memtrace.errors import ConfigError, PlanError
+from memtrace.errors import ConfigError, OutputError, PlanError
 
 _LISTED = re.compile(r"^Available versions: (.+)$", re.MULTILINE)
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
@@ -36,28 +39,58 @@ class Index:
         return [*options, "--no-index"] if self.none else options
 
 
-def pip(*arguments: str) -> str:
+def pip(*arguments: str, heard: Callable[[str], None] = lambda _: None, scratch: Path | None = None) -> str:
     """Returns what a command of this interpreter's pip printed.
+
+    Args:
+        arguments: the command and its options.
+        heard: called with each line as it is printed.
+        scratch: where pip unpacks before it installs; None for the system's directory, which may be too small for it.
 
     Raises:
         ConfigError: there is no pip.
+        OutputError: the disk is full.
         PlanError: pip failed; the message is its own.
     """
-    settings = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-    command = [sys.executable, "-m", "pip", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **settings})
-    if "No module named pip" in done.stderr:
+    settings = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off"}
+    if scratch is not None:
+        settings["TMPDIR"] = str(scratch)
+    command, printed = [sys.executable, "-m", "pip", *arguments], []
+    with (
+        TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env={**os.environ, **settings}
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            printed.append(line)
+            heard(line.strip())
+        status = process.wait()
+        errors.seek(0)
+        complaints = errors.read()
+    if "No module named pip" in complaints:
         raise ConfigError(f"{sys.executable} has no pip, which lists and installs releases: python -m ensurepip")
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or done.stderr.splitlines()
-        raise PlanError(f"pip {arguments[0]}: {said[-1].removeprefix('ERROR: ') if said else 'failed'}")
-    return done.stdout
+    if status:
+        message = f"pip {arguments[0]}: {_complaint(complaints, printed)}"
+        if os.strerror(errno.ENOSPC) in complaints:
+            raise OutputError(f"{message}; make room, or name a directory on another disk with --cache")
+        raise PlanError(message)
+    return "".join(printed)
+
+
+def _complaint(complaints: str, printed: Sequence[str]) -> str:
+    """Returns what pip found wrong, in a line: its last error, or whose requirements do not go together."""
+    errors = [line.removeprefix("ERROR: ") for line in complaints.splitlines() if line.startswith("ERROR: ")]
+    said = [line for line in errors if not line.startswith("ResolutionImpossible")] or complaints.splitlines()
+    causes = [line.strip() for line in printed if line.startswith("    ") and " depends on " in line]
+    return "; ".join([said[-1] if said else "failed", *causes])
 
 
 def releases(package: str, index: Index) -> list[str]:
     """Returns the releases of a package that this interpreter can install, the oldest first, without pre-releases.
 
-    Asks the index once.
+    Builds of one release (`2.13.0`, `2.13.0+cpu`) are one: pip chooses among them. Asks the index once.
 
     Raises:
         ConfigError: the name is none, the index does not know it, or there is no pip.
@@ -71,7 +104,7 @@ def releases(package: str, index: Index) -> list[str]:
     found = _LISTED.search(printed)
     if found is None:
         raise ConfigError(f"the releases of {package} are not known: pip index versions printed no list of them")
-    return [version.strip() for version in reversed(found[1].split(","))]
+    return [*dict.fromkeys(_release(version.strip()) for version in reversed(found[1].split(",")))]
 
 
 def between(known: Sequence[str], good: str, bad: str, package: str) -> list[str]:
@@ -80,6 +113,7 @@ def between(known: Sequence[str], good: str, bad: str, package: str) -> list[str
     Raises:
         ConfigError: one of the two is no release on the index, or they are the same.
     """
+    good, bad = _release(good), _release(bad)
     for release in (good, bad):
         if release not in known:
             near = [one for one in known if one.split(".")[:2] == release.split(".")[:2]] or known[-3:]
@@ -88,3 +122,8 @@ def between(known: Sequence[str], good: str, bad: str, package: str) -> list[str
         raise ConfigError(f"--good and --bad must be two releases, got {good} for both")
     first, last = sorted((known.index(good), known.index(bad)))
     return [*known[first : last + 1]]
+
+
+def _release(version: str) -> str:
+    """Returns a version without the label of a build, such as `+cpu`."""
+    return version.partition("+")[0]

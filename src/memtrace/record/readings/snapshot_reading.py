@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from memtrace.record.breakdown import StepCurve
+from memtrace.record.breakdown import StepCurve, totals_by_category
 from memtrace.record.categories import Category
 from memtrace.record.oom_report import Fragmentation, Remedy
 
@@ -67,10 +67,7 @@ class ReadBreakdown:
 
     def by_category(self) -> dict[Category, int]:
         """Bytes of each category that has any, in the order of `Category`."""
-        totals: dict[Category, int] = {}
-        for key, size in self.entries.items():
-            totals[key.category] = totals.get(key.category, 0) + size
-        return {category: totals[category] for category in Category if category in totals}
+        return totals_by_category(self.entries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """A long run of a small model with memtrace on, in a process of its own: prints what the process held as it went.
 
-usage: python training.py LOG_DIR STEPS
+usage: python soak_training.py LOG_DIR STEPS
 """
 
 from __future__ import annotations
