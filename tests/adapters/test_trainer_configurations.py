@@ -488,15 +488,6 @@ def _run(configuration: Configuration, directory: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def frozen() -> Iterator[None]:
-    """Leaves what the imports have made out of the collections that Trainer asks for: half a second each."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
 def watching(monkeypatch: pytest.MonkeyPatch) -> list[MemTraceCallback]:
     """Puts the callback among Trainer's defaults, to trace every step; returns those that Trainers have made."""

@@ -13,7 +13,7 @@ import pytest
 from small_training import make, step, traced
 
 from memtrace.attribution import window as tracing
-from memtrace.attribution.garbage import uncollected
+from memtrace.attribution.garbage import only_new_garbage, uncollected
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +44,21 @@ def test_off_stays_off() -> None:
     with uncollected():
         pass
     assert not gc.isenabled()
+
+
+def test_what_is_there_is_left_out_of_collections_in_the_block() -> None:
+    """And is in them again afterwards, unless somebody had frozen objects before."""
+    gc.unfreeze()
+    try:
+        with only_new_garbage():
+            assert gc.get_freeze_count() > 0
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()
+    frozen = gc.get_freeze_count()
+    with only_new_garbage():
+        assert gc.get_freeze_count() == frozen
+    assert gc.get_freeze_count() == frozen
 
 
 def test_off_while_a_step_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -121,6 +122,7 @@ def main() -> None:
 
         # Gloo alone: the shared-memory collectives would be compiled first, for minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    gc.freeze()  # the engines ask for collections: what imports have made is left out of them
     write_report({engine: compare(engine) for engine in engines})
     dist.destroy_process_group()
 
