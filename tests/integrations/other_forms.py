@@ -1,4 +1,4 @@
-"""What is in docs/engines.md beside the forms of loops and the ways to update: their records, and what bounds the rest."""
+"""What is in docs/engines.md beside forms of loops and ways to update: the records, and what bounds the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from attribution import test_kept_on_ctx, test_leftovers
 from attribution.test_further_models import make_teacher
 from attribution.test_quantised_bases import INSIDE, Awq, EightBit, Gptq, Hqq, WithAdapter
-from laws import test_counted, test_not_seen
+from laws import test_counted
 from laws.loop_forms import WIDTH, Network, rows, update
 from laws.test_loop_forms import EVERY_STEP
 from torch import nn
@@ -66,14 +66,9 @@ def with_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.T
     return update(model(torch.randn(4, INSIDE)).square().mean(), optimizer)
 
 
-def without_modules(model: test_not_seen.Model, optimizer: torch.optim.Optimizer) -> None:
-    test_not_seen.steps(model.without_modules, optimizer, 1)
-
-
 LOOPS: Mapping[str, tuple[Callable[[], nn.Module], Loop]] = {
     "replaced parameters, states and buffers": (test_counted.Net, changing),
     "a model that nobody names": (Network, beside_a_teacher),
-    "no module is called": (test_not_seen.Model, over_and_over(without_modules)),
     **{
         f"updates that are left out, {loop.__name__}": (test_dropped.network, loop)
         for loop in (test_dropped.scaled, test_dropped.accumulated, test_dropped.thrown_away)
@@ -131,6 +126,7 @@ BOUNDED = {
 """Rows of the page whose tests hold what nobody claims under that share, by the words that they begin with."""
 
 NOT_TRACED = {
+    "no module is called": "no step has a forward pass",
     "a caller that was compiled": "no step has a forward pass",
     "memory that runs out": "the run is over",
     "MPS, XPU, NPU": "no step is traced",
@@ -142,7 +138,6 @@ NOT_TRACED = {
 
 HERE = {
     "two tracers": "two tracers",
-    "no module is called": "no module is called",
     "parameters, state or buffers": "replaced parameters",
     "reference, teacher": "a model that nobody names",
     "the same, named by nobody": "a model that nobody names",

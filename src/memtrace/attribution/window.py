@@ -220,7 +220,7 @@ class TraceWindow:
         # Most gradients are there when the backward pass has ended: torch calls a parameter's hooks in each step from
         # then on, also when there are none any more.
         passing = self._scan.passing_gradients() if self._trace_activations else self._scan.gradient_leaves()
-        # Hooks of the loop may take it; those of other engines make of it what is there at the end of the backward pass.
+        # Hooks of the loop may take it; those of an engine make of it what is there at the end of the backward pass.
         first = all(engine.leaves_gradients for engine in self._scan.engines)
         self._hooks.after_gradient(passing, weakly(self._gradient_comes), first=first)
         for engine, module in self._scan.gathering():

@@ -107,7 +107,7 @@ def steps(model: nn.Module, optimizer: Any, losses: list[float]) -> Iterator[Non
 
 
 def counted(model: nn.Module, optimizer: torch.optim.Optimizer, updated: tuple[bool, ...]) -> int:
-    """Returns how many steps a tracer counts that nobody tells; where a step is not updated its gradients are dropped."""
+    """Returns how many steps a tracer counts that nobody tells; where one is not updated its gradients are dropped."""
     config = TracerConfig(strict=True, port=None, trace_every=0, device_poll_seconds=0, step_log=False)
     with Tracer(model, optimizer, config) as tracer:
         for number, is_updated in enumerate(updated):
