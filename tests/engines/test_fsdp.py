@@ -104,7 +104,8 @@ def test_hardly_anything_is_unattributed(torch_engines, variant):
 @pytest.mark.parametrize("rank", range(RANKS))
 def test_gradients_that_are_dropped_inside_the_backward_pass(torch_engines, rank):
     """One optimizer for each parameter: law 1, training as without memtrace, and the gradients of the group whose turn
-    it is, the root's at the end; none when the step is over. Counted steps end alike."""
+    it is: the root's at the end, beside three numbers of a whole one. None when the step is over; counted steps end
+    alike."""
     run = torch_engines[rank]["fsdp-in-backward"]
     assert_law_1(run)
     assert_trained_alike(run, "FSDP2")
@@ -112,7 +113,7 @@ def test_gradients_that_are_dropped_inside_the_backward_pass(torch_engines, rank
     root = [shape for shape, name in zip(run["shapes"], run["names"], strict=True) if "encoder.layer" not in name]
     for step in traced(run):
         moments = step["moments"]
-        assert total(moments["backward_end"], "gradients", "", "float32") == 4 * sharded(root)
+        assert total(moments["backward_end"], "gradients", "", "float32") - 4 * sharded(root) in (0, 3 * 4)
         assert total(moments["step_end"], "gradients") == 0
         assert total(moments["step_end"], "optimizer_state", "exp_avg") == 4 * sharded(run["shapes"], rank)
         assert total(moments["peak"], "unattributed") <= 0.01 * moments["peak"]["allocated_bytes"]
