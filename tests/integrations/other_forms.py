@@ -20,7 +20,7 @@ from memtrace.record.breakdown import StepRecord
 from memtrace.tracing.tracer import Tracer
 
 STEPS, FIRST = 14, 2
-"""Steps of each loop, and those that are left out: what a loop keeps from its first step on is there within seconds, and
+"""Steps of each loop, and those that are left out: what it keeps from its first step on is there within seconds, and
 in the series a step stands for a quarter of an hour."""
 
 Loop = Callable[[Any, torch.optim.Optimizer], Iterator[object]]
@@ -96,7 +96,7 @@ LOOPS: Mapping[str, tuple[Callable[[], nn.Module], Loop]] = {
 
 
 def records() -> Iterator[tuple[str, Sequence[StepRecord]]]:
-    """Yields what each loop leaves in the history of its tracer, without the first steps; of two tracers at once, both."""
+    """Yields the history of each loop without its first steps; of two tracers at once, both."""
     for name, (make, loop) in LOOPS.items():
         torch.manual_seed(0)
         model = make()
