@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 
 LOCAL_RANK = ("--local_rank=", "--local-rank=")
@@ -27,6 +29,7 @@ def main() -> int:
             return 2
     from memtrace.cli import main as run_command  # noqa: PLC0415
 
+    atexit.register(gc.freeze)  # no collection goes through torch and transformers once more while the process ends
     return run_command(words)
 
 

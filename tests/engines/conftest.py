@@ -60,4 +60,4 @@ def launch(preloaded: Path, tmp_path_factory: pytest.TempPathFactory) -> Launch:
 def torch_engines(launch: Launch) -> list[Report]:
     """The reports of DDP and FSDP2, trained one after the other in the same two processes."""
     variants = "ddp,ddp-view,fsdp1,fsdp1-bf16,fsdp1-bf16-keep,fsdp,fsdp-keep,fsdp-bf16,fsdp-bf16-keep,fsdp-bf16-offload"
-    return launch("torch_engines.py", VARIANTS=variants)
+    return launch("torch_engines.py", VARIANTS=f"{variants},fsdp-in-backward")

@@ -54,12 +54,13 @@ def test_buckets_are_a_second_copy_of_the_gradients(torch_engines, rank):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rank", range(RANKS))
 def test_counted_steps_have_the_buckets_too(torch_engines, variant, rank):
-    """To the byte, as traced ones have them at their end, with all else that outlives a step. Of gradients that are
-    views of buckets nothing is seen in a counted step once the loop has dropped them: the bucket stays."""
+    """To the byte, as traced ones have them at their end, with all else that outlives a step. Where gradients are views
+    of buckets, these stay as gradients when the loop has dropped them."""
     run = torch_engines[rank][variant]
-    end = assert_counted_as_traced(run, gradients=variant == "ddp")
-    buckets = sum(size for (category, *_), size in end.items() if category == "comm_buffers")
-    assert buckets == (4 * sum(run["numels"]) if variant == "ddp" else 0)
+    end = assert_counted_as_traced(run)
+    kept = "comm_buffers" if variant == "ddp" else "gradients"
+    buckets = {category: size for (category, *_), size in end.items() if category in ("comm_buffers", "gradients")}
+    assert buckets == {kept: 4 * sum(run["numels"])}
 
 
 @pytest.mark.parametrize("rank", range(RANKS))

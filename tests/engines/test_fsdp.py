@@ -101,6 +101,30 @@ def test_hardly_anything_is_unattributed(torch_engines, variant):
             assert total(peak, "unattributed") <= 0.01 * peak["allocated_bytes"]
 
 
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_gradients_that_are_dropped_inside_the_backward_pass(torch_engines, rank):
+    """One optimizer for each parameter: law 1, training as without memtrace, and the gradients of the group whose turn
+    it is: the root's at the end, beside three numbers of a whole one. None when the step is over; counted steps end
+    alike."""
+    run = torch_engines[rank]["fsdp-in-backward"]
+    assert_law_1(run)
+    assert_trained_alike(run, "FSDP2")
+    assert_counted_as_traced(run)
+    root = [shape for shape, name in zip(run["shapes"], run["names"], strict=True) if "encoder.layer" not in name]
+    for step in traced(run):
+        moments = step["moments"]
+        assert total(moments["backward_end"], "gradients", "", "float32") - 4 * sharded(root) in (0, 3 * 4)
+        assert total(moments["step_end"], "gradients") == 0
+        assert total(moments["step_end"], "optimizer_state", "exp_avg") == 4 * sharded(run["shapes"], rank)
+        assert total(moments["peak"], "unattributed") <= 0.01 * moments["peak"]["allocated_bytes"]
+
+
+@pytest.mark.parametrize("variant", ["ddp", "ddp-view", "fsdp", "fsdp-bf16"])
+def test_an_update_that_is_left_out_ends_its_step(torch_engines, variant):
+    """Six steps, of which the loop drops the gradients of three: each is a step of its own on every rank."""
+    assert [rank[variant]["steps_counted"] for rank in torch_engines] == [6] * RANKS
+
+
 def test_the_page_has_the_measured_bytes(torch_engines):
     """docs/engines.md shows rank 0."""
     names = {

@@ -22,6 +22,11 @@ class HiddenBuffers:
     current: Sequence[int] | None
     """The buffers that it has now, with the same sum; None where it does not say yet."""
 
+    @property
+    def nbytes(self) -> int:
+        """What the buffers of now take together."""
+        return sum(self.first if self.current is None else self.current)
+
 
 def tag_hidden(lifetimes: Sequence[Lifetime], hidden: HiddenBuffers) -> None:
     """Tags the blocks that are the hidden buffers.

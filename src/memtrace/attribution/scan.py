@@ -188,8 +188,18 @@ class Scan:
     def gradient_bytes(self, device: torch.device) -> dict[EntryKey, int]:
         """Returns the bytes of the gradients that exist now, by element type, without touching the ledger.
 
-        Of the parameters that the last look at everything has found.
+        Of the parameters that the last look at everything has found. Buffers that gradients are views of count as
+        gradients also when the loop has dropped these.
         """
+        found = self._gradients_of_now(device)
+        for held in (engine.gradient_buffers() for engine in self.engines):
+            dropped = 0 if held is None else held.nbytes - sum(found.values())
+            if held is not None and dropped > 0:
+                key = EntryKey(*held.tag)
+                found = {**found, key: found.get(key, 0) + dropped}
+        return found
+
+    def _gradients_of_now(self, device: torch.device) -> dict[EntryKey, int]:
         of_engines = [gradient for engine in self.engines for gradient in engine.gradients()]
         if of_engines:  # views of the same storages among them
             owners = self._gradient_owners(self.held.parameters())
@@ -252,7 +262,7 @@ class Scan:
         found: dict[EntryKey, int] = {}
         for hidden in self.hidden():
             key = EntryKey(*hidden.tag)
-            found[key] = found.get(key, 0) + sum(hidden.first if hidden.current is None else hidden.current)
+            found[key] = found.get(key, 0) + hidden.nbytes
         return found
 
     def workspace_sizes(self) -> Sequence[int]:

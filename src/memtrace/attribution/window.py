@@ -67,7 +67,7 @@ class TraceWindow:
         self._transformed = False
         """Whether the model was called where hooks are forbidden: `torch.func` is used, and may be by a loss too."""
         self._awaits_end = False
-        """Whether torch will tell of the end of the backward pass at work."""
+        """Whether torch will tell of the end of the backward pass at work, and of what engines do there."""
 
     @property
     def is_open(self) -> bool:
@@ -220,7 +220,8 @@ class TraceWindow:
         # Most gradients are there when the backward pass has ended: torch calls a parameter's hooks in each step from
         # then on, also when there are none any more.
         passing = self._scan.passing_gradients() if self._trace_activations else self._scan.gradient_leaves()
-        first = not self._scan.engines  # an engine's hooks make of it what is there at the end of the backward pass
+        # Hooks of the loop may take it; those of an engine make of it what is there at the end of the backward pass.
+        first = all(engine.leaves_gradients for engine in self._scan.engines)
         self._hooks.after_gradient(passing, weakly(self._gradient_comes), first=first)
         for engine, module in self._scan.gathering():
             gathered = partial(self._gathered, engine)
@@ -305,6 +306,15 @@ class TraceWindow:
         if self._scan.engines:
             self._claim_role(parameter)
             self._scan.claim_passing(self._ledger)
+        if self._scan.prepares_gradients:
+            told = self._awaits_end or after_backward(self._guard.wrap(self._engine_ended), last=True)
+            self._awaits_end = told
         step.gradients_accumulated()
         if self._source.interrupted():
             self.abandon()
+
+    def _engine_ended(self) -> None:
+        """Claims what an engine has made of the gradients at the end of a backward pass, before it converts that."""
+        self._awaits_end = False
+        if self._tags is not None:
+            self._scan.claim_gradients(self._ledger)

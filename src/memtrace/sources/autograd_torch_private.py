@@ -177,10 +177,14 @@ def backward_is_running() -> bool:
     return current_autograd_node() is not None or threading.get_ident() in _at_an_end
 
 
-def after_backward(callback: Callable[[], None]) -> bool:
+def after_backward(callback: Callable[[], None], *, last: bool = False) -> bool:
     """Calls `callback()` once, when the backward pass that this thread is inside of has ended without an error.
 
-    Engines of torch end their own work so. No public hook tells of that end.
+    Engines end their own work so. No public hook tells of that end.
+
+    Args:
+        callback: what to call.
+        last: whether after what everybody else has asked to be called then, and not in the order of asking.
 
     Returns:
         False outside of a backward pass, and where torch has changed: nothing is called then.
@@ -197,7 +201,7 @@ def after_backward(callback: Callable[[], None]) -> bool:
         finally:
             _at_an_end.discard(thread)
 
-    queue(end)
+    queue((lambda: queue(end)) if last else end)
     return True
 
 

@@ -33,6 +33,7 @@ from memtrace.tracing.tracer import Tracer
 let_fsdp_train()
 
 STEPS = 3
+UPDATED = (True, False, False, True, False, True)
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 FSDP: dict[str, dict[str, Any]] = {
     "fsdp": {},
@@ -40,7 +41,12 @@ FSDP: dict[str, dict[str, Any]] = {
     "fsdp-bf16": {"mp_policy": BF16},
     "fsdp-bf16-keep": {"mp_policy": BF16, "reshard_after_forward": False},
     "fsdp-bf16-offload": {"mp_policy": BF16, "offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    "fsdp-in-backward": {},
 }
+IN_BACKWARD = "fsdp-in-backward"
+"""Trained by one optimizer for each parameter, which drops its gradient inside the backward pass."""
+LEFT_OUT = ("ddp", "ddp-view", "fsdp", "fsdp-bf16")
+"""Trained for some steps more, without telling them, in which the loop leaves out updates."""
 FLAT_BF16 = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 FSDP1: dict[str, dict[str, Any]] = {
     "fsdp1": {},
@@ -69,7 +75,21 @@ def build(name: str) -> nn.Module:
     return fully_shard(model, mesh=mesh, **FSDP[name])
 
 
-def steps(model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> Iterator[None]:
+def optimizer_of(name: str, model: nn.Module) -> Any:
+    if name != IN_BACKWARD:
+        return torch.optim.AdamW(model.parameters(), lr=1e-3)
+    one_each = {parameter: torch.optim.AdamW([parameter], lr=1e-3) for parameter in model.parameters()}
+
+    def update(parameter: nn.Parameter) -> None:
+        one_each[parameter].step()
+        one_each[parameter].zero_grad()
+
+    for parameter in one_each:
+        parameter.register_post_accumulate_grad_hook(update)
+    return one_each
+
+
+def steps(model: nn.Module, optimizer: Any, losses: list[float]) -> Iterator[None]:
     """Trains; yields before the first step and after each one."""
     yield
     for step in range(STEPS):
@@ -81,9 +101,22 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float
                 loss = model(**batch(dist.get_rank(), step * MICRO_BATCHES + micro)).loss
                 loss.backward()
             losses.append(loss.item())
-        optimizer.step()
-        optimizer.zero_grad()
+        if isinstance(optimizer, torch.optim.Optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
         yield
+
+
+def counted(model: nn.Module, optimizer: torch.optim.Optimizer, updated: tuple[bool, ...]) -> int:
+    """Returns how many steps a tracer counts that nobody tells; where one is not updated its gradients are dropped."""
+    config = TracerConfig(strict=True, port=None, trace_every=0, device_poll_seconds=0, step_log=False)
+    with Tracer(model, optimizer, config) as tracer:
+        for number, is_updated in enumerate(updated):
+            model(**batch(dist.get_rank(), number)).loss.backward()
+            if is_updated:
+                optimizer.step()
+            optimizer.zero_grad()
+        return tracer.snapshot().totals.steps
 
 
 def run(name: str) -> dict[str, Any]:
@@ -92,14 +125,14 @@ def run(name: str) -> dict[str, Any]:
 
     def train_plain() -> Iterator[None]:
         plain.append(build(name))
-        yield from steps(plain[0], torch.optim.AdamW(plain[0].parameters(), lr=1e-3), plain_losses)
+        yield from steps(plain[0], optimizer_of(name, plain[0]), plain_losses)
 
     numels = [parameter.numel() for parameter in build_model().parameters()]
     plain_peak = peak_without_memtrace(train_plain, step=2)
     source = AllThreadsEvents()
     source.open()
     model = build(name)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = optimizer_of(name, model)
     losses: list[float] = []
     config = TracerConfig(strict=True, port=None, trace_every=0, device_poll_seconds=0)
     with Tracer(model, optimizer, config, source=source, explicit_steps=True) as tracer:
@@ -111,8 +144,10 @@ def run(name: str) -> dict[str, Any]:
             if number < STEPS:
                 tracer.begin_step()
         records = [record_to_json(record) for record in tracer.history]
+    same_weights = checksum(model) == checksum(plain[0])
     return {
         "engines": [engine.name for engine in find_engines(model, [optimizer])],
+        "steps_counted": counted(model, optimizer, UPDATED) if name in LEFT_OUT else None,
         "numels": numels,
         "names": [name for name, _ in build_model().named_parameters()],
         "shapes": [list(parameter.shape) for parameter in build_model().parameters()],
@@ -120,7 +155,7 @@ def run(name: str) -> dict[str, Any]:
         "losses": losses,
         "plain_losses": plain_losses,
         "plain_peak": plain_peak,
-        "same_weights": checksum(model) == checksum(plain[0]),
+        "same_weights": same_weights,
     }
 
 

@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "stage3_max_reuse_distance": 5_000,
         "sub_group_size": 10_000,
     },
+    "zero-2-one-bucket": {"stage": 2, "reduce_bucket_size": 500_000},
     "zero-2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     "zero-2-lora": {"stage": 2, "lora": True},
     "zero-3-lora": {"stage": 3, "lora": True, "stage3_param_persistence_threshold": 0},

@@ -53,16 +53,26 @@ class DdpEngine(Engine):
         self._wrapper = wrapper
         if not engines_torch_private.shows_ddp_buckets(wrapper):
             self.limitation = unread_engine(self.name, "its buckets", torch.__version__)
+        self._views = bool(wrapper.gradient_as_bucket_view)
         self._rebuilt: HiddenBuffers | None = None
         """The buckets of now, once the reducer has rebuilt them: it does so once, and to ask it takes long."""
 
     def hidden_buffers(self) -> HiddenBuffers | None:
+        """Returns the buckets, unless gradients are views of them."""
+        return None if self._views else self._buckets()
+
+    def gradient_buffers(self) -> HiddenBuffers | None:
+        """Returns the buckets where gradients are views of them."""
+        return self._buckets() if self._views else None
+
+    def _buckets(self) -> HiddenBuffers:
         """Returns the buckets of the gradients: those the reducer began with, and those it rebuilt in step 2."""
-        if self._rebuilt is not None or self._wrapper.gradient_as_bucket_view:
+        if self._rebuilt is not None:
             return self._rebuilt
         first, rebuilt = engines_torch_private.ddp_bucket_bytes(self._wrapper)
         types = {p.dtype for p in self._wrapper.parameters() if p.requires_grad}
-        tag = Tag(Category.COMM_BUFFERS, "bucket", dtype_name(types.pop()) if len(types) == 1 else "")
+        dtype = dtype_name(types.pop()) if len(types) == 1 else ""
+        tag = Tag(Category.GRADIENTS, "", dtype) if self._views else Tag(Category.COMM_BUFFERS, "bucket", dtype)
         hidden = HiddenBuffers(tag=tag, first=first, current=rebuilt or None)
         self._rebuilt = hidden if rebuilt else None
         return hidden

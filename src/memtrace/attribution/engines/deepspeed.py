@@ -104,9 +104,14 @@ class DeepSpeedEngine(Engine):
         _claim(getattr(self._optimizer, "grads_in_partition", None), Role(Category.GRADIENTS), ledger)
 
     def gradients(self) -> Iterable[torch.Tensor]:
-        """Returns the partitions of the reduced gradients."""
+        """Returns the partitions of the reduced gradients, and what the masters have: ZeRO-3 takes a sub-group out of
+        the inner optimizer when it has stepped, and offloaded it keeps its float32 gradient."""
         for attribute in _GRADIENTS:
             yield from _tensors(getattr(self._optimizer, attribute, None))
+        for attribute, role in _HELD:
+            if role.category is Category.MASTER_WEIGHTS:
+                masters = _tensors(getattr(self._optimizer, attribute, None))
+                yield from (master.grad for master in masters if master.grad is not None)
 
     def role_of(self, parameter: torch.Tensor) -> Role | None:
         """Returns what the full copy of a sharded parameter is: small ones are kept from step to step."""

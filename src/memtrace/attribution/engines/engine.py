@@ -94,3 +94,7 @@ class Engine:
     def hidden_buffers(self) -> HiddenBuffers | None:
         """Returns what the engine says about buffers that no Python object refers to; None where it has none."""
         return None
+
+    def gradient_buffers(self) -> HiddenBuffers | None:
+        """Returns the buffers that its gradients are views of, which stay when the loop drops these; None without."""
+        return None

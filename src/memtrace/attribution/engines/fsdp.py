@@ -43,6 +43,7 @@ class FsdpEngine(Engine):
 
     name = "FSDP2"
     shards = True
+    leaves_gradients = True
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules

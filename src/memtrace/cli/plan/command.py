@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from memtrace.attribution.garbage import uncollected
 from memtrace.cli.plan.markdown import plan_markdown
 from memtrace.cli.plan.options import (
     add_device_arguments,
@@ -65,9 +66,10 @@ class PlanCommand:
         check_simulation_options(arguments)
         device = capacity_of(arguments)
         if arguments.config is not None:
-            from memtrace.cli.plan.simulated import answer  # noqa: PLC0415 - torch and transformers take seconds
+            with uncollected():  # nothing of what is imported goes; a simulation collects at each micro batch
+                from memtrace.cli.plan.simulated import answer  # noqa: PLC0415 - torch and transformers take seconds
 
-            answered = answer(arguments, device)
+                answered = answer(arguments, device)
             _print(answered.plan, answered.remedies, arguments.format, answered.holdings)
             return EXIT_STATUS[answered.plan.verdict]
         request = request_of(arguments)
