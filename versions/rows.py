@@ -60,8 +60,8 @@ PACKAGES = (
 """What the tests need beside, in any version that fits."""
 
 _OF_NO_NODE = (
-    "The element type of what a checkpoint keeps of its input: that belongs to no node of autograd, and is known by its "
-    "life."
+    "The element type of what a checkpoint keeps of its input, which belongs to no node of autograd and is known by "
+    "its life."
 )
 
 ROWS = (
