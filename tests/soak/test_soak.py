@@ -26,7 +26,7 @@ OBJECT_BYTES = 24
 def soaked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the process held, every hundred steps."""
     command = [sys.executable, str(TESTS / "soak" / "training.py"), str(tmp_path_factory.mktemp("soak")), str(STEPS)]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), *sys.path)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
