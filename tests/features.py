@@ -28,8 +28,15 @@ def _listings_of_one_pool() -> bool:
     return "mempool_id" in inspect.signature(torch.cuda.memory_snapshot).parameters
 
 
+def _fsdp2_without_a_gpu() -> bool:
+    import torch
+
+    return hasattr(torch.cpu.Stream, "record_event")
+
+
 FEATURES: dict[str, Callable[[], bool]] = {
     "counters of every accelerator": _counters_of_every_accelerator,
+    "FSDP2 that runs without a GPU": _fsdp2_without_a_gpu,
     "grouped matrix products": _grouped_products,
     "listings of one memory pool": _listings_of_one_pool,
 }
