@@ -49,11 +49,18 @@ def _muon() -> bool:
     return hasattr(torch.optim, "Muon")
 
 
+def _fsdp2_under_trainer() -> bool:
+    import transformers
+
+    return "is_fsdp2" in inspect.getsource(transformers.Trainer)
+
+
 FEATURES: dict[str, Callable[[], bool]] = {
     "8-bit optimizers on a CPU": _eight_bit_optimizers_on_a_cpu,
     "counters of every accelerator": _counters_of_every_accelerator,
     "Muon": _muon,
     "FSDP2 that runs without a GPU": _fsdp2_without_a_gpu,
+    "FSDP2 under Trainer": _fsdp2_under_trainer,
     "grouped matrix products": _grouped_products,
     "listings of one memory pool": _listings_of_one_pool,
 }
