@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for needs in item.iter_markers("needs"):
             (feature,) = needs.args
             if missing(feature):
-                item.add_marker(pytest.mark.skip(reason=f"this torch has no {feature}"))
+                item.add_marker(pytest.mark.skip(reason=f"these versions have no {feature}"))
         if not any(item.iter_markers("xdist_group")) and not any(item.iter_markers("long")):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 

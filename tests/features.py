@@ -28,8 +28,39 @@ def _listings_of_one_pool() -> bool:
     return "mempool_id" in inspect.signature(torch.cuda.memory_snapshot).parameters
 
 
+def _fsdp2_without_a_gpu() -> bool:
+    import torch
+
+    return hasattr(torch.cpu.Stream, "record_event")
+
+
+def _eight_bit_optimizers_on_a_cpu() -> bool:
+    import bitsandbytes  # noqa: F401 - registers its operators
+    import torch
+
+    name = "bitsandbytes::optimizer_update_8bit_blockwise"
+    known = hasattr(torch.ops.bitsandbytes, "optimizer_update_8bit_blockwise")
+    return known and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+
+
+def _muon() -> bool:
+    import torch
+
+    return hasattr(torch.optim, "Muon")
+
+
+def _fsdp2_under_trainer() -> bool:
+    import transformers
+
+    return "is_fsdp2" in inspect.getsource(transformers.Trainer)
+
+
 FEATURES: dict[str, Callable[[], bool]] = {
+    "8-bit optimizers on a CPU": _eight_bit_optimizers_on_a_cpu,
     "counters of every accelerator": _counters_of_every_accelerator,
+    "Muon": _muon,
+    "FSDP2 that runs without a GPU": _fsdp2_without_a_gpu,
+    "FSDP2 under Trainer": _fsdp2_under_trainer,
     "grouped matrix products": _grouped_products,
     "listings of one memory pool": _listings_of_one_pool,
 }

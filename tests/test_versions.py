@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from versions import page
+from versions.environments import installed
 from versions.names import NAMES, has
-from versions.rows import ROWS
+from versions.rows import PACKAGES, ROWS, Row
+from versions.run import differences
 
 PACKAGE = Path(__file__).parent.parent / "src" / "memtrace"
 HOMES = (
@@ -71,3 +74,20 @@ def test_the_page_is_what_the_runs_have_noted() -> None:
         if row.torch in known:
             covered, _ = page.explanations(row, known[row.torch])
             assert {*covered} == {one.reason for one in row.explained}
+
+
+def test_a_row_is_run_in_no_other_environment_than_its_own() -> None:
+    """What differs is named, as is what is not there; what a build adds to its version does not count."""
+    row = Row(torch="2.6.0", transformers="4.50.3", others=("accelerate==1.6.0",))
+    there = dict.fromkeys(("torch", "transformers", "accelerate"), "2.6.0")
+    others = {one.partition("<")[0]: "9.1.1" for one in PACKAGES}
+    assert differences(row, {**others, **there, "pytest": "9.2.0", "psutil": None}) == [
+        "transformers==4.50.3: 2.6.0",
+        "accelerate==1.6.0: 2.6.0",
+        "psutil: not installed",
+        "pytest<9.2: 9.2.0",
+    ]
+    found = installed(Path(sys.executable), ["torch", "no-such-package"])
+    assert found["no-such-package"] is None
+    assert found["torch"] is not None
+    assert "+" not in found["torch"]

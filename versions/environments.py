@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -39,6 +40,28 @@ def environment(directory: Path, wanted: Iterable[str], *, alone: Iterable[str] 
         if alone := [*alone]:
             subprocess.run([*install, "--no-deps", *alone], check=True, env=variables)
     return python
+
+
+def installed(python: Path, packages: Iterable[str]) -> dict[str, str | None]:
+    """Returns the version of each package that an environment has, without what a build adds to it (`+cpu`).
+
+    None stands for one that is not there.
+    """
+    code = """
+import json, sys
+from importlib.metadata import PackageNotFoundError, version
+
+def found(name):
+    try:
+        return version(name).partition("+")[0]
+    except PackageNotFoundError:
+        return None
+
+print(json.dumps({name: found(name) for name in sys.argv[1:]}))
+"""
+    output = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True, check=True).stdout
+    versions: dict[str, str | None] = json.loads(output)
+    return versions
 
 
 def version_of(python: Path) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from versions.environments import ROOT, VARIABLES, environment, version_of
+from versions.environments import ROOT, VARIABLES, environment, installed, version_of
 
 RESULTS = Path(__file__).parent / "frameworks.json"
 PAGE = ROOT / "docs" / "frameworks.md"
@@ -232,17 +232,12 @@ def main() -> int:
             print(error, file=sys.stderr)
             failed = 1
             continue
-        versions = {name: _installed(python, name) for name in ("torch", "transformers")}
-        note = {"version": _installed(python, one.package), "python": version_of(python), **versions, **found}
+        versions = installed(python, (one.package, "torch", "transformers"))
+        note = {"version": versions.pop(one.package), "python": version_of(python), **versions, **found}
         RESULTS.write_text(json.dumps({**results(), one.name: note}, indent=1) + "\n")
         print(f"{one.name} {note['version']}: {found['steps']} steps, {found['traced']} traced", file=sys.stderr)
     PAGE.write_text(page())
     return failed
-
-
-def _installed(python: Path, package: str) -> str:
-    code = f"from importlib.metadata import version; print(version({package!r}).partition('+')[0])"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -6,20 +6,34 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
+from packaging.requirements import Requirement
+
 from versions import page
-from versions.environments import ROOT, VARIABLES, environment, version_of
+from versions.environments import ROOT, VARIABLES, environment, installed, version_of
 from versions.rows import PACKAGES, ROWS, TESTS, Row
 
 
 def wanted_by(row: Row) -> list[str]:
     """Returns what is installed for a row."""
     return [f"torch=={row.torch}", f"transformers=={row.transformers}", *row.others, *PACKAGES]
+
+
+def differences(row: Row, found: Mapping[str, str | None]) -> list[str]:
+    """Returns what an environment has otherwise than its row says: a package without a version must be there."""
+    wanted = (Requirement(one) for one in wanted_by(row))
+    return [
+        f"{one}: {found[one.name] or 'not installed'}"
+        for one in wanted
+        if found[one.name] is None or not one.specifier.contains(found[one.name] or "", prereleases=True)
+    ]
 
 
 def run(python: Path, tests: str, workers: int) -> dict[str, Any]:
@@ -76,6 +90,9 @@ def main() -> None:
         if arguments.rows and row.torch not in arguments.rows:
             continue
         python = environment(arguments.environments.absolute() / row.torch, wanted_by(row))
+        there = installed(python, [Requirement(one).name for one in wanted_by(row)])
+        if wrong := differences(row, there):
+            sys.exit(f"the environment of torch {row.torch} is another than its row: {', '.join(wrong)}")
         table = json.loads(page.TABLE.read_text()) if page.TABLE.exists() else {}
         table[row.torch] = names(python)
         table = {known.torch: table[known.torch] for known in ROWS if known.torch in table}

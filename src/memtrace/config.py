@@ -319,7 +319,7 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
         meant = None
         if isinstance(value, str):
             with suppress(ValueError):
-                meant = float(value)
+                meant = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
         hint = _write(meant) if meant is not None and low <= meant <= high else ""
         raise ConfigError(f"{name} must be {low}..{high}, got {value!r}{hint}")
 

@@ -75,6 +75,7 @@ class TestSettings:
             ({"port": "16368"}, "port must be 0..65535, got '16368': write 16368"),
             ({"device_limit_bytes": 12e9}, "device_limit_bytes must be .*, got 12000000000.0: write 12000000000"),
             ({"device_limit_bytes": "24GiB"}, "device_limit_bytes must be .*, got '24GiB': write 25769803776"),
+            ({"overhead_budget": "1%"}, "overhead_budget must be [01.]+, got '1%': write 0.01"),
         ):
             with pytest.raises(ConfigError, match=f"^{message.replace('?', '[?]')}$"):
                 way(**settings)
@@ -115,6 +116,14 @@ MISTAKES: dict[str, tuple[Callable[[Any, Any], object], str]] = {
         lambda model, _: MemoryTracer(model, model.parameters(), **NOWHERE),
         "got generator: write the optimizer, not model.parameters()",
     ),
+    "parameters for the wrapped optimizer": (
+        lambda model, _: MemTraceOptimizer(model.parameters(), model, **NOWHERE),
+        "MemTraceOptimizer wraps an optimizer, got generator: write the optimizer, not model.parameters()",
+    ),
+    "listed parameters for the wrapped optimizer": (
+        lambda model, _: MemTraceOptimizer([*model.parameters()], model, **NOWHERE),
+        "MemTraceOptimizer wraps an optimizer, got list: write the optimizer, not model.parameters()",
+    ),
     "the model twice": (
         lambda model, _: MemoryTracer(model, model, **NOWHERE),
         "got Sequential, a module: write MemTraceOptimizer(optimizer, model)",
@@ -122,6 +131,10 @@ MISTAKES: dict[str, tuple[Callable[[Any, Any], object], str]] = {
     "a list of models": (
         lambda model, optimizer: MemoryTracer([model], optimizer, **NOWHERE),
         "got list of modules: write nn.ModuleList([...])",
+    ),
+    "named models": (
+        lambda model, optimizer: MemoryTracer({"student": model}, optimizer, **NOWHERE),
+        "got dict of modules: write nn.ModuleDict(...)",
     ),
     "a class of models": (
         lambda _, optimizer: MemoryTracer(nn.Linear, optimizer, **NOWHERE),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def test_crash_of_the_script_is_reported_before_the_traceback(tmp_path: Path) ->
     tests = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", CRASH, str(tmp_path)],
-        env={"PYTHONPATH": f"{tests / 'adapters'}:{tests}", "HF_HUB_OFFLINE": "1"},
+        env={"PYTHONPATH": os.pathsep.join([str(tests / "adapters"), *sys.path]), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=240,

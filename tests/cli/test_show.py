@@ -105,7 +105,11 @@ def test_a_log_of_which_only_the_older_part_is_left(tmp_path: Path, capsys: pyte
     ("arguments", "message"),
     [
         (["nothing"], "nothing: there is no such step log"),
-        (["empty"], "empty: there is no step log in this directory or one below, no steps-rank<R>.jsonl"),
+        (
+            ["empty"],
+            "empty: there is no step log in this directory or one below, no steps-rank<R>.jsonl; "
+            "`memtrace runs empty` lists those further down",
+        ),
         (["begun.jsonl"], "begun.jsonl: there is no finished step yet"),
         (["run", "--rank", "7"], "run has no log of rank 7"),
         (["run", "--step", "7"], "run/steps-rank0.jsonl has no step 7; its last one is step 12"),

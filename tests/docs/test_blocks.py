@@ -1,4 +1,4 @@
-"""Every block of the documentation runs as written and shows what the page says, or is named here with the reason why not.
+"""Every block of the documentation runs as written and shows what the page says, or is named here with a reason.
 
 README.md has a test of its own.
 """
@@ -20,7 +20,7 @@ PAGES = [page for page in PAGES if page.exists()]
 
 NOT_RUN = {
     "pip install": "installs from a registry; continuous integration installs the wheel that it has built",
-    "curl -s http://127.0.0.1:16368/metrics": "asks a run that goes on, at the default port, which may be another's here",
+    "curl -s http://127.0.0.1:16368/metrics": "asks a run that goes on, at the default port, which another may have",
     "MEMTRACE_LINGER_SECONDS=30 python finetune.py": "the script of the reader",
     "git clone": "needs the address of the repository",
     "memtrace bisect ": "installs releases from a registry; tests/cli/test_bisect.py has packages of its own",
@@ -58,7 +58,8 @@ output that tests/test_regressions.py compares."""
 
 STATUS = {
     "memtrace plan --params 8e9 --activation-ratio 0.3 --device H100-80GB --what-if": 2,
-    "memtrace plan --config ./Llama-3-8B --seq-len 2048 --recipe bf16-master --device H100-80GB --what-if --by-module": 2,
+    "memtrace plan --config ./Llama-3-8B --seq-len 2048 --recipe bf16-master --device H100-80GB --what-if "
+    "--by-module": 2,
     "memtrace check --format text --format junit=report.xml": 1,
     "python examples/finetune_trainer.py --output-dir small --max-steps 3 \\\n"
     "    --max-tokens 128 --held-out 100 --memory-limit 700MiB": 1,
@@ -72,8 +73,9 @@ LONG = {
     "docs/plan.md": "simulates Llama-3-8B several times, for what would save memory",
 }
 
-LLAMA = """{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
-"num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+LLAMA = """{"model_type": "llama", "architectures": ["LlamaForCausalLM"],
+"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+"num_hidden_layers": 32, "num_key_value_heads": 8, "vocab_size": 128256,
 "max_position_embeddings": 8192, "rope_theta": 500000.0, "rms_norm_eps": 1e-05, "tie_word_embeddings": false,
 "torch_dtype": "bfloat16"}"""
 

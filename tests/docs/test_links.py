@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,32 @@ def broken(page: Path) -> list[str]:
         target = page.parent / path if path else page
         if "://" in link:
             continue
-        if not target.exists():
-            found.append(link)
-        elif anchor and anchor not in anchors(target.read_text(encoding="utf-8")):
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
             found.append(link)
     return found
+
+
+def own_addresses(text: str) -> list[str]:
+    """Returns the addresses on other machines that memtrace is said to have in a text."""
+    return re.findall(r"(?:https?://|git@|\b(?:git(?:hub|lab)|ghcr)\.\w+[/:])[\w./:@-]*memtrace[\w./@-]*", text)
+
+
+def test_one_place_says_where_memtrace_is() -> None:
+    """The metadata of a release: its page, which the upload makes. No other file has an address that may not exist."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    suffixes = {".md", ".py", ".toml", ".yml", ".yaml", ".json", ".sh", ".ipynb", ""}
+    paths = [ROOT / name for name in tracked.split("\0") if name and not name.startswith("tests/")]
+    found = {
+        path.relative_to(ROOT).as_posix(): addresses
+        for path in paths
+        if path.suffix in suffixes and (addresses := own_addresses(path.read_text(encoding="utf-8")))
+    }
+    assert found == {"pyproject.toml": ["https://pypi.org/project/torch-memtrace/"]}
+    assert own_addresses("see https://memtrace.io/docs, git@github.com:a/memtrace.git, ghcr.io/a/memtrace:1") == [
+        "https://memtrace.io/docs",
+        "git@github.com:a/memtrace.git",
+        "ghcr.io/a/memtrace",
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -90,7 +90,9 @@ def test_docstrings_are_read_as_they_are_written(site: Path) -> None:
     assert "```" not in words
 
 
-@pytest.mark.parametrize(("name", "heading"), [("index", "memtrace"), ("api", "Python"), ("out-of-memory", "My run is")])
+@pytest.mark.parametrize(
+    ("name", "heading"), [("index", "memtrace"), ("api", "Python"), ("out-of-memory", "My run is")]
+)
 def test_pages_are_right_in_a_browser(site: Path, name: str, heading: str) -> None:
     """No error, nothing asked of other machines, nothing wider than a narrow window but what scrolls by itself."""
     with files(site) as address, page(width=900) as (opened, wrong, asked):

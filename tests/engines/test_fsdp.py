@@ -146,6 +146,7 @@ def test_the_page_has_the_measured_bytes(torch_engines):
     check_table("fsdp", ["", "weights", "masters", "gradients", "optimizer state", "gathered copies"], rows)
 
 
+@pytest.mark.needs("FSDP2 that runs without a GPU")
 def test_simulated_plans_are_what_each_rank_measured(torch_engines):
     """Persistent categories to the byte on both ranks, the peak within 5 %; docs/engines.md shows the errors."""
     check_table("fsdp plans", HEADER, plan_rows(torch_engines, PLANS), exact=False)

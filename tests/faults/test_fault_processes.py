@@ -17,7 +17,7 @@ from stub_nvml import StubLibraries, StubProcess
 from memtrace.exporters.run_directory.steplog import read_step_log
 
 TESTS = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), *sys.path)), "OMP_NUM_THREADS": "1"}
 DEVICE = "device GPU-1 Stub\ntotal 1000\nfree 400\nused 600\n"
 
 TRAIN_WITH_DRIVER = """

@@ -47,14 +47,15 @@ def zero3(*, world_size: int = 4, **thresholds: int) -> Sharding:
     )
 
 
+FSDP2 = pytest.mark.needs("FSDP2 that runs without a GPU")
 OFFLOADS = [
     (Strategy.ZERO1, Offload.OPTIMIZER, "hf-autocast"),
     (Strategy.ZERO2, Offload.OPTIMIZER, "bf16-master"),
     (Strategy.ZERO2, Offload.OPTIMIZER, "qlora"),
     (Strategy.ZERO3, Offload.OPTIMIZER, "lora"),
     (Strategy.ZERO3, Offload.PARAMETERS, "qlora"),
-    (Strategy.FSDP, Offload.PARAMETERS, "hf-autocast"),
-    (Strategy.FSDP, Offload.PARAMETERS, "lora"),
+    pytest.param(Strategy.FSDP, Offload.PARAMETERS, "hf-autocast", marks=FSDP2),
+    pytest.param(Strategy.FSDP, Offload.PARAMETERS, "lora", marks=FSDP2),
 ]
 
 
@@ -149,7 +150,17 @@ def test_what_is_not_simulated_is_refused(sharding: Sharding, recipe: str, messa
         planned(sharding, recipe)
 
 
-@pytest.mark.parametrize("options", [["--zero", "1"], ["--zero", "2"], ["--zero", "3"], ["--fsdp"]])
+def test_fsdp2_that_needs_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of torch 2.6 is, with what to do instead; no process group is left."""
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
+    with pytest.raises(PlanError, match="does not run without a GPU; give --params instead of --config"):
+        planned(Sharding(strategy=Strategy.FSDP, world_size=2), "bf16-master")
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "options", [["--zero", "1"], ["--zero", "2"], ["--zero", "3"], pytest.param(["--fsdp"], marks=FSDP2)]
+)
 def test_the_command_shards(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Masters over four ranks are a quarter of what one rank has, padding aside."""
     CONFIG.save_pretrained(tmp_path)

@@ -31,7 +31,7 @@ def soaked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         str(tmp_path_factory.mktemp("soak")),
         str(STEPS),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), *sys.path)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
     found: dict[str, Any] = json.loads(done.stdout)
     return found

@@ -147,7 +147,7 @@ class TestWindow:
         )
         assert (silent.stdout, silent.stderr) == ("2\n1 1 True\n", "")
         assert chosen.stdout == silent.stdout
-        assert "profiler_start" in chosen.stderr
+        assert "Completed Stage: Collection" in chosen.stderr
 
     def test_a_block_that_outlives_the_window(self, source: CpuEvents) -> None:
         """Its free is seen in the next window, where there is one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from operator import itemgetter
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Self
@@ -168,6 +168,10 @@ def _wrapping(cls: type[Any], optimizer: object) -> type[Any]:
         name = optimizer.__name__
         raise ConfigError(f"MemTraceOptimizer wraps an optimizer, got the class {name}: write {name}(...) itself")
     kind = type(optimizer)
+    if isinstance(optimizer, Iterator) or (isinstance(optimizer, list) and any(map(torch.is_tensor, optimizer))):
+        raise ConfigError(
+            f"MemTraceOptimizer wraps an optimizer, got {kind.__name__}: write the optimizer, not model.parameters()"
+        )
     advice = "hand it to MemoryTracer(model, optimizer) instead, and step it as it is"
     if not hasattr(optimizer, "__dict__"):
         raise ConfigError(f"MemTraceOptimizer wraps one optimizer, got a {kind.__name__}: {advice}")

@@ -100,7 +100,10 @@ def find_logs(path: Path) -> list[Path]:
             if each.is_dir() and (logs := _logs_in(each)):
                 below.setdefault(each.resolve(), logs)
     if not below:
-        raise LogFormatError(f"{path}: there is no step log in this directory or one below, no steps-rank<R>.jsonl")
+        raise LogFormatError(
+            f"{path}: there is no step log in this directory or one below, no steps-rank<R>.jsonl; "
+            f"`memtrace runs {path}` lists those further down"
+        )
     if len(below) > 1:
         newest = sorted((logs[0].parent for logs in below.values()), key=_modified, reverse=True)
         runs = ", ".join(map(str, newest[:_NAMED])) + (", and others" if len(newest) > _NAMED else "")

@@ -249,8 +249,9 @@ def _sharded(model: nn.Module, training: Training, stack: ExitStack) -> nn.Modul
     if sharding.strategy is not Strategy.FSDP:
         return model
     from memtrace.planning.sharding.updates import fully_sharded  # noqa: PLC0415 - torch.distributed takes a second
-    from memtrace.simulation.fake_ranks import fake_ranks  # noqa: PLC0415
+    from memtrace.simulation.fake_ranks import check_fsdp, fake_ranks  # noqa: PLC0415
 
+    check_fsdp()
     stack.enter_context(fake_ranks(sharding.rank, sharding.world_size))
     return fully_sharded(model, training.recipe, sharding)
 

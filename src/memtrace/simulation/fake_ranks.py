@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore  # the only home of torch's "fake" backend
 
@@ -25,3 +26,16 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def check_fsdp() -> None:
+    """Checks that FSDP2 of the installed torch runs without a GPU.
+
+    Raises:
+        PlanError: it does not: in torch 2.6 what stands for a stream of the CPU cannot do what FSDP2 asks of one.
+    """
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        raise PlanError(
+            f"a simulated plan under FSDP2 needs a newer torch: FSDP2 of {torch.__version__} does not run without a "
+            "GPU; give --params instead of --config, or plan with torch 2.8"
+        )

@@ -71,6 +71,8 @@ class OperatorResults:
                 return _slice(*call.args, **call.kwargs)
             if call.operator._schema.name.startswith(_ON_LISTS):
                 found = self._of_lists(call)
+            elif call.operator.namespace == "c10d":
+                found = _of_ranks(call)
             else:
                 found = self._ask(call.operator, call.args, call.kwargs)
             self._known[call.key] = found
@@ -128,6 +130,19 @@ def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     if isinstance(value, dict):
         return {name: map_tensors(function, item) for name, item in value.items()}
     return value
+
+
+def _of_ranks(call: Call) -> Result:
+    """Returns what a collective returns: the process group is asked, with empty tensors, since fake ranks move nothing.
+
+    Of torch's own kernels without memory for collectives there are none in 2.6, and from 2.11 on only those that are
+    always loaded.
+    """
+    empty = [torch.empty(0, dtype=tensor.dtype) for tensor in call.inputs]
+    following = iter(empty)
+    args = map_tensors(lambda _: next(following), call.args)
+    kwargs = map_tensors(lambda _: next(following), call.kwargs)
+    return _describe(call.operator(*args, **kwargs), empty)
 
 
 def _read(values: Iterable[Any], parts: list[Any], tensors: list[torch.Tensor]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
+from fsdp_on_a_cpu import let_fsdp_train
 from model import build_model
 from report import checksum, write_report
 from torch.utils.data import Dataset
@@ -20,6 +21,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from memtrace import MemTraceCallback
 from memtrace.attribution.engines import find_engines
+
+let_fsdp_train()
 
 STEPS = 4
 
@@ -46,9 +49,16 @@ def deepspeed_settings(stage: int) -> dict[str, Any]:
     }
 
 
+FSDP2 = {
+    "version": 2,
+    "transformer_layer_cls_to_wrap": ["BertLayer"],
+    "sync_module_states": False,
+    "cpu_ram_efficient_loading": False,
+}
+"""Said in full, since transformers before 5.17 has other defaults."""
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
-    "fsdp2": {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}, "bf16": True},
+    "fsdp2": {"fsdp": "full_shard auto_wrap", "fsdp_config": FSDP2, "bf16": True},
     **{f"zero-{stage}": {"deepspeed": deepspeed_settings(stage), "bf16": True} for stage in (1, 2, 3)},
 }
 
@@ -99,6 +109,7 @@ def train(engine: str, callbacks: list[Any]) -> dict[str, Any]:
         # Accelerate asks for FSDP only where it found several accelerators, and a CPU is none to it: this word of its
         # state is changed, everything after it is its own way.
         arguments.distributed_state.distributed_type = DistributedType.MULTI_XPU
+        os.environ["FSDP_VERSION"] = "2"  # as `accelerate launch` says it: Trainer itself did not before transformers 5
     trainer = Trainer(build_model(), arguments, train_dataset=Examples(), callbacks=callbacks)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -97,7 +97,12 @@ def _instead_of_a_model(given: object) -> str:
     if isinstance(given, Iterator) or (isinstance(given, Sequence) and any(map(torch.is_tensor, given))):
         return f"{kind}: write model, not model.parameters()"
     if isinstance(given, Mapping):
-        return f"{kind}: write model, not model.state_dict()"
+        modules = any(isinstance(one, nn.Module) for one in given.values())
+        return (
+            f"{kind} of modules: write nn.ModuleDict(...)"
+            if modules
+            else f"{kind}: write model, not model.state_dict()"
+        )
     return f"{kind}: write the module that is trained"
 
 

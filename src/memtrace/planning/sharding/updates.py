@@ -160,12 +160,15 @@ def fully_sharded(model: nn.Module, recipe: Recipe, sharding: Sharding, *, train
     policy = MixedPrecisionPolicy()
     if recipe.compute != recipe.updated:
         policy = MixedPrecisionPolicy(param_dtype=getattr(torch, recipe.compute), reduce_dtype=torch.float32)
+    settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
     # torch does not free the root's weights after the forward pass unless it is told to: the backward pass begins there
-    reshard = True if not trained else None if sharding.reshard_after_forward else False
+    if not (trained and sharding.reshard_after_forward):
+        settings["reshard_after_forward"] = not trained
     whole = {tensor for layer in quantized_layers(model) for tensor in layer.scale_tensors}
-    ignored: dict[str, Any] = {"ignored_params": whole} if whole else {}  # torch 2.6 leaves out none
+    if whole:  # torch 2.6 leaves out none
+        settings["ignored_params"] = whole
     for unit in [*sharding_units(model), model]:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, **ignored)
+        fully_shard(unit, **settings)
     return model
 
 
