@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import wraps
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -184,6 +185,14 @@ def held_by(
         return module._parameters, module._buffers
     except AttributeError:
         return dict(module.named_parameters(recurse=False)), dict(module.named_buffers(recurse=False))
+
+
+own_parameters: Callable[[torch.nn.Module], Any] = (
+    attrgetter("_parameters")
+    if hasattr(torch.nn.Module(), "_parameters")
+    else lambda module: dict(module.named_parameters(recurse=False))
+)
+"""Returns the parameters of a module itself by name, None among them, without a call of Python."""
 
 
 def identities(modules: Iterable[torch.nn.Module | None]) -> list[int]:
