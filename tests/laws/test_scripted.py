@@ -86,7 +86,7 @@ def test_a_scripted_model_is_watched_as_any_other(trace_every: int) -> None:
 def test_that_another_form_of_the_model_is_trained_is_said(
     make: Callable[[nn.Module], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its forward passes are not the watched model's: steps are counted, one line and one metric say what is missing."""
+    """Its forward passes are not the watched model's: steps are counted, one line and a metric say what is missing."""
     model = Perceptron()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with caplog.at_level(logging.WARNING, "memtrace"), Tracer(model, optimizer, TracerConfig(**QUIET)) as tracer:

@@ -196,6 +196,10 @@ class _WeakHook:
         if found is not None:
             found(argument)
 
+    def is_of(self, method: Callable[[Any], None]) -> bool:
+        """Returns whether this is the method that is called."""
+        return bool(self._alive() == method)
+
 
 def weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
     """Returns what calls a bound method as long as its object is there: torch holds hooks where no collector looks.
@@ -203,6 +207,12 @@ def weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
     The form of every hook of memtrace on a gradient that outlives a step.
     """
     return _WeakHook(method)
+
+
+def hears_gradient(parameter: nn.Parameter, method: Callable[[Any], None]) -> bool:
+    """Returns whether a hook that `weakly` has made of this method is on the gradient of a leaf."""
+    hooks = autograd_torch_private.gradient_hooks(parameter)
+    return any(isinstance(hook, _WeakHook) and hook.is_of(method) for hook in hooks)
 
 
 def others_take_gradient(parameter: nn.Parameter) -> bool:

@@ -73,9 +73,9 @@ is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: Fa
 def around_scripting(around: Callable[[], AbstractContextManager[Any]]) -> Callable[[], None]:
     """Enters `around()` while `torch.jit.script` compiles a module; returns what ends that.
 
-    Torch has no place to be told of it before it reads the hooks of the module. So it is put around the one function that
-    all ways of scripting a module come to, and taken off again unless somebody has put another one in its place. Without
-    effect where torch has changed: then it raises on hooks.
+    Torch has no place to be told of it before it reads the hooks of the module. So it is put around the one function
+    that all ways of scripting a module come to, and taken off again unless somebody has put another one in its place.
+    Without effect where torch has changed: then it raises on hooks.
     """
     recursive = getattr(torch.jit, "_recursive", None)
     before: Callable[..., Any] | None = getattr(recursive, "create_script_module", None)
@@ -96,7 +96,7 @@ def around_scripting(around: Callable[[], AbstractContextManager[Any]]) -> Calla
 
 
 def remove_module_hook(module: torch.nn.Module, hook: Callable[..., Any]) -> None:
-    """Removes a hook on forward passes from a module of which nobody has the handle: a copy. Nothing if torch changed."""
+    """Removes a hook on forward passes from a module of which nobody has the handle, as from a copy."""
     for name in ("_forward_pre_hooks", "_forward_hooks"):
         hooks: dict[int, Any] = getattr(module, name, {})
         for number in [number for number, known in hooks.items() if known is hook]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from memtrace.attribution.scan import Scan
 from memtrace.guard import Guard
-from memtrace.sources.hooks import HookSet, weakly
+from memtrace.sources.hooks import HookSet, hears_gradient, weakly
 
 _IN_A_ROW = 3
 """Steps with dropped gradients in a row after which they are a part of each step."""
@@ -45,7 +45,7 @@ class DroppedGradients:
         """Steps in a row in which gradients were dropped, the one at work included."""
 
     def follow(self, model: nn.Module, hooks: HookSet) -> None:
-        """Looks at the first parameter that is trained, until the hooks are closed.
+        """Looks at the first parameter that is trained, until the hooks are closed; call it again where that changes.
 
         Its gradient is mostly among the last of a backward pass, so that one that fails on its way has none.
         """
@@ -53,7 +53,8 @@ class DroppedGradients:
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.requires_grad and parameter.is_leaf:
                     self._holder, self._name = weakref.ref(module), name
-                    hooks.after_gradient((parameter,), weakly(self._hears), first=True)
+                    if not hears_gradient(parameter, self._hears):
+                        hooks.after_gradient((parameter,), weakly(self._hears), first=True)
                     return
 
     @property
