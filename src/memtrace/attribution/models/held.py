@@ -96,7 +96,8 @@ def have_gradients(parameters: Iterable[Callable[[], torch.Tensor | None]]) -> l
     What another tensor has that is held in the place of one stands for it. Takes about 0.1 us each: it is asked in each
     step, and most of what that would take are calls.
     """
-    get = dict.get
+    get: Callable[[Any, str], Any] = dict.get
+    found: Any
     return [
         (
             (module := find.module()) is not None and (found := get(own_parameters(module), find.name)) is not None
@@ -129,7 +130,7 @@ class _Place(NamedTuple):
 
 def _place(
     module: weakref.ref[nn.Module], which: int, held: Mapping[str, _Tensor | None], name: str, tensor: _Tensor
-) -> Callable[[], _Tensor | None]:
+) -> Callable[[], Any]:
     """Returns what returns a tensor as long as its module holds it by this name.
 
     As long as it lives where the module holds tensors in no dictionary, as a scripted one does.
