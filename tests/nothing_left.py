@@ -1,4 +1,5 @@
-"""Before and after every test: no thread of memtrace, no hook and no profiler is left, and `sys.exit` is Python's."""
+"""Before and after every test: no thread of memtrace, no hook and no profiler is left, and `sys.exit` is Python's, and
+what scripts modules torch's."""
 
 from __future__ import annotations
 
@@ -48,14 +49,20 @@ def recorders_of_torch() -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
+def scripts_modules() -> Any:
+    """Returns what of torch scripts modules; None where torch is not loaded."""
+    return getattr(sys.modules.get("torch.jit._recursive"), "create_script_module", None)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """Looks before and after each test."""
-    hooks, leave = global_hooks_of_torch(), sys.exit
+    hooks, leave, script = global_hooks_of_torch(), sys.exit, scripts_modules()
     assert (memtrace_threads(), recorders_of_torch()) == ([], {})
     yield
     assert (memtrace_threads(), recorders_of_torch()) == ([], {})
     assert global_hooks_of_torch() == hooks
-    if sys.exit is not leave:
+    if sys.exit is not leave or scripts_modules() is not script:
         gc.collect()  # a tracer with a fault of its own could not say that it ends: it does when it is collected
     assert sys.exit is leave
+    assert script is None or scripts_modules() is script

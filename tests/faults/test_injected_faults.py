@@ -168,9 +168,12 @@ def is_within(frame: FrameType | None, name: str) -> bool:
 
 @pytest.mark.parametrize("at", [1, 4], ids=["first call", "fourth call"])
 def test_fault_in_any_function_never_reaches_training(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, at: int
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """Final weights are those without memtrace, the log has the traceback, and nothing is left in torch."""
+    """Final weights are those without memtrace, the log has the traceback, nothing is left in torch, and no finalizer
+    of what was half made raises."""
+    unraisable: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda told: unraisable.append(f"{told.object}: {told.exc_value!r}"))
     expected = train(steps=STEPS)
     names = functions_that_run(tmp_path / "watched")
     assert len(names) > 150, "the run is watched"
@@ -182,6 +185,7 @@ def test_fault_in_any_function_never_reaches_training(
         assert_same(state, expected)
         assert recorders_of_torch() == {}, f"a fault in {name} leaves something behind"
         assert not injection.raised or f"Fault: {name}" in caplog.text, f"a fault in {name} is silent"
+        assert [told for told in unraisable if f"Fault('{name}')" not in told] == [], f"after a fault in {name}"
 
 
 CALLBACK_METHODS = sorted(

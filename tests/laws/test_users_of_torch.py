@@ -92,6 +92,18 @@ def traced_by_jit(training: Training) -> torch.Tensor:
     return torch.jit.trace(training.model, training.rows(), check_trace=False)(training.rows())
 
 
+def scripted(training: Training) -> torch.Tensor:
+    return torch.jit.script(training.model)(training.rows())
+
+
+def scripted_inside_another(training: Training) -> torch.Tensor:
+    return torch.jit.script(nn.Sequential(training.model))(training.rows())
+
+
+def scripted_copy(training: Training) -> torch.Tensor:
+    return torch.jit.script(copy.deepcopy(training.model).eval())(training.rows())
+
+
 def deep_copied(training: Training) -> torch.Tensor:
     other = copy.deepcopy(training.model)
     result = other(training.rows())
@@ -195,6 +207,9 @@ BETWEEN: tuple[Callable[[Training], torch.Tensor], ...] = (
     forward_derivative,
     exported,
     traced_by_jit,
+    scripted,
+    scripted_inside_another,
+    scripted_copy,
     deep_copied,
     optimizer_deep_copied,
     state_loaded,

@@ -152,6 +152,50 @@ class TestHookSet:
             monkeypatch.setitem(sys.modules, name, None)
         assert pickle.loads(pickled)(torch.ones(1, 2)).shape == (1, 2)
 
+    def test_a_deep_copy_has_no_hook_left(self) -> None:
+        """It is as a copy without memtrace, with the hooks of the user: it can be scripted, too."""
+        module, calls = nn.Sequential(nn.Linear(2, 2)), []
+        with HookSet() as hooks:
+            hooks.before_forward(module, lambda *_: None)
+            hooks.after_forward(module[0], lambda *_: None)
+            other, _ = copy.deepcopy((module, module))
+            torch.jit.script(other)
+            assert has_hooks(module) == (True, False)
+            module.register_forward_hook(lambda *_: calls.append("user"))
+            copy.deepcopy(module)(torch.ones(1, 2))
+        assert calls == ["user"]
+        assert has_hooks(other) == has_hooks(other[0]) == (False, False)
+        assert not other._forward_pre_hooks_with_kwargs
+        assert not other[0]._forward_hooks_always_called
+
+    def test_they_are_off_while_a_module_is_scripted(self) -> None:
+        """Whichever module around or inside it: the result is the same, and afterwards they are heard as before, those
+        that have come off meanwhile left out."""
+        module, calls = nn.Sequential(nn.Linear(2, 2)), []
+        bare = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
+        compile_module = torch.jit._recursive.create_script_module
+        with HookSet() as hooks, HookSet() as others:
+            hooks.before_forward(module, lambda *_: calls.append("before"))
+            hooks.after_forward(module, lambda *_: calls.append("after"))
+            others.before_forward(module[0], lambda *_: calls.append("inside"))
+            for scripted in (torch.jit.script(module), next(torch.jit.script(nn.Sequential(module)).children())):
+                assert scripted.code == bare.code
+                assert not scripted._forward_hooks
+                assert not scripted._forward_pre_hooks
+                scripted(torch.ones(1, 2))
+            assert calls == []
+            module(torch.ones(1, 2))
+            assert calls == ["before", "inside", "after"]
+            with pytest.raises(RuntimeError), hooks.aside():
+                others.close()
+                raise RuntimeError
+            module(torch.ones(1, 2))
+            with hooks.aside():
+                hooks.close()
+            module(torch.ones(1, 2))
+        assert calls == ["before", "inside", "after", "before", "after"]
+        assert torch.jit._recursive.create_script_module is compile_module
+
     def test_closed_in_reverse_and_once(self) -> None:
         """The last one first; closing again does nothing; a closed set can be used again."""
         calls: list[str] = []
@@ -164,6 +208,11 @@ class TestHookSet:
         hooks.callback(lambda: calls.append("third"))
         hooks.close()
         assert calls[-1] == "third"
+
+
+def has_hooks(module: nn.Module) -> tuple[bool, bool]:
+    """Returns whether there are any before and after a forward pass."""
+    return bool(module._forward_pre_hooks), bool(module._forward_hooks)
 
 
 class Boxes:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import FrameType
+
 import torch
 from torch import nn
 
+import memtrace
 from memtrace.config import TracerConfig
 from memtrace.record.categories import Category, Moment
 from memtrace.tracing.tracer import Tracer
+
+PACKAGE = str(Path(memtrace.__file__).parent)
 
 
 def run_with_masters(*, zero_grad: bool) -> Tracer:
@@ -50,3 +57,29 @@ def test_counted_step_does_not_claim_what_it_did_not_see() -> None:
     assert step_end.allocated_bytes is None
     assert step_end[Category.ACTIVATIONS] == step_end[Category.TEMPORARIES] == step_end[Category.UNATTRIBUTED] == 0
     assert counted.device_memory.process_bytes > 0
+
+
+def test_a_counted_step_calls_as_little_for_many_parameters_as_for_few() -> None:
+    """What memtrace runs of its own in one does not grow with the model."""
+
+    def calls(layers: int) -> int:
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        count = [0]
+
+        def counting(frame: FrameType, event: str, argument: object) -> None:
+            count[0] += event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
+
+        config = TracerConfig(strict=True, port=None, step_log=False, device_poll_seconds=0, trace_every=0)
+        with Tracer(model, optimizer, config):
+            for number in range(5):
+                if number == 4:
+                    sys.setprofile(counting)
+                model(torch.ones(1, 4)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            sys.setprofile(None)
+        return count[0]
+
+    few, many = calls(40), calls(160)
+    assert 0 < many <= few + 8

@@ -235,3 +235,49 @@ def test_a_frozen_model_has_none() -> None:
         model(torch.randn(ROWS, WIDTH))
         optimizer.step()
     assert tracer.snapshot().totals.steps == 1
+
+
+def replaced(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    model[0].weight = nn.Parameter(model[0].weight.detach() * 0.5)
+    optimizer.param_groups[0]["params"][0] = model[0].weight
+
+
+def assigned(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    model.load_state_dict({name: value * 0.5 for name, value in model.state_dict().items()}, assign=True)
+    optimizer.param_groups[0]["params"] = [*model.parameters()]
+
+
+def data_replaced(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    model[0].weight.data = model[0].weight.data * 0.5
+
+
+def to_another_type(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    model.double().float()
+
+
+@pytest.mark.parametrize("settings", ["traced", "counted"])
+@pytest.mark.parametrize("swap", [replaced, assigned, data_replaced, to_another_type])
+def test_another_first_parameter_stands_for_all(swap: Callable[..., None], settings: str) -> None:
+    """The first one is what tells of dropped gradients, and that the model was moved; the old one is let go."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    storage = weakref.ref(model[0].weight.untyped_storage())
+    with Tracer(model, optimizer, SETTINGS[settings]) as tracer:
+
+        def step(*, overflows: bool = False) -> None:
+            model(torch.randn(ROWS, WIDTH)).square().mean().backward()
+            if not overflows:
+                optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        swap(model, optimizer)
+        for overflows in (False, False, True, False, True, False):
+            step(overflows=overflows)
+        assert [record.step for record in tracer.history] == [*range(1, 8)]
+        assert storage() is None
+        assert tracer._watch._anchor() is model[0].weight
+        if settings == "traced":
+            assert all(record.traced for record in tracer.history)
+        end = tracer.history[-1].moments[Moment.STEP_END]
+        assert end[Category.WEIGHTS] == sum(parameter.nbytes for parameter in model.parameters())

@@ -69,6 +69,8 @@ class Scan:
         self._further = further or FurtherModels()
         modules = list(model.modules())
         self._held = Held(modules)
+        self.walks = 1
+        """Walks over the model so far: what is known of it may be another after each."""
         given = [*flat(optimizers), *optimizers_in_backward(self._held.parameters())]
         self.engines = [*engines, *find_engines(model, given, modules)]
         found = find_optimizers(
@@ -313,6 +315,7 @@ class Scan:
 
     def _look(self) -> None:
         self._held = Held(self._model.modules())
+        self.walks += 1
 
     def _claim_optimizers(self, parameters: Sequence[torch.Tensor], ledger: Ledger) -> None:
         claim_optimizers(_alive(self._states), parameters, ledger)

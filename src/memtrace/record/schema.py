@@ -181,11 +181,10 @@ def reading_document(reading: AllocatorReading | DeviceReading | None) -> dict[s
     """Returns what is known; what is not has no field."""
     if reading is None:
         return None
-    values = ((name, getattr(reading, name)) for name in _READING_FIELDS[type(reading)])
     return {
         name: value
-        for name, value in values
-        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
+        for name in _READING_FIELDS[type(reading)]
+        if (value := getattr(reading, name)) is not None and (type(value) is not float or math.isfinite(value))
     }
 
 

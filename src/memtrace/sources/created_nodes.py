@@ -96,7 +96,8 @@ class _Owner:
         self._thread = threading.get_ident()
 
     def __del__(self) -> None:
-        self.pop()
+        if hasattr(self, "_thread"):  # else a fault has come before it was made
+            self.pop()
 
     def pop(self) -> bool:
         """Takes the hook off; returns whether it is off."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from memtrace.sources import autograd_torch_private, torch_private
+from memtrace.sources.scripting import SCRIPTING
 
 
 class HookSet:
@@ -21,11 +22,14 @@ class HookSet:
 
     Use as a context manager or call `close()`; closing twice does nothing. Only public registration calls of torch
     are used, so that what was there before is there afterwards. Hooks are left out of compiled regions: torch's
-    compiler runs them outside the graph.
+    compiler runs them outside the graph. While `torch.jit.script` compiles a module, those on modules are off: it would
+    compile them too.
     """
 
     def __init__(self) -> None:
         self._stack = ExitStack()
+        self._on_modules: list[_OnModule] = []
+        self._compiling = 0
 
     def __enter__(self) -> Self:
         return self
@@ -35,6 +39,7 @@ class HookSet:
 
     def close(self) -> None:
         """Removes every hook, the last one first."""
+        self._on_modules.clear()
         self._stack.close()
 
     def before_forward(
@@ -49,9 +54,8 @@ class HookSet:
             breaks_graphs: inside a graph of torch's compiler it is heard at the price of a break, or not at all. None
                 for a hook that asks the compiler itself and goes on to what `unless_whole` returns.
         """
-        heard = hook if breaks_graphs is None else unless_whole(hook, breaks_graphs)
-        handle = module.register_forward_pre_hook(_ModuleHook(heard), with_kwargs=True, prepend=prepend)
-        self._stack.callback(handle.remove)
+        found, register = _module_hook(module, hook, breaks_graphs), _registering(module).register_forward_pre_hook
+        self._put_on(module, lambda to: register(to, found, with_kwargs=True, prepend=prepend))
 
     def after_forward(self, module: nn.Module, hook: Callable[..., None], *, breaks_graphs: bool | None = True) -> None:
         """Calls `hook(module, args, output)` after each forward of the module, also of one that raised.
@@ -61,9 +65,30 @@ class HookSet:
             hook: what is called.
             breaks_graphs: see `before_forward`.
         """
-        heard = hook if breaks_graphs is None else unless_whole(hook, breaks_graphs)
-        handle = module.register_forward_hook(_ModuleHook(heard), always_call=True)
-        self._stack.callback(handle.remove)
+        found, register = _module_hook(module, hook, breaks_graphs), _registering(module).register_forward_hook
+        self._put_on(module, lambda to: register(to, found, always_call=True))
+
+    def _put_on(self, module: nn.Module, register: Callable[[nn.Module], RemovableHandle]) -> None:
+        if not self._on_modules:
+            self._stack.callback(SCRIPTING.subscribe(self.aside))
+        hook = _OnModule(module, register)
+        self._on_modules.append(hook)
+        self._stack.callback(hook.take_off)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Takes the hooks on modules off, and puts those on again that have not been removed meanwhile."""
+        self._compiling += 1
+        if self._compiling == 1:
+            for hook in self._on_modules:
+                hook.take_off()
+        try:
+            yield
+        finally:
+            self._compiling -= 1
+            if not self._compiling:
+                for hook in self._on_modules:
+                    hook.put_on()
 
     def around_step(
         self, optimizer: torch.optim.Optimizer, before: Callable[..., None], after: Callable[..., None]
@@ -144,6 +169,34 @@ class GradientHook:
     __slots__ = ()
 
 
+def _registering(module: nn.Module) -> type[nn.Module]:
+    """Returns the class whose methods put hooks on a module: a scripted one calls hooks, and refuses to take any."""
+    return nn.Module if isinstance(module, torch.jit.ScriptModule) else type(module)
+
+
+class _OnModule:
+    """A hook on a module, which is held weakly: on it until it is taken off.
+
+    Args:
+        module: what it is on.
+        register: puts it on a module.
+    """
+
+    def __init__(self, module: nn.Module, register: Callable[[nn.Module], RemovableHandle]) -> None:
+        self._module, self._register = weakref.ref(module), register
+        self._handle = register(module)
+
+    def take_off(self) -> None:
+        """Takes it off; a second call does nothing."""
+        self._handle.remove()
+
+    def put_on(self) -> None:
+        """Puts it on again, in front of others or behind them as before, unless the module is gone."""
+        module = self._module()
+        if module is not None:
+            self._handle = self._register(module)
+
+
 class _WeakHook(GradientHook):
     """Calls a bound method as long as its object is there."""
 
@@ -162,6 +215,11 @@ def weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
     The form of every hook on a gradient that outlives a step and refers to something.
     """
     return _WeakHook(method)
+
+
+def hears_gradient(parameter: nn.Parameter, hook: GradientHook) -> bool:
+    """Returns whether a hook is on the gradient of a leaf."""
+    return any(known is hook for known in autograd_torch_private.gradient_hooks(parameter))
 
 
 def others_take_gradient(parameter: nn.Parameter) -> bool:
@@ -209,20 +267,54 @@ def unless_whole(hook: Callable[..., None], may_break: bool) -> Callable[..., No
     return heard
 
 
+def _module_hook(module: nn.Module, hook: Callable[..., None], breaks_graphs: bool | None) -> Callable[..., None]:
+    found = _ModuleHook(hook if breaks_graphs is None else unless_whole(hook, breaks_graphs))
+    found.module = weakref.ref(module)
+    return found
+
+
 class _ModuleHook(partial[None]):
     """A hook on a module, which no copy and no pickle of the module takes along.
 
-    A copy is another module, that nobody has asked to be watched, and whoever loads a pickle need not have memtrace:
-    both have something in this place that does nothing.
+    A copy is another module, that nobody has asked to be watched, and whoever loads a pickle need not have memtrace. A
+    deep copy has no such hook once it is made, and a pickle has something in its place that does nothing.
     """
+
+    module: weakref.ref[nn.Module]
 
     @property
     def __name__(self) -> str:
-        """Raises: only `torch.jit.script` asks for the name of a hook, to compile it."""
+        """Raises: only `torch.jit.script` asks for the name of a hook, where it could not be taken off before."""
         raise AttributeError(
             "torch.jit.script compiles the hooks of a module, and those of memtrace cannot be compiled: detach "
             "memtrace from the module before (tracer.detach() or optimizer.close())"
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        inert = _inert()
+        original = self.module()
+        copied = None if original is None else memo.get(id(original))
+        if copied is not None:
+            removal = _Removal(copied, inert)
+            memo[id(removal)] = removal
+        return inert
+
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
+
+
+def _inert() -> Callable[..., Any]:
+    """Returns a hook that does nothing."""
+    return nullcontext().__exit__
+
+
+class _Removal:
+    """Takes a hook off a copy that is being made, once it is: when the memory of the copying is let go."""
+
+    def __init__(self, copied: nn.Module, hook: Callable[..., Any]) -> None:
+        self._copied, self._hook = weakref.ref(copied), hook
+
+    def __del__(self) -> None:
+        copied = self._copied()
+        if copied is not None:
+            torch_private.remove_module_hook(copied, self._hook)

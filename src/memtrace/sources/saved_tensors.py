@@ -186,7 +186,8 @@ class _Owner:
         self.pair = pair
 
     def __del__(self) -> None:
-        self.pair.pop()
+        if hasattr(self, "pair"):  # else a fault has come before it was made
+            self.pair.pop()
 
 
 class _Graph:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from functools import wraps
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -65,6 +68,41 @@ def runs_without_memory() -> bool:
 
 is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
 """Returns whether `torch.jit.trace` is at work; `torch.jit.is_tracing` does so in four times the time."""
+
+
+def around_scripting(around: Callable[[], AbstractContextManager[Any]]) -> Callable[[], None]:
+    """Enters `around()` while `torch.jit.script` compiles a module; returns what ends that.
+
+    Torch has no place to be told of it before it reads the hooks of the module. So it is put around the one function
+    that all ways of scripting a module come to, and taken off again unless somebody has put another one in its place.
+    Without effect where torch has changed: then it raises on hooks.
+    """
+    recursive = getattr(torch.jit, "_recursive", None)
+    before: Callable[..., Any] | None = getattr(recursive, "create_script_module", None)
+    if recursive is None or before is None:
+        return lambda: None
+
+    @wraps(before)
+    def create_script_module(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return before(*args, **kwargs)
+
+    def end() -> None:
+        if recursive.create_script_module is create_script_module:
+            recursive.create_script_module = before
+
+    recursive.create_script_module = create_script_module
+    return end
+
+
+def remove_module_hook(module: torch.nn.Module, hook: Callable[..., Any]) -> None:
+    """Removes a hook on forward passes from a module of which nobody has the handle, as from a copy."""
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks: dict[int, Any] = getattr(module, name, {})
+        for number in [number for number, known in hooks.items() if known is hook]:
+            del hooks[number]
+            for marks in (f"{name}_with_kwargs", f"{name}_always_called"):
+                getattr(module, marks, {}).pop(number, None)
 
 
 def one_graph() -> bool:
@@ -147,6 +185,14 @@ def held_by(
         return module._parameters, module._buffers
     except AttributeError:
         return dict(module.named_parameters(recurse=False)), dict(module.named_buffers(recurse=False))
+
+
+own_parameters: Callable[[torch.nn.Module], Any] = (
+    attrgetter("_parameters")
+    if hasattr(torch.nn.Module(), "_parameters")
+    else lambda module: dict(module.named_parameters(recurse=False))
+)
+"""Returns the parameters of a module itself by name, None among them, without a call of Python."""
 
 
 def identities(modules: Iterable[torch.nn.Module | None]) -> list[int]:

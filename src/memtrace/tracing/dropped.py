@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from memtrace.attribution.scan import Scan
-from memtrace.sources.hooks import GradientHook, HookSet
+from memtrace.sources.hooks import GradientHook, HookSet, hears_gradient
 
 _IN_A_ROW = 3
 """Steps with dropped gradients in a row after which they are a part of each step."""
@@ -56,7 +56,7 @@ class DroppedGradients:
         """Steps in a row in which gradients were dropped, the one at work included."""
 
     def follow(self, model: nn.Module, hooks: HookSet) -> None:
-        """Looks at the first parameter that is trained, until the hooks are closed.
+        """Looks at the first parameter that is trained, until the hooks are closed; call it again where that changes.
 
         Its gradient is mostly among the last of a backward pass, so that one that fails on its way has none.
         """
@@ -64,7 +64,8 @@ class DroppedGradients:
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.requires_grad and parameter.is_leaf:
                     self._holder, self._name = weakref.ref(module), name
-                    hooks.after_gradient((parameter,), self.gradient, first=True)
+                    if not hears_gradient(parameter, self.gradient):
+                        hooks.after_gradient((parameter,), self.gradient, first=True)
                     return
 
     @property

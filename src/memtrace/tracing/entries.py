@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from enum import Enum, auto
+from inspect import getattr_static
 
 import torch
 from torch import nn
@@ -190,7 +191,8 @@ def _nothing(*_: object) -> None:
 
 def _has_no_forward(module: nn.Module) -> bool:
     """Whether a module cannot be called, as a `ModuleList`."""
-    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
+    forward = getattr_static(type(module), "forward")  # asked of itself, that of a scripted module raises
+    return forward is nn.Module.forward and "forward" not in vars(module)
 
 
 def _note(modules: dict[int, weakref.ref[nn.Module]], module: nn.Module) -> None:

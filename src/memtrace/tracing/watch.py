@@ -12,7 +12,7 @@ from torch import nn
 from memtrace.attribution.counted import CountedSteps
 from memtrace.attribution.curve import HighestSteps
 from memtrace.attribution.garbage import uncollected
-from memtrace.attribution.inputs import claim_batch, count_tokens, main_input
+from memtrace.attribution.inputs import claim_batch, main_input
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.attribution.models.host import HostMemory
@@ -26,7 +26,7 @@ from memtrace.guard import Guard
 from memtrace.oom.watch import OomWatch, Publish
 from memtrace.record.breakdown import AllocatorReading, Breakdown, StepCurve, StepRecord
 from memtrace.record.categories import Moment
-from memtrace.record.limitations import Unseen, too_large
+from memtrace.record.limitations import Unseen
 from memtrace.record.snapshot import Snapshot
 from memtrace.sources.at_exit import at_exit
 from memtrace.sources.autograd_torch_private import backward_is_running
@@ -39,6 +39,7 @@ from memtrace.sources.hooks import HookSet
 from memtrace.sources.ranks import identify
 from memtrace.sources.torch_private import runs_without_memory
 from memtrace.tracing.bounds import StepBounds
+from memtrace.tracing.choice import TraceChoice
 from memtrace.tracing.cycle import Cycle
 from memtrace.tracing.entries import Entries
 from memtrace.tracing.forward_passes import ForwardPasses
@@ -87,22 +88,27 @@ class Watch:
         highest: HighestSteps,
         further: FurtherModels,
     ) -> None:
-        self.model, self._config, self._explicit = model, config, explicit
-        self._guard, self._schedule, self._published = guard, schedule, published
-        self._snapshot, self._publish_oom, self._highest = snapshot, publish_oom, highest
+        self.model = model
+        self._config = config
+        self._explicit = explicit
+        self._guard = guard
+        self._schedule = schedule
+        self._published = published
+        self._snapshot = snapshot
+        self._publish_oom = publish_oom
+        self._highest = highest
         self._scan = Scan(model, optimizers, further=further)
         self.sampler: DeviceSampler | None = None
         self._main_input_name = getattr(model, "main_input_name", None)
-        self._hooks, self._cycle = HookSet(), Cycle(self._scan)
+        self._hooks = HookSet()
+        self._cycle = Cycle(self._scan)
         self.skipped = SkippedSteps(
             self._scan, self._cycle, guard, explicit=explicit, main_input_name=self._main_input_name
         )
-        self._current, self._spent_before_ns = CurrentStep(self.skipped), self.skipped.spent_ns
-        self._allocations: int | None = None
-        """Allocations of the last step with a record, by the counters; None where there are none."""
-        self._micro_batches = 0
-        """Its micro batches."""
-        self._bounds, self._passes = StepBounds(published, schedule), ForwardPasses(model)
+        self._current = CurrentStep(self.skipped)
+        self._spent_before_ns = self.skipped.spent_ns
+        self._bounds = StepBounds(published, schedule)
+        self._passes = ForwardPasses(model)
         self._set_up(self._scan.device, source)
 
     @property
@@ -112,9 +118,9 @@ class Watch:
 
     def _set_up(self, device: torch.device, source: EventSource | None = None) -> None:
         """Sets up what belongs to one device."""
-        self._device, held, highest = device, self._scan.held, self._highest
-        here = (p for p in held.parameters() if canonical_device(p.device) == device)
-        self._anchor = next(map(held.reference_to, here), lambda: None)
+        self._device = device
+        highest = self._highest
+        self._anchor = self._find_anchor()
         """A parameter that tells when the model is moved; of none where an engine keeps all of them elsewhere."""
         self._source = source or event_source(device)
         self._ledger = Ledger(device)
@@ -130,6 +136,7 @@ class Watch:
             current_step=self._current.with_marks,
             trace_activations=self._config.trace_activations,
         )
+        self._choice = TraceChoice(self._scan, self._schedule, self._published, self.window, self._source)
         self.oom = OomWatch(
             model=self.model,
             scan=self._scan,
@@ -142,6 +149,11 @@ class Watch:
             publish=self._publish_oom,
             recording=lambda: highest.recording,
         )
+
+    def _find_anchor(self) -> Callable[[], torch.Tensor | None]:
+        held, self._walks = self._scan.held, self._scan.walks
+        here = (p for p in held.parameters() if canonical_device(p.device) == self._device)
+        return next(map(held.reference_to, here), lambda: None)
 
     def attach(self) -> None:
         """Installs the hooks and starts the sampling thread. What raises leaves the rest to `release`."""
@@ -222,32 +234,6 @@ class Watch:
             self.sampler.note(reading)
         return reading
 
-    def _decide(self, step: StepInProgress, batch: torch.Tensor | None) -> None:
-        """Makes the step a traced one or a counted one, once its first batch is known.
-
-        One that allocates more often than the source has room for is traced from its last micro batch on, as far as the
-        step before tells which that is.
-        """
-        tokens = 0 if batch is None else count_tokens(batch)
-        wanted = self._schedule.wants(step.number, has_state=self._scan.has_state, tokens=tokens)
-        if not wanted or self.window.is_open:
-            step.recorded = wanted
-            return
-        allocations, micro_batches = self._allocations, max(1, self._micro_batches)
-        if allocations is not None and not self._source.fits(allocations):
-            allocations = -(-allocations // micro_batches)
-            if not self._source.fits(allocations):
-                self._published.limit(too_large(allocations))
-                self._schedule.refused(step.number)
-                step.recorded = False
-                return
-            if step.micro_batches + 1 < micro_batches:
-                return  # not yet
-            step.traced_from = micro_batches
-        step.recorded = self.window.open(allocations)
-        if not step.recorded:
-            self._schedule.refused(step.number)
-
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if runs_without_memory() or self._passes.is_elsewhere(module, (args, kwargs), self._device):
             return
@@ -284,7 +270,7 @@ class Watch:
             self._scan.look_in_forward()
             for limitation in self._scan.limitations:
                 self._published.limit(limitation)
-            self._decide(step, batch)
+            self._choice.make(step, batch)
         if self.window.is_open:
             self._entries.window_opens(module)
         step.entered_by = step.entered_by or id(module)
@@ -342,13 +328,17 @@ class Watch:
             return
         self._cycle.ends()
         marks = step.marks or step.ends()
-        seconds, inside = (marks.end_ns - marks.begin_ns) / 1e9, (self.skipped.spent_ns - step.spent_ns) / 1e9
+        seconds = (marks.end_ns - marks.begin_ns) / 1e9
+        inside = (self.skipped.spent_ns - step.spent_ns) / 1e9
         moments, curve = self._seen(step, marks)
         water = self._counted.water(step.reads)
         end = step.readings.get(Moment.STEP_END)
         if self._scan.keep_up(self._ledger, None if end is None else end.requested_bytes) or moments is not None:
             self._host.look()
-        spent_ns, identity = self.skipped.spent_ns, self._published.snapshot.identity
+        if self._scan.walks != self._walks:
+            self._choose_anew()
+        spent_ns = self.skipped.spent_ns
+        identity = self._published.snapshot.identity
         record = StepRecord(
             step=step.number,
             rank=identity.rank,
@@ -370,8 +360,8 @@ class Watch:
             replaced_bytes=self.window.leftovers.gone(),
         )
         self._highest.ended(record)
-        self._spent_before_ns, self._micro_batches = spent_ns, step.micro_batches
-        self._allocations = step.allocations() or self._allocations
+        self._spent_before_ns = spent_ns
+        self._choice.ended(step)
         lost = step.lost or (bool(step.recorded) and moments is None)
         self._schedule.ended(record, skipped_seconds=self.skipped.seconds, lost=lost)
         self._bounds.ended(step, self.model)
@@ -382,6 +372,12 @@ class Watch:
         self.skipped.plan(self._schedule, following=self._published.steps + 1)
         if self.skipped.left:
             self._entries.steps_are_skipped()
+
+    def _choose_anew(self) -> None:
+        """Chooses the parameters that stand for all anew: somebody may have put others in their place."""
+        self._anchor = self._find_anchor()
+        if not self._explicit:
+            self.skipped.dropped.follow(self.model, self._hooks)
 
     def _seen(
         self, step: StepInProgress, marks: StepMarks
