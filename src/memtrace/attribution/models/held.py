@@ -135,4 +135,6 @@ def _place(
 
     As long as it lives where the module holds tensors in no dictionary, as a scripted one does.
     """
-    return _Place(module, which, name, id(tensor)) if isinstance(held, dict) else weakly(tensor)
+    if isinstance(held, dict):
+        return _Place(module, which, name, id(tensor))
+    return weakly(tensor)
