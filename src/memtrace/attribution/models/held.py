@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -109,7 +110,8 @@ def have_gradients(parameters: Iterable[Callable[[], torch.Tensor | None]]) -> l
     ]
 
 
-class _Place(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Place:
     """A module and a name. Called, it returns the tensor there, unless that is another one than at the last walk."""
 
     module: weakref.ref[nn.Module]
