@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -109,7 +110,8 @@ def have_gradients(parameters: Iterable[Callable[[], torch.Tensor | None]]) -> l
     ]
 
 
-class _Place(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Place:
     """A module and a name. Called, it returns the tensor there, unless that is another one than at the last walk."""
 
     module: weakref.ref[nn.Module]
@@ -135,4 +137,6 @@ def _place(
 
     As long as it lives where the module holds tensors in no dictionary, as a scripted one does.
     """
-    return _Place(module, which, name, id(tensor)) if isinstance(held, dict) else weakly(tensor)
+    if isinstance(held, dict):
+        return _Place(module, which, name, id(tensor))
+    return weakly(tensor)
