@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 
 
 def _counters_of_every_accelerator() -> bool:
@@ -43,6 +44,12 @@ def _eight_bit_optimizers_on_a_cpu() -> bool:
     return known and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
 
 
+def _sampling_strategies() -> bool:
+    import transformers
+
+    return "train_sampling_strategy" in {field.name for field in fields(transformers.TrainingArguments)}
+
+
 def _muon() -> bool:
     import torch
 
@@ -61,6 +68,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "Muon": _muon,
     "FSDP2 that runs without a GPU": _fsdp2_without_a_gpu,
     "FSDP2 under Trainer": _fsdp2_under_trainer,
+    "choice of how Trainer samples": _sampling_strategies,
     "grouped matrix products": _grouped_products,
     "listings of one memory pool": _listings_of_one_pool,
 }

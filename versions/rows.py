@@ -82,7 +82,7 @@ ROWS = (
     Row(
         torch="2.10.0",
         transformers="5.4.0",
-        others=("accelerate==1.13.0", "peft==0.18.1", "bitsandbytes==0.50.2", "deepspeed==0.18.8", "trl==1.16.0"),
+        others=("accelerate==1.13.0", "peft==0.18.1", "bitsandbytes==0.50.2", "deepspeed==0.19.8", "trl==1.16.0"),
     ),
     Row(
         torch="2.11.0",

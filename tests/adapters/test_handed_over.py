@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import transformers
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -305,7 +306,11 @@ def test_the_log_is_not_uploaded(log_dir: str, tmp_path: Any, monkeypatch: pytes
     """
     hub = Hub()
     hub.uploaded = []
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    if hasattr(transformers.trainer, "hf_api"):
+        monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    else:  # before transformers 5.17
+        monkeypatch.setattr("transformers.trainer.create_repo", hub.create_repo)
+        monkeypatch.setattr("transformers.trainer.upload_folder", hub.upload_folder)
     monkeypatch.setattr(Trainer, "create_model_card", lambda *_, **__: None)
     if log_dir == "there already":
         (tmp_path / "out" / "memtrace").mkdir(parents=True)

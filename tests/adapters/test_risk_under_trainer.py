@@ -17,6 +17,8 @@ from memtrace.record.risk_reading import RiskReading, ShapeSource
 LENGTHS = (16, 40, 24, 64, 32, 48)
 LONGEST = 96
 
+pytestmark = pytest.mark.needs("choice of how Trainer samples")
+
 
 def train(directory: Path, **settings: Any) -> RiskReading:
     """Trains on texts of which the longest comes last, stops before it, and returns what was forecast."""

@@ -297,6 +297,7 @@ _CHECKPOINTING = {"gradient_checkpointing": True}
 _EVALUATION = {"eval_strategy": "steps", "eval_steps": 2}
 _SAVING = {"save_strategy": "steps", "save_steps": 2}
 _NOT_INSTALLED = (
+    "adamw_apex_",
     "adamw_torch_",
     "adamw_anyprecision",
     "galore",
@@ -406,7 +407,9 @@ TABLE: dict[str, Configuration] = {
         more=lambda _: {"optimizer_cls_and_kwargs": (torch.optim.NAdam, {"lr": 0.01, "momentum_decay": 0.01})}
     ),
     "LoRA": Configuration(model=_lora),
-    "LoRA with checkpointing": Configuration(model=_lora, arguments=_CHECKPOINTING),
+    "LoRA with checkpointing": Configuration(
+        model=_lora, arguments={**_CHECKPOINTING, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    ),
     "partly frozen": Configuration(model=_partly_frozen),
     "a head that is not used": Configuration(model=_with_unused_head),
     "tied weights": Configuration(model=lambda: llama(tie_word_embeddings=True)),
@@ -524,8 +527,15 @@ def _same(configuration: Configuration, directory: Path, watching: list[MemTrace
     return watched
 
 
+SAMPLING = pytest.mark.needs("choice of how Trainer samples")
+NAMES = [
+    pytest.param(name, marks=[SAMPLING] if "train_sampling_strategy" in configuration.arguments else [])
+    for name, configuration in TABLE.items()
+]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", NAMES)
 def test_trains_as_without_memtrace(
     name: str, tmp_path: Path, watching: list[MemTraceCallback], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.torch_version import TorchVersion
 
 from memtrace.sources import autograd_torch_private
 from memtrace.sources.created_nodes import CreatedNodes
@@ -276,6 +277,10 @@ class _Pair:
             self.pop()
 
 
+_CHECK_NAN = "" if TorchVersion(torch.__version__) < TorchVersion("2.11") else ", check_nan=False"
+"""A part of torch's hint, which it has said since 2.11."""
+
+
 def _changed_in_place(kept: _Kept) -> str:
     """Returns what torch says where a saved tensor was changed in place: beside hooks it does not compare versions."""
     tensor = kept.tensor
@@ -287,7 +292,7 @@ def _changed_in_place(kept: _Kept) -> str:
         "was changed in there or anywhere later. Good luck!"
         if torch.is_anomaly_enabled()
         else "enable anomaly detection to find the operation that failed to compute its gradient, with "
-        "torch.autograd.set_detect_anomaly(True, check_nan=False)."
+        f"torch.autograd.set_detect_anomaly(True{_CHECK_NAN})."
     )
     return (
         "one of the variables needed for gradient computation has been modified by an inplace operation: "
