@@ -88,7 +88,11 @@ def _details(row: Row, result: dict[str, Any]) -> Iterator[str]:
     assert not others, f"failures of torch {row.torch} that no explanation covers: {others}"
     left = [tests for tests in TESTS if tests not in result["tests"]]
     if left:
-        yield "Not run yet: " + ", ".join(f"`{tests}`" for tests in left) + "."
+        yield (
+            "Not run to its end yet, or to be run again after a mend: "
+            + ", ".join(f"`{tests}`" for tests in left)
+            + "."
+        )
         yield ""
     yield f"Python {result['python']}, " + ", ".join(name.replace("==", " ") for name in row.others) + "."
     yield ""
