@@ -34,6 +34,7 @@ _FLAT = "torch/distributed/fsdp/_flat_param.py"
 _MODULE = "torch/nn/modules/module.py"
 AS_ABOVE = "the same"
 _NO_CUDA = "what CUDA's allocator records: it is absent from builds without CUDA alone"
+_BY_MODULE = "the module of blocks of the backward pass, in plans by module and in `memtrace check`"
 _GATHERED_1 = "copies that FSDP1 gathers in this form"
 _BUFFERS = "buffers of FSDP2's collectives that are kept in this form"
 
@@ -54,6 +55,9 @@ NAMES = (
     _named("torch._C._autograd._pop_node_creation_hook", without=AS_ABOVE),
     _named("torch._C._current_autograd_node"),
     _named("torch._C._current_graph_task_id"),
+    _named("torch._C._autograd._get_sequence_nr", without=_BY_MODULE),
+    _named("torch._C._functions.AccumulateGrad._sequence_nr", without=_BY_MODULE),
+    _named("torch.jit._recursive", without="`torch.jit.script` of a model that is watched, which raises"),
     _named("torch._C._dynamo.eval_frame.get_eval_frame_callback"),
     _named("torch._dynamo.eval_frame.skip_code"),
     _named("torch/_dynamo/eval_frame.py:_torchdynamo_disable"),
@@ -81,6 +85,11 @@ NAMES = (
     _named(f"{_MODULE}:_parameters"),
     _named(f"{_MODULE}:_buffers"),
     _named(f"{_MODULE}:_modules"),
+    _named(f"{_MODULE}:_forward_pre_hooks"),
+    _named(f"{_MODULE}:_forward_hooks"),
+    _named(f"{_MODULE}:_forward_pre_hooks_with_kwargs"),
+    _named(f"{_MODULE}:_forward_hooks_with_kwargs"),
+    _named(f"{_MODULE}:_forward_hooks_always_called"),
     _named("torch/distributed/tensor/_api.py:_local_tensor"),
     _named("torch.autograd._prepare_profiler"),
     _named("torch.autograd._enable_profiler"),

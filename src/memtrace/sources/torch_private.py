@@ -95,13 +95,21 @@ def around_scripting(around: Callable[[], AbstractContextManager[Any]]) -> Calla
     return end
 
 
+_FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_FORWARD_HOOKS_MARKS = (
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
 def remove_module_hook(module: torch.nn.Module, hook: Callable[..., Any]) -> None:
     """Removes a hook on forward passes from a module of which nobody has the handle, as from a copy."""
-    for name in ("_forward_pre_hooks", "_forward_hooks"):
+    for name in _FORWARD_HOOKS:
         hooks: dict[int, Any] = getattr(module, name, {})
         for number in [number for number, known in hooks.items() if known is hook]:
             del hooks[number]
-            for marks in (f"{name}_with_kwargs", f"{name}_always_called"):
+            for marks in _FORWARD_HOOKS_MARKS:
                 getattr(module, marks, {}).pop(number, None)
 
 
