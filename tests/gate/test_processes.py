@@ -54,7 +54,9 @@ def _started(directory: Path, *builds: str) -> subprocess.Popen[str]:
     (directory / "memtrace.toml").write_text(text.replace("network:more", "more").replace("network:broken", "broken"))
     os.mkfifo(directory / "here")
     with (directory / "printed").open("w", encoding="utf-8") as printed:
-        command = [sys.executable, "-m", "memtrace", "check", "--json"]
+        # A shell that started the tests in the background has Ctrl-C ignored, and all that they start inherits it.
+        heard = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_module"
+        command = [sys.executable, "-c", f"{heard}('memtrace', run_name='__main__')", "check", "--json"]
         return subprocess.Popen(command, cwd=directory, stdout=subprocess.PIPE, stderr=printed, text=True)
 
 
