@@ -122,6 +122,41 @@ def test_a_run_of_another_process_is_refused_with_the_reason(tmp_path, gpt2):
             reading(tmp_path, content, changed)
     with pytest.raises(ConfigError, match="has no history with times"):
         reading(tmp_path, {**content, "device_traces": []}, record)
+    with pytest.raises(ConfigError, match=r"steps-rank0\.jsonl has no steps"):
+        reading(tmp_path, content)
+
+
+def ended(record: StepRecord, unix_seconds: float, nbytes: int) -> StepRecord:
+    """A step with these bytes in use at its end."""
+    end = replace(record.moments[Moment.STEP_END], allocated_bytes=nbytes)
+    return replace(record, unix_seconds=unix_seconds, moments={Moment.STEP_END: end})
+
+
+def test_totals_in_another_order_are_those_of_another_process(tmp_path, gpt2):
+    """Of a first step what the history has at its end, and of others what it had at its begin; and one step twice."""
+    record = write_step_log(gpt2.run, tmp_path)
+    content = failing(with_times(gpt2.snapshot))
+    begin = content["device_traces"][0][0]["time_us"] / 1e6
+    last = record.moments[Moment.STEP_END].total_bytes + 5000
+    first = next(entry["size"] for entry in content["device_traces"][0] if entry["action"] == "alloc")
+    steps = [ended(record, begin, last), *(ended(record, begin, first) for _ in range(3))]
+    with pytest.raises(ConfigError, match="but not in their order"):
+        reading(tmp_path, content, *steps)
+    (note,) = reading(tmp_path, content, record, record).notes
+    assert note.endswith("step 2 is in the history.")
+
+
+def test_a_step_log_may_say_any_number(tmp_path, gpt2):
+    """It is a file that somebody may have written by hand."""
+    record = write_step_log(gpt2.run, tmp_path)
+    content = failing(with_times(gpt2.snapshot))
+    for wrong, said in ((1e300, r"1e\+300 s"), (-1e300, r"-1e\+300 s")):
+        with pytest.raises(ConfigError, match=said):
+            reading(tmp_path, content, replace(record, unix_seconds=wrong))
+    with pytest.raises(ConfigError, match="another process"):
+        reading(tmp_path, content, replace(record, step_seconds=-1e300))
+    failure = reading(tmp_path, content, replace(record, step_seconds=1e300)).moments[SnapshotMoment.FAILURE]
+    assert of_the_run(failure)[EntryKey(Category.WEIGHTS, "trainable", "float32")] > 0
 
 
 def test_the_command_takes_a_run_directory_and_refuses_that_of_another_run(tmp_path, gpt2, capsys):
@@ -144,3 +179,18 @@ def test_the_command_takes_a_run_directory_and_refuses_that_of_another_run(tmp_p
     assert main(["read", snapshot, "--run", str(other)]) == 2
     error = capsys.readouterr().err
     assert "s.pickle: the run is of another process than the snapshot" in error
+
+
+def test_a_run_without_a_step_is_refused_before_the_snapshot_is_read(tmp_path, capsys):
+    """Reading it takes minutes: also where the run is not there, or is something else."""
+    log = tmp_path / "steps-rank0.jsonl"
+    log.write_text('{"schema": "memtrace.st')
+    other = tmp_path / "model.bin"
+    other.write_bytes(b"\x80\n\x02\n")
+    for run, said in (
+        (tmp_path, "has no finished step: give the directory or the step log of a run that has one"),
+        (tmp_path / "absent", "there is no such step log"),
+        (other, "must be a step log"),
+    ):
+        assert main(["read", str(tmp_path / "never read"), "--run", str(run)]) == 2
+        assert said in capsys.readouterr().err

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.xdist_group("checked repository")
 _CODE = """
 import os
 import signal
+import sys
 import threading
 
 from network import batch, build, loss
@@ -36,6 +37,7 @@ def leaves_one_behind():
 def leaves_a_thread():
     threading.Thread(target=threading.Event().wait).start()
     print("printed before there was a plan")
+    sys.stdout.close()
     return build()
 
 
@@ -70,7 +72,7 @@ def test_cases_end_with_whoever_asked(tmp_path: Path, number: signal.Signals) ->
 
 
 def test_what_a_case_leaves_behind_is_not_waited_for(tmp_path: Path) -> None:
-    """A process or a thread that outlives its case holds nothing up; missing files and wrong code are reasons."""
+    """A process, a thread or a closed output holds nothing up; missing files and wrong code are reasons."""
     builds = "more:leaves_one_behind", "more:no_such_file", "broken:build", "more:leaves_a_thread"
     with _started(tmp_path, *builds) as process:
         assert process.stdout is not None

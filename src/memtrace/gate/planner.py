@@ -108,7 +108,8 @@ def _plan(sending: Connection, case: Case, file: CaseFile, answers_to: int) -> N
     except MemTraceError as error:
         answer = {"reason": str(error)}
     for stream in (sys.stdout, sys.stderr):  # what was printed; the process may be killed once it has answered
-        stream.flush()
+        with suppress(AttributeError, OSError, ValueError):  # the case has put something in its place, or closed it
+            stream.flush()
     with sending:
         sending.send(answer)
 
