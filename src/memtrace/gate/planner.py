@@ -25,6 +25,9 @@ from memtrace.gate.case_file import CaseFile, read_case_file
 from memtrace.gate.cases import Case
 from memtrace.gate.result import result_document
 
+_LOOK_SECONDS = 0.5
+"""How long a case that ended without an answer is waited for: a process that it left behind holds its connection."""
+
 
 def main() -> None:
     """Answers one request: for each case its result, or the reason why there is none.
@@ -56,7 +59,9 @@ def _plan_all(file: CaseFile, cases: Sequence[Case], jobs: int, answers_to: int)
             process.start()
             sending.close()
             running[receiving] = case, process
-        for ready in wait([*running, sys.stdin.fileno()]):
+        told = wait([*running, sys.stdin.fileno()], timeout=_LOOK_SECONDS)
+        gone = [receiving for receiving, (_, process) in running.items() if not process.is_alive()]
+        for ready in dict.fromkeys([*told, *gone]):
             if not isinstance(ready, Connection):
                 for _, process in running.values():
                     process.kill()
@@ -86,7 +91,7 @@ def _import(*, with_transformers: bool) -> None:
 def _answer(connection: Connection, process: BaseProcess) -> Any:
     with connection:
         try:
-            answer = connection.recv()
+            answer = connection.recv() if connection.poll() else None
         except EOFError:
             answer = None
     if answer is not None:
