@@ -116,7 +116,7 @@ def test_a_run_of_another_process_is_refused_with_the_reason(tmp_path, gpt2):
     for changed, said in (
         (replace(record, unix_seconds=record.unix_seconds - 86_400), r"steps-rank0\.jsonl has steps from 2026-"),
         (replace(record, moments=larger), r"when step 2 ended, it had .* in use .* and the history has"),
-        (replace(record, device="cuda:1"), r"steps-rank0\.jsonl is of cuda:1"),
+        (replace(record, device="cuda:1"), r"steps-rank0\.jsonl is of 'cuda:1'"),
     ):
         with pytest.raises(ConfigError, match=f"of another process than the snapshot.*{said}"):
             reading(tmp_path, content, changed)
@@ -124,6 +124,11 @@ def test_a_run_of_another_process_is_refused_with_the_reason(tmp_path, gpt2):
         reading(tmp_path, {**content, "device_traces": []}, record)
     with pytest.raises(ConfigError, match=r"steps-rank0\.jsonl has no steps"):
         reading(tmp_path, content)
+    path = tmp_path / "snapshot.pickle"
+    ranks = [RunRecords(name=f"rank {rank}", records=[replace(record, device="\x1b[2J")]) for rank in range(64)]
+    with pytest.raises(ConfigError) as raised:
+        read_snapshot(load_snapshot(path), "s", None, ranks)
+    assert str(raised.value).endswith(r"rank 3 is of '\x1b[2J'; and 60 others")
 
 
 def ended(record: StepRecord, unix_seconds: float, nbytes: int) -> StepRecord:

@@ -25,6 +25,8 @@ _SEARCHED = 5000
 """Changes before and after the end of a step among which the bytes that the run has counted are looked for."""
 _FAR_SECONDS = 1e11
 """Beyond every clock: a step log is a file, and may say anything."""
+_REASONS = 4
+"""Ranks of which a refusal says why."""
 _AGREE = 0.5
 """Share of the steps whose totals must agree: more are missed where several threads allocate at the end of a step."""
 
@@ -87,7 +89,7 @@ def find_run(history: History, runs: Sequence[RunRecords]) -> SeenRun:
     for run in runs:
         records = [record for record in run.records if record.device == device]
         if not records:
-            known = ", ".join(sorted({record.device for record in run.records}))
+            known = ", ".join(sorted({repr(record.device) for record in run.records}))
             reasons.append(f"{run.name} is of {known}" if known else f"{run.name} has no steps")
             continue
         ends = [*_ends(history, records)]
@@ -99,6 +101,8 @@ def find_run(history: History, runs: Sequence[RunRecords]) -> SeenRun:
         if steps and len(steps) >= _AGREE * inside:
             return SeenRun(name=run.name, steps=steps)
         reasons.append(f"{run.name}: {_other_total(history, ends)}")
+    if len(reasons) > _REASONS:
+        reasons[_REASONS:] = [f"and {len(reasons) - _REASONS} others"]
     raise ConfigError(
         f"the run is of another process than the snapshot, whose history of {device} was recorded {_span_of(history)}: "
         f"{'; '.join(reasons)}"
