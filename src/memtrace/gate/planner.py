@@ -12,9 +12,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -106,17 +107,37 @@ def _answer(connection: Connection, process: BaseProcess) -> Any:
 
 def _plan(sending: Connection, case: Case, file: CaseFile, answers_to: int) -> None:
     os.close(answers_to)  # a process that a case leaves behind must not keep it open
-    try:
-        from memtrace.gate.case_plan import plan_case  # noqa: PLC0415 - it is imported where it can be
+    with ExitStack() as stack:
+        stack.push(_end)
+        try:
+            from memtrace.gate.case_plan import plan_case  # noqa: PLC0415 - it is imported where it can be
 
-        answer = result_document(plan_case(case, file.root, file.python_path))
-    except MemTraceError as error:
-        answer = {"reason": str(error)}
-    for stream in (sys.stdout, sys.stderr):  # what was printed; the process may be killed once it has answered
-        with suppress(AttributeError, OSError, ValueError):  # the case has put something in its place, or closed it
+            answer = result_document(plan_case(case, file.root, file.python_path))
+        except MemTraceError as error:
+            answer = {"reason": str(error)}
+        _flush()  # the process may be killed once it has answered
+        with sending:
+            sending.send(answer)
+
+
+def _end(kind: object, error: BaseException | None, trace: object) -> None:
+    """Ends the process where a case raises what is no reason, or ends it; a thread of the case would hold it."""
+    if error is None:
+        return
+    status = 1
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        status = error.code or 0
+    else:
+        traceback.print_exception(error, file=sys.__stderr__)
+    _flush()
+    os._exit(status & 0xFF)
+
+
+def _flush() -> None:
+    """Writes what was printed; the case may have put something in the place of a stream, or closed it."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):
             stream.flush()
-    with sending:
-        sending.send(answer)
 
 
 if __name__ == "__main__":
