@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 from forensics.test_by_size import made
 
+from memtrace.attribution.timeline import Lifetime
 from memtrace.cli import main
 from memtrace.errors import ConfigError
 from memtrace.exporters.run_directory.steplog import StepLog, step_log_path
+from memtrace.forensics.attribution.joined import attribute
+from memtrace.forensics.history import read_history
 from memtrace.forensics.loader import load_snapshot
 from memtrace.forensics.reading import read_snapshot
-from memtrace.forensics.recorded_run import RunRecords
+from memtrace.forensics.recorded_run import RunRecords, find_run
 from memtrace.record.breakdown import EntryKey, StepRecord
 from memtrace.record.categories import Category, Moment
 from memtrace.record.readings.snapshot_reading import DeviceReading, ReadBreakdown, ReadKey, SnapshotMoment, Source
-from tests.forensics.simulated import Recorded, failing, snapshot_of, with_times, write_step_log
+from tests.forensics.simulated import BEGIN_US, Recorded, failing, snapshot_of, with_times, write_step_log
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +202,74 @@ def test_a_run_without_a_step_is_refused_before_the_snapshot_is_read(tmp_path, c
     ):
         assert main(["read", str(tmp_path / "never read"), "--run", str(run)]) == 2
         assert said in capsys.readouterr().err
+
+
+class Looked:
+    """A lifetime that counts how often its begin is looked at."""
+
+    looks = 0
+
+    def __init__(self, life: Lifetime) -> None:
+        self._life = life
+
+    @property
+    def begin(self) -> int:
+        Looked.looks += 1
+        return self._life.begin
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._life, name)
+
+
+def looks(directory: Path, record: StepRecord, steps: int, *, with_run: bool) -> int:
+    """How often any begin is looked at while a history of many short steps is attributed; odd ones have two humps."""
+    trace: list[dict[str, Any]] = []
+    records: list[StepRecord] = []
+    address, gradients = 0, []
+
+    def note(action: str, at: int) -> None:
+        entry = {"action": action, "addr": at << 21, "size": 4096, "stream": 0}
+        trace.append({**entry, "time_us": BEGIN_US + 10_000 * len(trace)})
+
+    def made(count: int) -> list[int]:
+        nonlocal address
+        address += count
+        found = [*range(address - count, address)]
+        for at in found:
+            note("alloc", at)
+        return found
+
+    weights = made(4)
+    for step in range(steps):
+        for gradient in gradients:
+            note("free_completed", gradient)
+        gradients = []
+        for micro_batch in range(1 + step % 2):
+            activations = made(12)
+            if not micro_batch:
+                gradients = made(4)
+            for activation in activations:
+                note("free_completed", activation)
+        end = trace[-1]["time_us"] / 1e6 + 0.001
+        records.append(replace(ended(record, end, 8 * 4096), step=step + 1, step_seconds=0.2))
+    path = directory / "snapshot.pickle"
+    live = [{"address": at << 21, "size": 4096, "requested_size": 4096} for at in weights + gradients]
+    blocks = [{**block, "state": "active_allocated"} for block in live]
+    segment = {"device": 0, "address": 0, "total_size": (address + 1) << 21, "stream": 0, "blocks": blocks}
+    path.write_bytes(pickle.dumps({"segments": [segment], "device_traces": [trace]}, protocol=4))
+    snapshot = load_snapshot(path)
+    history = read_history(snapshot, 0)
+    run = find_run(history, [RunRecords(name="log", records=records)]) if with_run else None
+    assert run is None or len(run.steps) == steps
+    lifetimes: Any = [Looked(life) for life in history.timeline.lifetimes]
+    Looked.looks = 0
+    attribute(replace(history, timeline=replace(history.timeline, lifetimes=lifetimes)), snapshot.stacks, None, run)
+    return Looked.looks
+
+
+@pytest.mark.parametrize("with_run", [False, True])
+def test_four_times_the_steps_are_four_times_the_work(tmp_path, gpt2, with_run):
+    """A history of a million changes has thousands of short steps: none may be looked at once for each other."""
+    record = write_step_log(gpt2.run, tmp_path)
+    few, many = (looks(tmp_path, record, steps, with_run=with_run) for steps in (40, 160))
+    assert 3 * few < many < 5 * few
