@@ -158,3 +158,7 @@ def test_what_releases_of_torch_take_is_said_before_one_is_downloaded(
     assert re.search(r"memtrace: 90\.0 cannot be planned, .*: pip install: Cannot install torch==90\.0 because", said)
     assert main(["bisect", "--package", "torch", "--good", "89.9", "--bad", "90.2", *source]) == 2
     assert "torch has no release 89.9 here: there are, among others, 90.0, 90.1, 90.2" in capsys.readouterr().err
+    source[-1] = str(tmp_path / ("no name of a directory is as long" * 9))
+    assert main(["bisect", "--package", "torch", "--good", "90.0", "--bad", "90.2", *source]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"memtrace: releases cannot be kept in .* name another with --cache", said)

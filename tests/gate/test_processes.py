@@ -16,6 +16,7 @@ pytestmark = pytest.mark.xdist_group("checked repository")
 _CODE = """
 import os
 import signal
+import sys
 import threading
 
 from network import batch, build, loss
@@ -30,7 +31,14 @@ def leaves_one_behind():
     if os.fork() == 0:
         open("here", "w").close()  # until somebody reads
         os._exit(0)
+    sys.stdout = None
     return build()
+
+
+def ends():
+    leaves_one_behind()
+    threading.Thread(target=threading.Event().wait).start()
+    sys.exit(3)
 
 
 def leaves_a_thread():
@@ -72,8 +80,8 @@ def test_cases_end_with_whoever_asked(tmp_path: Path, number: signal.Signals) ->
 
 
 def test_what_a_case_leaves_behind_is_not_waited_for(tmp_path: Path) -> None:
-    """A process or a thread that outlives its case holds nothing up; missing files and wrong code are reasons."""
-    builds = "more:leaves_one_behind", "more:no_such_file", "broken:build", "more:leaves_a_thread"
+    """A process, a thread or a case without an output holds nothing up; missing files and wrong code are reasons."""
+    builds = "more:leaves_one_behind", "more:no_such_file", "broken:build", "more:leaves_a_thread", "more:ends"
     with _started(tmp_path, *builds) as process:
         assert process.stdout is not None
         try:
@@ -88,4 +96,5 @@ def test_what_a_case_leaves_behind_is_not_waited_for(tmp_path: Path) -> None:
         "case case2 cannot be planned: build cannot be imported: SyntaxError: invalid syntax (broken.py, line 1)"
         in said
     )
+    assert "case case4 cannot be planned: its process ended with status 3 before there was a plan" in said
     assert "Traceback" not in said and said.count("printed before there was a plan") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -156,7 +157,7 @@ def _tell(text: str) -> None:
 
 def _of_builds(cache: Path, trials: int) -> str:
     """Returns what releases of torch take, said before the first one is downloaded."""
-    there = next(path for path in (cache, *cache.parents) if path.exists())
+    there = next(path for path in (cache, *cache.parents) if os.access(path, os.F_OK))
     return (
         f"Up to {trials} of them are installed in {cache}, where {format_bytes(shutil.disk_usage(there).free)} are "
         f"free. A release with its CUDA packages takes 5 to 8 GB. No plan needs CUDA: --extra-index-url {_CPU_BUILDS} "

@@ -85,7 +85,7 @@ class Read:
 
         Raises:
             ConfigError: two snapshots are needed for a comparison, one to be annotated, an output is one of them, the
-                model is not known, or the run is of another process.
+                model is not known, or the run has no step or is of another process.
             LogFormatError: a snapshot or a step log cannot be understood.
             OutputError: a file cannot be read or written.
             PlanError: the configuration names no model.
@@ -100,6 +100,8 @@ class Read:
         for written in (arguments.html, arguments.perfetto, arguments.annotate):
             if written is not None:
                 _check_output(written, paths)
+        if arguments.run_directory is not None:
+            _check_run(arguments.run_directory)
         model = None if arguments.config is None else expected_model(arguments.config)
         readings = [_read(path, model, arguments.run_directory, arguments.annotate) for path in paths]
         if arguments.html is not None:
@@ -148,6 +150,12 @@ def _records(run: Path, snapshot: AllocatorSnapshot) -> Iterator[RunRecords]:
         if last is not None and kept[-1] is not last:
             kept.append(last)
         yield RunRecords(name=log.name, records=kept)
+
+
+def _check_run(run: Path) -> None:
+    """Refuses before minutes of reading what no snapshot can be matched with."""
+    if not any(next(read_step_log(log), None) for log in find_logs(run)):
+        raise ConfigError(f"{run} has no finished step: give the directory or the step log of a run that has one")
 
 
 def _check_output(path: Path, snapshots: Sequence[Path]) -> None:

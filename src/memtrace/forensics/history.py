@@ -7,9 +7,11 @@ were never allocated in it, and blocks that it frees without an allocation.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import attrgetter
 from typing import NamedTuple
 
 from memtrace.attribution.timeline import Lifetime, Timeline, replay
@@ -83,9 +85,15 @@ class History:
         """Returns the first position of a stretch at which most was allocated."""
         return max(range(begin, max(begin, end) + 1), key=self.timeline.totals.__getitem__)
 
-    def live(self, position: int) -> Iterator[int]:
-        """Yields the indices of the lifetimes that are there at a position."""
-        for index, life in enumerate(self.timeline.lifetimes):
+    def live(self, position: int, since: int | None = None) -> Iterator[int]:
+        """Yields the indices of the lifetimes that are there at a position, of all or of those since another position.
+
+        Looks at no lifetime that begins before that one.
+        """
+        lifetimes = self.timeline.lifetimes
+        first = 0 if since is None else bisect_left(lifetimes, since, key=attrgetter("begin"))
+        for index in range(first, len(lifetimes)):
+            life = lifetimes[index]
             if life.begin >= position:
                 return
             if life.end is None or life.end >= position:

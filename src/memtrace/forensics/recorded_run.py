@@ -25,6 +25,8 @@ _SEARCHED = 5000
 """Changes before and after the end of a step among which the bytes that the run has counted are looked for."""
 _FAR_SECONDS = 1e11
 """Beyond every clock: a step log is a file, and may say anything."""
+_REASONS = 4
+"""Ranks of which a refusal says why."""
 _AGREE = 0.5
 """Share of the steps whose totals must agree: more are missed where several threads allocate at the end of a step."""
 
@@ -87,8 +89,8 @@ def find_run(history: History, runs: Sequence[RunRecords]) -> SeenRun:
     for run in runs:
         records = [record for record in run.records if record.device == device]
         if not records:
-            known = ", ".join(sorted({record.device for record in run.records})) or "no device"
-            reasons.append(f"{run.name} is of {known}")
+            known = ", ".join(sorted({repr(record.device) for record in run.records}))
+            reasons.append(f"{run.name} is of {known}" if known else f"{run.name} has no steps")
             continue
         ends = [*_ends(history, records)]
         if not ends:
@@ -99,6 +101,8 @@ def find_run(history: History, runs: Sequence[RunRecords]) -> SeenRun:
         if steps and len(steps) >= _AGREE * inside:
             return SeenRun(name=run.name, steps=steps)
         reasons.append(f"{run.name}: {_other_total(history, ends)}")
+    if len(reasons) > _REASONS:
+        reasons[_REASONS:] = [f"and {len(reasons) - _REASONS} others"]
     raise ConfigError(
         f"the run is of another process than the snapshot, whose history of {device} was recorded {_span_of(history)}: "
         f"{'; '.join(reasons)}"
@@ -132,24 +136,27 @@ def _ends(history: History, records: Sequence[StepRecord]) -> Iterator[_End]:
 
 def _steps(history: History, ends: Sequence[_End]) -> Iterator[SeenStep]:
     """Yields the steps at whose end the history has the bytes that the run has counted."""
-    times, before = history.timeline.change_ns, 0
+    times, before = history.timeline.change_ns, -1
     for end in ends:
-        position = _nearest(history, end, before)
+        position = _nearest(history, end, before + 1)
         if position is None:
             continue
         seconds, end_ns = end.record.step_seconds, _ns(end.record.unix_seconds)
         if position != end.position and position:
             end_ns = times[position - 1]  # by the clock of the history
         begin = 0 if seconds is None else bisect_left(times, end_ns - _ns(seconds))
-        yield SeenStep(end.record, max(before, min(begin, position)), position)
+        yield SeenStep(end.record, max(before, 0, min(begin, position)), position)
         before = position
 
 
-def _nearest(history: History, end: _End, before: int) -> int | None:
-    """Returns the position nearest in the order of changes that has these bytes; the one by time is tried first."""
+def _nearest(history: History, end: _End, first: int) -> int | None:
+    """Returns the position nearest in the order of changes that has these bytes; the one by time is tried first.
+
+    None before the first one that it may be.
+    """
     times, totals, end_ns = history.timeline.change_ns, history.timeline.totals, _ns(end.record.unix_seconds)
-    earlier = range(end.position, max(before - 1, end.position - _SEARCHED, -1), -1)
-    later = range(end.position + 1, min(history.end, end.position + _SEARCHED) + 1)
+    earlier = range(end.position, max(first - 1, end.position - _SEARCHED), -1)
+    later = range(max(end.position + 1, first), min(history.end, end.position + _SEARCHED) + 1)
     for position in chain.from_iterable(zip_longest(earlier, later)):
         if position is None or totals[position] != end.nbytes:
             continue
@@ -163,7 +170,9 @@ def _nearest(history: History, end: _End, before: int) -> int | None:
 
 
 def _other_total(history: History, ends: Sequence[_End]) -> str:
-    other = next(end for end in ends if _nearest(history, end, 0) is None)
+    other = next((end for end in ends if _nearest(history, end, 0) is None), None)
+    if other is None:
+        return "the history has the bytes that were in use at the ends of its steps, but not in their order"
     found = history.timeline.totals[other.position]
     return (
         f"when step {other.record.step} ended, it had {format_bytes(other.nbytes)} in use ({other.nbytes:,} bytes), "
@@ -172,7 +181,7 @@ def _other_total(history: History, ends: Sequence[_End]) -> str:
 
 
 def _ns(seconds: float) -> int:
-    return round(min(seconds, _FAR_SECONDS) * 1e9)
+    return round(max(-_FAR_SECONDS, min(seconds, _FAR_SECONDS)) * 1e9)
 
 
 def _span(records: Sequence[StepRecord]) -> str:
@@ -188,4 +197,4 @@ def _when(seconds: float) -> str:
     try:
         return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (ValueError, OverflowError, OSError):
-        return f"{seconds:.0f} s"
+        return f"{seconds:g} s"

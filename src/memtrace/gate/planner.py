@@ -12,9 +12,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,6 +25,9 @@ from memtrace.errors import MemTraceError
 from memtrace.gate.case_file import CaseFile, read_case_file
 from memtrace.gate.cases import Case
 from memtrace.gate.result import result_document
+
+_LOOK_SECONDS = 0.5
+"""How long a case that ended without an answer is waited for: a process that it left behind holds its connection."""
 
 
 def main() -> None:
@@ -56,7 +60,9 @@ def _plan_all(file: CaseFile, cases: Sequence[Case], jobs: int, answers_to: int)
             process.start()
             sending.close()
             running[receiving] = case, process
-        for ready in wait([*running, sys.stdin.fileno()]):
+        told = wait([*running, sys.stdin.fileno()], timeout=_LOOK_SECONDS)
+        gone = [receiving for receiving, (_, process) in running.items() if not process.is_alive()]
+        for ready in dict.fromkeys([*told, *gone]):
             if not isinstance(ready, Connection):
                 for _, process in running.values():
                     process.kill()
@@ -86,7 +92,7 @@ def _import(*, with_transformers: bool) -> None:
 def _answer(connection: Connection, process: BaseProcess) -> Any:
     with connection:
         try:
-            answer = connection.recv()
+            answer = connection.recv() if connection.poll() else None
         except EOFError:
             answer = None
     if answer is not None:
@@ -101,16 +107,37 @@ def _answer(connection: Connection, process: BaseProcess) -> Any:
 
 def _plan(sending: Connection, case: Case, file: CaseFile, answers_to: int) -> None:
     os.close(answers_to)  # a process that a case leaves behind must not keep it open
-    try:
-        from memtrace.gate.case_plan import plan_case  # noqa: PLC0415 - it is imported where it can be
+    with ExitStack() as stack:
+        stack.push(_end)
+        try:
+            from memtrace.gate.case_plan import plan_case  # noqa: PLC0415 - it is imported where it can be
 
-        answer = result_document(plan_case(case, file.root, file.python_path))
-    except MemTraceError as error:
-        answer = {"reason": str(error)}
-    for stream in (sys.stdout, sys.stderr):  # what was printed; the process may be killed once it has answered
-        stream.flush()
-    with sending:
-        sending.send(answer)
+            answer = result_document(plan_case(case, file.root, file.python_path))
+        except MemTraceError as error:
+            answer = {"reason": str(error)}
+        _flush()  # the process may be killed once it has answered
+        with sending:
+            sending.send(answer)
+
+
+def _end(kind: object, error: BaseException | None, trace: object) -> None:
+    """Ends the process where a case raises what is no reason, or ends it; a thread of the case would hold it."""
+    if error is None:
+        return
+    status = 1
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        status = error.code or 0
+    else:
+        traceback.print_exception(error, file=sys.__stderr__)
+    _flush()
+    os._exit(status & 0xFF)
+
+
+def _flush() -> None:
+    """Writes what was printed; the case may have put something in the place of a stream, or closed it."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):
+            stream.flush()
 
 
 if __name__ == "__main__":

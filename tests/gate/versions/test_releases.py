@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -64,11 +66,13 @@ def test_large_downloads_are_told_as_they_begin(tmp_path: Path, monkeypatch: pyt
     assert said == ["downloading b-1.whl, 899.8 MB"]
 
 
-def test_a_full_disk_ends_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is no fault of the release, which would be skipped, and another tried that fills the disk again."""
-    complaint = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
+@pytest.mark.parametrize("full", [errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.get)
+def test_a_full_disk_ends_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: int) -> None:
+    """Or a quota: it is no fault of the release, which would be skipped, and another tried that fills it again."""
+    said = os.strerror(full)
+    complaint = f"ERROR: Could not install packages due to an OSError: [Errno {full}] {said}"
     python_that(tmp_path, monkeypatch, f"echo '{complaint}' >&2; exit 1")
-    with pytest.raises(OutputError, match=r"No space left on device; make room, or name .* with --cache"):
+    with pytest.raises(OutputError, match=rf"{said}; make room, or name .* with --cache"):
         Environments(directory=tmp_path / "kept", index=Index()).path_of("weights", "1.0")
     assert [one.name for one in (tmp_path / "kept").iterdir()] == ["lock"]
 

@@ -78,7 +78,7 @@ def _gradients(history: History, step: SeenStep) -> dict[int, EntryKey]:
         nbytes = breakdown[Category.GRADIENTS]
         if not nbytes:
             continue
-        made = [index for index in history.live(position) if step.begin <= lifetimes[index].begin]
+        made = [*history.live(position, since=step.begin)]
         top = history.top(step.begin, position)
         late = [index for index in made if lifetimes[index].begin >= top]
         for chosen in (made, late):

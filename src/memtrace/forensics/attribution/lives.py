@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from operator import attrgetter
 
 from memtrace.attribution.timeline import Lifetime
 from memtrace.forensics.attribution.labels import Label
@@ -77,8 +78,14 @@ def read_lives(history: History, ends: Sequence[int] = ()) -> Lives:
 def _with_ends(valleys: Sequence[int], ends: Sequence[int]) -> list[int]:
     """Returns the valleys and the ends of steps, without the valleys that an end stands for."""
     shortest = min((after - before for before, after in pairwise(ends)), default=0)
-    apart = [valley for valley in valleys if all(abs(valley - end) > _NEAR * shortest for end in ends)]
+    apart = [valley for valley in valleys if _distance(valley, ends) > _NEAR * shortest]
     return sorted({*apart, *ends})
+
+
+def _distance(position: int, ends: Sequence[int]) -> int:
+    """Returns how far the nearest of the ends is, which are sorted."""
+    following = bisect_right(ends, position)
+    return min(abs(position - end) for end in ends[max(0, following - 1) : following + 1])
 
 
 def _boundaries(lifetimes: Sequence[Lifetime], valleys: Sequence[int], height: int) -> list[int]:
@@ -109,18 +116,30 @@ def _chosen(lifetimes: Sequence[Lifetime], valleys: Sequence[int], height: int, 
     inner = dying[1:-1] or dying[1:]
     limit = min(inner, default=0) + _ALIKE * height
     chosen = [valley for valley, nbytes in zip(valleys, dying, strict=True) if valley == valleys[0] or nbytes <= limit]
-    others = [valley for valley in valleys if valley not in chosen]
-    freed: Counter[int] = Counter()
-    for valley in others:
-        freed |= Counter(life.nbytes for life in lifetimes if life.end is not None and life.begin < valley <= life.end)
+    among = {*chosen}
+    freed = _freed_after(lifetimes, [valley for valley in valleys if valley not in among])
+    staying = [life for life in lifetimes if life.end is None]
     for number in range(2, len(chosen)):
-        new = Counter(
-            life.nbytes for life in lifetimes if life.end is None and chosen[number - 1] <= life.begin < chosen[number]
-        )
+        first, last = (bisect_left(staying, chosen[at], key=attrgetter("begin")) for at in (number - 1, number))
+        new = Counter(life.nbytes for life in staying[first:last])
         alike = _nbytes(new & freed)
         if alike > _ALIKE * height and alike >= _MOSTLY * (_nbytes(freed) if beyond else _nbytes(new)):
             return chosen[:number]
     return chosen
+
+
+def _freed_after(lifetimes: Sequence[Lifetime], positions: Sequence[int]) -> Counter[int]:
+    """Returns how many blocks of each size are there at a position and freed later, at most at one of the positions."""
+    freed: Counter[int] = Counter()
+    there: list[Lifetime] = []
+    count = 0
+    for position in positions:
+        following = bisect_left(lifetimes, position, lo=count, key=attrgetter("begin"))
+        there += lifetimes[count:following]
+        there = [life for life in there if life.end is not None and life.end >= position]
+        freed |= Counter(life.nbytes for life in there)
+        count = following
+    return freed
 
 
 def _nbytes(sizes: Counter[int]) -> int:
@@ -151,10 +170,11 @@ def _after_updates(
             deltas[life.end + 1] -= life.nbytes
     dying = [*accumulate(deltas)]
     for boundary in boundaries:
-        after = next((valley for valley in valleys if valley > boundary), None)
-        if not boundary or after is None:
+        following = bisect_right(valleys, boundary)
+        if not boundary or following == len(valleys):
             yield boundary
             continue
+        after = valleys[following]
         top = max(range(boundary, after + 1), key=dying.__getitem__)
         yield min(range(boundary, top + 1), key=dying.__getitem__)
 

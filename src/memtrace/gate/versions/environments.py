@@ -79,6 +79,8 @@ class Environments:
         wanted = (f"{package}=={version}", *self.beside, *sorted(built_for))
         base = fingerprint(platform.python_version(), sys.prefix, *installed(), *self.index.options, *wanted)
         path = self.directory / f"{package}-{version}-{base}"
+        with self._writable():
+            self.directory.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             return path
         with self._alone(), TemporaryDirectory(dir=self.directory, prefix=_DRAFT) as draft:
@@ -114,15 +116,20 @@ class Environments:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Holds the directory's lock, and removes what others began and did not end."""
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+        with self._writable():
             lock = (self.directory / "lock").open("w")
-        except OSError as error:
-            raise OutputError(
-                f"releases cannot be kept in {self.directory}: {error}; name another with --cache"
-            ) from error
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for left in self.directory.glob(f"{_DRAFT}*"):
                 shutil.rmtree(left, ignore_errors=True)
             yield
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        """Says which directory it is that cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"releases cannot be kept in {self.directory}: {error}; name another with --cache"
+            ) from error

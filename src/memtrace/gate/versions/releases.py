@@ -14,6 +14,8 @@ from tempfile import TemporaryFile
 
 from memtrace.errors import ConfigError, OutputError, PlanError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a disk says that takes no more, or no more of this user's."""
 _LISTED = re.compile(r"^Available versions: (.+)$", re.MULTILINE)
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
@@ -49,7 +51,7 @@ def pip(*arguments: str, heard: Callable[[str], None] = lambda _: None, scratch:
 
     Raises:
         ConfigError: there is no pip.
-        OutputError: the disk is full.
+        OutputError: the disk is full, or the user's share of it.
         PlanError: pip failed; the message is its own.
     """
     settings = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off"}
@@ -73,7 +75,7 @@ def pip(*arguments: str, heard: Callable[[str], None] = lambda _: None, scratch:
         raise ConfigError(f"{sys.executable} has no pip, which lists and installs releases: python -m ensurepip")
     if status:
         message = f"pip {arguments[0]}: {_complaint(complaints, printed)}"
-        if os.strerror(errno.ENOSPC) in complaints:
+        if any(os.strerror(full) in complaints for full in _FULL):
             raise OutputError(f"{message}; make room, or name a directory on another disk with --cache")
         raise PlanError(message)
     return "".join(printed)
