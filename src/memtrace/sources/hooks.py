@@ -97,8 +97,8 @@ class HookSet:
 
         The first argument is whose `step` was called: the optimizer, or a wrapper with the same hooks.
         """
-        self._stack.callback(optimizer.register_step_pre_hook(before).remove)
-        self._stack.callback(optimizer.register_step_post_hook(after).remove)
+        handles = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
+        self._stack.callback(_leave_steps, handles)
 
     def around_steps(
         self,
@@ -232,6 +232,39 @@ def others_take_gradient(parameter: nn.Parameter) -> bool:
 def _remove(handles: list[RemovableHandle]) -> None:
     while handles:
         handles.pop().remove()
+
+
+def _leave_steps(handles: tuple[RemovableHandle, RemovableHandle]) -> None:
+    if not torch_private.is_stepping():
+        for handle in handles:
+            handle.remove()
+        return
+    for handle in handles:
+        hooks = handle.hooks_dict_ref()
+        if hooks is not None and handle.id in hooks:
+            hooks[handle.id] = _LeftOn(handles)
+
+
+class _LeftOn:
+    """Does nothing, in the place of a hook that was taken off inside a step: torch raises where one of them is missing.
+
+    The one before a step takes the one after it off, and the other way round. Each goes by itself where it is the last:
+    else it stays, and refers to nothing but its place.
+
+    Args:
+        handles: of both.
+    """
+
+    __slots__ = ("_handles",)
+
+    def __init__(self, handles: tuple[RemovableHandle, RemovableHandle]) -> None:
+        self._handles = handles
+
+    def __call__(self, *_: object) -> None:
+        for handle in self._handles:
+            hooks = handle.hooks_dict_ref() or {}
+            if handle.id in hooks and (hooks[handle.id] is not self or next(reversed(hooks)) == handle.id):
+                handle.remove()
 
 
 def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:

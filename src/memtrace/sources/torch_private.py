@@ -105,6 +105,21 @@ def remove_module_hook(module: torch.nn.Module, hook: Callable[..., Any]) -> Non
                 getattr(module, marks, {}).pop(number, None)
 
 
+_STEP = getattr(torch.optim.Optimizer, "profile_hook_step", lambda step: step)(lambda: None).__code__
+"""What torch has put around the `step` of each optimizer, and calls the hooks in."""
+
+
+def is_stepping() -> bool:
+    """Returns whether this thread is inside a step of an optimizer: torch goes through its hooks, and none may leave.
+
+    False where torch has changed: what is taken off there raises, as it does without this.
+    """
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not _STEP:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
+
+
 def one_graph() -> bool:
     """Returns, while torch's compiler is at work, whether the graph must be whole: no call can be left out of it then.
 
