@@ -204,6 +204,8 @@ class _WeakHook(GradientHook):
         self._alive = weakref.WeakMethod(method)
 
     def __call__(self, argument: Any) -> None:
+        if torch.compiler.is_compiling() and torch_private.one_graph():  # of compiled autograd
+            return
         found = self._alive()
         if found is not None:
             found(argument)
