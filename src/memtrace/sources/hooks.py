@@ -191,10 +191,22 @@ class _OnModule:
         self._handle.remove()
 
     def put_on(self) -> None:
-        """Puts it on again, in front of others or behind them as before, unless the module is gone."""
+        """Puts it on again, in front of others or behind them as before, unless the module is gone.
+
+        With the number that it had: a graph that must be whole is compiled anew for another one, which has a limit.
+        """
         module = self._module()
-        if module is not None:
-            self._handle = self._register(module)
+        if module is None:
+            return
+        number, self._handle = self._handle.id, self._register(module)
+        new, hooks = self._handle.id, self._handle.hooks_dict_ref()
+        is_first = next(iter(hooks)) == new
+        for known in (hooks, *(reference() for reference in self._handle.extra_dict_ref)):
+            if new in known:
+                known[number] = known.pop(new)
+        if is_first:
+            hooks.move_to_end(number, last=False)
+        self._handle.id = number
 
 
 class _WeakHook(GradientHook):
