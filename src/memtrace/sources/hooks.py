@@ -199,7 +199,8 @@ class _OnModule:
         if module is None:
             return
         number, self._handle = self._handle.id, self._register(module)
-        new, hooks = self._handle.id, self._handle.hooks_dict_ref()
+        new = self._handle.id
+        hooks: Any = self._handle.hooks_dict_ref()
         is_first = next(iter(hooks)) == new
         for known in (hooks, *(reference() for reference in self._handle.extra_dict_ref)):
             if new in known:
