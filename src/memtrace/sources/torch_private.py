@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import wraps
+from inspect import currentframe
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -114,9 +115,9 @@ def is_stepping() -> bool:
 
     False where torch has changed: what is taken off there raises, as it does without this.
     """
-    frame = sys._getframe()
+    frame = currentframe()
     while frame is not None and frame.f_code is not _STEP:
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return frame is not None
 
 
