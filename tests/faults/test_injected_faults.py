@@ -58,6 +58,7 @@ SHELLS = frozenset(
         "Ledger.__init__.<locals>.forget",
         "Ledger._forget",
         "_Pair._forgotten",
+        "compiles_backward",
         "_Pair.pop",
         "_Owner.__del__",
         "CpuEvents.__del__",

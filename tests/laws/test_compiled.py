@@ -70,3 +70,33 @@ def test_compiled_model_trains_the_same_and_is_seen(how: str) -> None:
         if record.traced:
             assert record.moments[Moment.FORWARD_END][Category.ACTIVATIONS] > 0
             assert record.moments[Moment.PEAK].total_bytes == record.moments[Moment.PEAK].allocated_bytes
+
+
+def train_with_compiled_autograd(*, traced: bool, fullgraph: bool) -> tuple[list[torch.Tensor], Tracer]:
+    """Returns the parameters after three steps whose backward pass the compiler has taken in, and the tracer."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracer = Tracer(model, optimizer, TracerConfig(strict=True, trace_every=1))
+    if traced:
+        tracer.attach()
+    for _ in range(3):
+        loss = model(torch.randn(16, 32)).square().mean()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=fullgraph)):
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tracer.detach()
+    return [parameter.detach() for parameter in model.parameters()], tracer
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_autograd(fullgraph: bool) -> None:
+    """The compiler goes through the hooks on saved tensors, where a version is no number: values are the same."""
+    bare, _ = train_with_compiled_autograd(traced=False, fullgraph=fullgraph)
+    values, tracer = train_with_compiled_autograd(traced=True, fullgraph=fullgraph)
+    assert all(map(torch.equal, values, bare))
+    assert [record.traced for record in tracer.history] == [True] * 3
+    for record in tracer.history:
+        assert record.moments[Moment.PEAK][Category.ACTIVATIONS] > 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
 from laws.life import Perceptron
 from torch import nn
 
@@ -121,3 +122,17 @@ def test_what_cannot_be_scripted_raises_as_without_memtrace() -> None:
         step(model, optimizer)
     assert str(watched.value) == str(bare.value)
     assert [record.traced for record in tracer.history] == [True]
+
+
+def test_a_model_that_is_compiled_as_a_whole_is_scripted_again_and_again() -> None:
+    """What is compiled stays as it is: to compile it anew each time would end in an error, after eight times."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = nn.Sequential(nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with Tracer(model, optimizer, TracerConfig(**QUIET)):
+        for _ in range(3):
+            step(compiled, optimizer)
+            scripted(model)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

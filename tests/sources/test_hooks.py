@@ -9,6 +9,7 @@ import pickle
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -470,3 +471,38 @@ def test_a_hook_that_is_taken_off_by_the_one_before_it() -> None:
     assert model(torch.ones(1, 2)).shape == (1, 2)
     assert heard == []
     first.close()
+
+
+@pytest.mark.parametrize("closes", range(6))
+def test_hooks_on_steps_that_are_taken_off_inside_a_step(closes: int) -> None:
+    """By themselves, as after a fault, or by hooks around them: no step fails, none is called, one at most is left,
+    that does nothing and refers to nothing."""
+    weight, heard = nn.Parameter(torch.ones(1)), []
+    optimizer, hooks = torch.optim.SGD([weight]), HookSet()
+
+    def hook(place: int) -> Callable[..., None]:
+        def called(*_: object) -> None:
+            heard.append(place)
+            if place == closes:
+                hooks.close()
+
+        return called
+
+    optimizer.register_step_pre_hook(hook(0))
+    optimizer.register_step_post_hook(hook(3))
+    before, after = hook(1), hook(4)
+    hooks.around_step(optimizer, before, after)
+    optimizer.register_step_pre_hook(hook(2))
+    last = optimizer.register_step_post_hook(hook(5))
+    optimizer.step()
+    heard.clear()
+    references = weakref.ref(before), weakref.ref(after)
+    del before, after
+    for _ in range(2):
+        optimizer.step()
+    assert heard == [0, 2, 3, 5] * 2
+    assert [reference() for reference in references] == [None, None]
+    assert len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks) <= 5
+    last.remove()
+    optimizer.step()
+    assert len(optimizer._optimizer_step_post_hooks) == 1

@@ -177,6 +177,15 @@ def backward_is_running() -> bool:
     return current_autograd_node() is not None or threading.get_ident() in _at_an_end
 
 
+def compiles_backward() -> bool:
+    """Returns whether torch's compiler takes in backward passes now (compiled autograd).
+
+    Inside of such a one there is no node, and saved-tensor hooks are put back all the same. False where torch has
+    changed: hooks that were taken off there stay on.
+    """
+    return bool(getattr(sys.modules.get("torch._dynamo.compiled_autograd"), "compiled_autograd_enabled", False))
+
+
 def after_backward(callback: Callable[[], None], *, last: bool = False) -> bool:
     """Calls `callback()` once, when the backward pass that this thread is inside of has ended without an error.
 

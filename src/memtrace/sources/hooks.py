@@ -97,8 +97,8 @@ class HookSet:
 
         The first argument is whose `step` was called: the optimizer, or a wrapper with the same hooks.
         """
-        self._stack.callback(optimizer.register_step_pre_hook(before).remove)
-        self._stack.callback(optimizer.register_step_post_hook(after).remove)
+        handles = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
+        self._stack.callback(_leave_steps, handles)
 
     def around_steps(
         self,
@@ -191,10 +191,23 @@ class _OnModule:
         self._handle.remove()
 
     def put_on(self) -> None:
-        """Puts it on again, in front of others or behind them as before, unless the module is gone."""
+        """Puts it on again, in front of others or behind them as before, unless the module is gone.
+
+        With the number that it had: a graph that must be whole is compiled anew for another one, which has a limit.
+        """
         module = self._module()
-        if module is not None:
-            self._handle = self._register(module)
+        if module is None:
+            return
+        number, self._handle = self._handle.id, self._register(module)
+        new = self._handle.id
+        hooks: Any = self._handle.hooks_dict_ref()
+        is_first = next(iter(hooks)) == new
+        for known in (hooks, *(reference() for reference in self._handle.extra_dict_ref)):
+            if new in known:
+                known[number] = known.pop(new)
+        if is_first:
+            hooks.move_to_end(number, last=False)
+        self._handle.id = number
 
 
 class _WeakHook(GradientHook):
@@ -204,6 +217,8 @@ class _WeakHook(GradientHook):
         self._alive = weakref.WeakMethod(method)
 
     def __call__(self, argument: Any) -> None:
+        if torch.compiler.is_compiling() and torch_private.one_graph():  # of compiled autograd
+            return
         found = self._alive()
         if found is not None:
             found(argument)
@@ -232,6 +247,39 @@ def others_take_gradient(parameter: nn.Parameter) -> bool:
 def _remove(handles: list[RemovableHandle]) -> None:
     while handles:
         handles.pop().remove()
+
+
+def _leave_steps(handles: tuple[RemovableHandle, RemovableHandle]) -> None:
+    if not torch_private.is_stepping():
+        for handle in handles:
+            handle.remove()
+        return
+    for handle in handles:
+        hooks = handle.hooks_dict_ref()
+        if hooks is not None and handle.id in hooks:
+            hooks[handle.id] = _LeftOn(handles)
+
+
+class _LeftOn:
+    """Does nothing, in the place of a hook that was taken off inside a step: torch raises where one of them is missing.
+
+    The one before a step takes the one after it off, and the other way round. Each goes by itself where it is the last:
+    else it stays, and refers to nothing but its place.
+
+    Args:
+        handles: of both.
+    """
+
+    __slots__ = ("_handles",)
+
+    def __init__(self, handles: tuple[RemovableHandle, RemovableHandle]) -> None:
+        self._handles = handles
+
+    def __call__(self, *_: object) -> None:
+        for handle in self._handles:
+            hooks = handle.hooks_dict_ref() or {}
+            if handle.id in hooks and (hooks[handle.id] is not self or next(reversed(hooks)) == handle.id):
+                handle.remove()
 
 
 def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:

@@ -264,8 +264,10 @@ class _Pair:
             tensor: torch.Tensor = self.below[1](packed)
         else:
             tensor = packed.tensor
-            if packed.version is not None and tensor._version != packed.version:
-                raise RuntimeError(_changed_in_place(packed))
+        if torch.compiler.is_compiling():  # of compiled autograd: there a version is no number, and nothing is heard
+            return tensor
+        if self.below is None and packed.version is not None and tensor._version != packed.version:
+            raise RuntimeError(_changed_in_place(packed))
         hooks = self._hooks()
         if hooks is not None and hooks.listening:
             hooks.listening = not hooks.on_asked(tensor)
@@ -273,7 +275,7 @@ class _Pair:
 
     def _forgotten(self, _: object) -> None:
         """Takes the pair off when nothing that was saved through it is left: its forward pass led to nothing."""
-        if not self.in_forward:
+        if not self.in_forward and not autograd_torch_private.compiles_backward():
             self.pop()
 
 

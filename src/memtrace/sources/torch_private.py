@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import wraps
+from inspect import currentframe
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -111,6 +112,21 @@ def remove_module_hook(module: torch.nn.Module, hook: Callable[..., Any]) -> Non
             del hooks[number]
             for marks in _FORWARD_HOOKS_MARKS:
                 getattr(module, marks, {}).pop(number, None)
+
+
+_STEP = getattr(torch.optim.Optimizer, "profile_hook_step", lambda step: step)(lambda: None).__code__
+"""What torch has put around the `step` of each optimizer, and calls the hooks in."""
+
+
+def is_stepping() -> bool:
+    """Returns whether this thread is inside a step of an optimizer: torch goes through its hooks, and none may leave.
+
+    False where torch has changed: what is taken off there raises, as it does without this.
+    """
+    frame = currentframe()
+    while frame is not None and frame.f_code is not _STEP:
+        frame = frame.f_back
+    return frame is not None
 
 
 def one_graph() -> bool:
