@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +139,20 @@ class MemTraceCallback(TrainerCallback):
 
     def _follow(self, trainer: Trainer | None, model: nn.Module) -> None:
         """Ends the run where the callback is taken off before the training ends."""
-        if trainer is not None and self._tracer is not None:
-            end = partial(_end, self._tracer, self._config, self._logs)
-            self._taken_off = when_taken_off(trainer, self, model, end)
+        if trainer is not None:
+            self._taken_off = when_taken_off(trainer, self, model, self._end)
+
+    def _end(self) -> None:
+        """Ends the run with its training, or where the callback is taken off before that."""
+        self._leave_logs()
+        if self._tracer is not None:
+            end_run(self._tracer, self._config)
 
     def _leave_logs(self) -> None:
         self._taken_off.close()
         logs, self._logs = self._logs, None
-        _leave(logs)
+        if logs is not None:
+            ask(logs.leave)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -167,23 +172,7 @@ class MemTraceCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Detaches, and shows the table on the first process of each machine."""
-        self._taken_off.close()
-        logs, self._logs = self._logs, None
-        if self._tracer is None:
-            _leave(logs)
-        else:
-            _end(self._tracer, self._config, logs)
-
-
-def _end(tracer: MemoryTracer, config: TracerConfig, logs: TrainerLogs | None) -> None:
-    """Ends a run with its training, or where the callback is taken off before that."""
-    _leave(logs)
-    end_run(tracer, config)
-
-
-def _leave(logs: TrainerLogs | None) -> None:
-    if logs is not None:
-        ask(logs.leave)
+        self._end()
 
 
 def _run_name(args: TrainingArguments) -> str | None:
