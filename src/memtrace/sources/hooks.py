@@ -97,8 +97,9 @@ class HookSet:
 
         The first argument is whose `step` was called: the optimizer, or a wrapper with the same hooks.
         """
-        handles = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
-        self._stack.callback(_leave_steps, handles)
+        handles = [optimizer.register_step_pre_hook(before)]
+        self._stack.callback(_leave_steps, handles)  # also where the optimizer refuses the second
+        handles.append(optimizer.register_step_post_hook(after))
 
     def around_steps(
         self,
@@ -249,7 +250,7 @@ def _remove(handles: list[RemovableHandle]) -> None:
         handles.pop().remove()
 
 
-def _leave_steps(handles: tuple[RemovableHandle, RemovableHandle]) -> None:
+def _leave_steps(handles: list[RemovableHandle]) -> None:
     if not torch_private.is_stepping():
         for handle in handles:
             handle.remove()
@@ -272,7 +273,7 @@ class _LeftOn:
 
     __slots__ = ("_handles",)
 
-    def __init__(self, handles: tuple[RemovableHandle, RemovableHandle]) -> None:
+    def __init__(self, handles: list[RemovableHandle]) -> None:
         self._handles = handles
 
     def __call__(self, *_: object) -> None:
