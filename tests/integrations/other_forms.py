@@ -23,6 +23,9 @@ STEPS, FIRST = 14, 2
 """Steps of each loop, and those that are left out: what it keeps from its first step on is there within seconds, and
 in the series a step stands for a quarter of an hour."""
 
+KEEP_NOTHING = frozenset({"gradients dropped, for_the_inputs", "gradients dropped, moved_and_back"})
+"""Loops that have tensors of their own where the optimizer has stepped, and none when their step returns."""
+
 Loop = Callable[[Any, torch.optim.Optimizer], Iterator[object]]
 
 
@@ -93,6 +96,8 @@ LOOPS: Mapping[str, tuple[Callable[[], nn.Module], Loop]] = {
     },
 }
 """By name: what makes the model, and what trains it."""
+
+assert LOOPS.keys() >= KEEP_NOTHING
 
 
 def records() -> Iterator[tuple[str, Sequence[StepRecord]]]:
