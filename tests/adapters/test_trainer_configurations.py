@@ -541,7 +541,11 @@ def test_trains_as_without_memtrace(
 ) -> None:
     """Losses, metrics, decisions, random numbers and final weights have the same bits."""
     monkeypatch.setitem(transformers.trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.RAY, _Search)
-    _same(TABLE[name], tmp_path, watching)
+    watched = _same(TABLE[name], tmp_path, watching)
+    if TABLE[name].arguments.get("auto_find_batch_size"):
+        assert watched["batch size"] < TABLE[name].arguments["per_device_train_batch_size"], (
+            "the first one does not fit"
+        )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -106,6 +106,13 @@ def many_steps(model: Model, optimizer: torch.optim.Optimizer, tracer: Tracer) -
         steps(model, optimizer, 2**8 + 10)
 
 
+ADVICE = {
+    Unseen.FORWARD: "attach it before the function is compiled",
+    Unseen.STEP_END: "attach memtrace to that one",
+    Unseen.TRACE: ("trace_next() tries again", "`memtrace plan` says what they are"),
+}
+"""What a line says that one can do."""
+
 WAYS = {
     "as usual": (as_usual, CpuEvents, ()),
     "by another method": (by_another_method, CpuEvents, ()),
@@ -132,6 +139,9 @@ def test_what_is_not_seen_is_said_once(way: str, caplog: pytest.LogCaptureFixtur
     assert snapshot.not_seen == expected
     assert snapshot.up
     assert len(caplog.records) == len(expected)
+    for unseen, told in zip(expected, caplog.messages, strict=True):
+        advice = ADVICE[unseen]
+        assert any(one in told for one in ((advice,) if isinstance(advice, str) else advice))
     exposition = generate_latest(registry_of(lambda: snapshot)).decode()
     series = [line for line in exposition.splitlines() if line.startswith("memtrace_not_seen{")]
     assert len(series) == len(expected)

@@ -52,7 +52,7 @@ def too_large(allocations: int) -> Limitation:
     return Limitation(
         unseen=Unseen.TRACE,
         text=f"steps are counted and not traced: one micro batch allocates {allocations:,} times, more than the "
-        "allocator's history is kept for.",
+        "allocator's history is kept for. Counted steps show totals all the same; `memtrace plan` says what they are.",
     )
 
 
