@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from memtrace.sources.hooks import HookSet, outside_graphs
+from memtrace.sources.hooks import HookSet
 
 
 def when_taken_off(trainer: Trainer, callback: TrainerCallback, model: nn.Module, end: Callable[[], None]) -> HookSet:
@@ -35,5 +35,5 @@ def when_taken_off(trainer: Trainer, callback: TrainerCallback, model: nn.Module
             hooks.close()
             ends()
 
-    hooks.before_forward(model, outside_graphs(look))
+    hooks.before_forward(model, look)
     return hooks

@@ -17,7 +17,7 @@ from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.guard import Guard
 from memtrace.record.categories import Phase
 from memtrace.sources.autograd_torch_private import after_backward, backward_is_running, current_autograd_node
-from memtrace.sources.hooks import outside_graphs, unless_whole
+from memtrace.sources.hooks import unless_whole
 from memtrace.sources.torch_private import frame_compiler, is_jit_tracing
 from memtrace.tracing.cycle import Cycle
 from memtrace.tracing.dropped import DroppedGradients
@@ -44,8 +44,8 @@ class SkippedSteps:
 
     These are the hooks that run most often of all, in steps of less than a millisecond. Calls are what takes time
     there, with caches that the training has filled: so each hook is one function, which sets plain attributes and calls
-    nothing in Python. All else is done by what it goes on to, under the guard. Inside a graph a hook on the model goes
-    on at once: torch's compiler takes it for a constant that it is at work, and never sees the rest.
+    hardly anything in Python. All else is done by what it goes on to, under the guard. Inside a graph a hook on the
+    model goes on at once: torch's compiler takes it for a constant that it is at work, and never sees the rest.
 
     Args:
         scan: knows whether there is one optimizer or more.
@@ -112,7 +112,7 @@ class SkippedSteps:
         not larger than any with a record, and goes on to `otherwise` with all others.
         """
 
-        goes_on, in_graph = unless_whole(outside_graphs(otherwise), breaks_graphs), torch.compiler.is_dynamo_compiling
+        goes_on, in_graph = unless_whole(otherwise, breaks_graphs), torch.compiler.is_dynamo_compiling
         named, explicit = self._main_input_name, self._explicit
         outside, forward, dropped = Phase.OUTSIDE, Phase.FORWARD, self.dropped
         gradient = dropped.gradient
@@ -170,7 +170,7 @@ class SkippedSteps:
             caught = None if error is None or error.__traceback__ is None else error.__traceback__.tb_frame.f_code
             otherwise(module, output, error if caught is not None and caught.co_filename == _CALLS else None)
 
-        goes_on, in_graph = unless_whole(outside_graphs(ended), breaks_graphs), torch.compiler.is_dynamo_compiling
+        goes_on, in_graph = unless_whole(ended, breaks_graphs), torch.compiler.is_dynamo_compiling
         forward, backward = Phase.FORWARD, Phase.BACKWARD
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
