@@ -162,7 +162,7 @@ def in_turn(state: str, minutes: int) -> Story:
 
 
 def with_text_file(state: str, *, rank: int = 0, world: int = 1, **says: float) -> Story:
-    """A rank whose endpoint goes with its process after an hour; its text file, under another target, says how it ended."""
+    """A rank whose endpoint goes with its process after an hour; its text file, another target, says how it ended."""
 
     def tells(at: int) -> Iterable[Scrape]:
         known = Scrape(at=at, run=f"filed-{state}", run_id="9", rank=rank, world=world, **says)  # type: ignore[arg-type]
