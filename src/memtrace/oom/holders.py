@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from memtrace.attribution.optimizers import optimizer_parameters
+from memtrace.attribution.optimizers.finding import optimizer_parameters
 from memtrace.attribution.storages import state_tensors, storages_of
 from memtrace.oom.composition import Holding
 from memtrace.record.categories import Category

@@ -13,7 +13,7 @@ from torch import nn
 from memtrace.allocator.recording import AllocatorRecording
 from memtrace.attribution.curve import HighestSteps
 from memtrace.attribution.models.further import FurtherModels
-from memtrace.attribution.optimizers import HandedOver, flat
+from memtrace.attribution.optimizers.finding import HandedOver, flat
 from memtrace.attribution.window import TraceWindow
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
