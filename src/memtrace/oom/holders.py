@@ -12,7 +12,7 @@ from memtrace.attribution.optimizers.finding import optimizer_parameters
 from memtrace.attribution.storages import state_tensors, storages_of
 from memtrace.oom.composition import Holding
 from memtrace.record.categories import Category
-from memtrace.record.oom_report import Holder, LargeBlock
+from memtrace.record.oom.report import Holder, LargeBlock
 
 MAX_HOLDERS = 20
 """Names in a report: with layers taken together, more than most models have."""

@@ -19,7 +19,7 @@ from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
 from memtrace.guard import Guard
 from memtrace.record.breakdown import StepRecord
-from memtrace.record.oom_report import OomReport
+from memtrace.record.oom.report import OomReport
 from memtrace.record.plan import read_plan
 from memtrace.record.risk_reading import LargestBatch, largest_by_setting
 from memtrace.record.snapshot import RunIdentity, Snapshot
