@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from memtrace.record.oom_document import parse_report
-from memtrace.record.oom_report import OomReport
+from memtrace.record.oom.document import parse_report
+from memtrace.record.oom.report import OomReport
 from memtrace.record.strict_json import parse_json
 
 HUGE = 1 << 50

@@ -221,7 +221,7 @@ def forecast() -> Panels:
             colour=PEAK_COLOUR,
         ),
         graph(
-            "Memory that outlives steps",
+            "Persistent memory",
             "At the end of a step, on the fullest of the chosen ranks. A steady rise is a leak.",
             composition("step_end"),
             unit="bytes",

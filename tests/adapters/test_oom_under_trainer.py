@@ -17,8 +17,8 @@ from transformers import Trainer, TrainingArguments
 
 from memtrace import MemTraceCallback
 from memtrace.record.categories import Phase
-from memtrace.record.oom_document import parse_report
-from memtrace.record.oom_report import OomReport, RemedyKind, Witness
+from memtrace.record.oom.document import parse_report
+from memtrace.record.oom.report import OomReport, RemedyKind, Witness
 from memtrace.record.strict_json import parse_json
 
 CRASH = """

@@ -13,7 +13,8 @@ from torch import nn
 
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.models.contents import claim_model
-from memtrace.attribution.optimizers import HandedOver, claim_optimizers, find_optimizers
+from memtrace.attribution.optimizers.claims import claim_optimizers
+from memtrace.attribution.optimizers.finding import HandedOver, find_optimizers
 from memtrace.attribution.scan import Scan
 from memtrace.errors import ConfigError
 from memtrace.record.categories import Category

@@ -17,7 +17,7 @@ from memtrace.attribution import curve, recording
 from memtrace.exporters.run_directory.allocator_file import allocator_path, read_recording
 from memtrace.oom import allocator_answer, watch
 from memtrace.oom.markdown import render_markdown
-from memtrace.record.oom_document import encode, parse_report
+from memtrace.record.oom.document import encode, parse_report
 from memtrace.sources.cuda.settings_variable import variable_for
 
 

@@ -13,7 +13,8 @@ from records import counted_step, traced_step
 
 from memtrace.cli import main
 from memtrace.exporters.ranks import ranks_table
-from memtrace.exporters.run_directory.steplog import StepLog, rotated_path, step_log_path
+from memtrace.exporters.run_directory.json_lines import rotated_path
+from memtrace.exporters.run_directory.steplog import StepLog, step_log_path
 from memtrace.exporters.table import TABLE_WIDTH, plain_text, render_text
 from memtrace.record.breakdown import StepRecord
 

@@ -15,7 +15,8 @@ import pytest
 from records import counted_step, traced_step
 
 from memtrace.errors import LogFormatError, OutputError
-from memtrace.exporters.run_directory.steplog import StepLog, read_step_log, rotated_path, step_log_path
+from memtrace.exporters.run_directory.json_lines import rotated_path
+from memtrace.exporters.run_directory.steplog import StepLog, read_step_log, step_log_path
 from memtrace.record.units import KIB
 
 WRITER = """

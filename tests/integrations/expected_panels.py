@@ -194,7 +194,7 @@ PANELS: Mapping[str, Callable[[Life, float], Shown]] = {
         "tokens of the largest micro batch": tokens(life.fullest(at)),
         "peak of a step": peak(life.fullest(at)),
     },
-    "Memory that outlives steps": lambda life, at: categories(life.fullest(at), Moment.STEP_END),
+    "Persistent memory": lambda life, at: categories(life.fullest(at), Moment.STEP_END),
     "Memory of the device": parts_of_the_device,
     "Fragmentation: reserved, but unused": unused,
     "Memory of each process": lambda life, at: (

@@ -154,9 +154,29 @@ def in_turn(state: str, minutes: int) -> Story:
         ended = phase >= minutes * MINUTE
         says = state if ended else "running"
         answers = phase <= minutes * MINUTE + INTERVAL
-        yield Scrape(at=at, run_id=str(number), started=at - phase, state=says, answers=answers, steps=phase)
+        yield Scrape(
+            at=at, run="sweep", run_id=str(number), started=at - phase, state=says, answers=answers, steps=phase
+        )
 
     return tells
+
+
+def with_text_file(state: str, *, rank: int = 0, world: int = 1, **says: float) -> Story:
+    """A rank whose endpoint goes with its process after an hour; its text file, another target, says how it ended."""
+
+    def tells(at: int) -> Iterable[Scrape]:
+        known = Scrape(at=at, run=f"filed-{state}", run_id="9", rank=rank, world=world, **says)  # type: ignore[arg-type]
+        yield replace(known, instance=f"a:{rank}", answers=at < HOUR)
+        yield replace(known, instance="a:9100", text_file=True, state="running" if at < HOUR else state)
+
+    return tells
+
+
+def seven_of_eight(at: int) -> Iterable[Scrape]:
+    """Seven ranks end without a last scrape, which their text files say; the eighth goes on."""
+    yield Scrape(at=at, run="filed-ok", run_id="9", world=8)
+    for rank in range(1, 8):
+        yield from with_text_file("ok", rank=rank, world=8)(at)
 
 
 def trying_algorithms(at: int) -> Iterable[Scrape]:
@@ -242,6 +262,11 @@ HEALTHY: tuple[Scenario, ...] = (
     silent("a text file of a run that has ended well", lambda at: [
         Scrape(at=at, text_file=True, state="ok" if at > HOUR else "running")
     ]),
+    silent("a normal end at 92 % that only the text file tells", with_text_file("ok", peak=73.6 * GB)),
+    silent("seven of eight ranks have ended well, as their text files say", seven_of_eight),
+    silent("two ranks, and six more ports on which nobody listens", lambda at: [
+        *ranks(Scrape(at=at), 2), *(Scrape(at=at, instance=f"a:{r}", answers=False) for r in range(2, 8))
+    ]),
     silent("algorithms are tried in the first steps", trying_algorithms),
     silent("a sweep of short runs of one name", in_turn("ok", 8)),
     silent("preempted each ten minutes", in_turn("signal", 8)),
@@ -292,6 +317,10 @@ FAILING: tuple[Scenario, ...] = (
         Scrape(at=at, text_file=True, run_id="1", state="out_of_memory" if at > HOUR else "running"),
         Scrape(at=at, text_file=True, run_id="2", state="ok" if at > HOUR else "running"),
     ]),
+    raises("ended out of memory near the limit, which only the text file tells", "OutOfMemory",
+        with_text_file("out_of_memory", peak=76 * GB), 100),
+    raises("killed, as far as its text file knows", "TrainerVanishedNearLimit",
+        with_text_file("running", peak=76 * GB), 100),
     raises("ended with another exception", "RunFailed", ending("exception")),
     raises("a hang before the first step", "NoFirstStep", one(steps=0, last_step=NAN)),
     raises("a hang in a step", "Stalled", lambda at: [

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,18 @@ def panels(path: Path) -> list[dict[str, Any]]:
     return [panel for panel in dashboard(path)["panels"] if panel["type"] != "row"]
 
 
-@pytest.fixture(scope="module")
-def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextmanager
+def of_four_ranks(directory: Path) -> Iterator[str]:
     """A real Prometheus that holds the last hour of a recorded run of four ranks."""
-    directory = tmp_path_factory.mktemp("history")
     data = backfill(directory, ranks=4, steps=236, end=time.time() - 10)
     with prometheus(directory, data=data) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The last hour of that run."""
+    with of_four_ranks(tmp_path_factory.mktemp("history")) as url:
         yield url
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -72,10 +73,9 @@ def told(at: int) -> Iterable[Scrape]:
 STORY = Scenario(name="training", tells=told, minutes=SEEN)
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, float]]:
+@contextmanager
+def all_runs(directory: Path) -> Iterator[tuple[str, float]]:
     """A real Prometheus with these runs as scraped and as the rules have recorded them; and the moment of the page."""
-    directory = tmp_path_factory.mktemp("fleet")
     begin = time.time() - SEEN * MINUTE - 10
     series: dict[tuple[tuple[str, str], ...], dict[float, float]] = {}
     for at in range(0, SEEN * MINUTE + 1, INTERVAL):
@@ -93,6 +93,13 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, float
     with prometheus(directory, options=[RECEIVER]) as url:
         write(url, written)
         yield url, now
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, float]]:
+    """These runs."""
+    with all_runs(tmp_path_factory.mktemp("fleet")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

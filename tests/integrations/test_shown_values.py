@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,20 @@ ELSEWHERE = {"Retries and failures of the allocator", "Host memory in use"}
 """Panels with a test of their own."""
 
 
-@pytest.fixture(scope="module")
-def begin() -> float:
-    """When the first scrape was."""
+def first_scrape() -> float:
+    """Returns when the first scrape was: the last one is a few minutes old."""
     return (time.time() // INTERVAL - 60) * INTERVAL - SCRAPED_BEFORE
 
 
 @pytest.fixture(scope="module")
-def history(begin: float, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real Prometheus that has scraped all runs."""
+def begin() -> float:
+    """When the first scrape was."""
+    return first_scrape()
+
+
+@contextmanager
+def of_all_runs(begin: float, directory: Path) -> Iterator[str]:
+    """A real Prometheus that has scraped all runs, the first one of them from `begin` on."""
     series = scraped(RUNS, begin)
     for number, host in enumerate("abc", 1):
         for name, value in (("MemAvailable", 100 - number), ("MemTotal", 100)):
@@ -64,8 +70,15 @@ def history(begin: float, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         for alert in ("MemtraceHeadroomLow", "MemtraceRankMissing"):
             told = {"alertname": alert, "alertstate": "firing", "job": run.job, "run": run.name, "run_id": run.run_id}
             series[labels_of("ALERTS", told)] = with_ends({begin + INTERVAL * at: 1 for at in run.scrapes[-4:]})
-    with prometheus(tmp_path_factory.mktemp("shown"), options=[RECEIVER]) as url:
+    with prometheus(directory, options=[RECEIVER]) as url:
         write(url, series)
+        yield url
+
+
+@pytest.fixture(scope="module")
+def history(begin: float, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """All runs."""
+    with of_all_runs(begin, tmp_path_factory.mktemp("shown")) as url:
         yield url
 
 

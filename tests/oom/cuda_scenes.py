@@ -13,7 +13,7 @@ from memtrace.oom.fragmentation import parse_fragmentation
 from memtrace.oom.scene import Scene, describe
 from memtrace.record.breakdown import AllocatorReading, BatchShape, DeviceReading
 from memtrace.record.categories import Category, Phase
-from memtrace.record.oom_report import FailedRequest, OomReport, RemedyKind, Witness
+from memtrace.record.oom.report import FailedRequest, OomReport, RemedyKind, Witness
 from memtrace.record.snapshot import RunIdentity, Snapshot
 from memtrace.sources.cuda.allocator import live_blocks
 from memtrace.sources.events import Tag, TagEvent

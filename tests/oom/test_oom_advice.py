@@ -10,7 +10,7 @@ from cuda_scenes import GIB
 from memtrace.oom.advice import ModelFacts, Situation, remedies
 from memtrace.record.breakdown import BatchShape, EntryKey
 from memtrace.record.categories import Category, Phase
-from memtrace.record.oom_report import FailedRequest, Fragmentation, Remedy, RemedyKind, Witness
+from memtrace.record.oom.report import FailedRequest, Fragmentation, Remedy, RemedyKind, Witness
 
 
 def advise(entries: dict[EntryKey, int], phase: Phase = Phase.FORWARD, **known) -> dict[RemedyKind, Remedy]:

@@ -14,8 +14,8 @@ from memtrace.oom.composition import Holding
 from memtrace.oom.failure import MAX_MESSAGE
 from memtrace.oom.holders import largest_blocks, largest_holders
 from memtrace.record.categories import Moment, Phase
-from memtrace.record.oom_document import encode, parse_report
-from memtrace.record.oom_report import FailedRequest, OomReport, Witness
+from memtrace.record.oom.document import encode, parse_report
+from memtrace.record.oom.report import FailedRequest, OomReport, Witness
 from memtrace.record.strict_json import parse_json
 
 FULL = replace(

@@ -14,7 +14,7 @@ from memtrace.errors import OutputError
 from memtrace.exporters.html import render_html
 from memtrace.exporters.run_directory.steplog import StepLog, step_log_path
 from memtrace.oom.files import write_report
-from memtrace.record.oom_document import parse_report
+from memtrace.record.oom.document import parse_report
 from memtrace.record.strict_json import parse_json
 
 

@@ -8,7 +8,7 @@ from memtrace.oom.fragmentation import MAX_PINNED, MAX_PINS, parse_fragmentation
 from memtrace.oom.markdown import render_markdown
 from memtrace.record.breakdown import EntryKey
 from memtrace.record.categories import Category
-from memtrace.record.oom_report import PinnedSegment
+from memtrace.record.oom.report import PinnedSegment
 from memtrace.record.units import GIB, MIB
 
 STATE = EntryKey(Category.OPTIMIZER_STATE, "exp_avg", "float32")

@@ -10,7 +10,7 @@ from test_oom_document import FULL
 
 from memtrace.oom.markdown import headline, render_markdown
 from memtrace.record.categories import Phase
-from memtrace.record.oom_report import FailedRequest, Holder, OomReport, Witness
+from memtrace.record.oom.report import FailedRequest, Holder, OomReport, Witness
 
 
 def tables(text: str) -> list[list[str]]:

@@ -18,7 +18,7 @@ from memtrace.oom import watch as watch_module
 from memtrace.oom.watch import LOOK_SECONDS, OomWatch
 from memtrace.record.breakdown import AllocatorReading
 from memtrace.record.categories import Phase
-from memtrace.record.oom_report import OomReport, RemedyKind, Witness
+from memtrace.record.oom.report import OomReport, RemedyKind, Witness
 from memtrace.record.snapshot import RunIdentity, Snapshot
 from memtrace.sources.events import Window
 

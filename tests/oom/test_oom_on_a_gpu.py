@@ -14,7 +14,7 @@ from torch import nn
 
 from memtrace import MemoryTracer, TracerConfig
 from memtrace.record.categories import Phase
-from memtrace.record.oom_report import OomReport, Witness
+from memtrace.record.oom.report import OomReport, Witness
 
 pytestmark = pytest.mark.gpu
 

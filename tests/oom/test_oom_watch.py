@@ -12,7 +12,7 @@ from greedy_training import HUGE, PLACES, Training, ask_for_too_much, reports_in
 
 from memtrace import Category, MemoryTracer, MemTraceOptimizer, TracerConfig
 from memtrace.record.categories import Phase
-from memtrace.record.oom_report import OomReport, Witness
+from memtrace.record.oom.report import OomReport, Witness
 
 PHASES = {"forward": Phase.FORWARD, "backward": Phase.BACKWARD, "optimizer": Phase.OPTIMIZER}
 

@@ -26,7 +26,7 @@ from memtrace.exporters.textfile import clear_ended, textfile_path, write_textfi
 from memtrace.oom.files import write_report
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.categories import Moment
-from memtrace.record.oom_report import OomReport
+from memtrace.record.oom.report import OomReport
 from memtrace.record.snapshot import RunIdentity, RunState, Snapshot
 from memtrace.sources.termination import TERMINATION
 

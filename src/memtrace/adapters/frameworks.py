@@ -13,7 +13,7 @@ from torch import nn
 from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.adapters.said import say_where, show_table
 from memtrace.attribution.models.further import FurtherModels
-from memtrace.attribution.optimizers import HandedOver
+from memtrace.attribution.optimizers.finding import HandedOver
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
 

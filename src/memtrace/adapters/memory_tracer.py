@@ -26,7 +26,7 @@ from memtrace.exporters.trackers.summary import history_of
 from memtrace.guard import Told
 from memtrace.oom.failure import out_of_memory
 from memtrace.record.breakdown import StepRecord
-from memtrace.record.oom_report import OomReport
+from memtrace.record.oom.report import OomReport
 from memtrace.record.snapshot import RunState, Snapshot
 from memtrace.sources.at_exit import at_exit
 from memtrace.sources.events import EventSource

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -11,6 +11,7 @@ from multiprocessing import get_context
 
 from memtrace.allocator.blocks import Block
 from memtrace.allocator.caching_allocator import CachingAllocator
+from memtrace.allocator.fragments import Fragment, fragments_of
 from memtrace.allocator.recording import AllocatorRecording
 from memtrace.allocator.settings import AllocatorSettings, parse_settings
 from memtrace.record.units import MIB
@@ -58,34 +59,7 @@ class Outcome:
         return self.allocated_bytes - self.requested_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pin:
-    """A block in use that keeps a fragment from being given back."""
-
-    nbytes: int
-    name: str
-    """What it is for: a category or the innermost frame of its stack; empty where that is not known."""
-    address: int | None
-    """Where it lay in the recorded process; None where nobody says."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fragment:
-    """Memory that is reserved, free, and held back by blocks beside it. Bytes."""
-
-    size: int
-    """Of the segment, or of the free piece and its neighbours where segments grow."""
-    free_bytes: int
-    pins: Sequence[Pin]
-    """Blocks in use there, the smallest first, `MAX_PINS` at most."""
-    pinned_by: int
-    """How many there are."""
-    pinned_bytes: int
-    """What they hold together."""
-
-
 MAX_FRAGMENTS = 5
-MAX_PINS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,29 +263,6 @@ def _fragments(recording: AllocatorRecording, outcome: Outcome, limit: int | Non
     """Returns the fragments where a replay was at its worst, and what lay in segments with nothing in use."""
     allocator = CachingAllocator(outcome.settings, limit=limit)
     _play(recording, allocator, (outcome.peak_at if outcome.stopped_at is None else outcome.stopped_at) + 1)
-    found = sorted(_pinned(recording, allocator), key=lambda fragment: -fragment.free_bytes)
+    found = sorted(fragments_of(recording, allocator), key=lambda fragment: -fragment.free_bytes)
     cached = allocator.reserved_bytes - allocator.allocated_bytes - sum(fragment.free_bytes for fragment in found)
     return found, cached
-
-
-def _pinned(recording: AllocatorRecording, allocator: CachingAllocator) -> Iterator[Fragment]:
-    for stretch in allocator.stretches():
-        used = sorted((block for block in stretch if not block.free), key=lambda block: block.size)
-        free = sum(block.size for block in stretch if block.free)
-        if used and free:
-            yield Fragment(
-                size=sum(block.size for block in stretch),
-                free_bytes=free,
-                pins=[_pin(recording, block) for block in used[:MAX_PINS]],
-                pinned_by=len(used),
-                pinned_bytes=sum(block.size for block in used),
-            )
-
-
-def _pin(recording: AllocatorRecording, block: Block) -> Pin:
-    number = block.number
-    return Pin(
-        nbytes=block.requested,
-        name=recording.name(number) if number >= 0 else "",
-        address=recording.addresses[number] if number >= 0 and recording.addresses else None,
-    )

@@ -19,14 +19,8 @@ from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.models.contents import Role, check_model, claim_gradients, claim_model, device_of
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.attribution.models.held import Held
-from memtrace.attribution.optimizers import (
-    HandedOver,
-    claim_kept_elsewhere,
-    claim_optimizers,
-    find_optimizers,
-    flat,
-    optimizer_parameters,
-)
+from memtrace.attribution.optimizers.claims import claim_kept_elsewhere, claim_optimizers
+from memtrace.attribution.optimizers.finding import HandedOver, find_optimizers, flat, optimizer_parameters
 from memtrace.attribution.storages import canonical_device
 from memtrace.attribution.timeline import Lifetime
 from memtrace.errors import ConfigError

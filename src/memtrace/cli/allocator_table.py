@@ -10,7 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memtrace.allocator.what_if import Fragment, Outcome, WhatIf
+from memtrace.allocator.fragments import Fragment
+from memtrace.allocator.what_if import Outcome, WhatIf
 from memtrace.exporters.table import printable
 from memtrace.record.units import format_bytes
 from memtrace.sources.cuda.settings_variable import OLD_NAME, variable_for

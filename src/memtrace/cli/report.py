@@ -12,7 +12,7 @@ from memtrace.exporters.run_directory.run_file import name_of
 from memtrace.exporters.run_directory.run_history import OomText, RankHistory, RunHistory, observe
 from memtrace.exporters.run_directory.steplog import newest_run, read_step_log
 from memtrace.exporters.run_directory.timeline_file import read_timeline, timeline_path
-from memtrace.record.oom_document import parse_report
+from memtrace.record.oom.document import parse_report
 from memtrace.record.strict_json import parse_json
 from memtrace.record.units import parse_bytes
 

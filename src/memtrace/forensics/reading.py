@@ -14,7 +14,7 @@ from memtrace.forensics.trace import Stacks
 from memtrace.oom.advice import ModelFacts, Situation, remedies
 from memtrace.record.breakdown import Breakdown, EntryKey, StepCurve
 from memtrace.record.categories import Category, Moment, Phase
-from memtrace.record.oom_report import FailedRequest, Fragmentation, Witness
+from memtrace.record.oom.report import FailedRequest, Fragmentation, Witness
 from memtrace.record.readings.snapshot_reading import (
     DeviceReading,
     ReadBreakdown,

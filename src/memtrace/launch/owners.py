@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memtrace.attribution.optimizers import HandedOver, find_optimizers, optimizer_parameters, wrapping_chain
+from memtrace.attribution.optimizers.finding import HandedOver, find_optimizers, optimizer_parameters, wrapping_chain
 
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.", "deepspeed.")
 """Where the modules come from that wrap a model for its training: DDP, FSDP, a compiled model, DeepSpeed's engine."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from memtrace.adapters import forgotten
 from memtrace.adapters.memory_tracer import MemoryTracer
-from memtrace.attribution.optimizers import wrapping_chain
+from memtrace.attribution.optimizers.finding import wrapping_chain
 from memtrace.config import TracerConfig
 from memtrace.errors import MemTraceError
 from memtrace.guard import Guard

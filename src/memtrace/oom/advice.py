@@ -9,7 +9,7 @@ import torch
 
 from memtrace.record.breakdown import BatchShape, EntryKey
 from memtrace.record.categories import Category, Phase
-from memtrace.record.oom_report import FailedRequest, Fragmentation, Remedy, RemedyKind
+from memtrace.record.oom.report import FailedRequest, Fragmentation, Remedy, RemedyKind
 from memtrace.record.units import format_bytes
 from memtrace.sources.cuda.settings_variable import variable_for
 

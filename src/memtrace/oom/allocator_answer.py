@@ -6,7 +6,7 @@ from memtrace.allocator.recording import AllocatorRecording
 from memtrace.allocator.settings import parse_settings
 from memtrace.allocator.what_if import candidates, what_if
 from memtrace.errors import ConfigError
-from memtrace.record.oom_report import AllocatorAnswer, FailedRequest, SettingOutcome
+from memtrace.record.oom.report import AllocatorAnswer, FailedRequest, SettingOutcome
 from memtrace.sources.cuda.settings_variable import variable_for
 
 MAX_EVENTS = 400_000

@@ -10,7 +10,7 @@ from memtrace.attribution.ledger import PRECEDENCE
 from memtrace.attribution.timeline import Lifetime, Timeline
 from memtrace.record.breakdown import EntryKey, ordered_entries
 from memtrace.record.categories import Category, Phase
-from memtrace.record.oom_report import Composition
+from memtrace.record.oom.report import Composition
 from memtrace.sources.events import Block, Tag, TagEvent
 
 MAX_ENTRIES = 60

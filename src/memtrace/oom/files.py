@@ -12,8 +12,8 @@ from pathlib import Path
 
 from memtrace.errors import OutputError
 from memtrace.oom.markdown import render_markdown
-from memtrace.record.oom_document import encode
-from memtrace.record.oom_report import OomReport
+from memtrace.record.oom.document import encode
+from memtrace.record.oom.report import OomReport
 from memtrace.record.whole_file import write_whole
 
 _PENDING = "-pending"

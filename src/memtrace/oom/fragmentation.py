@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from memtrace.record.breakdown import EntryKey
-from memtrace.record.oom_report import Fragmentation, PinnedSegment
+from memtrace.record.oom.report import Fragmentation, PinnedSegment
 from memtrace.sources.cuda.allocator import is_private
 
 MAX_PINNED = 5

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from memtrace.attribution.optimizers import optimizer_parameters
+from memtrace.attribution.optimizers.finding import optimizer_parameters
 from memtrace.attribution.storages import state_tensors, storages_of
 from memtrace.oom.composition import Holding
 from memtrace.record.categories import Category
-from memtrace.record.oom_report import Holder, LargeBlock
+from memtrace.record.oom.report import Holder, LargeBlock
 
 MAX_HOLDERS = 20
 """Names in a report: with layers taken together, more than most models have."""

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from memtrace.record.breakdown import AllocatorReading, EntryKey
 from memtrace.record.categories import Phase
-from memtrace.record.oom_report import FailedRequest, OomReport, Witness
+from memtrace.record.oom.report import FailedRequest, OomReport, Witness
 from memtrace.record.units import format_bytes
 
 _PLACES = {

@@ -10,7 +10,7 @@ from memtrace.oom.composition import Holding, bounded, compose
 from memtrace.oom.holders import largest_blocks, largest_holders
 from memtrace.record.breakdown import AllocatorReading, BatchShape, Breakdown, StepRecord
 from memtrace.record.categories import Moment
-from memtrace.record.oom_report import FailedRequest, Fragmentation, OomReport
+from memtrace.record.oom.report import FailedRequest, Fragmentation, OomReport
 from memtrace.record.snapshot import Snapshot
 
 

@@ -27,7 +27,7 @@ from memtrace.oom.holders import module_names, repeated_blocks
 from memtrace.oom.markdown import headline
 from memtrace.oom.scene import Scene, describe, with_request
 from memtrace.record.categories import Phase
-from memtrace.record.oom_report import FailedRequest, Fragmentation, OomReport, Witness
+from memtrace.record.oom.report import FailedRequest, Fragmentation, OomReport, Witness
 from memtrace.record.snapshot import Snapshot
 from memtrace.sources.cuda.allocator import live_blocks, segments
 from memtrace.sources.events import EventSource

@@ -18,9 +18,10 @@ from memtrace.attribution.timeline import StepMarks, Timeline
 from memtrace.errors import MemTraceError, PlanError
 from memtrace.planning.by_module import Makers
 from memtrace.planning.held_types import hold_as
-from memtrace.planning.optimizers.updates import MakeOptimizer, Updates, updates_of
+from memtrace.planning.optimizers.updates import MakeOptimizer, Updates
 from memtrace.planning.recipe import Recipe, under_deepspeed
-from memtrace.planning.sharding.shares import Sharding, Strategy
+from memtrace.planning.sharding.one_rank import OneRank, check_sharding
+from memtrace.planning.sharding.shares import Sharding
 from memtrace.planning.step_recorder import StepRecorder
 from memtrace.record.breakdown import BatchShape, Breakdown
 from memtrace.record.categories import Moment
@@ -128,7 +129,7 @@ def run_two_steps(training: Training) -> SimulatedRun:
     Raises:
         PlanError: the model cannot be made, refuses the batch, or does what cannot be simulated.
     """
-    _check_sharding(training)
+    check_sharding(training.recipe, training.sharding)
     if training.sharding.is_zero:
         training = replace(training, recipe=under_deepspeed(training.recipe))
     try:
@@ -152,13 +153,20 @@ def _run(training: Training) -> SimulatedRun:
                 simulation.events.allocate(nbytes)
         parameters = parameter_count(model)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        rank = OneRank(
+            recipe=training.recipe,
+            sharding=training.sharding,
+            target=training.target,
+            make_optimizer=training.make_optimizer,
+            stack=stack,
+        )
         with refusals("the model cannot be sharded"):
-            model = _sharded(model, training, stack)
+            model = rank.model(model)
         with refusals("the optimizer cannot be made"):
-            updates = _updates(model, training, simulation, stack)
+            updates = rank.updates(model, simulation)
         stack.callback(updates.close)
         with refusals("a further model cannot be sharded"):
-            further = {name: _sharded_beside(module, training, updates) for name, module in further.items()}
+            further = {name: rank.further_model(module, updates) for name, module in further.items()}
         outputs = Outputs(keeps=training.keeps_outputs)
         stack.callback(model.register_forward_hook(outputs.saw).remove)
         beside = {name: Outputs(keeps=training.keeps_outputs, trained=False) for name in further}
@@ -231,86 +239,6 @@ def _further_of(training: Training) -> dict[str, nn.Module]:
         if not isinstance(made[name], nn.Module):
             raise PlanError(f"{name} must be made as a torch.nn.Module, got {type(made[name]).__name__}")
     return made
-
-
-def _check_sharding(training: Training) -> None:
-    sharding, recipe = training.sharding, training.recipe
-    if sharding.strategy not in (Strategy.NONE, Strategy.FSDP) and recipe.gradients_persist:
-        raise PlanError(f"{sharding.strategy.label} with the recipe {recipe.name} is not simulated")
-    if sharding.strategy is Strategy.DDP and recipe.master is not None:
-        raise PlanError(
-            f"DDP with the recipe {recipe.name} is not simulated: masters come from DeepSpeed, which is --zero 0"
-        )
-
-
-def _sharded(model: nn.Module, training: Training, stack: ExitStack) -> nn.Module:
-    """Returns the model as one rank holds it, where the real engine can shard it."""
-    sharding = training.sharding
-    if sharding.strategy is not Strategy.FSDP:
-        return model
-    from memtrace.planning.sharding.updates import fully_sharded  # noqa: PLC0415 - torch.distributed takes a second
-    from memtrace.simulation.fake_ranks import check_fsdp, fake_ranks  # noqa: PLC0415
-
-    check_fsdp()
-    stack.enter_context(fake_ranks(sharding.rank, sharding.world_size))
-    return fully_sharded(model, training.recipe, sharding)
-
-
-def _sharded_beside(model: nn.Module, training: Training, updates: Updates) -> nn.Module:
-    """Returns a further model as one rank holds it: shared out where the trained one is."""
-    sharding = training.sharding
-    if sharding.strategy is Strategy.FSDP:
-        from memtrace.planning.sharding.updates import OffloadedUpdates, fully_sharded  # noqa: PLC0415 - as above
-
-        model = fully_sharded(model, training.recipe, sharding, trained=False)
-        if isinstance(updates, OffloadedUpdates):
-            updates.offload(model)
-    if sharding.strategy is Strategy.ZERO3:
-        from memtrace.planning.sharding.zero3 import Zero3Updates  # noqa: PLC0415
-
-        assert isinstance(updates, Zero3Updates)
-        updates.shard_beside(model)
-    return model
-
-
-def _updates(model: nn.Module, training: Training, simulation: Simulation, stack: ExitStack) -> Updates:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    sharding, make = training.sharding, training.make_optimizer
-    if sharding.strategy is Strategy.NONE:
-        return updates_of(training.recipe, trainable, make)
-    if sharding.strategy is Strategy.FSDP and not sharding.offloads_weights:
-        return Updates(trainable, make)
-    if not sharding.is_zero:
-        from memtrace.planning.sharding.updates import (  # noqa: PLC0415 - torch.distributed takes a second
-            DdpUpdates,
-            OffloadedUpdates,
-        )
-
-        if sharding.strategy is Strategy.FSDP:
-            return OffloadedUpdates(model, make, simulation)
-        return DdpUpdates(trainable, make, gradients_are_views=sharding.gradient_as_bucket_view)
-    return _zero_updates(model, trainable, training, simulation, stack)
-
-
-def _zero_updates(
-    model: nn.Module,
-    trainable: Sequence[nn.Parameter],
-    training: Training,
-    simulation: Simulation,
-    stack: ExitStack,
-) -> Updates:
-    sharding, make = training.sharding, training.make_optimizer
-    from memtrace.planning.sharding.zero import Zero0Updates, ZeroUpdates  # noqa: PLC0415
-    from memtrace.planning.sharding.zero3 import Zero3Updates  # noqa: PLC0415
-    from memtrace.planning.sharding.zero3_modules import ZeroFunctions  # noqa: PLC0415
-
-    if sharding.strategy is Strategy.ZERO3:
-        updates = Zero3Updates(model, make, sharding, training.target, simulation.on_host)
-        stack.enter_context(ZeroFunctions(updates.fetching))
-        return updates
-    if sharding.strategy is Strategy.ZERO0:
-        return Zero0Updates(trainable, make, sharding)
-    return ZeroUpdates(trainable, make, sharding, simulation.on_host)
 
 
 def _step(training: Training, model: nn.Module, updates: Updates, simulation: Simulation) -> None:

@@ -65,7 +65,7 @@ PEAK = Term(
 HEADROOM_AT_THE_PEAK = Term(
     "headroom at the peak",
     "Share of the capacity that the peak of a step leaves. Memory that torch has cached is part of the headroom.",
-    instead_of=("left at the peak", "left at its peak"),
+    instead_of=("left at the peak", "left at its peak", "of its memory left"),
 )
 FORECAST_PEAK = Term(
     "forecast peak",
@@ -89,7 +89,7 @@ PERSISTENT = Term(
     "persistent memory",
     "What outlives a step: weights, master weights, optimizer state, buffers, communication buffers, workspaces, and "
     "whatever nobody claims.",
-    instead_of=("what outlives steps",),
+    instead_of=("outlives steps", "outlives every step", "outlives the steps", "what outlives a step"),
 )
 MICRO_BATCH = Term(
     "micro batch",

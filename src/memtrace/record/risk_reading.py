@@ -54,7 +54,7 @@ class PeakForecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrowthForecast:
-    """Memory that outlives steps and grows with every one of them."""
+    """Persistent memory that grows with every step."""
 
     category: Category
     """What grows most."""

@@ -51,7 +51,7 @@ def _large_batch(peak: PeakForecast, capacity: int) -> str:
 def _leak(growth: GrowthForecast, steps: int, capacity: int) -> str:
     when = "" if growth.seconds_to_limit is None else f" ({_duration(growth.seconds_to_limit)})"
     return (
-        f"memory that outlives every step grows by {format_bytes(growth.bytes_per_step)} a step, most of it "
+        f"persistent memory grows by {format_bytes(growth.bytes_per_step)} a step, most of it "
         f"{growth.category}: the peak reaches {format_bytes(capacity)} in about {steps} steps{when}; "
         f"{_REMEDIES.get(growth.category, _FOR_THE_REST)}"
     )

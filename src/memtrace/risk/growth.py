@@ -1,4 +1,4 @@
-"""The forecast of growth: memory that outlives every step and becomes more with each of them."""
+"""The forecast of growth: persistent memory that becomes more with each step."""
 
 from __future__ import annotations
 

@@ -13,13 +13,13 @@ from torch import nn
 from memtrace.allocator.recording import AllocatorRecording
 from memtrace.attribution.curve import HighestSteps
 from memtrace.attribution.models.further import FurtherModels
-from memtrace.attribution.optimizers import HandedOver, flat
+from memtrace.attribution.optimizers.finding import HandedOver, flat
 from memtrace.attribution.window import TraceWindow
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
 from memtrace.guard import Guard
 from memtrace.record.breakdown import StepRecord
-from memtrace.record.oom_report import OomReport
+from memtrace.record.oom.report import OomReport
 from memtrace.record.plan import read_plan
 from memtrace.record.risk_reading import LargestBatch, largest_by_setting
 from memtrace.record.snapshot import RunIdentity, Snapshot

@@ -15,9 +15,12 @@ from all_threads import AllThreadsEvents
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from memtrace.config import TracerConfig
 from memtrace.record.breakdown import StepRecord
+from memtrace.tracing.tracer import Tracer
 
 MICRO_BATCHES = 2
+STEPS = 3
 
 
 def write_report(report: dict[str, Any]) -> None:
@@ -39,6 +42,29 @@ def record_to_json(record: StepRecord) -> dict[str, Any]:
             for moment, breakdown in record.moments.items()
         },
     }
+
+
+def traced_records(
+    model: nn.Module, optimizer: Any, source: AllThreadsEvents, training: Iterable[object]
+) -> list[dict[str, Any]]:
+    """Returns the records of `STEPS` steps, of which the last one is traced too.
+
+    Args:
+        model: the model as the engine has it.
+        optimizer: what is stepped.
+        source: open since before the model was built.
+        training: yields before the first step and after each one.
+    """
+    config = TracerConfig(strict=True, port=None, trace_every=0, device_poll_seconds=0)
+    with Tracer(model, optimizer, config, source=source, explicit_steps=True) as tracer:
+        for number, _ in enumerate(training):
+            if number:
+                tracer.end_step()
+            if number == STEPS - 1:
+                tracer.trace_next()
+            if number < STEPS:
+                tracer.begin_step()
+        return [record_to_json(record) for record in tracer.history]
 
 
 def peak_without_memtrace(train: Callable[[], Iterable[object]], step: int) -> int:

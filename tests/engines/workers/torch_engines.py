@@ -13,7 +13,7 @@ import torch.distributed as dist
 from all_threads import AllThreadsEvents
 from fsdp_on_a_cpu import let_fsdp_train
 from model import batch, build_model
-from report import MICRO_BATCHES, checksum, peak_without_memtrace, record_to_json, write_report
+from report import MICRO_BATCHES, STEPS, checksum, peak_without_memtrace, traced_records, write_report
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -32,7 +32,6 @@ from memtrace.tracing.tracer import Tracer
 
 let_fsdp_train()
 
-STEPS = 3
 UPDATED = (True, False, False, True, False, True)
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 FSDP: dict[str, dict[str, Any]] = {
@@ -134,16 +133,7 @@ def run(name: str) -> dict[str, Any]:
     model = build(name)
     optimizer = optimizer_of(name, model)
     losses: list[float] = []
-    config = TracerConfig(strict=True, port=None, trace_every=0, device_poll_seconds=0)
-    with Tracer(model, optimizer, config, source=source, explicit_steps=True) as tracer:
-        for number, _ in enumerate(steps(model, optimizer, losses)):
-            if number:
-                tracer.end_step()
-            if number == STEPS - 1:
-                tracer.trace_next()
-            if number < STEPS:
-                tracer.begin_step()
-        records = [record_to_json(record) for record in tracer.history]
+    records = traced_records(model, optimizer, source, steps(model, optimizer, losses))
     same_weights = checksum(model) == checksum(plain[0])
     return {
         "engines": [engine.name for engine in find_engines(model, [optimizer])],

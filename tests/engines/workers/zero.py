@@ -14,13 +14,9 @@ from all_threads import AllThreadsEvents
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from model import batch, build_lora, build_model
-from report import MICRO_BATCHES, checksum, peak_without_memtrace, record_to_json, write_report
-
-from memtrace.config import TracerConfig
-from memtrace.tracing.tracer import Tracer
+from report import MICRO_BATCHES, STEPS, checksum, peak_without_memtrace, traced_records, write_report
 
 BUCKET_ELEMENTS = 20_000
-STEPS = 3
 VARIANTS: dict[str, dict[str, Any]] = {
     "zero-0": {"stage": 0},
     "zero-1": {"stage": 1},
@@ -106,17 +102,7 @@ def run(zero: dict[str, Any]) -> dict[str, Any]:
     source.open()
     engine = initialize(zero)
     losses: list[float] = []
-    config = TracerConfig(strict=True, port=None, trace_every=0, device_poll_seconds=0)
-    with Tracer(engine, engine.optimizer, config, source=source, explicit_steps=True) as tracer:
-        training = steps(engine, losses)
-        for number, _ in enumerate(training):
-            if number:
-                tracer.end_step()
-            if number == STEPS - 1:
-                tracer.trace_next()
-            if number < STEPS:
-                tracer.begin_step()
-        records = [record_to_json(record) for record in tracer.history]
+    records = traced_records(engine, engine.optimizer, source, steps(engine, losses))
     return {
         "numels": numels,
         "estimate": estimate(zero["stage"], numels),

@@ -17,7 +17,7 @@ from torch import nn
 from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.models.contents import Role
-from memtrace.attribution.optimizers import wrapping_chain
+from memtrace.attribution.optimizers.finding import wrapping_chain
 from memtrace.record.categories import Category
 
 _HELD: tuple[tuple[str, Role], ...] = (

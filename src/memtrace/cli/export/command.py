@@ -18,7 +18,7 @@ from memtrace.exporters.run_directory.timeline_file import read_timelines
 from memtrace.exporters.table import printable
 from memtrace.exporters.traces.events import RankTrace, begin_ns, render_trace, timeline_of, trace_events
 from memtrace.exporters.traces.profiler import PATTERNS, ProfilerTrace, read_profiler_trace
-from memtrace.record.oom_document import parse_report
+from memtrace.record.oom.document import parse_report
 from memtrace.record.strict_json import parse_json
 
 

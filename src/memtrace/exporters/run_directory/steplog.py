@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Self
 
 from memtrace.config import DEFAULT_LOG_MAX_BYTES
-from memtrace.errors import LogFormatError, OutputError
+from memtrace.errors import OutputError
+from memtrace.exporters.run_directory.json_lines import json_lines, rotated_path
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.schema import StepEncoder, parse_step
-from memtrace.record.strict_json import parse_json
 
 logger = logging.getLogger("memtrace")
 
@@ -22,11 +22,6 @@ logger = logging.getLogger("memtrace")
 def step_log_path(directory: str | os.PathLike[str], rank: int) -> Path:
     """Returns where a rank's step log is in the log directory of a run."""
     return Path(directory) / f"steps-rank{rank}.jsonl"
-
-
-def rotated_path(path: Path) -> Path:
-    """Returns where the older part of a step log is once it has grown to its limit."""
-    return path.with_name(f"{path.name}.1")
 
 
 class StepLog:
@@ -134,10 +129,8 @@ def read_step_log(path: str | os.PathLike[str]) -> Iterator[StepRecord]:
     Raises:
         LogFormatError: no such file can be read, a line has not the form of a step record, or no line has.
     """
-    newer = Path(path)
-    older = rotated_path(newer)
-    for part in (older, newer) if older.is_file() else (newer,):
-        yield from _read_part(part, may_be_missing=part is newer and older.is_file())
+    for document, place in json_lines(Path(path), "step log"):
+        yield parse_step(document, place)
 
 
 def begins_a_run(record: StepRecord, before: StepRecord) -> bool:
@@ -157,32 +150,6 @@ def newest_run(records: Iterable[StepRecord]) -> list[StepRecord]:
             found.clear()
         found.append(record)
     return found
-
-
-def _read_part(path: Path, *, may_be_missing: bool) -> Iterator[StepRecord]:
-    torn: list[int] = []
-    records = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                place = f"{path}:{number}"
-                try:
-                    document = parse_json(line, place)
-                except LogFormatError:
-                    if line.endswith(b"\n"):
-                        torn.append(number)
-                    continue
-                records += 1
-                yield parse_step(document, place)
-    except FileNotFoundError as error:
-        if not may_be_missing:
-            raise LogFormatError(f"{path}: there is no such step log") from error
-    except OSError as error:
-        raise LogFormatError(f"{path}: the step log cannot be read: {error.strerror}") from error
-    if torn and not records:
-        raise LogFormatError(f"{path}: must be a step log, one JSON object a line, but no line is one")
-    if torn:
-        logger.warning("memtrace: %s: left out unfinished lines, %d in all, first line %d", path, len(torn), torn[0])
 
 
 def _ends_a_line(path: Path) -> bool:

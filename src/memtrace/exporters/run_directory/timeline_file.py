@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memtrace.errors import LogFormatError, OutputError
-from memtrace.exporters.run_directory.steplog import rotated_path
+from memtrace.exporters.run_directory.json_lines import json_lines, rotated_path
 from memtrace.record.breakdown import StepCurve, StepRecord
 from memtrace.record.categories import Category, Moment
-from memtrace.record.strict_json import Fields, parse_json, read_document
+from memtrace.record.strict_json import Fields, read_document
 from memtrace.record.whole_file import write_whole
 
 TIMELINE_SCHEMA = "memtrace.timeline/1"
@@ -92,22 +92,11 @@ def read_timelines(directory: str | os.PathLike[str], rank: int) -> Iterator[Ste
     if highest is not None:
         yield highest
     path = timelines_path(directory, rank)
-    for part in (rotated_path(path), path):
-        try:
-            with part.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    source = f"{part}:{number}"
-                    try:
-                        document = parse_json(line, source)
-                    except LogFormatError:
-                        continue
-                    found = Fields.of(document, source)
-                    found.schema(TIMELINE_SCHEMA)
-                    yield _parse(found)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise LogFormatError(f"{part}: the timelines cannot be read: {error.strerror or error}") from error
+    if path.is_file() or rotated_path(path).is_file():
+        for document, place in json_lines(path, "log of timelines"):
+            found = Fields.of(document, place)
+            found.schema(TIMELINE_SCHEMA)
+            yield _parse(found)
 
 
 def _parse(found: Fields) -> StepTimeline:

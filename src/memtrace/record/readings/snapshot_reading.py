@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from memtrace.record.breakdown import StepCurve, totals_by_category
 from memtrace.record.categories import Category
-from memtrace.record.oom_report import Fragmentation, Remedy
+from memtrace.record.oom.report import Fragmentation, Remedy
 
 
 class Source(StrEnum):

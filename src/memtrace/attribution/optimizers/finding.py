@@ -1,31 +1,16 @@
-"""What an optimizer holds: state by component, and master weights by role.
-
-Roles, not element types, tell a master copy from a moment:
-
-* a tensor of a parameter group that is no parameter of the model, with the shape of one that has a lower precision, is
-  a master copy made before the optimizer was;
-* a state tensor whose name says so (`master_param`, `fp32_copy`) is a master copy that the optimizer made.
-"""
+"""Which optimizers update a model: what is handed over, what wraps it, and what each of them holds."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache, cached_property
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import nn
 
 from memtrace.attribution.inputs import contents
-from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.storages import state_tensors
+from memtrace.attribution.optimizers.copies import Copies
 from memtrace.guard import ask
-from memtrace.record.categories import Category
-
-_MASTER_NAME = re.compile(r"master|fp32|float32|full_precision")
-
 
 _NO_PARTS = frozenset({"state", "param_groups", "defaults"})
 """Attributes of every optimizer of torch, as its hooks are: they hold no other optimizer, and may hold very much."""
@@ -137,13 +122,13 @@ def _is_same(part: torch.optim.Optimizer, wrapper: torch.optim.Optimizer) -> boo
 
 def _held(optimizer: object) -> Iterator[object]:
     """Yields what an object holds that can be stepped: whatever its attribute is called, in containers too."""
-    for part in _attributes(optimizer).values():
+    for part in attributes(optimizer).values():
         for one in flat(part):
             if not isinstance(one, (torch.Tensor, type)) and callable(ask(getattr, one, "step", None)):
                 yield one
 
 
-def _attributes(optimizer: object) -> Mapping[str, object]:
+def attributes(optimizer: object) -> Mapping[str, object]:
     """Returns what an optimizer has beside what those of torch have, by name."""
     own = getattr(optimizer, "__dict__", {})
     found = {name: value for name, value in own.items() if name not in _NO_PARTS and "hook" not in name}
@@ -200,12 +185,12 @@ class _Trained:
         self._parameters = parameters
         self._known = {id(parameter) for parameter in parameters}
         self._keyed: set[int] = set()
-        self._copies: _Copies | None = None
+        self._copies: Copies | None = None
 
     def take_keyed(self, holders: Iterable[object]) -> None:
         """Notes optimizers that are held under a parameter of the model, as those are that update a copy of it."""
         for holder in holders:
-            for held in _attributes(holder).values():
+            for held in attributes(holder).values():
                 if isinstance(held, Mapping):
                     items = ask(lambda mapping: list(mapping.items()), held) or ()
                     self._keyed |= {id(optimizer) for key, optimizer in items if id(key) in self._known}
@@ -215,108 +200,5 @@ class _Trained:
         ours = list(optimizer_parameters(optimizer))
         if id(optimizer) in self._keyed or any(id(parameter) in self._known for parameter in ours):
             return True
-        self._copies = self._copies or _Copies(self._parameters)
+        self._copies = self._copies or Copies(self._parameters)
         return bool(ours) and all(map(self._copies.may_have, ours))
-
-
-def claim_optimizers(
-    optimizers: Iterable[torch.optim.Optimizer], parameters: Sequence[torch.Tensor], ledger: Ledger
-) -> None:
-    """Claims the optimizers' parameters that are not among the model's `parameters`, and all tensors in their states.
-
-    Call after `claim_model`: parameters that the ledger knows as weights stay weights.
-    """
-    claimed, copies = {id(parameter) for parameter in parameters}, _Copies(parameters)
-    state: dict[str, list[torch.Tensor]] = {}
-    for optimizer in optimizers:
-        ours = list(optimizer_parameters(optimizer))
-        others = [parameter for parameter in ours if id(parameter) not in claimed]
-        for parameter in others:
-            if ledger.role_of(parameter) is None:
-                if copies.may_have(parameter, or_the_same=len(others) == len(ours)):
-                    ledger.claim(parameter, Category.MASTER_WEIGHTS)
-                else:
-                    ledger.claim(parameter, Category.WEIGHTS, "trainable")
-        for of_parameter in optimizer.state.values():
-            for component, tensor in state_tensors(of_parameter):
-                state.setdefault(component, []).append(tensor)
-    for component, tensors in state.items():
-        if _names_master(component):
-            ledger.claim_all(tensors, Category.MASTER_WEIGHTS)
-        else:
-            ledger.claim_all(tensors, Category.OPTIMIZER_STATE, component)
-
-
-def claim_kept_elsewhere(holders: Iterable[Any], ledger: Ledger) -> None:
-    """Claims what optimizers and their wrappers keep outside of their state and nobody else has claimed.
-
-    That are tensors in containers of any depth, as attributes (slow weights, moments by the names of parameters) or in
-    parameter groups. The name of the attribute is the component. Call when all else is claimed.
-    """
-    for holder in holders:
-        groups = ask(getattr, holder, "param_groups", None) or ()
-        of_groups = [item for group in groups for item in group.items() if item[0] != "params"]
-        for name, value in (*_attributes(holder).items(), *of_groups):
-            for component, tensor in _named_tensors(name, value):
-                if ledger.role_of(tensor) is None:
-                    master = _names_master(component)
-                    category = Category.MASTER_WEIGHTS if master else Category.OPTIMIZER_STATE
-                    ledger.claim(tensor, category, "" if master else component)
-
-
-def _named_tensors(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
-    if name == "state":  # of a parameter group: as the state of an optimizer
-        yield from state_tensors(value)
-    else:
-        yield from ((name, part) for part in flat(value) if isinstance(part, torch.Tensor))
-
-
-@cache
-def _names_master(component: str) -> bool:
-    return _MASTER_NAME.search(component) is not None
-
-
-class _Copies:
-    """What copies of a model's parameters can look like: asked for many tensors, looked up once."""
-
-    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
-        self._parameters = parameters
-
-    @cached_property
-    def _shapes(self) -> Mapping[int, set[torch.Size]]:
-        """The shapes of the parameters by the bytes of an element."""
-        shapes: dict[int, set[torch.Size]] = {}
-        for parameter in self._parameters:
-            if parameter.is_floating_point():
-                shapes.setdefault(parameter.element_size(), set()).add(parameter.shape)
-        return shapes
-
-    @cached_property
-    def _elements(self) -> Mapping[int, int]:
-        """The elements of the parameters by the bytes of one."""
-        elements: Counter[int] = Counter()
-        for parameter in self._parameters:
-            if parameter.is_floating_point():
-                elements[parameter.element_size()] += parameter.numel()
-        return elements
-
-    def may_have(self, tensor: torch.Tensor, *, or_the_same: bool = False) -> bool:
-        """Whether the tensor has the shape of a parameter, or is flat over several, and higher precision.
-
-        Args:
-            tensor: what an optimizer updates.
-            or_the_same: whether the precision may be the parameter's: the optimizer updates nothing else.
-        """
-        if not tensor.is_floating_point():
-            return False
-        if or_the_same and tensor.shape in self._shapes.get(tensor.element_size(), ()):
-            return True
-        lower = [size for size in self._shapes if size < tensor.element_size()]
-        if any(tensor.shape in self._shapes[size] for size in lower):
-            return True
-        flat = tensor.dim() == 1 and bool(lower)
-        return flat and tensor.numel() <= sum(self._elements[size] for size in lower) + _FLAT_PADDING
-
-
-_FLAT_PADDING = 4096
-"""Elements by which engines pad a flat master copy for alignment at most."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from memtrace.record.breakdown import AllocatorReading, DeviceReading, EntryKey
 from memtrace.record.categories import Category, Moment, Phase
-from memtrace.record.oom_report import (
+from memtrace.record.oom.report import (
     AllocatorAnswer,
     Composition,
     FailedRequest,
