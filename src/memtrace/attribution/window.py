@@ -20,16 +20,13 @@ from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.attribution.timeline import Timeline, replay
 from memtrace.guard import Guard
 from memtrace.record.categories import Category
-from memtrace.sources.autograd_torch_private import after_backward, backward_is_running, saved_tensor_hooks_allowed
+from memtrace.sources.autograd_torch_private import after_backward, backward_is_running
 from memtrace.sources.events import EventSource, TagEvent
 from memtrace.sources.hooks import HookSet, weakly
-from memtrace.sources.saved_tensors import SavedTensorHooks, SavedTensors, saved_tensors
+from memtrace.sources.saved_tensors import SavedTensors, saved_tensors
 
 MAX_NOTES = 400_000
 """Tags and deaths that are noted in one window at most; each takes about 100 B."""
-
-_FORBIDS_HOOKS = "support saved tensor hooks"
-"""Part of the message of `torch.func.grad` and its kind."""
 
 
 class TraceWindow:
@@ -64,8 +61,6 @@ class TraceWindow:
         self._tags: ActivationTags | None = None
         self._saved = self._listener()
         self._forward_passes = 0
-        self._transformed = False
-        """Whether the model was called where hooks are forbidden: `torch.func` is used, and may be by a loss too."""
         self._awaits_end = False
         """Whether torch will tell of the end of the backward pass at work, and of what engines do there."""
 
@@ -108,7 +103,6 @@ class TraceWindow:
     def forward_begins(self) -> None:
         """Puts the saved-tensor hooks on for a forward pass; without a window, takes off what a backward pass left."""
         self._saved.listening, self._awaits_end = True, False
-        self._transformed = self._transformed or not saved_tensor_hooks_allowed()
         if not self.is_open:
             self._let_go()
         elif self._trace_activations:
@@ -123,26 +117,12 @@ class TraceWindow:
         self._forward_passes += 1
         return self._forward_passes > forward_passes or len(self.saved) + self._ledger.journal_length > MAX_NOTES
 
-    def explain(self, error: BaseException) -> None:
-        """Tells what to do in a note on an exception of `torch.func` that the saved-tensor hooks are the reason of.
-
-        Nothing tells before that a model will use `torch.func`. From then on the hooks stay off.
-        """
-        ours = isinstance(self._saved, SavedTensorHooks) and self._saved.is_on
-        if ours and isinstance(error, RuntimeError) and _FORBIDS_HOOKS in str(error):
-            self._trace_activations = False
-            self._saved.pop()
-            error.add_note("memtrace: its hooks on saved tensors are the reason; set trace_activations=False")
-
     def forward_ends(self, output: object) -> None:
-        """Takes off what hears of saved tensors where the user's own hooks lie below; else a loss may still follow.
-
-        Also where `torch.func` is used, which raises beside hooks: what such a loss saves is known by its life.
-        """
+        """Takes off what hears of saved tensors where the user's own hooks lie below; else a loss may still follow."""
         if self.is_open:
             self._saved.forward_ended(batch_tensors(output))
             self.leftovers.note(batch_tensors(output))
-        if self._saved.covers_user_hooks or self._transformed:
+        if self._saved.covers_user_hooks:
             self._saved.pop()
 
     def leaves_thread(self) -> None:

@@ -11,6 +11,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -39,10 +41,14 @@ def has_saved_tensor_hooks() -> bool:
     if _innermost_hooks is not None:
         return saved_tensor_hooks() is not None
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks("asked by memtrace"):
+        with _forbid("asked by memtrace"):
             return False
     except RuntimeError:
         return True
+
+
+_forbid = torch.autograd.graph.disable_saved_tensors_hooks
+"""As torch has made it."""
 
 
 def are_innermost(ours: SavedTensorHooks, below: SavedTensorHooks | None) -> bool:
@@ -64,6 +70,30 @@ def _made_hooks() -> list[Any]:
     for kind in kinds:
         kinds += kind.__subclasses__()
     return [found for found in gc.get_referrers(*kinds) if isinstance(found, kinds[0])]
+
+
+def around_forbidding(around: Callable[[], AbstractContextManager[None]]) -> Callable[[], None]:
+    """Enters `around()` where saved-tensor hooks are about to be forbidden; returns what ends that.
+
+    `torch.func.grad` and its kind forbid them, which raises where there are some, and torch tells nobody before. So
+    another function stands for `torch.autograd.graph.disable_saved_tensors_hooks`, and is taken off again unless
+    somebody has put another one in its place. It is made as torch makes it: the compiler has looked at its code.
+    """
+    graph = torch.autograd.graph
+    before = graph.disable_saved_tensors_hooks
+
+    @contextmanager
+    @wraps(before)
+    def disable_saved_tensors_hooks(error_message: str) -> Iterator[None]:
+        with around(), before(error_message):
+            yield
+
+    def end() -> None:
+        if graph.disable_saved_tensors_hooks is disable_saved_tensors_hooks:
+            graph.disable_saved_tensors_hooks = before
+
+    graph.disable_saved_tensors_hooks = disable_saved_tensors_hooks
+    return end
 
 
 def saved_tensor_hooks_allowed() -> bool:

@@ -279,7 +279,6 @@ class Watch:
     def _on_forward_end(self, module: nn.Module, output: object, error: BaseException | None) -> None:
         if error is not None:
             self.oom.raised(error)
-            self.window.explain(error)
         self.window.leaves_thread()
         if module is self.model:
             self._entries.model_ends()
