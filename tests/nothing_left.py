@@ -58,7 +58,8 @@ def forbids_hooks() -> Any:
     """Returns what of torch forbids saved-tensor hooks, and who hears of its compiler."""
     compiler = getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
     hear = [] if compiler is None else [*compiler.start_callbacks, *compiler.end_callbacks]
-    return getattr(sys.modules.get("torch.autograd.graph"), "disable_saved_tensors_hooks", None), hear
+    forbids: Any = getattr(sys.modules.get("torch.autograd.graph"), "disable_saved_tensors_hooks", None)
+    return forbids and [cell.cell_contents for cell in forbids.__closure__], hear
 
 
 @pytest.fixture(autouse=True)

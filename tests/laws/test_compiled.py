@@ -96,7 +96,12 @@ def test_a_compiled_model_that_uses_torch_func(by_itself: bool) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         if by_itself:
             model.compile(backend="aot_eager")
-        called = model if by_itself else torch.compile(lambda rows: model(rows), backend="aot_eager")
+
+
+        def caller(rows: torch.Tensor) -> torch.Tensor:
+            return model(rows)
+
+        called = model if by_itself else torch.compile(caller, backend="aot_eager")
         losses, compiled = [], []
         tracer = Tracer(model, optimizer, config)
         with nullcontext() if config is None else tracer:

@@ -7,12 +7,12 @@ what its caller gets then.
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
@@ -47,8 +47,8 @@ def has_saved_tensor_hooks() -> bool:
         return True
 
 
-_forbid = torch.autograd.graph.disable_saved_tensors_hooks
-"""As torch has made it."""
+_forbid = contextmanager(inspect.unwrap(torch.autograd.graph.disable_saved_tensors_hooks))
+"""`disable_saved_tensors_hooks` as torch has made it, also while `around_forbidding` is at work."""
 
 
 def are_innermost(ours: SavedTensorHooks, below: SavedTensorHooks | None) -> bool:
@@ -76,23 +76,25 @@ def around_forbidding(around: Callable[[], AbstractContextManager[None]]) -> Cal
     """Enters `around()` where saved-tensor hooks are about to be forbidden; returns what ends that.
 
     `torch.func.grad` and its kind forbid them, which raises where there are some, and torch tells nobody before. So
-    another function stands for `torch.autograd.graph.disable_saved_tensors_hooks`, and is taken off again unless
-    somebody has put another one in its place. It is made as torch makes it: the compiler has looked at its code.
+    another generator stands for the one inside `torch.autograd.graph.disable_saved_tensors_hooks`, and is taken out
+    again. The function itself stays what it is: graphs of torch's compiler hold as long as it does. Without effect
+    where the function is made in another way: then torch raises.
     """
-    graph = torch.autograd.graph
-    before = graph.disable_saved_tensors_hooks
+    function: Any = torch.autograd.graph.disable_saved_tensors_hooks
+    cell = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)).get("func")
+    if cell is None:
+        return lambda: None
+    before = cell.cell_contents
 
-    @contextmanager
-    @wraps(before)
     def disable_saved_tensors_hooks(error_message: str) -> Iterator[None]:
-        with around(), before(error_message):
-            yield
+        with around():
+            yield from before(error_message)
 
     def end() -> None:
-        if graph.disable_saved_tensors_hooks is disable_saved_tensors_hooks:
-            graph.disable_saved_tensors_hooks = before
+        if cell.cell_contents is disable_saved_tensors_hooks:
+            cell.cell_contents = before
 
-    graph.disable_saved_tensors_hooks = disable_saved_tensors_hooks
+    cell.cell_contents = disable_saved_tensors_hooks
     return end
 
 

@@ -24,23 +24,21 @@ class Pair(Protocol):
 class Forbidding:
     """Puts pairs aside while saved-tensor hooks are forbidden: torch would raise where there are some.
 
-    There is one a process, since torch has one such function, which is as torch has made it while no pair is on, and
-    while torch's compiler looks at it. Pairs are held weakly: one may go with its thread.
+    Also while torch's compiler is at work, which forbids them by itself. There is one a process, since torch has one
+    such function, which is as torch has made it while no pair is on. Pairs are held weakly: one may go with its thread.
     """
 
     def __init__(self) -> None:
         self._pairs: dict[int, weakref.ref[Pair]] = {}
         """Those that are on, the innermost one of each thread last. Never changed: a collector may end one any time."""
-        self._leaves_torch: Callable[[], None] | None = None
-        self._leaves_compiler: Callable[[], None] = _nothing
+        self._ends: tuple[Callable[[], None], ...] = ()
 
     def goes_on(self, pair: Pair) -> None:
         """Puts the pair aside from now on."""
         key, begins = id(pair), not self._pairs
         self._pairs = {**self._pairs, key: weakref.ref(pair, lambda gone: self._forget(key, gone))}
         if begins:
-            self._leaves_compiler = around_compilation(self._compiling)
-        self._stands_in()
+            self._ends = around_compilation(self._forbidden), around_forbidding(self._forbidden)
 
     def goes_off(self, pair: Pair) -> None:
         """Leaves the pair alone from now on."""
@@ -50,18 +48,9 @@ class Forbidding:
         if self._pairs.get(key) is reference:  # else another pair has its identity
             self._pairs = {other: known for other, known in self._pairs.items() if other != key}
         if not self._pairs:
-            leaves, self._leaves_compiler = self._leaves_compiler, _nothing
-            leaves()
-            self._steps_down()
-
-    def _stands_in(self) -> None:
-        if self._leaves_torch is None:
-            self._leaves_torch = around_forbidding(self._forbidden)
-
-    def _steps_down(self) -> None:
-        leaves, self._leaves_torch = self._leaves_torch, None
-        if leaves is not None:
-            leaves()
+            ends, self._ends = self._ends, ()
+            for end in ends:
+                end()
 
     @contextmanager
     def _forbidden(self) -> Iterator[None]:
@@ -75,20 +64,6 @@ class Forbidding:
         finally:
             while aside:
                 aside.pop().steps_back()
-
-    @contextmanager
-    def _compiling(self) -> Iterator[None]:
-        with self._forbidden():
-            self._steps_down()
-            try:
-                yield
-            finally:
-                if self._pairs:
-                    self._stands_in()
-
-
-def _nothing() -> None:
-    """Stands for what ends something that has not begun."""
 
 
 FORBIDDING = Forbidding()

@@ -83,7 +83,7 @@ class SavedTensorHooks:
     user that is below ours is called by ours; and ours is taken off only when it is the innermost one, on the thread
     that put it on, so that the `with` block of a user never takes off the wrong pair.
 
-    It steps aside while such hooks are forbidden, as inside `torch.func.grad`: what is saved there is known by its life.
+    It steps aside while such hooks are forbidden, as inside `torch.func.grad`: that is known by its life.
 
     How a pair ends: by `pop`; with the last tensor that was saved through it, where that dies outside of a backward
     pass (a loss that was thrown away, a step that failed); with its thread.
