@@ -97,7 +97,6 @@ def test_a_compiled_model_that_uses_torch_func(by_itself: bool) -> None:
         if by_itself:
             model.compile(backend="aot_eager")
 
-
         def caller(rows: torch.Tensor) -> torch.Tensor:
             return model(rows)
 
