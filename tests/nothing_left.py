@@ -1,5 +1,5 @@
 """Before and after every test: no thread of memtrace, no hook and no profiler is left, and `sys.exit` is Python's, and
-what scripts modules torch's."""
+what scripts modules and what forbids hooks torch's."""
 
 from __future__ import annotations
 
@@ -54,10 +54,18 @@ def scripts_modules() -> Any:
     return getattr(sys.modules.get("torch.jit._recursive"), "create_script_module", None)
 
 
+def forbids_hooks() -> Any:
+    """Returns what of torch forbids saved-tensor hooks, and who hears of its compiler."""
+    compiler = getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
+    hear = [] if compiler is None else [*compiler.start_callbacks, *compiler.end_callbacks]
+    forbids: Any = getattr(sys.modules.get("torch.autograd.graph"), "disable_saved_tensors_hooks", None)
+    return forbids and [cell.cell_contents for cell in forbids.__closure__], hear
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """Looks before and after each test."""
-    hooks, leave, script = global_hooks_of_torch(), sys.exit, scripts_modules()
+    hooks, leave, script, forbids = global_hooks_of_torch(), sys.exit, scripts_modules(), forbids_hooks()
     assert (memtrace_threads(), recorders_of_torch()) == ([], {})
     yield
     assert (memtrace_threads(), recorders_of_torch()) == ([], {})
@@ -66,3 +74,4 @@ def nothing_is_left_behind() -> Iterator[None]:
         gc.collect()  # a tracer with a fault of its own could not say that it ends: it does when it is collected
     assert sys.exit is leave
     assert script is None or scripts_modules() is script
+    assert forbids[0] is None or forbids_hooks() == forbids

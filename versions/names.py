@@ -49,8 +49,8 @@ NAMES = (
     _named("torch._C._autograd._saved_tensors_hooks_is_enabled"),
     _named(
         "torch._C._autograd._push_node_creation_hook",
-        without="`torch.func` inside a forward pass, which raises in traced steps beside hooks on saved tensors, with "
-        "a note that names the setting `trace_activations`",
+        without="element types of what `torch.func.grad` and its kind save inside a forward pass: that is known by its "
+        "life",
     ),
     _named("torch._C._autograd._pop_node_creation_hook", without=AS_ABOVE),
     _named("torch._C._current_autograd_node"),

@@ -130,9 +130,9 @@ class TracerConfig:
     those asked for by `trace_next()`; 1 traces every step. None lets `overhead_budget` decide. With a number
     every step has a record, however short it is."""
     trace_activations: bool = _setting("trace_activations", True)
-    """Whether traced steps follow what autograd saves for the backward pass. False is for models that use
-    `torch.func.grad` and its kind, which torch before 2.14 forbids beside hooks on saved tensors: activations are then
-    what the forward pass makes and its backward pass frees, without element type; autocast's casts are among them."""
+    """Whether traced steps follow what autograd saves for the backward pass. With False activations are what the
+    forward pass makes and its backward pass frees, without element type; autocast's casts are among them. So they are
+    in any case inside `torch.func.grad` and its kind, beside which torch before 2.14 allows no hooks."""
     overhead_budget: float = _setting("overhead_budget", 0.005)
     """Share of wall time that memtrace may take: traced steps are spaced so that it is kept, counting what memtrace
     does itself and what a traced step takes longer than its neighbours. 0.005 is half a percent. Of several ranks it is

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch._dynamo.utils  # what compiles a model has loaded it before a tracer is attached
@@ -70,6 +72,53 @@ def test_compiled_model_trains_the_same_and_is_seen(how: str) -> None:
         if record.traced:
             assert record.moments[Moment.FORWARD_END][Category.ACTIVATIONS] > 0
             assert record.moments[Moment.PEAK].total_bytes == record.moments[Moment.PEAK].allocated_bytes
+
+
+class Forces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        forces = torch.func.vmap(torch.func.grad(lambda row: self.body(row).sum()))
+        return self.body(rows) + forces(rows)
+
+
+@pytest.mark.parametrize("by_itself", [True, False], ids=["compiled in place", "inside a compiled caller"])
+def test_a_compiled_model_that_uses_torch_func(by_itself: bool) -> None:
+    """It is compiled within a traced step, where hooks are on that torch forbids there: the same graphs and losses."""
+
+    def train(config: TracerConfig | None) -> tuple[list[float], list[int], list[bool]]:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = Forces()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if by_itself:
+            model.compile(backend="aot_eager")
+
+        def caller(rows: torch.Tensor) -> torch.Tensor:
+            return model(rows)
+
+        called = model if by_itself else torch.compile(caller, backend="aot_eager")
+        losses, compiled = [], []
+        tracer = Tracer(model, optimizer, config)
+        with nullcontext() if config is None else tracer:
+            for _ in range(4):
+                loss = called(torch.randn(16, 32)).square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+                compiled.append(graphs())
+        return losses, compiled, [record.traced for record in tracer.history]
+
+    bare_losses, bare_graphs, _ = train(None)
+    for trace_every in (1, 2):
+        losses, compiled, traced = train(TracerConfig(strict=True, trace_every=trace_every, port=None, step_log=False))
+        assert losses == bare_losses
+        assert compiled == bare_graphs
+        assert traced == [trace_every == 1 or bool(step % 2) for step in range(4)]
 
 
 def train_with_compiled_autograd(*, traced: bool, fullgraph: bool) -> tuple[list[torch.Tensor], Tracer]:

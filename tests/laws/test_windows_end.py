@@ -20,6 +20,7 @@ from laws.surroundings import unchanged
 from laws.ways import WAYS, Way, every_step
 from nothing_left import recorders_of_torch
 
+from memtrace.attribution import window
 from memtrace.config import TracerConfig
 from memtrace.record.limitations import Unseen
 from memtrace.sources.cpu import CpuEvents
@@ -230,6 +231,120 @@ def test_another_tracer_is_not_kept_out() -> None:
             every_step(run)
         assert tracer.history[-1].traced
         assert recorders_of_torch() == {}
+
+
+OTHER_STEPS = 16
+"""Steps of another optimizer after which a traced step was left."""
+
+
+def in_forward(run: Run) -> None:
+    with run.failing("forward", KeyboardInterrupt):
+        run.loss()
+
+
+def after_forward(run: Run) -> None:
+    loss = run.loss()
+    raise KeyboardInterrupt(loss)
+
+
+def in_backward(run: Run) -> None:
+    loss = run.loss()
+    with run.failing("backward", KeyboardInterrupt):
+        loss.backward()
+
+
+def after_backward(run: Run) -> None:
+    loss = run.loss()
+    loss.backward()
+    raise KeyboardInterrupt(loss)
+
+
+INTERRUPTS = (in_forward, after_forward, in_backward, after_backward)
+
+
+def left(run: Run, interrupt: Callable[[Run], None]) -> BaseException:
+    """Returns the interrupt that has ended a traced step, as a notebook keeps it: with the frames and the loss."""
+    every_step(run)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        interrupt(run)
+    assert recorders_of_torch()
+    return kept.value
+
+
+@pytest.mark.parametrize("interrupt", INTERRUPTS)
+def test_another_model_after_an_interrupt_is_not_recorded_for_long(
+    interrupt: Callable[[Run], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has no tracer, and what the interrupted step has made is kept. One line says it; the first model goes on."""
+    run, other = Run(LIVES[0]), Run(LIVES[0])
+    with unchanged(run), Tracer(run.model, run.optimizer, TRACED) as tracer:
+        kept = left(run, interrupt)
+        for _ in range(OTHER_STEPS):
+            assert recorders_of_torch()
+            other.step()
+        del kept
+        assert recorders_of_torch() == {}
+        assert tracer.snapshot().not_seen == (Unseen.TRACE,)
+        run.optimizer.zero_grad()
+        for _ in range(4):
+            run.step()
+        assert tracer.history[-1].traced
+        assert tracer.snapshot().not_seen == ()
+    assert ["Ctrl-C" in warning for warning in warnings_of(caplog)] == [True]
+
+
+def test_a_window_has_a_bound_of_time(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten minutes, or eight times the longest step: looked at before steps of others, and before forward passes."""
+    now = [0.0]
+    monkeypatch.setattr(window, "monotonic", lambda: now[0])
+    run, other = Run(LIVES[0]), Run(LIVES[0])
+    with unchanged(run), Tracer(run.model, run.optimizer, TRACED) as tracer:
+        for look in (other.step, run.loss):
+            kept = left(run, after_forward)
+            now[0] += 599
+            look()
+            assert recorders_of_torch()
+            now[0] += 2
+            look()
+            assert recorders_of_torch() == {}
+            del kept
+            another_optimizer(run)
+            another_optimizer(run)
+        assert tracer.history[-1].traced
+    assert len(warnings_of(caplog)) == 1
+
+
+def test_a_step_with_many_steps_of_others_in_it_is_traced_all_the_same() -> None:
+    """After one or two in vain: an inner loop of a part of the training that memtrace was not given."""
+    run, other = Run(LIVES[0]), Run(LIVES[0])
+    with unchanged(run), Tracer(run.model, run.optimizer, TRACED) as tracer:
+        for _ in range(8):
+            loss = run.loss()
+            for _ in range(50):
+                other.step()
+            loss.backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        assert not tracer.history[0].traced
+        assert tracer.history[-1].traced
+
+
+def test_others_that_step_inside_a_backward_pass_are_its_own() -> None:
+    """One optimizer each parameter, which memtrace was not given: they are parts of the step, however many."""
+    run = Run(LIVES[0])
+    each = {parameter: torch.optim.SGD([parameter], lr=0.0) for parameter in run.model.parameters()}
+
+    def step_often(parameter: Any) -> None:
+        for _ in range(20):
+            each[parameter].step()
+
+    hooks = [parameter.register_post_accumulate_grad_hook(step_often) for parameter in each]
+    with unchanged(run), Tracer(run.model, run.optimizer, TRACED) as tracer:
+        for _ in range(3):
+            another_optimizer(run)
+        assert [record.traced for record in tracer.history] == [True] * 3
+    for hook in hooks:
+        hook.remove()
 
 
 class Incomplete(CpuEvents):

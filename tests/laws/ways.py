@@ -201,6 +201,21 @@ def another_model_after_an_interrupt(run: Run) -> None:
     run.look("the other model is gone")
 
 
+def another_model_after_an_interrupt_that_keeps_the_loss(run: Run) -> None:
+    """As a notebook keeps what a cell has made. The other model trains for long, and the first one goes on."""
+    with run.catching(KeyboardInterrupt):
+        loss = run.loss()
+        raise KeyboardInterrupt
+    other = run.build()
+    optimizer = run.optimizer_of(other)
+    for _ in range(20):
+        run.step(other, optimizer)
+    del loss, other, optimizer
+    run.look("all of that is gone")
+    run.optimizer.zero_grad()
+    run.step()
+
+
 def optimizer_replaced(run: Run, dropped: bool) -> None:
     """A second stage with an optimizer that memtrace has not been given: no step ends any more. The first one is kept,
     or goes with its state."""
@@ -317,6 +332,7 @@ def _ways() -> Iterator[Way]:
         evaluation_with_no_grad,
         rollouts,
         another_model_after_an_interrupt,
+        another_model_after_an_interrupt_that_keeps_the_loss,
         optimizer_idles,
         gradients_never_used,
         graph_kept_and_run_twice,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from time import monotonic
 
 import torch
 from torch import nn
@@ -20,16 +21,13 @@ from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.attribution.timeline import Timeline, replay
 from memtrace.guard import Guard
 from memtrace.record.categories import Category
-from memtrace.sources.autograd_torch_private import after_backward, backward_is_running, saved_tensor_hooks_allowed
+from memtrace.sources.autograd_torch_private import after_backward, backward_is_running
 from memtrace.sources.events import EventSource, TagEvent
 from memtrace.sources.hooks import HookSet, weakly
-from memtrace.sources.saved_tensors import SavedTensorHooks, SavedTensors, saved_tensors
+from memtrace.sources.saved_tensors import SavedTensors, saved_tensors
 
 MAX_NOTES = 400_000
 """Tags and deaths that are noted in one window at most; each takes about 100 B."""
-
-_FORBIDS_HOOKS = "support saved tensor hooks"
-"""Part of the message of `torch.func.grad` and its kind."""
 
 
 class TraceWindow:
@@ -49,11 +47,12 @@ class TraceWindow:
         ledger: Ledger,
         guard: Guard,
         current_step: Callable[[], StepInProgress | None],
+        others_step: Callable[[], None] = lambda: None,
         trace_activations: bool = True,
     ) -> None:
         self._model, self._scan = model, scan
         self._source, self._ledger, self._guard = source, ledger, guard
-        self._current_step = current_step
+        self._current_step, self._others_step = current_step, others_step
         self._trace_activations = trace_activations
         self.leftovers = Leftovers(ledger.device, ledger.coordinates)
         """What traced steps have left behind."""
@@ -64,8 +63,9 @@ class TraceWindow:
         self._tags: ActivationTags | None = None
         self._saved = self._listener()
         self._forward_passes = 0
-        self._transformed = False
-        """Whether the model was called where hooks are forbidden: `torch.func` is used, and may be by a loss too."""
+        self._other_steps: dict[int, int] = {}
+        """Steps of each optimizer of somebody else since the model was called last, by its identity."""
+        self._begin_seconds = 0.0
         self._awaits_end = False
         """Whether torch will tell of the end of the backward pass at work, and of what engines do there."""
 
@@ -108,11 +108,21 @@ class TraceWindow:
     def forward_begins(self) -> None:
         """Puts the saved-tensor hooks on for a forward pass; without a window, takes off what a backward pass left."""
         self._saved.listening, self._awaits_end = True, False
-        self._transformed = self._transformed or not saved_tensor_hooks_allowed()
+        self._other_steps.clear()
         if not self.is_open:
             self._let_go()
         elif self._trace_activations:
             self._saved.push()
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been open."""
+        return monotonic() - self._begin_seconds
+
+    @property
+    def other_steps(self) -> int:
+        """The most steps that one optimizer of somebody else has made since the model was called last."""
+        return max(self._other_steps.values(), default=0)
 
     def outgrown(self, forward_passes: int) -> bool:
         """Notes a forward pass, and returns whether the open window has more than one step may have.
@@ -121,28 +131,18 @@ class TraceWindow:
             forward_passes: how many of the model one step may have, those without gradients included.
         """
         self._forward_passes += 1
-        return self._forward_passes > forward_passes or len(self.saved) + self._ledger.journal_length > MAX_NOTES
+        return self._forward_passes > forward_passes or self._has_many_notes
 
-    def explain(self, error: BaseException) -> None:
-        """Tells what to do in a note on an exception of `torch.func` that the saved-tensor hooks are the reason of.
-
-        Nothing tells before that a model will use `torch.func`. From then on the hooks stay off.
-        """
-        ours = isinstance(self._saved, SavedTensorHooks) and self._saved.is_on
-        if ours and isinstance(error, RuntimeError) and _FORBIDS_HOOKS in str(error):
-            self._trace_activations = False
-            self._saved.pop()
-            error.add_note("memtrace: its hooks on saved tensors are the reason; set trace_activations=False")
+    @property
+    def _has_many_notes(self) -> bool:
+        return len(self.saved) + self._ledger.journal_length > MAX_NOTES
 
     def forward_ends(self, output: object) -> None:
-        """Takes off what hears of saved tensors where the user's own hooks lie below; else a loss may still follow.
-
-        Also where `torch.func` is used, which raises beside hooks: what such a loss saves is known by its life.
-        """
+        """Takes off what hears of saved tensors where the user's own hooks lie below; else a loss may still follow."""
         if self.is_open:
             self._saved.forward_ended(batch_tensors(output))
             self.leftovers.note(batch_tensors(output))
-        if self._saved.covers_user_hooks or self._transformed:
+        if self._saved.covers_user_hooks:
             self._saved.pop()
 
     def leaves_thread(self) -> None:
@@ -215,6 +215,9 @@ class TraceWindow:
         self._tags = ActivationTags(self._scan.held, self._ledger.device, self._ledger.coordinates)
         self.leftovers.begin()
         self._forward_passes = 0
+        self._other_steps.clear()
+        self._begin_seconds = monotonic()
+        self._hooks.before_any_step(self._guard.wrap(self._optimizer_steps))
         if self._replaces != bool(self._scan.engines):
             self._saved = self._listener()
         # Most gradients are there when the backward pass has ended: torch calls a parameter's hooks in each step from
@@ -251,7 +254,7 @@ class TraceWindow:
             self._ledger.note(tensor)
             self._scan.claim_passing(self._ledger)
             stand_in = self._scan.saved_as(tensor)
-        if self._source.interrupted():
+        if self._source.interrupted() or self._has_many_notes:
             self.abandon()
         return stand_in
 
@@ -273,6 +276,16 @@ class TraceWindow:
             return False
         self._awaits_end = self._awaits_end or after_backward(self._guard.wrap(self._backward_ended))
         return self._awaits_end
+
+    def _optimizer_steps(self, optimizer: object) -> None:
+        """Counts steps of optimizers that memtrace was not given: does the training go on that this window is for?
+
+        Not those inside a backward pass, where each parameter may have one.
+        """
+        ours = any(optimizer is one or optimizer in self._scan.parts_of(one) for one in self._scan.optimizers)
+        if not ours and not backward_is_running():
+            self._other_steps[id(optimizer)] = self._other_steps.get(id(optimizer), 0) + 1
+            self._others_step()
 
     def _gathered(self, engine: Engine, module: nn.Module, *args: object) -> None:
         if self._tags is not None:

@@ -47,6 +47,21 @@ def endless_step(forward_passes: int) -> Limitation:
     )
 
 
+def left_open(other_steps: int, seconds: float) -> Limitation:
+    """Returns what is said where a recording was ended before its step, which somebody may have left.
+
+    Args:
+        other_steps: steps of another optimizer since the model was called last.
+        seconds: how long it was recorded.
+    """
+    return Limitation(
+        unseen=Unseen.TRACE,
+        text=f"a recording was ended before its step, after {seconds:.0f} s and {other_steps} steps of an optimizer "
+        "that memtrace was not given: the step was left, as by Ctrl-C, or it waits for something else. Training goes "
+        "on without it, and a later step is traced.",
+    )
+
+
 def too_large(allocations: int) -> Limitation:
     """Returns what is said where the allocator's history has no room for one micro batch."""
     return Limitation(

@@ -7,10 +7,12 @@ what its caller gets then.
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -39,10 +41,14 @@ def has_saved_tensor_hooks() -> bool:
     if _innermost_hooks is not None:
         return saved_tensor_hooks() is not None
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks("asked by memtrace"):
+        with _forbid("asked by memtrace"):
             return False
     except RuntimeError:
         return True
+
+
+_forbid = contextmanager(inspect.unwrap(torch.autograd.graph.disable_saved_tensors_hooks))
+"""`disable_saved_tensors_hooks` as torch has made it, also while `around_forbidding` is at work."""
 
 
 def are_innermost(ours: SavedTensorHooks, below: SavedTensorHooks | None) -> bool:
@@ -64,6 +70,32 @@ def _made_hooks() -> list[Any]:
     for kind in kinds:
         kinds += kind.__subclasses__()
     return [found for found in gc.get_referrers(*kinds) if isinstance(found, kinds[0])]
+
+
+def around_forbidding(around: Callable[[], AbstractContextManager[None]]) -> Callable[[], None]:
+    """Enters `around()` where saved-tensor hooks are about to be forbidden; returns what ends that.
+
+    `torch.func.grad` and its kind forbid them, which raises where there are some, and torch tells nobody before. So
+    another generator stands for the one inside `torch.autograd.graph.disable_saved_tensors_hooks`, and is taken out
+    again. The function itself stays what it is: graphs of torch's compiler hold as long as it does. Without effect
+    where the function is made in another way: then torch raises.
+    """
+    function: Any = torch.autograd.graph.disable_saved_tensors_hooks
+    cell = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)).get("func")
+    if cell is None:
+        return lambda: None
+    before = cell.cell_contents
+
+    def disable_saved_tensors_hooks(error_message: str) -> Iterator[None]:
+        with around():
+            yield from before(error_message)
+
+    def end() -> None:
+        if cell.cell_contents is disable_saved_tensors_hooks:
+            cell.cell_contents = before
+
+    cell.cell_contents = disable_saved_tensors_hooks
+    return end
 
 
 def saved_tensor_hooks_allowed() -> bool:

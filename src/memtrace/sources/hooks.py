@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from memtrace.sources import autograd_torch_private, torch_private
+from memtrace.sources.optimizer_hooks import BeforeAnyStep, leave_steps
 from memtrace.sources.scripting import SCRIPTING
 
 
@@ -98,7 +99,7 @@ class HookSet:
         The first argument is whose `step` was called: the optimizer, or a wrapper with the same hooks.
         """
         handles = [optimizer.register_step_pre_hook(before)]
-        self._stack.callback(_leave_steps, handles)  # also where the optimizer refuses the second
+        self._stack.callback(leave_steps, handles)  # also where the optimizer refuses the second
         handles.append(optimizer.register_step_post_hook(after))
 
     def around_steps(
@@ -139,6 +140,10 @@ class HookSet:
         each, owner = frozenset(left), id(optimizer)
         for one in (optimizer, *parts):
             self.around_step(one, partial(begins, id(one)), partial(ends, id(one)))
+
+    def before_any_step(self, hook: Callable[[object], None]) -> None:
+        """Calls `hook(stepped)` before each step of every optimizer of the process."""
+        self._stack.callback(BeforeAnyStep(hook).take_off)
 
     def after_gradient(
         self, parameters: Iterable[nn.Parameter], hook: Callable[[torch.Tensor], None], *, first: bool = False
@@ -248,39 +253,6 @@ def others_take_gradient(parameter: nn.Parameter) -> bool:
 def _remove(handles: list[RemovableHandle]) -> None:
     while handles:
         handles.pop().remove()
-
-
-def _leave_steps(handles: list[RemovableHandle]) -> None:
-    if not torch_private.is_stepping():
-        for handle in handles:
-            handle.remove()
-        return
-    for handle in handles:
-        hooks = handle.hooks_dict_ref()
-        if hooks is not None and handle.id in hooks:
-            hooks[handle.id] = _LeftOn(handles)
-
-
-class _LeftOn:
-    """Does nothing, in the place of a hook that was taken off inside a step: torch raises where one of them is missing.
-
-    The one before a step takes the one after it off, and the other way round. Each goes by itself where it is the last:
-    else it stays, and refers to nothing but its place.
-
-    Args:
-        handles: of both.
-    """
-
-    __slots__ = ("_handles",)
-
-    def __init__(self, handles: list[RemovableHandle]) -> None:
-        self._handles = handles
-
-    def __call__(self, *_: object) -> None:
-        for handle in self._handles:
-            hooks = handle.hooks_dict_ref() or {}
-            if handle.id in hooks and (hooks[handle.id] is not self or next(reversed(hooks)) == handle.id):
-                handle.remove()
 
 
 def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:

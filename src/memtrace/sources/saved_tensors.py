@@ -18,6 +18,7 @@ from torch.torch_version import TorchVersion
 
 from memtrace.sources import autograd_torch_private
 from memtrace.sources.created_nodes import CreatedNodes
+from memtrace.sources.forbidden_hooks import FORBIDDING
 
 OnSaved = Callable[[torch.Tensor], torch.Tensor | None]
 """Called with each tensor that is saved; what it returns is kept in its place, unless it is None."""
@@ -82,6 +83,8 @@ class SavedTensorHooks:
     user that is below ours is called by ours; and ours is taken off only when it is the innermost one, on the thread
     that put it on, so that the `with` block of a user never takes off the wrong pair.
 
+    It steps aside while such hooks are forbidden, as inside `torch.func.grad`: that is known by its life.
+
     How a pair ends: by `pop`; with the last tensor that was saved through it, where that dies outside of a backward
     pass (a loss that was thrown away, a step that failed); with its thread.
 
@@ -143,6 +146,7 @@ class SavedTensorHooks:
         self._of_thread.owner = _Owner(pair)  # before anything is on: then somebody answers for it
         autograd_torch_private.push_saved_tensor_hooks(pair.pack, pair.unpack)
         pair.is_on = True
+        FORBIDDING.goes_on(pair)
 
     def pop(self) -> bool:
         """Takes this thread's pair off where that is possible now; returns whether it is off.
@@ -219,6 +223,7 @@ class _Pair:
         self._thread = threading.get_ident()
         self._graph: weakref.ref[_Graph] | None = None
         self.is_on = False
+        self._is_aside = False
         self.in_forward = True
         """Whether the forward pass is at work: what it has saved so far may go, and more will come."""
 
@@ -232,13 +237,34 @@ class _Pair:
         """Takes the pair off; returns whether it is off."""
         if not self.is_on:
             return True
-        if autograd_torch_private.backward_is_running() or threading.get_ident() != self._thread:
+        if not self._is_aside:
+            if autograd_torch_private.backward_is_running() or not self._can_be_popped:
+                return False
+            autograd_torch_private.pop_saved_tensor_hooks()
+        elif threading.get_ident() != self._thread:
             return False
-        if not autograd_torch_private.are_innermost((self.pack, self.unpack), self.below):
+        self.is_on = False
+        FORBIDDING.goes_off(self)
+        return True
+
+    @property
+    def _can_be_popped(self) -> bool:
+        on_its_thread = threading.get_ident() == self._thread
+        return on_its_thread and autograd_torch_private.are_innermost((self.pack, self.unpack), self.below)
+
+    def steps_aside(self) -> bool:
+        """Leaves the stack for what `steps_back` ends, also inside a backward pass; returns whether it has."""
+        if not self.is_on or self._is_aside or not self._can_be_popped:
             return False
         autograd_torch_private.pop_saved_tensor_hooks()
-        self.is_on = False
+        self._is_aside = True
         return True
+
+    def steps_back(self) -> None:
+        """Goes on the stack again, unless it was taken off meanwhile."""
+        self._is_aside = False
+        if self.is_on:
+            autograd_torch_private.push_saved_tensor_hooks(self.pack, self.unpack)
 
     def pack(self, tensor: torch.Tensor) -> Any:
         hooks = self._hooks()

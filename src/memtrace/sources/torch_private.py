@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import wraps
 from inspect import currentframe
 from operator import attrgetter
@@ -93,6 +93,36 @@ def around_scripting(around: Callable[[], AbstractContextManager[Any]]) -> Calla
             recursive.create_script_module = before
 
     recursive.create_script_module = create_script_module
+    return end
+
+
+def around_compilation(around: Callable[[], AbstractContextManager[None]]) -> Callable[[], None]:
+    """Enters `around()` while torch's compiler makes a graph of something; returns what ends that.
+
+    Without effect where the compiler is not loaded, or torch has changed.
+    """
+    handler = getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
+    entered = ExitStack()
+
+    def begins(*_: object) -> None:
+        entered.enter_context(around())
+
+    def ends(*_: object) -> None:
+        entered.close()
+
+    try:
+        registered = ((handler.start_callbacks, begins), (handler.end_callbacks, ends))  # type: ignore[union-attr]
+        for callbacks, callback in registered:
+            callbacks.append(callback)
+    except AttributeError:
+        return lambda: None
+
+    def end() -> None:
+        for callbacks, callback in registered:
+            if callback in callbacks:  # `torch._dynamo.reset()` forgets them
+                callbacks.remove(callback)
+        entered.close()
+
     return end
 
 

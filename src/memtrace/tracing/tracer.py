@@ -174,7 +174,6 @@ class Tracer:
         watch = self._watch
         if watch is not None:  # a fault in the first lets go of it
             self._guard.run(watch.oom.raised, error)
-            self._guard.run(watch.window.explain, error)
 
     def report_restart(self) -> None:
         """Makes an OOM report of a step in progress that the loop has given up because memory had run out."""

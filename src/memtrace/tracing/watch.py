@@ -134,6 +134,7 @@ class Watch:
             ledger=self._ledger,
             guard=self._guard,
             current_step=self._current.with_marks,
+            others_step=self._others_step,
             trace_activations=self._config.trace_activations,
         )
         self._choice = TraceChoice(self._scan, self._schedule, self._published, self.window, self._source)
@@ -279,7 +280,6 @@ class Watch:
     def _on_forward_end(self, module: nn.Module, output: object, error: BaseException | None) -> None:
         if error is not None:
             self.oom.raised(error)
-            self.window.explain(error)
         self.window.leaves_thread()
         if module is self.model:
             self._entries.model_ends()
@@ -288,6 +288,9 @@ class Watch:
             return
         step.forward_ends()
         self.window.forward_ends(output)
+
+    def _others_step(self) -> None:
+        self._bounds.look_at_time(self._current.step, self.window)
 
     def _on_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self._updates.begins() and not (self.window.is_open and backward_is_running()):
