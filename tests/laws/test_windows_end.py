@@ -25,6 +25,7 @@ from memtrace.config import TracerConfig
 from memtrace.record.limitations import Unseen
 from memtrace.sources.cpu import CpuEvents
 from memtrace.sources.events import Window
+from memtrace.tracing import bounds
 from memtrace.tracing.tracer import Tracer
 
 QUIET: dict[str, Any] = {"strict": True, "port": None, "step_log": False, "device_poll_seconds": 0}
@@ -312,6 +313,26 @@ def test_a_window_has_a_bound_of_time(caplog: pytest.LogCaptureFixture, monkeypa
             another_optimizer(run)
         assert tracer.history[-1].traced
     assert len(warnings_of(caplog)) == 1
+
+
+def test_steps_may_take_as_long_as_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traced step is left alone for eight times the longest one before."""
+    monkeypatch.setattr(bounds, "_SECONDS", 0.0)
+    now = [0.0]
+    monkeypatch.setattr(window, "monotonic", lambda: now[0])
+    run, other = Run(LIVES[0]), Run(LIVES[0])
+    with unchanged(run), Tracer(run.model, run.optimizer, TRACED) as tracer:
+        run.step()
+        another_optimizer(run)
+        longest = max(record.step_seconds or 0.0 for record in tracer.history)
+        loss = run.loss()
+        now[0] += 7 * longest
+        other.step()
+        assert recorders_of_torch()
+        now[0] += 2 * longest
+        other.step()
+        assert recorders_of_torch() == {}
+        del loss
 
 
 def test_a_step_with_many_steps_of_others_in_it_is_traced_all_the_same() -> None:

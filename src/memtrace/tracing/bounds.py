@@ -78,8 +78,15 @@ class StepBounds:
             _end(step, window)
             self._published.limit(left_open(others, seconds))
 
-    def ended(self, step: StepInProgress, model: nn.Module) -> None:
-        """Notes a finished step."""
+    def ended(self, step: StepInProgress, model: nn.Module, seconds: float) -> None:
+        """Notes a finished step.
+
+        Args:
+            step: the step.
+            model: the watched model.
+            seconds: how long the step took.
+        """
+        self._longest_seconds = max(self._longest_seconds, seconds)
         if self._was_left:  # or not: perhaps each step has as many of others
             self._was_left, self._other_steps = False, 2 * self._other_steps
         self._most = max(self._most, step.micro_batches)

@@ -367,7 +367,7 @@ class Watch:
         self._choice.ended(step)
         lost = step.lost or (bool(step.recorded) and moments is None)
         self._schedule.ended(record, skipped_seconds=self.skipped.seconds, lost=lost)
-        self._bounds.ended(step, self.model)
+        self._bounds.ended(step, self.model, seconds)
         self._entries.step_ends(step.entered_by, window_is_open=self.window.is_open)
         if record.traced:
             self._published.sees(Unseen.TRACE)
