@@ -51,8 +51,8 @@ class HookSet:
             module: whose forward passes are told.
             hook: what is called.
             prepend: whether before all other hooks.
-            breaks_graphs: inside a graph of torch's compiler it is heard at the price of a break, or not at all. Without
-                effect on an `Apart`, which says what the compiler sees.
+            breaks_graphs: inside a graph of torch's compiler it is heard at the price of a break, or not at all. No
+                matter with an `Apart`, which says what the compiler sees.
         """
         found, register = _module_hook(module, hook, breaks_graphs), _registering(module).register_forward_pre_hook
         self._put_on(module, lambda to: register(to, found, with_kwargs=True, prepend=prepend))
