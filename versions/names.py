@@ -58,7 +58,6 @@ NAMES = (
     _named("torch._C._autograd._get_sequence_nr", without=_BY_MODULE),
     _named("torch._C._functions.AccumulateGrad._sequence_nr", without=_BY_MODULE),
     _named("torch.jit._recursive", without="`torch.jit.script` of a model that is watched, which raises"),
-    _named("torch._C._dynamo.eval_frame.get_eval_frame_callback"),
     _named("torch._dynamo.eval_frame.skip_code"),
     _named("torch/_dynamo/eval_frame.py:_torchdynamo_disable"),
     _named("torch/_dynamo/decorators.py:_dynamo_marked_constant"),

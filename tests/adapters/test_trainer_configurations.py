@@ -11,6 +11,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -296,21 +297,25 @@ def _with(**arguments: Any) -> Configuration:
 _CHECKPOINTING = {"gradient_checkpointing": True}
 _EVALUATION = {"eval_strategy": "steps", "eval_steps": 2}
 _SAVING = {"save_strategy": "steps", "save_steps": 2}
-_NOT_INSTALLED = (
-    "adamw_apex_",
-    "adamw_torch_",
-    "adamw_anyprecision",
-    "galore",
-    "lomo",
-    "adalomo",
-    "grokadamw",
-    "apollo",
-    "stable_adamw",
-)
-"""How the names begin whose packages are no dependencies of the tests, or that need another device."""
-_NAMES = [name.value for name in OptimizerNames]
-_OPTIMIZERS = ["adamw_torch_fused", *(name for name in _NAMES if not name.startswith(_NOT_INSTALLED))]
+_PACKAGES = {
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "lomo": "lomo_optim",
+    "adalomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "stable_adamw": "optimi",
+    "adamw_torch_4bit": "torchao",
+    "adamw_torch_8bit": "torchao",
+    "adamw_anyprecision": "torchdistx",
+}
+"""What must be installed for the names that begin so."""
+_ELSEWHERE = ("adamw_apex_", "adamw_torch_xla", "adamw_torch_npu")
+"""How the names begin that need another device."""
+_NAMES = [name.value for name in OptimizerNames if not name.value.startswith(_ELSEWHERE)]
+_OPTIMIZERS = [name for name in _NAMES if not name.startswith(tuple(_PACKAGES))]
 """Each name of `optim=` that runs on a CPU with the packages of the tests."""
+_INSTALLED = tuple(name for name, package in _PACKAGES.items() if name != "adalomo" and find_spec(package) is not None)
+"""Those that run here. AdaLomo asks for CUDA."""
 _SCHEDULERS: dict[str, dict[str, Any]] = {
     "cosine": {},
     "cosine_with_restarts": {"num_cycles": 2},
@@ -321,6 +326,9 @@ _SCHEDULERS: dict[str, dict[str, Any]] = {
     "cosine_with_min_lr": {"min_lr": 1e-4},
     "warmup_stable_decay": {"num_decay_steps": 2},
 }
+
+_TARGETS = {"optim_target_modules": ["q_proj", "down_proj"], "optim_args": "rank=4,update_proj_gap=2"}
+"""What optimizers must be told whose state is of low rank."""
 
 TABLE: dict[str, Configuration] = {
     "plain": Configuration(),
@@ -419,6 +427,14 @@ TABLE: dict[str, Configuration] = {
     **{
         f"schedule {name}": _with(lr_scheduler_type=name, lr_scheduler_kwargs=kwargs, warmup_steps=1)
         for name, kwargs in _SCHEDULERS.items()
+    },
+    **{
+        f"optimizer {name}": Configuration(
+            arguments={"optim": name, **(_TARGETS if name.startswith(("galore", "apollo")) else {})},
+            model=lambda: llama(64),
+        )
+        for name in _NAMES
+        if name.startswith(_INSTALLED)
     },
 }
 OPTIMIZERS = {name: Configuration(arguments={"optim": name}, model=lambda: llama(64)) for name in _OPTIMIZERS}

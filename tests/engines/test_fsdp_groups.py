@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from types import FrameType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -42,14 +42,24 @@ def sharded(mesh: DeviceMesh, blocks: int) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def calls_of_a_traced_step(model: nn.Module) -> int:
-    """Returns how often memtrace's own functions are entered in a traced step, generators each time they go on."""
+class Calls(NamedTuple):
+    """What a traced step calls."""
+
+    own: int
+    """How often memtrace's own functions are entered, generators each time they go on."""
+    all: int
+    """Calls of all functions in the step, of torch's and of those in C too: the step itself grows with its layers."""
+
+
+def calls_of_a_traced_step(model: nn.Module) -> Calls:
+    """Returns how often functions are entered in a traced step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    calls = 0
+    own = everything = 0
 
     def count(frame: FrameType, event: str, _: Any) -> None:
-        nonlocal calls
-        calls += event == "call" and "memtrace" in frame.f_code.co_filename
+        nonlocal own, everything
+        own += event == "call" and "memtrace" in frame.f_code.co_filename
+        everything += event in ("call", "c_call")
 
     def step() -> None:
         model(torch.ones(2, 4)).sum().backward()
@@ -65,13 +75,24 @@ def calls_of_a_traced_step(model: nn.Module) -> int:
         sys.setprofile(None)
         assert tracer.latest is not None
         assert tracer.latest.traced
-    return calls
+    return Calls(own, everything)
 
 
 def test_a_traced_step_grows_with_the_parameters(mesh: DeviceMesh) -> None:
     """Not with their square: four times as many take four times as many calls."""
     few, many = calls_of_a_traced_step(sharded(mesh, 5)), calls_of_a_traced_step(sharded(mesh, 20))
-    assert many <= 4.2 * few
+    assert many.own <= 4.2 * few.own
+    assert many.all <= 4.2 * few.all
+
+
+@pytest.mark.long
+def test_a_traced_step_of_two_thousand_parameters(mesh: DeviceMesh) -> None:
+    """Takes at most six times the calls of one of 500, in Python and in C."""
+    few, many = sharded(mesh, 25), sharded(mesh, 100)
+    assert [len([*model.parameters()]) for model in (few, many)] == [500, 2000]
+    few_calls, many_calls = calls_of_a_traced_step(few), calls_of_a_traced_step(many)
+    assert many_calls.own <= 4.2 * few_calls.own
+    assert many_calls.all <= 6 * few_calls.all
 
 
 def test_a_model_is_moved_between_steps(mesh: DeviceMesh) -> None:

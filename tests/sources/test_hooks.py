@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from memtrace.sources import autograd_torch_private, torch_private
 from memtrace.sources.autograd_torch_private import has_saved_tensor_hooks
-from memtrace.sources.hooks import HookSet, others_take_gradient, weakly
+from memtrace.sources.hooks import Apart, HookSet, others_take_gradient, weakly
 from memtrace.sources.saved_tensors import SavedTensorHooks
 
 
@@ -506,3 +506,12 @@ def test_hooks_on_steps_that_are_taken_off_inside_a_step(closes: int) -> None:
     last.remove()
     optimizer.step()
     assert len(optimizer._optimizer_step_post_hooks) == 1
+
+
+def test_what_is_apart_from_graphs_is_another_function_for_the_compiler() -> None:
+    """A call goes to the one with its arguments, `func` is the other."""
+    called: list[tuple[object, ...]] = []
+    hook = Apart(lambda *args: called.append(args), 1, in_graphs=print)
+    hook(2)
+    assert called == [(1, 2)]
+    assert (hook.func, hook.args) == (print, ())

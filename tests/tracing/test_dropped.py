@@ -189,6 +189,58 @@ def test_what_belongs_to_the_step_does_not_end_it(loop: Loop, settings: str) -> 
     assert tracer.snapshot().totals.steps == loop.steps
 
 
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A step as most are."""
+    model(torch.randn(ROWS, WIDTH)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def discarded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A loss that is not used: its forward pass belongs to the step that follows."""
+    model(torch.randn(ROWS, WIDTH))
+
+
+def dropped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A step that is not updated."""
+    model(torch.randn(ROWS, WIDTH)).square().mean().backward()
+    optimizer.zero_grad()
+
+
+def updated_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Another optimizer than the one that is watched: what it does belongs to the step that follows."""
+    model(torch.randn(ROWS, WIDTH)).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        Loop(for_the_inputs, 2),
+        Loop(moved_and_back, 1),
+        Loop(two_passes, 1),
+        Loop(discarded, 0),
+        Loop(dropped, 1),
+        Loop(updated_by_hand, 0),
+    ],
+    ids=lambda loop: loop.iteration.__name__,
+)
+def test_what_a_loop_first_does_in_a_skipped_step(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is counted then as it is in a step with a record: nothing of it has to be known from earlier steps."""
+    monkeypatch.setattr("memtrace.tracing.schedule._LONGEST_GAP_SECONDS", 1e9)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with Tracer(model, optimizer, SETTINGS["skipped"]) as tracer:
+        for _ in range(35):
+            plain(model, optimizer)
+        assert tracer.history[-1].step < 35
+        loop.iteration(model, optimizer)
+        plain(model, optimizer)
+        assert tracer.snapshot().totals.steps == 36 + loop.steps
+        assert tracer.history[-1].step < 35
+
+
 def test_it_is_known_anew_where_the_loop_changes() -> None:
     """After a step without dropped gradients, those that are dropped end a step again."""
     model = network()

@@ -123,6 +123,15 @@ def test_ranks_with_a_record_of_every_step_keep_the_budget() -> None:
     assert len({step for traced in job.traced for step in traced}) == max(map(len, job.traced))
 
 
+@pytest.mark.long
+def test_a_long_job_with_a_record_of_every_step_keeps_the_budget() -> None:
+    """Of 20,000 steps, in which each of 64 ranks may trace, the first trace is not an exception any more."""
+    job = Job(64, *JOBS["varying lengths"], told=True)
+    assert job.run() <= ALLOWED
+    assert {traced[0] for traced in job.traced} == {2}
+    assert min(len(traced) for traced in job.traced) >= 20
+
+
 def test_ranks_of_different_speed_trace_in_steps_of_each_other() -> None:
     """A rank whose traces are dearer traces in some of the steps in which a rank with cheap ones does."""
     cheap, dear = (Job(2, constant(1.0), constant(1000), constant(seconds), told=True) for seconds in (0.1, 0.4))

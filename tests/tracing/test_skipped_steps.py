@@ -214,10 +214,10 @@ class WithLoss(nn.Module):
 
 @pytest.mark.parametrize("by_method", [False, True], ids=["forward", "a method"])
 def test_what_a_skipped_step_calls(by_method: bool) -> None:
-    """Calls are what takes time in a step of a millisecond: 19 of them, torch's own for hooks among them.
+    """Calls are what takes time in a step of a millisecond: 14 of them, torch's own for hooks among them.
 
     One more must be worth it: with 40, which it had, the tiny perceptron of the benchmarks trained 1.5 % slower. A
-    model that is never called itself has no more.
+    model that is never called itself has no more. The eighth of steps that is timed has two.
     """
     model, optimizer = make()
     owner = WithLoss(model) if by_method else model
@@ -246,7 +246,7 @@ def test_what_a_skipped_step_calls(by_method: bool) -> None:
         for _ in range(3):
             calls_of_ten_steps()
         fewest = min(calls_of_ten_steps() for _ in range(3))
-    assert (fewest - bare) / 10 <= 20
+    assert (fewest - bare) / 10 < 15
 
 
 def test_a_step_that_does_not_end_is_said_to_be_endless_where_it_is_skipped_too(

@@ -44,7 +44,7 @@ class HookSet:
         self._stack.close()
 
     def before_forward(
-        self, module: nn.Module, hook: Callable[..., None], *, prepend: bool = True, breaks_graphs: bool | None = True
+        self, module: nn.Module, hook: Callable[..., None], *, prepend: bool = True, breaks_graphs: bool = True
     ) -> None:
         """Calls `hook(module, args, kwargs)` before each forward of the module, before or after all other hooks.
 
@@ -52,13 +52,13 @@ class HookSet:
             module: whose forward passes are told.
             hook: what is called.
             prepend: whether before all other hooks.
-            breaks_graphs: inside a graph of torch's compiler it is heard at the price of a break, or not at all. None
-                for a hook that asks the compiler itself and goes on to what `unless_whole` returns.
+            breaks_graphs: inside a graph of torch's compiler it is heard at the price of a break, or not at all. No
+                matter with an `Apart`, which says what the compiler sees.
         """
         found, register = _module_hook(module, hook, breaks_graphs), _registering(module).register_forward_pre_hook
         self._put_on(module, lambda to: register(to, found, with_kwargs=True, prepend=prepend))
 
-    def after_forward(self, module: nn.Module, hook: Callable[..., None], *, breaks_graphs: bool | None = True) -> None:
+    def after_forward(self, module: nn.Module, hook: Callable[..., None], *, breaks_graphs: bool = True) -> None:
         """Calls `hook(module, args, output)` after each forward of the module, also of one that raised.
 
         Args:
@@ -288,13 +288,45 @@ def unless_whole(hook: Callable[..., None], may_break: bool) -> Callable[..., No
     return heard
 
 
-def _module_hook(module: nn.Module, hook: Callable[..., None], breaks_graphs: bool | None) -> Callable[..., None]:
-    found = _ModuleHook(hook if breaks_graphs is None else unless_whole(hook, breaks_graphs))
+class Apart(partial[None]):
+    """A function that is called outside of graphs alone: torch's compiler sees another one in its place.
+
+    The compiler asks a partial for its `func`, and a call does not. So what runs in each step need not ask whether the
+    compiler is at work, and may be what the compiler cannot see into.
+
+    Args:
+        function: what is called.
+        args: its first arguments.
+        in_graphs: what the compiler sees; called without those.
+    """
+
+    in_graphs: Callable[..., None]
+
+    def __new__(cls, function: Callable[..., Any], /, *args: Any, in_graphs: Callable[..., None]) -> Self:
+        """Returns it with the attribute: no keyword argument of the function."""
+        made = super().__new__(cls, function, *args)
+        made.in_graphs = in_graphs
+        return made
+
+    @property
+    def func(self) -> Callable[..., None]:
+        """What the compiler sees."""
+        return self.in_graphs
+
+    @property
+    def args(self) -> tuple[()]:
+        """None: they are not for what the compiler sees."""
+        return ()
+
+
+def _module_hook(module: nn.Module, hook: Callable[..., None], breaks_graphs: bool) -> Callable[..., None]:
+    outside = hook if isinstance(hook, Apart) else unless_whole(hook, breaks_graphs)
+    found = _ModuleHook(outside, in_graphs=outside.in_graphs if isinstance(outside, Apart) else outside)
     found.module = weakref.ref(module)
     return found
 
 
-class _ModuleHook(partial[None]):
+class _ModuleHook(Apart):
     """A hook on a module, which no copy and no pickle of the module takes along.
 
     A copy is another module, that nobody has asked to be watched, and whoever loads a pickle need not have memtrace. A

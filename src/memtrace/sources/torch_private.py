@@ -50,12 +50,6 @@ def current_accelerator() -> torch.device | None:
         return None
 
 
-frame_compiler: Callable[[], object] = getattr(
-    getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None), "get_eval_frame_callback", lambda: True
-)
-"""Returns None where torch's compiler is not at work on this thread; else something, also where torch cannot tell."""
-
-
 def runs_without_memory() -> bool:
     """Returns whether modules run on tensors without memory now: for `torch.export` or a graph of `torch.fx`.
 
@@ -180,8 +174,7 @@ def leave_out_of_graphs(function: Callable[..., Any]) -> None:
     """Makes torch's compiler, where it is loaded, neither trace into calls of this function nor compile it by itself.
 
     `torch.compiler.disable` does so by a call around it that asks the compiler each time. What the function calls is
-    not left out: it must not call anything in Python while `frame_compiler()` is there. Without effect where torch
-    has changed.
+    not left out. Without effect where torch has changed.
     """
     skip_code = getattr(sys.modules.get("torch._dynamo.eval_frame"), "skip_code", None)
     if skip_code is not None:

@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from itertools import repeat
+from typing import Self
 
 import torch
 from torch import nn
 
 from memtrace.attribution.scan import Scan
-from memtrace.sources.hooks import GradientHook, HookSet, hears_gradient
+from memtrace.sources.hooks import Apart, GradientHook, HookSet, hears_gradient
 
 _IN_A_ROW = 3
 """Steps with dropped gradients in a row after which they are a part of each step."""
 
 
-class _Gradient(GradientHook):
-    """Whether a parameter has had a gradient, and what it was then. Refers to nothing, since torch keeps it."""
+class Gradient:
+    """What is known of the gradient of the parameter that stands for all. Refers to no tensor."""
 
-    __slots__ = ("has_come", "identity", "version")
+    __slots__ = ("has_come", "holder", "name", "version")
 
     def __init__(self) -> None:
         self.has_come = False
-        self.identity = self.version = 0
+        """Whether it has come since an optimizer has begun to step."""
+        self.holder: weakref.ref[nn.Module] | None = None
+        """The module that has the parameter; None where no parameter stands for all."""
+        self.name = ""
+        """The parameter's name in it."""
+        self.version: int | None = None
+        """Of the parameter's value in the last forward pass."""
 
-    def __call__(self, parameter: torch.Tensor) -> None:
-        # In each backward pass there is, also of steps that are skipped: nothing is called here.
-        self.has_come, self.identity, self.version = True, id(parameter), parameter._version
+
+class _Arrival(Apart, GradientHook):
+    """Notes that a gradient has come, without a call in Python: it does so in each backward pass, of all steps.
+
+    `next`, `map` and `setattr` are none. They cannot raise here, and keep nothing that they are given.
+    """
+
+    def __new__(cls, gradient: Gradient) -> Self:
+        """Returns the hook; in a backward pass that is a graph the compiler sees a function that does the same."""
+
+        def in_graphs(parameter: torch.Tensor) -> None:
+            gradient.has_come = True
+
+        noted = map(setattr, repeat(gradient), repeat("has_come"), repeat(True))
+        return super().__new__(cls, next, noted, in_graphs=in_graphs)
 
 
 class DroppedGradients:
@@ -47,10 +66,9 @@ class DroppedGradients:
 
     def __init__(self, scan: Scan) -> None:
         self._scan = scan
-        self._holder: Callable[[], nn.Module | None] = _nobody
-        self._name = ""
-        self.gradient = _Gradient()
-        """Of the parameter, since an optimizer has begun to step."""
+        self.gradient = Gradient()
+        """Of the parameter that stands for all."""
+        self._arrival = _Arrival(self.gradient)
         self._in_this_step = False
         self.in_a_row = 0
         """Steps in a row in which gradients were dropped, the one at work included."""
@@ -63,27 +81,35 @@ class DroppedGradients:
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.requires_grad and parameter.is_leaf:
-                    self._holder, self._name = weakref.ref(module), name
-                    if not hears_gradient(parameter, self.gradient):
-                        hooks.after_gradient((parameter,), self.gradient, first=True)
+                    self.gradient.holder, self.gradient.name = weakref.ref(module), name
+                    if not hears_gradient(parameter, self._arrival):
+                        self.gradient.has_come = False
+                        hooks.after_gradient((parameter,), self._arrival, first=True)
                     return
 
     @property
     def parameter(self) -> nn.Parameter | None:
         """The parameter that stands for all; None where there is none any more."""
-        holder = self._holder()
-        return None if holder is None else holder._parameters.get(self._name)
+        holder, name = None if self.gradient.holder is None else self.gradient.holder(), self.gradient.name
+        if holder is None or name not in holder._parameters:
+            return None
+        return holder._parameters[name]
 
     @property
     def are_dropped(self) -> bool:
         """Whether gradients have come and are gone, and nothing was done with them."""
-        gradient = self.gradient
-        if not gradient.has_come:
+        if not self.gradient.has_come:
             return False
         parameter = self.parameter
-        if parameter is None or id(parameter) != gradient.identity or parameter.grad is not None:
+        if parameter is None or parameter.grad is not None or not hears_gradient(parameter, self._arrival):
             return False
-        return parameter._version == gradient.version and all(engine.leaves_gradients for engine in self._scan.engines)
+        same = parameter._version == self.gradient.version
+        return same and all(engine.leaves_gradients for engine in self._scan.engines)
+
+    def forward_begins(self) -> None:
+        """Notes the value of the parameter; call before each forward pass, after `are_dropped` was asked."""
+        parameter = self.parameter
+        self.gradient.version = None if parameter is None else parameter._version
 
     def end_step(self) -> bool:
         """Takes it that gradients were dropped; returns whether the step at work is over by that."""
@@ -97,7 +123,3 @@ class DroppedGradients:
         if not self._in_this_step:
             self.in_a_row = 0
         self.gradient.has_come = self._in_this_step = False
-
-
-def _nobody() -> None:
-    """Stands for a module where there is none."""

@@ -51,7 +51,7 @@ class Entries:
 
     Args:
         model: the module that is trained.
-        before: called with (module, args, kwargs) before a forward pass; asks the compiler itself, see `HookSet`.
+        before: called with (module, args, kwargs) before a forward pass; says what the compiler sees, see `Apart`.
         after: called with (module, args, output) after it, also where it has raised; likewise.
         guard: runs what decides.
     """
@@ -156,9 +156,9 @@ class Entries:
         self.take_off()
         first, last = _alive(self._first), _alive(self._last)
         for module in first:
-            self._hooks.before_forward(module, self._before, breaks_graphs=None)
+            self._hooks.before_forward(module, self._before, breaks_graphs=False)
         for module in last:
-            self._hooks.after_forward(module, self._after, breaks_graphs=None)
+            self._hooks.after_forward(module, self._after, breaks_graphs=False)
         if first:
             self._followed = _Followed.FIRST_AND_LAST
 

@@ -17,8 +17,8 @@ from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.guard import Guard
 from memtrace.record.categories import Phase
 from memtrace.sources.autograd_torch_private import after_backward, backward_is_running, current_autograd_node
-from memtrace.sources.hooks import unless_whole
-from memtrace.sources.torch_private import frame_compiler, is_jit_tracing
+from memtrace.sources.hooks import Apart, unless_whole
+from memtrace.sources.torch_private import is_jit_tracing, leave_out_of_graphs
 from memtrace.tracing.cycle import Cycle
 from memtrace.tracing.dropped import DroppedGradients
 from memtrace.tracing.schedule import TraceSchedule
@@ -44,8 +44,8 @@ class SkippedSteps:
 
     These are the hooks that run most often of all, in steps of less than a millisecond. Calls are what takes time
     there, with caches that the training has filled: so each hook is one function, which sets plain attributes and calls
-    hardly anything in Python. All else is done by what it goes on to, under the guard. Inside a graph a hook on the
-    model goes on at once: torch's compiler takes it for a constant that it is at work, and never sees the rest.
+    hardly anything. All else is done by what it goes on to, under the guard. That is also what torch's compiler sees of
+    a hook on the model.
 
     Args:
         scan: knows whether there is one optimizer or more.
@@ -96,23 +96,26 @@ class SkippedSteps:
         return self._guard.spent_ns + self._spent_ns
 
     def around_forward(self, before: Hook, after: Hook, *, breaks_graphs: bool) -> tuple[Hook, Hook]:
-        """Returns the hooks before and after each forward pass of the model.
+        """Returns the hooks before and after each forward pass of the model, for outside of graphs and for inside.
 
         Args:
             before: what the first goes on to, with (module, args, kwargs).
             after: what the second goes on to, with (module, output, what was raised).
             breaks_graphs: whether they may break a graph of torch's compiler to be heard.
         """
-        return self._before_forward(before, breaks_graphs), self._after_forward(after, breaks_graphs)
+        goes_on, ended = unless_whole(before, breaks_graphs), unless_whole(_told_apart(after), breaks_graphs)
+        begins, ends = self._before_forward(goes_on), self._after_forward(ended)
+        for hook in (begins, ends):
+            leave_out_of_graphs(hook)
+        return Apart(begins, in_graphs=goes_on), Apart(ends, in_graphs=ended)
 
-    def _before_forward(self, otherwise: Hook, breaks_graphs: bool) -> Hook:
-        """Returns the hook before each forward pass.
+    def _before_forward(self, goes_on: Hook) -> Hook:
+        """Returns the hook before each forward pass outside of graphs.
 
         It notes the forward passes of steps that are skipped, as far as it can tell at a glance that the batch is
-        not larger than any with a record, and goes on to `otherwise` with all others.
+        not larger than any with a record, and goes on with all others.
         """
 
-        goes_on, in_graph = unless_whole(otherwise, breaks_graphs), torch.compiler.is_dynamo_compiling
         named, explicit = self._main_input_name, self._explicit
         outside, forward, dropped = Phase.OUTSIDE, Phase.FORWARD, self.dropped
         gradient = dropped.gradient
@@ -121,13 +124,7 @@ class SkippedSteps:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
             if kwargs is None:  # taken off in this call by a hook before it: see `unless_whole`
                 return
-            if (
-                not in_graph()
-                and self.left
-                and not self._over
-                and frame_compiler() is None
-                and (self.number is not None or not explicit)
-            ):
+            if self.left and not self._over and (self.number is not None or not explicit):
                 begin_ns = 0 if self.left % timed_every else perf_counter_ns()
                 batch = kwargs.get(named) if kwargs else None
                 if batch is None and args:
@@ -151,6 +148,12 @@ class SkippedSteps:
                         self._phase, self._inside = forward, False
                         self.number = self.number or self._next
                         self.passes += 1
+                        holder = None if explicit else gradient.holder
+                        if holder is not None:  # as `DroppedGradients.forward_begins`, without a call
+                            try:
+                                gradient.version = holder()._parameters[gradient.name]._version  # type: ignore[union-attr]
+                            except (AttributeError, KeyError, RuntimeError):  # the parameter is gone, or has none
+                                gradient.version = None
                         if begin_ns:
                             self._spent_ns += (perf_counter_ns() - begin_ns) * timed_every
                         return
@@ -158,23 +161,13 @@ class SkippedSteps:
 
         return hook
 
-    def _after_forward(self, otherwise: Hook, breaks_graphs: bool) -> Hook:
-        """Returns the hook after each forward pass.
+    def _after_forward(self, goes_on: Hook) -> Hook:
+        """Returns the hook after each forward pass outside of graphs."""
 
-        A model may return None, and within the handling of some other exception: its own is the one that torch has
-        caught where it calls modules.
-        """
-
-        def ended(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            error = sys.exception() if output is None else None
-            caught = None if error is None or error.__traceback__ is None else error.__traceback__.tb_frame.f_code
-            otherwise(module, output, error if caught is not None and caught.co_filename == _CALLS else None)
-
-        goes_on, in_graph = unless_whole(ended, breaks_graphs), torch.compiler.is_dynamo_compiling
         forward, backward = Phase.FORWARD, Phase.BACKWARD
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            if not in_graph() and self.left and output is not None:
+            if self.left and output is not None:
                 if self._phase is forward:  # else it was not one of the step, but an evaluation
                     self._phase = backward
                 return
@@ -264,6 +257,7 @@ class SkippedSteps:
         """
         if self._over or (self.passes and self.dropped.are_dropped and self.dropped.end_step()):
             self.step_ends()
+        self.dropped.forward_begins()
         if not self.left:
             return False
         shape, dtype = None, None
@@ -337,6 +331,21 @@ class SkippedSteps:
         self._forget()
         self._phase = Phase.OUTSIDE
         self.seconds = (self.spent_ns - self._planned_ns) / 1e9
+
+
+def _told_apart(after: Hook) -> Hook:
+    """Returns the hook after a forward pass that goes on with (module, output, what the model has raised).
+
+    A model may return None, and within the handling of some other exception: its own is the one that torch has caught
+    where it calls modules.
+    """
+
+    def ended(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        error = sys.exception() if output is None else None
+        caught = None if error is None or error.__traceback__ is None else error.__traceback__.tb_frame.f_code
+        after(module, output, error if caught is not None and caught.co_filename == _CALLS else None)
+
+    return ended
 
 
 class CurrentStep:

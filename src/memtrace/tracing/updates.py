@@ -65,9 +65,11 @@ class UpdatesInBackward:
         pass.
         Not where an engine has the gradients: it keeps them elsewhere, while it accumulates.
         """
-        if step is not None and self._dropped.are_dropped and self._dropped.end_step():
-            step.marks = step.ends()
-            return True
+        if step is not None:
+            if self._dropped.are_dropped and self._dropped.end_step():
+                step.marks = step.ends()
+                return True
+            self._dropped.forward_begins()
         if self._is_stepped or self._listens or self._scan.engines:
             return False
         if step is None or not step.micro_batches or step.micro_batches % _IN_VAIN:

@@ -174,8 +174,8 @@ class Watch:
         wrap, skipped = self._guard.wrap, self.skipped
         begins, ends = wrap(self._on_forward), wrap(self._on_forward_end)
         before, after = skipped.around_forward(begins, ends, breaks_graphs=True)
-        self._hooks.before_forward(self.model, before, breaks_graphs=None)
-        self._hooks.after_forward(self.model, after, breaks_graphs=None)
+        self._hooks.before_forward(self.model, before)
+        self._hooks.after_forward(self.model, after)
         self._entries = Entries(self.model, *skipped.around_forward(begins, ends, breaks_graphs=False), self._guard)
         self._hooks.callback(self._entries.release)
         for one in self._scan.optimizers:
