@@ -14,7 +14,7 @@ from sys import getsizeof
 from typing import Any, NoReturn
 
 from memtrace.errors import LogFormatError
-from memtrace.forensics.rows import GONE, Rows
+from memtrace.forensics.rows import GONE, ROW_BYTES, Rows
 
 MAX_HELD = 1 << 30
 """Bytes that the values of a file may take in this process, as they are counted here: with Python itself below 2 GB."""
@@ -25,11 +25,24 @@ MAX_INTEGER_BYTES = 16
 MAX_DEPTH = 100
 """Open marks at most. torch's snapshots have eight."""
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
+"""Bytes between two looks at what is held; some operations of one byte take a hundred."""
 _SPARE = 512
 """Bytes beyond the operation at hand that are always there: the longest short one has 257."""
-_ITEM, _ENTRY, _CONTAINER = 9, 110, 72
-"""Bytes of an item of a list, of an entry of a dictionary, and of either when it is empty."""
+_PLACE, _MEMO_PLACE = 32, 9
+"""Bytes of a place on the stack, which is copied twice when a tuple or a dictionary takes it, and of one in the memo."""
+_INTEGER, _LONG_INTEGER, _FLOAT = 32, 48, 32
+_TEXT = 16
+"""Bytes beyond what Python says of a text, for alignment."""
+_CONTAINER = 112
+"""Bytes of an empty list or dictionary, with the note that it is open; a tuple has fewer."""
+_ITEM, _FIRST_ITEM = 9, 48
+"""Bytes of an item of a list, and those that are kept free for more from the first one on."""
+_FIRST_ENTRY, _SMALL, _ENTRY, _ENTRY_OF_MANY = 170, 100, 64, 110
+"""Bytes of the first entry of a dictionary, of one up to so many, and of one of more: its table doubles, and is copied."""
+_SIZE_CLASSES = 29
+"""Sizes of small objects with pools of their own in Python. One text that is kept holds a pool of 16 KiB, so that what
+a batch of entries took and gave back is there for the next batch only if that one has objects of the same size."""
 _LARGEST_KEY = 1 << 60
 """Integers below hash to themselves, so that nobody can choose many with one hash."""
 
@@ -45,7 +58,7 @@ class PlainPickle:
     Args:
         read: returns up to so many bytes more; none at the end.
         rows: takes the entries of histories, and what they refer to.
-        progress: is told how many bytes have been read, after each MiB.
+        progress: is told how many bytes have been read, after each 256 KiB.
     """
 
     def __init__(self, read: Read, rows: Rows, progress: Progress | None = None) -> None:
@@ -58,9 +71,19 @@ class PlainPickle:
         self._ended = False
         self._stack: list[Any] = []
         self._memo: list[Any] = []
+        self._open: list[int] = []
+        """Places on the stack of lists and dictionaries that were made there: only those may grow."""
         self._marks: list[tuple[int, int, int]] = []
         """Of each open mark the length of the stack, the length of the memo and what was held."""
         self._held = 0
+        self._largest_batch = 0
+        """Bytes that the largest batch of entries took before they became rows."""
+
+    @property
+    def held(self) -> int:
+        """Bytes that the values take at most, as they are counted here."""
+        lists = _PLACE * len(self._stack) + _MEMO_PLACE * len(self._memo)
+        return self._held + lists + _SIZE_CLASSES * self._largest_batch
 
     def load(self) -> object:
         """Returns the value.
@@ -118,7 +141,7 @@ class PlainPickle:
                 if size > MAX_INTEGER_BYTES:
                     raise self._mistake(place, f"an integer of {size} bytes")
                 push(int.from_bytes(data[place - size : place], "little", signed=True))
-                self._held += 36
+                self._held += _LONG_INTEGER
             elif code == _STOP:
                 if place > limit + 1:
                     raise self._cut_off(place)
@@ -133,9 +156,7 @@ class PlainPickle:
         """Reads on, so that at least `needed` bytes from `place` on are there; returns the new place, 0."""
         if self._ended and place > self._limit:
             raise self._cut_off(place)
-        held = self._held + 8 * (len(self._stack) + len(self._memo))
-        if held > MAX_HELD:
-            raise LogFormatError(f"holds more than {MAX_HELD >> 20} MiB of values, which no snapshot of this form does")
+        self._check_held()
         parts = [self._data[place:]]
         missing = needed + _SPARE - len(parts[0])
         self._before += place
@@ -155,6 +176,10 @@ class PlainPickle:
             self._progress(self._before + self._limit)
         return 0
 
+    def _check_held(self, more: int = 0) -> None:
+        if self.held + more > MAX_HELD:
+            raise LogFormatError(f"holds more than {MAX_HELD >> 20} MiB of values, which no snapshot of this form does")
+
     # Each of the rarer operations takes the place after its code, and returns the place after itself.
 
     def _mark(self, place: int) -> int:
@@ -165,17 +190,17 @@ class PlainPickle:
 
     def _signed4(self, place: int) -> int:
         self._stack.append(_int4(self._data, place)[0])
-        self._held += 32
+        self._held += _INTEGER
         return place + 4
 
     def _unsigned2(self, place: int) -> int:
         self._stack.append(self._data[place] | self._data[place + 1] << 8)
-        self._held += 32
+        self._held += _INTEGER
         return place + 2
 
     def _float(self, place: int) -> int:
         self._stack.append(_double(self._data, place)[0])
-        self._held += 24
+        self._held += _FLOAT
         return place + 8
 
     def _frame(self, place: int) -> int:
@@ -215,18 +240,38 @@ class PlainPickle:
             except UnicodeDecodeError as error:
                 raise self._mistake(place, "a text that is not UTF-8") from error
         self._stack.append(value)
-        self._held += getsizeof(value)
+        self._held += getsizeof(value) + _TEXT
         return place + size
 
     def _dictionary(self, place: int) -> int:
-        self._stack.append({})
+        return self._open_value({}, place)
+
+    def _list(self, place: int) -> int:
+        return self._open_value([], place)
+
+    def _open_value(self, value: list[Any] | dict[Any, Any], place: int) -> int:
+        self._open.append(len(self._stack))
+        self._stack.append(value)
         self._held += _CONTAINER
         return place
 
-    def _list(self, place: int) -> int:
-        self._stack.append([])
-        self._held += _CONTAINER
-        return place
+    def _close_from(self, begin: int) -> None:
+        """Notes that what was on the stack from a place on has been taken."""
+        while self._open and self._open[-1] >= begin:
+            self._open.pop()
+
+    def _target(self, kind: type, place: int) -> Any:
+        """Returns the list or dictionary on top of the stack, to which something is added.
+
+        A pickler fills each where it made it. One that the memo gave back may be older than the batch of entries at
+        hand: what it takes would outlive them, uncounted.
+        """
+        target = self._stack[-1]
+        if type(target) is not kind:
+            raise self._mistake(place, f"something is added to what is no {kind.__name__}")
+        if not self._open or self._open[-1] != len(self._stack) - 1:
+            raise self._mistake(place, f"something is added to a {kind.__name__} that was complete")
+        return target
 
     def _put(self, place: int) -> int:
         self._remember(self._data[place], place)
@@ -238,49 +283,60 @@ class PlainPickle:
 
     def _remember(self, number: int, place: int) -> None:
         memo = self._memo
-        if number > len(memo) + MAX_DEPTH:
-            raise self._mistake(place, f"number {number} is given to a value, and only {len(memo)} came before")
-        memo.extend([GONE] * (number + 1 - len(memo)))
-        memo[number] = self._stack[-1]
+        if not len(memo) <= number <= len(memo) + MAX_DEPTH:
+            raise self._mistake(place, f"number {number} is given to a value, where {len(memo)} comes next")
+        if number > len(memo):
+            memo.extend([GONE] * (number - len(memo)))
+            self._check_held()
+        memo.append(self._stack[-1])
 
     def _append(self, place: int) -> int:
         item = self._stack.pop()
-        self._extend(self._stack[-1], [item], place)
+        self._close_from(len(self._stack))
+        self._extend([item], place)
         return place
 
     def _appends(self, place: int) -> int:
         items, memo_begin, held = self._since_mark(place)
-        if self._extend(self._stack[-1], items, place):
-            self._held = held + self._rows.forget(self._memo, memo_begin)
+        before = self._held
+        if self._extend(items, place):
+            self._largest_batch = max(self._largest_batch, before - held)
+            self._held += held - before + self._rows.forget(self._memo, memo_begin)
         return place
 
-    def _extend(self, target: object, items: list[Any], place: int) -> bool:
+    def _extend(self, items: list[Any], place: int) -> bool:
         """Adds items to a list; returns whether they were entries of a history."""
-        if type(target) is not list:
-            raise self._mistake(place, "items are added to something that is not a list")
+        target = self._target(list, place)
         if items and type(items[0]) is dict and "action" in items[0]:
-            self._rows.add(target, items)
+            if target:
+                raise self._mistake(place, "entries of a history follow other values")
+            self._check_held(ROW_BYTES * len(items))
+            self._held += self._rows.add(target, items)
             return True
+        if items and self._rows.took(target):
+            raise self._mistake(place, "another value follows entries of a history")
+        self._held += _ITEM * len(items) + (0 if target else _FIRST_ITEM)
         target += items
-        self._held += _ITEM * len(items)
         return False
 
     def _set_item(self, place: int) -> int:
         value, key = self._stack.pop(), self._stack.pop()
+        self._close_from(len(self._stack))
         return self._update([key, value], place)
 
     def _set_items(self, place: int) -> int:
         return self._update(self._since_mark(place)[0], place)
 
     def _update(self, items: list[Any], place: int) -> int:
-        target, keys = self._stack[-1], items[::2]
-        if type(target) is not dict or len(items) % 2:
-            raise self._mistake(place, "entries are added to something that is not a dictionary")
+        target, keys = self._target(dict, place), items[::2]
+        if len(items) % 2:
+            raise self._mistake(place, "a key without a value")
         for key in keys:
             if type(key) is not str and not (type(key) is int and abs(key) < _LARGEST_KEY):
                 raise self._mistake(place, f"a key that is {type(key).__name__}")
+        self._held += 0 if target else _FIRST_ENTRY
         target.update(zip(keys, items[1::2], strict=True))
-        self._held += _ENTRY * len(keys)
+        self._held += (_ENTRY if len(target) <= _SMALL else _ENTRY_OF_MANY) * len(keys)
         return place
 
     def _tuple(self, place: int) -> int:
@@ -292,6 +348,7 @@ class PlainPickle:
             raise self._mistake(place, "a tuple of more than there is")
         items = self._stack[-count:]
         del self._stack[-count:]
+        self._close_from(len(self._stack))
         return self._pack(items, place)
 
     def _pack(self, items: list[Any], place: int) -> int:
@@ -306,6 +363,7 @@ class PlainPickle:
         begin, memo_begin, held = self._marks.pop()
         items = self._stack[begin:]
         del self._stack[begin:]
+        self._close_from(begin)
         return items, memo_begin, held
 
     def _mistake(self, place: int, what: str) -> LogFormatError:
