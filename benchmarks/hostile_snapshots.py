@@ -146,7 +146,12 @@ def _blocks(count: int) -> Iterator[bytes]:
     fields = _text("size"), _text("state") + _text("active_allocated") + _text("address")
     for first in range(0, count, _BATCH):
         rows = (
-            _DICTIONARY + _MARK + fields[0] + _number(512 + number % 99) + fields[1] + _address((1 << 40) + 1024 * number)
+            _DICTIONARY
+            + _MARK
+            + fields[0]
+            + _number(512 + number % 99)
+            + fields[1]
+            + _address((1 << 40) + 1024 * number)
             for number in range(first, first + _BATCH)
         )
         yield _MARK + b"".join(row + _ENTRIES for row in rows) + _ITEMS
@@ -199,7 +204,9 @@ FILES: dict[str, HostileFile] = {
     "ballast in an older list": HostileFile(pieces=lambda: _older(b"h\x00" + _BALLAST + b"a" * 1000), says="complete"),
     "ballast in an older number": HostileFile(pieces=lambda: _older(_BALLAST + b"a" * 999 + b"q\x00"), says="number 0"),
     "many blocks and two long histories": HostileFile(
-        pieces=lambda: _snapshot(_blocks(499_000), (_long_trace(), _batches(_timed, 1_000_000))), status=0, says="device 1"
+        pieces=lambda: _snapshot(_blocks(499_000), (_long_trace(), _batches(_timed, 1_000_000))),
+        status=0,
+        says="device 1",
     ),
 }
 FILES["histories"] = HostileFile(pieces=FILES["histories"].pieces, says="more devices")

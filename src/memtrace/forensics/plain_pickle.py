@@ -14,6 +14,19 @@ from sys import getsizeof
 from typing import Any, NoReturn
 
 from memtrace.errors import LogFormatError
+from memtrace.forensics.footprint import (
+    CONTAINER,
+    FIRST_ITEM,
+    FLOAT,
+    INTEGER,
+    ITEM,
+    LONG_INTEGER,
+    MEMO_PLACE,
+    PLACE,
+    SIZE_CLASSES,
+    TEXT,
+    dictionary_growth,
+)
 from memtrace.forensics.rows import GONE, ROW_BYTES, Rows
 
 MAX_HELD = 1 << 30
@@ -29,24 +42,10 @@ _CHUNK = 1 << 18
 """Bytes between two looks at what is held; some operations of one byte take a hundred."""
 _SPARE = 512
 """Bytes beyond the operation at hand that are always there: the longest short one has 257."""
-_PLACE, _MEMO_PLACE = 32, 9
-"""Bytes of a place on the stack, which is copied twice when a tuple or a dictionary takes it, and of one in the memo."""
-_INTEGER, _LONG_INTEGER, _FLOAT = 32, 48, 32
-_TEXT = 16
-"""Bytes beyond what Python says of a text, for alignment."""
-_CONTAINER = 112
-"""Bytes of an empty list or dictionary, with the note that it is open; a tuple has fewer."""
-_ITEM, _FIRST_ITEM = 9, 48
-"""Bytes of an item of a list, and those that are kept free for more from the first one on."""
-_FIRST_ENTRY, _SMALL, _ENTRY, _ENTRY_OF_MANY = 170, 100, 64, 110
-"""Bytes of the first entry of a dictionary, of one up to so many, and of one of more: its table doubles, and is copied."""
-_SIZE_CLASSES = 29
-"""Sizes of small objects with pools of their own in Python. One text that is kept holds a pool of 16 KiB, so that what
-a batch of entries took and gave back is there for the next batch only if that one has objects of the same size."""
 _LARGEST_KEY = 1 << 60
 """Integers below hash to themselves, so that nobody can choose many with one hash."""
 
-_uint4, _int4, _uint8, _double = (struct.Struct(form).unpack_from for form in ("<I", "<i", "<Q", ">d"))
+_uint4, _int4, _double = (struct.Struct(form).unpack_from for form in ("<I", "<i", ">d"))
 
 Read = Callable[[int], bytes]
 Progress = Callable[[int], None]
@@ -82,8 +81,8 @@ class PlainPickle:
     @property
     def held(self) -> int:
         """Bytes that the values take at most, as they are counted here."""
-        lists = _PLACE * len(self._stack) + _MEMO_PLACE * len(self._memo)
-        return self._held + lists + _SIZE_CLASSES * self._largest_batch
+        lists = PLACE * len(self._stack) + MEMO_PLACE * len(self._memo)
+        return self._held + lists + SIZE_CLASSES * self._largest_batch
 
     def load(self) -> object:
         """Returns the value.
@@ -141,7 +140,7 @@ class PlainPickle:
                 if size > MAX_INTEGER_BYTES:
                     raise self._mistake(place, f"an integer of {size} bytes")
                 push(int.from_bytes(data[place - size : place], "little", signed=True))
-                self._held += _LONG_INTEGER
+                self._held += LONG_INTEGER
             elif code == _STOP:
                 if place > limit + 1:
                     raise self._cut_off(place)
@@ -190,17 +189,17 @@ class PlainPickle:
 
     def _signed4(self, place: int) -> int:
         self._stack.append(_int4(self._data, place)[0])
-        self._held += _INTEGER
+        self._held += INTEGER
         return place + 4
 
     def _unsigned2(self, place: int) -> int:
         self._stack.append(self._data[place] | self._data[place + 1] << 8)
-        self._held += _INTEGER
+        self._held += INTEGER
         return place + 2
 
     def _float(self, place: int) -> int:
         self._stack.append(_double(self._data, place)[0])
-        self._held += _FLOAT
+        self._held += FLOAT
         return place + 8
 
     def _frame(self, place: int) -> int:
@@ -210,20 +209,9 @@ class PlainPickle:
         self._stack.append(_CONSTANTS[self._data[place - 1]])
         return place
 
-    def _short_text(self, place: int) -> int:
-        return self._bytes(place + 1, self._data[place], text=True)
-
-    def _text(self, place: int) -> int:
-        return self._bytes(place + 4, _uint4(self._data, place)[0], text=True)
-
-    def _long_text(self, place: int) -> int:
-        return self._bytes(place + 8, _uint8(self._data, place)[0], text=True)
-
-    def _short_bytes(self, place: int) -> int:
-        return self._bytes(place + 1, self._data[place], text=False)
-
-    def _binary(self, place: int) -> int:
-        return self._bytes(place + 4, _uint4(self._data, place)[0], text=False)
+    def _sized(self, place: int) -> int:
+        width, text = _SIZED[self._data[place - 1]]
+        return self._bytes(place + width, int.from_bytes(self._data[place : place + width], "little"), text=text)
 
     def _bytes(self, place: int, size: int, *, text: bool) -> int:
         if size > MAX_TEXT:
@@ -240,19 +228,13 @@ class PlainPickle:
             except UnicodeDecodeError as error:
                 raise self._mistake(place, "a text that is not UTF-8") from error
         self._stack.append(value)
-        self._held += getsizeof(value) + _TEXT
+        self._held += getsizeof(value) + TEXT
         return place + size
 
-    def _dictionary(self, place: int) -> int:
-        return self._open_value({}, place)
-
-    def _list(self, place: int) -> int:
-        return self._open_value([], place)
-
-    def _open_value(self, value: list[Any] | dict[Any, Any], place: int) -> int:
+    def _open_value(self, place: int) -> int:
         self._open.append(len(self._stack))
-        self._stack.append(value)
-        self._held += _CONTAINER
+        self._stack.append([] if self._data[place - 1] == _LIST else {})
+        self._held += CONTAINER
         return place
 
     def _close_from(self, begin: int) -> None:
@@ -315,7 +297,7 @@ class PlainPickle:
             return True
         if items and self._rows.took(target):
             raise self._mistake(place, "another value follows entries of a history")
-        self._held += _ITEM * len(items) + (0 if target else _FIRST_ITEM)
+        self._held += ITEM * len(items) + (0 if target else FIRST_ITEM)
         target += items
         return False
 
@@ -334,9 +316,9 @@ class PlainPickle:
         for key in keys:
             if type(key) is not str and not (type(key) is int and abs(key) < _LARGEST_KEY):
                 raise self._mistake(place, f"a key that is {type(key).__name__}")
-        self._held += 0 if target else _FIRST_ENTRY
+        before = len(target)
         target.update(zip(keys, items[1::2], strict=True))
-        self._held += (_ENTRY if len(target) <= _SMALL else _ENTRY_OF_MANY) * len(keys)
+        self._held += dictionary_growth(before, len(keys))
         return place
 
     def _tuple(self, place: int) -> int:
@@ -353,7 +335,7 @@ class PlainPickle:
 
     def _pack(self, items: list[Any], place: int) -> int:
         self._stack.append(tuple(items))
-        self._held += _CONTAINER + 8 * len(items)
+        self._held += CONTAINER + 8 * len(items)
         return place
 
     def _since_mark(self, place: int) -> tuple[list[Any], int, int]:
@@ -388,8 +370,10 @@ class PlainPickle:
 
 
 _BINGET, _LONG_BINGET, _MEMOIZE, _STOP = ord("h"), ord("j"), 0x94, ord(".")
-_BININT1, _LONG1, _TUPLE1 = ord("K"), 0x8A, 0x85
+_BININT1, _LONG1, _TUPLE1, _LIST = ord("K"), 0x8A, 0x85, ord("]")
 _CONSTANTS: dict[int, object] = {ord("N"): None, 0x88: True, 0x89: False, ord(")"): ()}
+_SIZED = {0x8C: (1, True), ord("X"): (4, True), 0x8D: (8, True), ord("C"): (1, False), ord("B"): (4, False)}
+"""Of texts and bytes: in how many bytes their length is, and whether they are text."""
 _RARER: dict[int, Callable[[PlainPickle, int], int]] = {
     ord("("): PlainPickle._mark,
     ord("J"): PlainPickle._signed4,
@@ -397,13 +381,8 @@ _RARER: dict[int, Callable[[PlainPickle, int], int]] = {
     ord("G"): PlainPickle._float,
     0x95: PlainPickle._frame,
     **dict.fromkeys(_CONSTANTS, PlainPickle._constant),
-    0x8C: PlainPickle._short_text,
-    ord("X"): PlainPickle._text,
-    0x8D: PlainPickle._long_text,
-    ord("C"): PlainPickle._short_bytes,
-    ord("B"): PlainPickle._binary,
-    ord("}"): PlainPickle._dictionary,
-    ord("]"): PlainPickle._list,
+    **dict.fromkeys(_SIZED, PlainPickle._sized),
+    **dict.fromkeys((_LIST, ord("}")), PlainPickle._open_value),
     ord("q"): PlainPickle._put,
     ord("r"): PlainPickle._long_put,
     ord("a"): PlainPickle._append,

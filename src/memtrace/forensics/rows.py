@@ -32,6 +32,8 @@ _PAIR_BYTES = 250
 _SPARSE_BYTES = 160
 """Bytes of what only some entries have, and of a text beside itself: tables double, and are copied meanwhile."""
 _RARER = frozenset({"user_metadata", "category", "pool_id"})
+_NO_ENTRY = "an entry of a history must be a dictionary with an action"
+_NO_ENTRIES: tuple[object, ...] = ([], ())
 _NO_FRAMES: tuple[object, ...] = (None, [], ())
 
 
@@ -56,8 +58,14 @@ class Rows:
         self._new_bytes = 0
 
     def trace_of(self, found: object) -> Trace:
-        """Returns the history that was read as this list; an empty one where it had no entries."""
+        """Returns the history that was read as this list; an empty one where it had no entries.
+
+        Raises:
+            LogFormatError: it is no list, or has something else than entries.
+        """
         known = self._traces.get(id(found))
+        if known is None and found not in _NO_ENTRIES:
+            raise LogFormatError(_NO_ENTRY)
         return Trace() if known is None else known[1]
 
     def took(self, target: object) -> bool:
@@ -157,7 +165,7 @@ class Rows:
 
     def _add(self, trace: Trace, entry: Any) -> None:
         if type(entry) is not dict or type(action := entry.get("action")) is not str:
-            raise LogFormatError("an entry of a history must be a dictionary with an action")
+            raise LogFormatError(_NO_ENTRY)
         row = len(trace.actions)
         number = _number if action in ADDRESSED else _number_if_any
         address, size = number(entry, "addr", action), number(entry, "size", action)
