@@ -22,7 +22,7 @@ from memtrace.forensics.attribution.joined import Attributed, attribute
 from memtrace.forensics.history import read_history
 from memtrace.forensics.loader import load_snapshot
 from memtrace.forensics.reading import read_snapshot
-from memtrace.record.categories import Category
+from memtrace.record.categories import Category, Moment
 from memtrace.record.readings.snapshot_reading import SnapshotMoment, Source
 from tests.forensics.simulated import Recorded, record, snapshot_of
 
@@ -75,16 +75,19 @@ CASES = [
 ]
 
 
-def made(family: str, recipe: str, optimizer: str = "adamw", accumulation: int = 1) -> tuple[Recorded, ExpectedModel]:
+def made(
+    family: str, recipe: str, optimizer: str = "adamw", accumulation: int = 1, *, directory: Path
+) -> tuple[Recorded, ExpectedModel]:
+    """A run, and what the `config.json` that its model would be saved with says of sizes."""
     make_model, make_batch = FAMILIES[family]
     recorded = record(
         make_model, make_batch, own_loss, recipe=recipe, optimizer=optimizer, accumulation_steps=accumulation
     )
     with torch.device("meta"):
-        model = make_model()
-    return recorded, sizes_of(
-        (tuple(parameter.shape) for parameter in model.parameters()), (buffer.nbytes for buffer in model.buffers())
-    )
+        model: Any = make_model()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    return recorded, expected_model(directory / "config.json")
 
 
 def attributed(content: dict[str, Any], directory: Path, model: ExpectedModel | None) -> Attributed:
@@ -104,9 +107,9 @@ def told(found: Attributed, position: int) -> Counter[tuple[Category, str]]:
     return sizes
 
 
-def known(recorded: Recorded) -> Counter[tuple[Category, str]]:
+def known(recorded: Recorded, moment: Moment = Moment.PEAK) -> Counter[tuple[Category, str]]:
     sizes: Counter[tuple[Category, str]] = Counter()
-    for key, nbytes in recorded.peak.entries.items():
+    for key, nbytes in recorded.run.moments[moment].entries.items():
         if key.category in TOLD:
             sizes[key.category, key.component] += nbytes
     return sizes
@@ -114,19 +117,20 @@ def known(recorded: Recorded) -> Counter[tuple[Category, str]]:
 
 @pytest.mark.parametrize(("family", "recipe", "optimizer", "accumulation"), CASES)
 def test_sizes_alone_tell_what_outlives_steps_and_the_gradients(tmp_path, family, recipe, optimizer, accumulation):
-    """At the peak each is within 1 % of the breakdown that is known: nothing but sizes and lives of blocks is given."""
-    recorded, model = made(family, recipe, optimizer, accumulation)
+    """At the peak and at the end each is within 1 % of what is known: nothing but a configuration's sizes is given."""
+    recorded, model = made(family, recipe, optimizer, accumulation, directory=tmp_path)
     found = attributed(recorded.snapshot, tmp_path, model)
     assert found.history.complete
-    expected, seen = known(recorded), told(found, found.history.peak)
-    for key in {*expected, *seen}:
-        assert abs(expected[key] - seen[key]) <= CLOSE * expected[key], key
+    for moment, position in ((Moment.PEAK, found.history.peak), (Moment.STEP_END, found.history.end)):
+        expected, seen = known(recorded, moment), told(found, position)
+        for key in {*expected, *seen}:
+            assert abs(expected[key] - seen[key]) <= CLOSE * expected[key], (moment, key)
     assert all(found.label(index).source is Source.SIZE for index in found.lives.persistent)
 
 
 def test_a_ring_that_lost_the_beginning_and_a_failure_in_the_second_step(tmp_path):
     """Weights and states are told where the ring lost their birth, and where the second step's forward pass failed."""
-    recorded, model = made("gpt2", "fp32")
+    recorded, model = made("gpt2", "fp32", directory=tmp_path)
     whole = sum(size * count for size, count in model.parameters.items()) * 4
     trace = recorded.snapshot["device_traces"][0]
     late = attributed(snapshot_of(recorded.run, 700), tmp_path, model)
@@ -218,7 +222,7 @@ def test_a_directory_without_a_model_and_a_missing_file_are_refused(tmp_path):
 
 def test_sizes_of_another_model_tell_nothing(tmp_path):
     """Then nothing is claimed, and the reading says that the sizes do not fit."""
-    recorded, _ = made("gpt2", "fp32", "sgd")
+    recorded, _ = made("gpt2", "fp32", "sgd", directory=tmp_path)
     other = sizes_of([(1000, 7), (13, 13), (31,)])
     found = attributed(recorded.snapshot, tmp_path, other)
     assert Source.SIZE not in {label.source for label in found.labels.values() if label.category in TOLD}
