@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from memtrace.allocator.recording import AllocatorRecording
+from memtrace.allocator.settings import AllocatorSettings
 from memtrace.allocator.what_if import what_if
 from memtrace.errors import ConfigError, LogFormatError, MemTraceError
 from memtrace.forensics import history
@@ -266,3 +267,51 @@ def test_of_a_long_history_the_newest_entries_are_replayed_and_compared(tmp_path
     assert found.failed_bytes is None
     assert found.peak_reserved_bytes == 40 * MIB  # at the first entry that is replayed
     assert sum(event > 0 for event in found.events) == 1
+
+
+BY_HAND: dict[str, tuple[dict[str, Any], list[int], list[int], int]] = {
+    # 30 MiB need two pages of 20; 30 more lie behind them on a third; both freed hold 60; 1 KiB has a page of 2.
+    "expandable_segments": (
+        {"expandable_segments": True},
+        [30 * MIB, 30 * MIB, -1, -2, 60 * MIB, KIB],
+        [40 * MIB, 20 * MIB, 2 * MIB],
+        62 * MIB,
+    ),
+    # 200 MiB are not cut up for 50; 190 may have them, since 10 MiB are lost at most of 20; 110 find nothing.
+    "max_split_size": (
+        {"expandable_segments": False, "max_split_size": 100 * MIB},
+        [200 * MIB, -1, 50 * MIB, 190 * MIB, 110 * MIB],
+        [200 * MIB, 50 * MIB, 110 * MIB],
+        360 * MIB,
+    ),
+    # Between 64 and 128 MiB the steps are 16: 65 and 79 are 80 and share a block, 81 are 96.
+    "roundup_power2_divisions": (
+        {"expandable_segments": False, "roundup_power2_divisions": {str(1 << at): 4 for at in range(16)}},
+        [65 * MIB, -1, 79 * MIB, 81 * MIB],
+        [80 * MIB, 96 * MIB],
+        176 * MIB,
+    ),
+}
+"""Settings, what was asked for, what the device was asked for, and the peak: by torch's rules, counted by hand."""
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_what_a_setting_in_force_reserves_by_hand(tmp_path: Path, name: str) -> None:
+    """The model's peak is the one that follows from the rules, and under torch's defaults it would be another."""
+    settings, events, grown, peak = BY_HAND[name]
+    trace = [entry("segment_alloc", BASE + number * GIB, size) for number, size in enumerate(grown)]
+    sizes = [event for event in events if event > 0]
+    freed = {-event - 1 for event in events if event < 0}
+    born = 0
+    for event in events:
+        number = born if event > 0 else -event - 1
+        born += event > 0
+        trace.append(entry("alloc" if event > 0 else "free_completed", BASE + GIB * (50 + number), sizes[number]))
+    left = [number for number in range(len(sizes)) if number not in freed]
+    segments = [segment(BASE + number * GIB, size) for number, size in enumerate(grown)]
+    segments[0]["blocks"] = segment(BASE, 0, *((GIB * (50 + number), sizes[number]) for number in left))["blocks"]
+    found = read(tmp_path, trace, *segments, **settings)
+    answer = what_if(found, others=[AllocatorSettings()])
+    assert (found.from_the_start, found.peak_reserved_bytes) == (True, peak)
+    assert (answer.missed_ratio, answer.in_force.reserved_bytes) == (0, peak)
+    assert {outcome.reserved_bytes for outcome in answer.ranked if not outcome.in_force} != {peak}

@@ -13,6 +13,7 @@ from typing import Any
 import model_families
 import pytest
 import torch
+import transformers
 from model_families import own_loss
 from planning import larger_families
 
@@ -22,7 +23,7 @@ from memtrace.forensics.attribution.joined import Attributed, attribute
 from memtrace.forensics.history import read_history
 from memtrace.forensics.loader import load_snapshot
 from memtrace.forensics.reading import read_snapshot
-from memtrace.record.categories import Category
+from memtrace.record.categories import Category, Moment
 from memtrace.record.readings.snapshot_reading import SnapshotMoment, Source
 from tests.forensics.simulated import Recorded, record, snapshot_of
 
@@ -38,6 +39,22 @@ FAMILIES: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], Any]]] = {
     "qwen3": (larger_families._qwen3, SIZE.sequence_to_sequence),
     "vit": (lambda: model_families.vit(SIZE, **WIDTH), SIZE.images),
     "gemma2": (larger_families._gemma2, SIZE.sequence_to_sequence),
+    "distilbert": (
+        lambda: transformers.DistilBertForSequenceClassification(
+            transformers.DistilBertConfig(vocab_size=512, dim=192, n_layers=3, n_heads=6, hidden_dim=512)
+        ),
+        SIZE.classified_text,
+    ),
+    "mistral": (
+        lambda: transformers.MistralForCausalLM(transformers.MistralConfig(vocab_size=512, **larger_families._GROUPED)),
+        SIZE.sequence_to_sequence,
+    ),
+    "albert": (
+        lambda: transformers.AlbertForSequenceClassification(
+            transformers.AlbertConfig(vocab_size=512, embedding_size=64, **WIDTH)
+        ),
+        SIZE.classified_text,
+    ),
     "swin": (larger_families._swin, SIZE.images),
     "mixtral": (lambda: larger_families._mixtral("grouped_mm"), SIZE.sequence_to_sequence),
 }
@@ -53,6 +70,9 @@ CASES = [
     ("vit", "hf-autocast", "adamw-amsgrad", 1),
     ("bert", "fp32", "adamw8bit", 2),
     ("swin", "fp32", "adamw", 1),
+    ("distilbert", "pure-bf16", "adamw8bit", 4),
+    ("mistral", "hf-autocast", "adamw8bit", 1),
+    ("albert", "pure-bf16", "sgd-momentum", 1),
     ("qwen3", "pure-bf16", "adamw8bit", 2),
     *(
         pytest.param(*case, marks=pytest.mark.long)
@@ -75,16 +95,18 @@ CASES = [
 ]
 
 
-def made(family: str, recipe: str, optimizer: str = "adamw", accumulation: int = 1) -> tuple[Recorded, ExpectedModel]:
+def recorded_run(family: str, recipe: str, optimizer: str = "adamw", accumulation: int = 1) -> Recorded:
     make_model, make_batch = FAMILIES[family]
-    recorded = record(
-        make_model, make_batch, own_loss, recipe=recipe, optimizer=optimizer, accumulation_steps=accumulation
-    )
+    return record(make_model, make_batch, own_loss, recipe=recipe, optimizer=optimizer, accumulation_steps=accumulation)
+
+
+def configured(family: str, directory: Path) -> ExpectedModel:
+    """What the `config.json` that a model of the family would be saved with says of sizes."""
     with torch.device("meta"):
-        model = make_model()
-    return recorded, sizes_of(
-        (tuple(parameter.shape) for parameter in model.parameters()), (buffer.nbytes for buffer in model.buffers())
-    )
+        model: Any = FAMILIES[family][0]()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    return expected_model(directory / "config.json")
 
 
 def attributed(content: dict[str, Any], directory: Path, model: ExpectedModel | None) -> Attributed:
@@ -104,9 +126,9 @@ def told(found: Attributed, position: int) -> Counter[tuple[Category, str]]:
     return sizes
 
 
-def known(recorded: Recorded) -> Counter[tuple[Category, str]]:
+def known(recorded: Recorded, moment: Moment = Moment.PEAK) -> Counter[tuple[Category, str]]:
     sizes: Counter[tuple[Category, str]] = Counter()
-    for key, nbytes in recorded.peak.entries.items():
+    for key, nbytes in recorded.run.moments[moment].entries.items():
         if key.category in TOLD:
             sizes[key.category, key.component] += nbytes
     return sizes
@@ -114,19 +136,20 @@ def known(recorded: Recorded) -> Counter[tuple[Category, str]]:
 
 @pytest.mark.parametrize(("family", "recipe", "optimizer", "accumulation"), CASES)
 def test_sizes_alone_tell_what_outlives_steps_and_the_gradients(tmp_path, family, recipe, optimizer, accumulation):
-    """At the peak each is within 1 % of the breakdown that is known: nothing but sizes and lives of blocks is given."""
-    recorded, model = made(family, recipe, optimizer, accumulation)
+    """At the peak and at the end each is within 1 % of what is known: nothing but a configuration's sizes is given."""
+    recorded, model = recorded_run(family, recipe, optimizer, accumulation), configured(family, tmp_path)
     found = attributed(recorded.snapshot, tmp_path, model)
     assert found.history.complete
-    expected, seen = known(recorded), told(found, found.history.peak)
-    for key in {*expected, *seen}:
-        assert abs(expected[key] - seen[key]) <= CLOSE * expected[key], key
+    for moment, position in ((Moment.PEAK, found.history.peak), (Moment.STEP_END, found.history.end)):
+        expected, seen = known(recorded, moment), told(found, position)
+        for key in {*expected, *seen}:
+            assert abs(expected[key] - seen[key]) <= CLOSE * expected[key], (moment, key)
     assert all(found.label(index).source is Source.SIZE for index in found.lives.persistent)
 
 
 def test_a_ring_that_lost_the_beginning_and_a_failure_in_the_second_step(tmp_path):
     """Weights and states are told where the ring lost their birth, and where the second step's forward pass failed."""
-    recorded, model = made("gpt2", "fp32")
+    recorded, model = recorded_run("gpt2", "fp32"), configured("gpt2", tmp_path)
     whole = sum(size * count for size, count in model.parameters.items()) * 4
     trace = recorded.snapshot["device_traces"][0]
     late = attributed(snapshot_of(recorded.run, 700), tmp_path, model)
@@ -218,7 +241,7 @@ def test_a_directory_without_a_model_and_a_missing_file_are_refused(tmp_path):
 
 def test_sizes_of_another_model_tell_nothing(tmp_path):
     """Then nothing is claimed, and the reading says that the sizes do not fit."""
-    recorded, _ = made("gpt2", "fp32", "sgd")
+    recorded = recorded_run("gpt2", "fp32", "sgd")
     other = sizes_of([(1000, 7), (13, 13), (31,)])
     found = attributed(recorded.snapshot, tmp_path, other)
     assert Source.SIZE not in {label.source for label in found.labels.values() if label.category in TOLD}

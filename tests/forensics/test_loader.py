@@ -84,10 +84,12 @@ def test_histories_beyond_one_batch_keep_what_they_share(tmp_path):
         {"action": "alloc", "addr": number, "size": 1, "frames": stacks[number * 13 % 50], "time_us": number}
         for number in range(5000)
     ]
-    found = load_snapshot(write(tmp_path / "s.pickle", {"segments": [], "device_traces": [trace, trace[:3]]}))
+    traces = [trace, [dict(row) for row in trace[:3]]]
+    found = load_snapshot(write(tmp_path / "s.pickle", {"segments": [], "device_traces": traces}))
     for entry, row in zip(found.trace(0), trace, strict=True):
         assert [frame._asdict() for frame in found.stacks[entry.stack]] == row["frames"]
     assert len(found.stacks) == 50
+    assert [*found.trace(1)] == [*found.trace(0)][:3]
 
 
 class Runs:
@@ -135,6 +137,25 @@ HOSTILE = {
     "a cut gzip file": gzip.compress(pickle.dumps(snapshot()))[:-20],
     "a broken gzip file": b"\x1f\x8bgarbage",
     "a list that has itself": parts(b"]\x94h\x00a."),
+    "an item for a list that was complete": parts(b"]\x94]h\x00Naa."),
+    "an entry for a dictionary that was complete": parts(b"(}\x94}h\x00K\x01Nst."),
+    "an item for one that a tuple has": parts(b"]\x94\x85(h\x00Nae."),
+    "a number of the memo that is taken": parts(b"Nq\x00Nq\x00."),
+    "entries of a history after other values": parts(b"]Na(}\x8c\x06action\x8c\x05allocse."),
+    "other values after entries of a history": parts(
+        b"](}(\x8c\x06action\x8c\x05alloc\x8c\x04addrK\x01\x8c\x04sizeK\x01ueNa."
+    ),
+    "histories of 2,000 devices": pickle.dumps(
+        {
+            **snapshot(),
+            "device_traces": [snapshot()["device_traces"][0][:1]]
+            + [[dict(entry)] for entry in snapshot()["device_traces"][0][:1] * 2000],
+        }
+    ),
+    "a stack of a million frames": parts(
+        b"}(\x8c\x06action\x8c\x05alloc\x8c\x04addrK\x01\x8c\x04sizeK\x01\x8c\x06frames](" + b"N" * 1_000_000 + b"eu"
+        b"\x94](h\x00e."
+    ),
 }
 
 
@@ -260,6 +281,11 @@ def _entry(number: int, more: bytes) -> bytes:
     )
 
 
+def _failures(batch: int) -> bytes:
+    entries = (_entry(100 * batch + number, b"\x8c\x0bdevice_freeJ\xff\xff\xff\x7f") for number in range(100))
+    return b"(" + b"".join(entries).replace(b"\x05alloc", b"\x03oom") + b"e"
+
+
 def _frames(number: int) -> bytes:
     frame = b"}\x94(\x8c\x08filename\x8c\x01f\x8c\x04lineJ" + number.to_bytes(4, "little") + b"\x8c\x04name\x8c\x01nu"
     return b"\x8c\x06frames]\x94" + frame + b"a"
@@ -287,6 +313,16 @@ ENDLESS: dict[str, Any] = {
         [b"]"], _batches(lambda number: b"\x8c\x0duser_metadata\x8c\xf0" + b"%0240d" % number + _PADDING)
     ),
     "entries with stacks": lambda: chain([b"]"], _batches(_frames)),
+    "values on the stack": lambda: chain([b"("], repeat(b"N" * 4096)),
+    "lists of one item": lambda: repeat(b"]Na" * 1000),
+    "dictionaries of one number": lambda: repeat(b"}K\x01Ns" * 1000),
+    "gaps in the memo": lambda: chain([b"N"], (b"r" + (101 * number).to_bytes(4, "little") for number in range(10**6))),
+    "one entry again and again": lambda: chain([_entry(1, b"") + b"\x94]"], repeat(b"(" + b"h\x00" * 1000 + b"e")),
+    "one entry again and again, one by one": lambda: chain([_entry(1, b"") + b"\x94]"], repeat(b"h\x00a" * 1000)),
+    "entries with pools": lambda: chain(
+        [b"]"], _batches(lambda number: b"\x8c\x07pool_idK\x07J" + number.to_bytes(4, "little") + b"\x86\x94")
+    ),
+    "failed requests": lambda: chain([b"]"], (_failures(batch) for batch in range(10**9))),
     "entries with ballast": lambda: chain([b"]"], _batches(lambda _: b"\x8c\x01x(" + b"]\x94" * 20 + b"t\x94")),
 }
 _PADDING = b"".join(b"\x8c\x01" + bytes([97 + number]) + b"N" for number in range(6))

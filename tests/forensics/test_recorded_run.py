@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forensics.test_by_size import made
+from forensics.test_by_size import recorded_run
 
 from memtrace.attribution.timeline import Lifetime
 from memtrace.cli import main
@@ -28,7 +28,7 @@ from tests.forensics.simulated import BEGIN_US, Recorded, failing, snapshot_of, 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Recorded:
-    return made("gpt2", "hf-autocast")[0]
+    return recorded_run("gpt2", "hf-autocast")
 
 
 def reading(directory: Path, content: dict[str, Any], *records: StepRecord) -> DeviceReading:
@@ -54,7 +54,7 @@ def of_the_run(breakdown: ReadBreakdown) -> dict[EntryKey, int]:
 )
 def test_after_a_step_of_the_run_each_block_that_goes_on_is_told_to_the_byte(tmp_path, gpt2, case):
     """No configuration is given: where the next step fails, all entries of the step before are there, and the rest."""
-    recorded = gpt2 if case[0] == "gpt2" else made(*case)[0]
+    recorded = gpt2 if case[0] == "gpt2" else recorded_run(*case)
     record = write_step_log(recorded.run, tmp_path)
     device = reading(tmp_path, failing(with_times(recorded.snapshot)), record)
     failure = device.moments[SnapshotMoment.FAILURE]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from memtrace.errors import LogFormatError, OutputError
-from memtrace.forensics.plain_pickle import PlainPickle, Progress
+from memtrace.forensics.plain_pickle import MAX_HELD, PlainPickle, Progress
 from memtrace.forensics.rows import Rows
 from memtrace.forensics.snapshot import AllocatorSnapshot, parse_snapshot
 
@@ -24,7 +24,7 @@ def load_snapshot(path: str | os.PathLike[str], progress: Progress | None = None
 
     Args:
         path: a pickle of protocol 2 to 5, which may be gzip'ed.
-        progress: is told how many bytes of the pickle have been read, after each MiB.
+        progress: is told how many bytes of the pickle have been read, after each 256 KiB.
 
     Raises:
         LogFormatError: it is no pickle of a snapshot, ends early, or takes too much memory. Nothing of it was run.
@@ -50,4 +50,6 @@ def _load(file: IO[bytes], progress: Progress | None) -> AllocatorSnapshot:
         raise LogFormatError("is a zip file, as torch.save() writes it: dump the snapshot with pickle.dump instead")
     rows = Rows()
     read = gzip.GzipFile(fileobj=file).read if magic[:2] == _GZIP else file.read
-    return parse_snapshot(PlainPickle(read, rows, progress).load(), rows)
+    pickle = PlainPickle(read, rows, progress)
+    found = pickle.load()
+    return parse_snapshot(found, rows, MAX_HELD - pickle.held)

@@ -14,7 +14,20 @@ from sys import getsizeof
 from typing import Any, NoReturn
 
 from memtrace.errors import LogFormatError
-from memtrace.forensics.rows import GONE, Rows
+from memtrace.forensics.footprint import (
+    CONTAINER,
+    FIRST_ITEM,
+    FLOAT,
+    INTEGER,
+    ITEM,
+    LONG_INTEGER,
+    MEMO_PLACE,
+    PLACE,
+    SIZE_CLASSES,
+    TEXT,
+    dictionary_growth,
+)
+from memtrace.forensics.rows import GONE, ROW_BYTES, Rows
 
 MAX_HELD = 1 << 30
 """Bytes that the values of a file may take in this process, as they are counted here: with Python itself below 2 GB."""
@@ -25,15 +38,14 @@ MAX_INTEGER_BYTES = 16
 MAX_DEPTH = 100
 """Open marks at most. torch's snapshots have eight."""
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
+"""Bytes between two looks at what is held; some operations of one byte take a hundred."""
 _SPARE = 512
 """Bytes beyond the operation at hand that are always there: the longest short one has 257."""
-_ITEM, _ENTRY, _CONTAINER = 9, 110, 72
-"""Bytes of an item of a list, of an entry of a dictionary, and of either when it is empty."""
 _LARGEST_KEY = 1 << 60
 """Integers below hash to themselves, so that nobody can choose many with one hash."""
 
-_uint4, _int4, _uint8, _double = (struct.Struct(form).unpack_from for form in ("<I", "<i", "<Q", ">d"))
+_uint4, _int4, _double = (struct.Struct(form).unpack_from for form in ("<I", "<i", ">d"))
 
 Read = Callable[[int], bytes]
 Progress = Callable[[int], None]
@@ -45,7 +57,7 @@ class PlainPickle:
     Args:
         read: returns up to so many bytes more; none at the end.
         rows: takes the entries of histories, and what they refer to.
-        progress: is told how many bytes have been read, after each MiB.
+        progress: is told how many bytes have been read, after each 256 KiB.
     """
 
     def __init__(self, read: Read, rows: Rows, progress: Progress | None = None) -> None:
@@ -58,9 +70,19 @@ class PlainPickle:
         self._ended = False
         self._stack: list[Any] = []
         self._memo: list[Any] = []
+        self._open: list[int] = []
+        """Places on the stack of lists and dictionaries that were made there: only those may grow."""
         self._marks: list[tuple[int, int, int]] = []
         """Of each open mark the length of the stack, the length of the memo and what was held."""
         self._held = 0
+        self._largest_batch = 0
+        """Bytes that the largest batch of entries took before they became rows."""
+
+    @property
+    def held(self) -> int:
+        """Bytes that the values take at most, as they are counted here."""
+        lists = PLACE * len(self._stack) + MEMO_PLACE * len(self._memo)
+        return self._held + lists + SIZE_CLASSES * self._largest_batch
 
     def load(self) -> object:
         """Returns the value.
@@ -118,7 +140,7 @@ class PlainPickle:
                 if size > MAX_INTEGER_BYTES:
                     raise self._mistake(place, f"an integer of {size} bytes")
                 push(int.from_bytes(data[place - size : place], "little", signed=True))
-                self._held += 36
+                self._held += LONG_INTEGER
             elif code == _STOP:
                 if place > limit + 1:
                     raise self._cut_off(place)
@@ -133,9 +155,7 @@ class PlainPickle:
         """Reads on, so that at least `needed` bytes from `place` on are there; returns the new place, 0."""
         if self._ended and place > self._limit:
             raise self._cut_off(place)
-        held = self._held + 8 * (len(self._stack) + len(self._memo))
-        if held > MAX_HELD:
-            raise LogFormatError(f"holds more than {MAX_HELD >> 20} MiB of values, which no snapshot of this form does")
+        self._check_held()
         parts = [self._data[place:]]
         missing = needed + _SPARE - len(parts[0])
         self._before += place
@@ -155,6 +175,10 @@ class PlainPickle:
             self._progress(self._before + self._limit)
         return 0
 
+    def _check_held(self, more: int = 0) -> None:
+        if self.held + more > MAX_HELD:
+            raise LogFormatError(f"holds more than {MAX_HELD >> 20} MiB of values, which no snapshot of this form does")
+
     # Each of the rarer operations takes the place after its code, and returns the place after itself.
 
     def _mark(self, place: int) -> int:
@@ -165,17 +189,17 @@ class PlainPickle:
 
     def _signed4(self, place: int) -> int:
         self._stack.append(_int4(self._data, place)[0])
-        self._held += 32
+        self._held += INTEGER
         return place + 4
 
     def _unsigned2(self, place: int) -> int:
         self._stack.append(self._data[place] | self._data[place + 1] << 8)
-        self._held += 32
+        self._held += INTEGER
         return place + 2
 
     def _float(self, place: int) -> int:
         self._stack.append(_double(self._data, place)[0])
-        self._held += 24
+        self._held += FLOAT
         return place + 8
 
     def _frame(self, place: int) -> int:
@@ -185,20 +209,9 @@ class PlainPickle:
         self._stack.append(_CONSTANTS[self._data[place - 1]])
         return place
 
-    def _short_text(self, place: int) -> int:
-        return self._bytes(place + 1, self._data[place], text=True)
-
-    def _text(self, place: int) -> int:
-        return self._bytes(place + 4, _uint4(self._data, place)[0], text=True)
-
-    def _long_text(self, place: int) -> int:
-        return self._bytes(place + 8, _uint8(self._data, place)[0], text=True)
-
-    def _short_bytes(self, place: int) -> int:
-        return self._bytes(place + 1, self._data[place], text=False)
-
-    def _binary(self, place: int) -> int:
-        return self._bytes(place + 4, _uint4(self._data, place)[0], text=False)
+    def _sized(self, place: int) -> int:
+        width, text = _SIZED[self._data[place - 1]]
+        return self._bytes(place + width, int.from_bytes(self._data[place : place + width], "little"), text=text)
 
     def _bytes(self, place: int, size: int, *, text: bool) -> int:
         if size > MAX_TEXT:
@@ -215,18 +228,32 @@ class PlainPickle:
             except UnicodeDecodeError as error:
                 raise self._mistake(place, "a text that is not UTF-8") from error
         self._stack.append(value)
-        self._held += getsizeof(value)
+        self._held += getsizeof(value) + TEXT
         return place + size
 
-    def _dictionary(self, place: int) -> int:
-        self._stack.append({})
-        self._held += _CONTAINER
+    def _open_value(self, place: int) -> int:
+        self._open.append(len(self._stack))
+        self._stack.append([] if self._data[place - 1] == _LIST else {})
+        self._held += CONTAINER
         return place
 
-    def _list(self, place: int) -> int:
-        self._stack.append([])
-        self._held += _CONTAINER
-        return place
+    def _close_from(self, begin: int) -> None:
+        """Notes that what was on the stack from a place on has been taken."""
+        while self._open and self._open[-1] >= begin:
+            self._open.pop()
+
+    def _target(self, kind: type, place: int) -> Any:
+        """Returns the list or dictionary on top of the stack, to which something is added.
+
+        A pickler fills each where it made it. One that the memo gave back may be older than the batch of entries at
+        hand: what it takes would outlive them, uncounted.
+        """
+        target = self._stack[-1]
+        if type(target) is not kind:
+            raise self._mistake(place, f"something is added to what is no {kind.__name__}")
+        if not self._open or self._open[-1] != len(self._stack) - 1:
+            raise self._mistake(place, f"something is added to a {kind.__name__} that was complete")
+        return target
 
     def _put(self, place: int) -> int:
         self._remember(self._data[place], place)
@@ -238,49 +265,60 @@ class PlainPickle:
 
     def _remember(self, number: int, place: int) -> None:
         memo = self._memo
-        if number > len(memo) + MAX_DEPTH:
-            raise self._mistake(place, f"number {number} is given to a value, and only {len(memo)} came before")
-        memo.extend([GONE] * (number + 1 - len(memo)))
-        memo[number] = self._stack[-1]
+        if not len(memo) <= number <= len(memo) + MAX_DEPTH:
+            raise self._mistake(place, f"number {number} is given to a value, where {len(memo)} comes next")
+        if number > len(memo):
+            memo.extend([GONE] * (number - len(memo)))
+            self._check_held()
+        memo.append(self._stack[-1])
 
     def _append(self, place: int) -> int:
         item = self._stack.pop()
-        self._extend(self._stack[-1], [item], place)
+        self._close_from(len(self._stack))
+        self._extend([item], place)
         return place
 
     def _appends(self, place: int) -> int:
         items, memo_begin, held = self._since_mark(place)
-        if self._extend(self._stack[-1], items, place):
-            self._held = held + self._rows.forget(self._memo, memo_begin)
+        before = self._held
+        if self._extend(items, place):
+            self._largest_batch = max(self._largest_batch, before - held)
+            self._held += held - before + self._rows.forget(self._memo, memo_begin)
         return place
 
-    def _extend(self, target: object, items: list[Any], place: int) -> bool:
+    def _extend(self, items: list[Any], place: int) -> bool:
         """Adds items to a list; returns whether they were entries of a history."""
-        if type(target) is not list:
-            raise self._mistake(place, "items are added to something that is not a list")
+        target = self._target(list, place)
         if items and type(items[0]) is dict and "action" in items[0]:
-            self._rows.add(target, items)
+            if target:
+                raise self._mistake(place, "entries of a history follow other values")
+            self._check_held(ROW_BYTES * len(items))
+            self._held += self._rows.add(target, items)
             return True
+        if items and self._rows.took(target):
+            raise self._mistake(place, "another value follows entries of a history")
+        self._held += ITEM * len(items) + (0 if target else FIRST_ITEM)
         target += items
-        self._held += _ITEM * len(items)
         return False
 
     def _set_item(self, place: int) -> int:
         value, key = self._stack.pop(), self._stack.pop()
+        self._close_from(len(self._stack))
         return self._update([key, value], place)
 
     def _set_items(self, place: int) -> int:
         return self._update(self._since_mark(place)[0], place)
 
     def _update(self, items: list[Any], place: int) -> int:
-        target, keys = self._stack[-1], items[::2]
-        if type(target) is not dict or len(items) % 2:
-            raise self._mistake(place, "entries are added to something that is not a dictionary")
+        target, keys = self._target(dict, place), items[::2]
+        if len(items) % 2:
+            raise self._mistake(place, "a key without a value")
         for key in keys:
             if type(key) is not str and not (type(key) is int and abs(key) < _LARGEST_KEY):
                 raise self._mistake(place, f"a key that is {type(key).__name__}")
+        before = len(target)
         target.update(zip(keys, items[1::2], strict=True))
-        self._held += _ENTRY * len(keys)
+        self._held += dictionary_growth(before, len(keys))
         return place
 
     def _tuple(self, place: int) -> int:
@@ -292,11 +330,12 @@ class PlainPickle:
             raise self._mistake(place, "a tuple of more than there is")
         items = self._stack[-count:]
         del self._stack[-count:]
+        self._close_from(len(self._stack))
         return self._pack(items, place)
 
     def _pack(self, items: list[Any], place: int) -> int:
         self._stack.append(tuple(items))
-        self._held += _CONTAINER + 8 * len(items)
+        self._held += CONTAINER + 8 * len(items)
         return place
 
     def _since_mark(self, place: int) -> tuple[list[Any], int, int]:
@@ -306,6 +345,7 @@ class PlainPickle:
         begin, memo_begin, held = self._marks.pop()
         items = self._stack[begin:]
         del self._stack[begin:]
+        self._close_from(begin)
         return items, memo_begin, held
 
     def _mistake(self, place: int, what: str) -> LogFormatError:
@@ -330,8 +370,10 @@ class PlainPickle:
 
 
 _BINGET, _LONG_BINGET, _MEMOIZE, _STOP = ord("h"), ord("j"), 0x94, ord(".")
-_BININT1, _LONG1, _TUPLE1 = ord("K"), 0x8A, 0x85
+_BININT1, _LONG1, _TUPLE1, _LIST = ord("K"), 0x8A, 0x85, ord("]")
 _CONSTANTS: dict[int, object] = {ord("N"): None, 0x88: True, 0x89: False, ord(")"): ()}
+_SIZED = {0x8C: (1, True), ord("X"): (4, True), 0x8D: (8, True), ord("C"): (1, False), ord("B"): (4, False)}
+"""Of texts and bytes: in how many bytes their length is, and whether they are text."""
 _RARER: dict[int, Callable[[PlainPickle, int], int]] = {
     ord("("): PlainPickle._mark,
     ord("J"): PlainPickle._signed4,
@@ -339,13 +381,8 @@ _RARER: dict[int, Callable[[PlainPickle, int], int]] = {
     ord("G"): PlainPickle._float,
     0x95: PlainPickle._frame,
     **dict.fromkeys(_CONSTANTS, PlainPickle._constant),
-    0x8C: PlainPickle._short_text,
-    ord("X"): PlainPickle._text,
-    0x8D: PlainPickle._long_text,
-    ord("C"): PlainPickle._short_bytes,
-    ord("B"): PlainPickle._binary,
-    ord("}"): PlainPickle._dictionary,
-    ord("]"): PlainPickle._list,
+    **dict.fromkeys(_SIZED, PlainPickle._sized),
+    **dict.fromkeys((_LIST, ord("}")), PlainPickle._open_value),
     ord("q"): PlainPickle._put,
     ord("r"): PlainPickle._long_put,
     ord("a"): PlainPickle._append,

@@ -20,10 +20,20 @@ ADDRESSED = frozenset(
 _LARGEST = (1 << 63) - 1
 _MOST = {"size": 1 << 50, "time_us": 1 << 53}
 """What no device has and no clock reads."""
-_ROW_BYTES = 64
-_FRAME_BYTES = 700
-_SPARSE_BYTES = 100
+MAX_DEVICES = 1024
+MAX_FRAMES = 100_000
+"""Of one stack."""
+ROW_BYTES = 64
+"""Bytes of an entry, as it is kept."""
+_TRACE_BYTES = 4000
+_FRAME_BYTES = 800
+_STACK_BYTES, _PLACE_BYTES = 600, 24
+_PAIR_BYTES = 250
+_SPARSE_BYTES = 160
+"""Bytes of what only some entries have, and of a text beside itself: tables double, and are copied meanwhile."""
 _RARER = frozenset({"user_metadata", "category", "pool_id"})
+_NO_ENTRY = "an entry of a history must be a dictionary with an action"
+_NO_ENTRIES: tuple[object, ...] = ([], ())
 _NO_FRAMES: tuple[object, ...] = (None, [], ())
 
 
@@ -48,21 +58,41 @@ class Rows:
         self._new_bytes = 0
 
     def trace_of(self, found: object) -> Trace:
-        """Returns the history that was read as this list; an empty one where it had no entries."""
-        known = self._traces.get(id(found))
-        return Trace() if known is None else known[1]
-
-    def add(self, target: list[Any], entries: Sequence[Any]) -> None:
-        """Adds entries of one history.
+        """Returns the history that was read as this list; an empty one where it had no entries.
 
         Raises:
-            LogFormatError: one of them has not the form of an entry.
+            LogFormatError: it is no list, or has something else than entries.
         """
-        trace = self._traces.setdefault(id(target), (target, Trace()))[1]
+        known = self._traces.get(id(found))
+        if known is None and found not in _NO_ENTRIES:
+            raise LogFormatError(_NO_ENTRY)
+        return Trace() if known is None else known[1]
+
+    def took(self, target: object) -> bool:
+        """Returns whether entries were to be added to this list."""
+        return id(target) in self._traces
+
+    def add(self, target: list[Any], entries: Sequence[Any]) -> int:
+        """Adds entries of one history; returns the bytes that are kept.
+
+        Raises:
+            LogFormatError: one of them has not the form of an entry, or there are histories of too many devices.
+        """
+        known = self._traces.get(id(target))
+        if known is None:
+            if len(self._traces) > MAX_DEVICES:
+                raise LogFormatError(f"has histories of more devices than the {MAX_DEVICES:,} that are read")
+            known = self._traces[id(target)] = target, Trace()
+            self._new_bytes += _TRACE_BYTES
         self._recent.clear()
         for entry in entries:
-            self._add(trace, entry)
-        self._new_bytes += _ROW_BYTES * len(entries)
+            self._add(known[1], entry)
+        return self.new_bytes() + ROW_BYTES * len(entries)
+
+    def new_bytes(self) -> int:
+        """Returns the bytes that are kept since this was asked last."""
+        found, self._new_bytes = self._new_bytes, 0
+        return found
 
     def stack_of(self, frames: object) -> int:
         """Returns the number of a stack, given as a list of dictionaries; `UNKNOWN` for none.
@@ -77,6 +107,8 @@ class Rows:
             if frames in _NO_FRAMES:
                 return UNKNOWN
             raise LogFormatError(f"'frames' must be a list of frames, got {type(frames).__name__}")
+        if len(frames) > MAX_FRAMES:
+            raise LogFormatError(f"has a stack of {len(frames):,} frames; up to {MAX_FRAMES:,} are read")
         known_frames = tuple(map(self._frame_numbers.get, map(id, frames)))
         number = self.stacks.stack(
             tuple(map(self._frame, frames)) if None in known_frames else known_frames  # type: ignore[arg-type]
@@ -86,7 +118,7 @@ class Rows:
             kept[:] = [self._frames[frame] for frame in self.stacks.numbers(number)]
             self._lists[number] = kept
             self._stack_numbers[id(kept)] = number
-            self._new_bytes += 250 + 24 * len(kept)
+            self._new_bytes += _STACK_BYTES + _PLACE_BYTES * len(kept)
         return number
 
     def forget(self, memo: list[Any], begin: int) -> int:
@@ -96,12 +128,12 @@ class Rows:
             memo: what a pickle may refer to. From `begin` on, only texts, frames and stacks stay in it.
             begin: the first that the entries brought.
         """
-        kept, self._new_bytes = self._new_bytes, 0
+        kept = 0
         for index in range(begin, len(memo)):
             value = memo[index]
             kind = type(value)
             if kind is str:
-                kept += getsizeof(value)
+                kept += getsizeof(value) + 16
             elif kind is list and value:
                 number = self._stack_numbers.get(id(value), UNKNOWN)
                 if number == UNKNOWN and type(value[0]) is dict and "filename" in value[0]:
@@ -111,9 +143,10 @@ class Rows:
                 memo[index] = self._frames[self._frame(value)]
             elif kind is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
                 memo[index] = self._pairs.setdefault(value, value)
+                kept += _PAIR_BYTES
             else:
                 memo[index] = self._nothing if kind is list and not value else GONE
-        return kept + self._new_bytes
+        return kept + self.new_bytes()
 
     def _frame(self, found: object) -> int:
         known = self._frame_numbers.get(id(found))
@@ -127,12 +160,12 @@ class Rows:
             found.update(frame._asdict())
             self._frames[number] = found
             self._frame_numbers[id(found)] = number
-            self._new_bytes += _FRAME_BYTES + len(frame.filename) + len(frame.name)
+            self._new_bytes += _FRAME_BYTES + getsizeof(frame.filename) + getsizeof(frame.name)
         return number
 
     def _add(self, trace: Trace, entry: Any) -> None:
         if type(entry) is not dict or type(action := entry.get("action")) is not str:
-            raise LogFormatError("an entry of a history must be a dictionary with an action")
+            raise LogFormatError(_NO_ENTRY)
         row = len(trace.actions)
         number = _number if action in ADDRESSED else _number_if_any
         address, size = number(entry, "addr", action), number(entry, "size", action)
@@ -152,6 +185,7 @@ class Rows:
             self._add_rarer(trace, row, entry)
         if action == "oom":
             trace.device_free[row] = _number_if_any(entry, "device_free", action)
+            self._new_bytes += _SPARSE_BYTES
 
     def _add_rarer(self, trace: Trace, row: int, entry: Mapping[str, Any]) -> None:
         for name, column in (("user_metadata", trace.notes), ("category", trace.categories)):

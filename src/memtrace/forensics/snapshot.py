@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from memtrace.errors import LogFormatError
-from memtrace.forensics.rows import Rows, pool_name
+from memtrace.forensics.rows import MAX_DEVICES, Rows, pool_name
 from memtrace.forensics.trace import UNKNOWN, Stacks, Trace
 
-MAX_BLOCKS = 2_000_000
-MAX_DEVICES = 1024
+MAX_BLOCKS = 500_000
+"""Blocks and segments. A device of 144 GB with nothing but small blocks of 300 KB has as many."""
 
+_BLOCK_BYTES = 250
 _LARGEST = (1 << 63) - 1
 _LIVE = frozenset({"active_allocated", "active_awaiting_free", "active_pending_free"})
 _FREE = "inactive"
@@ -74,15 +75,16 @@ class AllocatorSnapshot:
         return [segment for segment in self.segments if segment.device == device]
 
 
-def parse_snapshot(found: object, rows: Rows) -> AllocatorSnapshot:
+def parse_snapshot(found: object, rows: Rows, room: int) -> AllocatorSnapshot:
     """Returns a snapshot.
 
     Args:
         found: the dictionary, with the histories in `rows`.
         rows: what has taken them.
+        room: bytes that blocks and their stacks may take.
 
     Raises:
-        LogFormatError: a field that is used is absent or has another form.
+        LogFormatError: a field that is used is absent or has another form, or there is too much of something.
     """
     if not isinstance(found, dict) or "segments" not in found:
         raise LogFormatError("must be a dictionary with 'segments' and 'device_traces', as torch's snapshots are")
@@ -91,15 +93,15 @@ def parse_snapshot(found: object, rows: Rows) -> AllocatorSnapshot:
         raise LogFormatError(f"has histories of {len(traces):,} devices; up to {MAX_DEVICES} are read")
     settings = found.get("allocator_settings")
     return AllocatorSnapshot(
-        segments=_segments(_items(found["segments"], "segments"), rows),
+        segments=_segments(_items(found["segments"], "segments"), rows, room),
         traces=traces,
         stacks=rows.stacks,
         settings=settings if isinstance(settings, dict) else {},
     )
 
 
-def _segments(items: Sequence[object], rows: Rows) -> list[Segment]:
-    segments, blocks = [], 0
+def _segments(items: Sequence[object], rows: Rows, room: int) -> list[Segment]:
+    segments, budget = [], _Budget(rows, room)
     for number, item in enumerate(items):
         fields = _Fields(item, f"segment {number:,}")
         segment = Segment(
@@ -109,22 +111,33 @@ def _segments(items: Sequence[object], rows: Rows) -> list[Segment]:
             stream=fields.number("stream", 0),
             expandable=fields.value("is_expandable") is True,
             pool=pool_name(fields.value("segment_pool_id")),
-            blocks=tuple(_blocks(fields, rows.stack_of)),
+            blocks=tuple(_blocks(fields, rows.stack_of, budget)),
         )
         if segment.device >= MAX_DEVICES:
             raise LogFormatError(f"segment {number:,} is on device {segment.device}; devices have indices below 1024")
-        blocks += len(segment.blocks) + 1
-        if blocks > MAX_BLOCKS:
-            raise LogFormatError(f"has more than {MAX_BLOCKS:,} segments and blocks")
+        budget.take()
         segments.append(segment)
     return segments
 
 
-def _blocks(segment: _Fields, stack_of: Callable[[object], int]) -> Iterator[SegmentBlock]:
+class _Budget:
+    """Refuses more blocks and segments than are read, and what takes too much memory with their stacks."""
+
+    def __init__(self, rows: Rows, room: int) -> None:
+        self._rows, self._room, self._count = rows, room, 0
+
+    def take(self) -> None:
+        self._count += 1
+        if self._count > MAX_BLOCKS:
+            raise LogFormatError(f"has more than {MAX_BLOCKS:,} segments and blocks")
+        self._room -= _BLOCK_BYTES + self._rows.new_bytes()
+        if self._room < 0:
+            raise LogFormatError("has blocks with stacks that take more memory than a snapshot of this form does")
+
+
+def _blocks(segment: _Fields, stack_of: Callable[[object], int], budget: _Budget) -> Iterator[SegmentBlock]:
     address = segment.number("address")
     items = _items(segment.value("blocks"), f"'blocks' of {segment.name}")
-    if len(items) > MAX_BLOCKS:
-        raise LogFormatError(f"{segment.name} has more than {MAX_BLOCKS:,} blocks")
     for number, item in enumerate(items):
         fields = _Fields(item, f"block {number:,} of {segment.name}")
         size, state = fields.number("size"), fields.value("state")
@@ -137,6 +150,7 @@ def _blocks(segment: _Fields, stack_of: Callable[[object], int]) -> Iterator[Seg
         address = fields.number("address", address)
         stack = stack_of(fields.value("frames") or first.get("frames")) if live else UNKNOWN
         requested = fields.number("requested_size", first.get("real_size", size)) if live else 0
+        budget.take()
         yield SegmentBlock(address, size, requested, live, stack)
         address += size
 

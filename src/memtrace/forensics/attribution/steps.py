@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 _TURNS = 0.3
 """Share of the height of the highest hump by which a curve must rise or fall again for a valley or a top to count."""
-
+_AT_THE_END = 0.04
+"""Share of the changes since the valley before within which a low is the end of the history."""
 _ALIKE = 0.1
 """Share of that height within which what is allocated at two boundaries is the same."""
 
@@ -64,7 +65,10 @@ def steps_between(totals: Sequence[int], valleys: Sequence[int], boundaries: Seq
 
 
 def _valleys(totals: Sequence[int], turns: float) -> list[int]:
-    """Returns the beginning, and the last position of each low from which the curve rises again or ends."""
+    """Returns the beginning, and the last position of each low from which the curve rises again or ends.
+
+    A low just before the end may come before the last gradients of the step, which stay: then the end is meant.
+    """
     valleys = [0]
     rising, extreme = True, 0
     for position, total in enumerate(totals):
@@ -79,5 +83,6 @@ def _valleys(totals: Sequence[int], turns: float) -> list[int]:
             valleys.append(extreme)
             rising, extreme = True, position
     if not rising:
-        valleys.append(extreme)
+        end = len(totals) - 1
+        valleys.append(end if end - extreme <= _AT_THE_END * (extreme - valleys[-1]) else extreme)
     return valleys
