@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from memtrace.attribution.activations import ActivationTags
+from memtrace.attribution.annotations import Annotations
 from memtrace.attribution.engines import Engine
 from memtrace.attribution.hidden import known_hidden, tag_hidden, tag_workspaces
 from memtrace.attribution.inputs import batch_tensors
@@ -50,11 +51,12 @@ class TraceWindow:
         guard: Guard,
         current_step: Callable[[], StepInProgress | None],
         trace_activations: bool = True,
+        annotations: Annotations | None = None,
     ) -> None:
         self._model, self._scan = model, scan
         self._source, self._ledger, self._guard = source, ledger, guard
         self._current_step = current_step
-        self._trace_activations = trace_activations
+        self._trace_activations, self._annotations = trace_activations, annotations
         self.leftovers = Leftovers(ledger.device, ledger.coordinates)
         """What traced steps have left behind."""
         self._hooks = HookSet()
@@ -244,7 +246,7 @@ class TraceWindow:
         step = self._current_step()
         if self._tags is None or step is None:
             return None
-        self._tags.pack(tensor)
+        self._pack(self._tags, tensor)
         step.packed()
         stand_in = None
         if self._scan.engines:
@@ -259,7 +261,13 @@ class TraceWindow:
         """Tags what hooks of the user keep in place of a saved tensor, as far as it is on the device."""
         if self._tags is not None:
             for tensor in batch_tensors(kept):
-                self._tags.pack(tensor)
+                self._pack(self._tags, tensor)
+
+    def _pack(self, tags: ActivationTags, tensor: torch.Tensor) -> None:
+        before = len(tags.notes)
+        tags.pack(tensor)
+        if self._annotations is not None:
+            self._annotations.saved(tensor, tags.notes[before:])
 
     def _unpacked(self, tensor: torch.Tensor | None) -> bool:
         """Notes that the backward pass is at work; returns whether that is all there is to know of it."""
