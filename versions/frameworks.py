@@ -122,7 +122,9 @@ def measured(framework: Framework, python: Path) -> dict[str, Any]:
         configuration = ROOT / EXAMPLES / framework.configuration
         settings = yaml.safe_load(configuration.read_text())
         plain = directory / f"plain{configuration.suffix}"
-        plain.write_text(yaml.safe_dump({key: settings[key] for key in settings if key not in OUR_KEYS}, sort_keys=False))
+        plain.write_text(
+            yaml.safe_dump({key: settings[key] for key in settings if key not in OUR_KEYS}, sort_keys=False)
+        )
         output = directory / settings["output_dir"]
         run = [str(python), "-m", "memtrace", "run", *framework.command, plain.name]
         ways = [run, *([[*framework.command, EXAMPLES / framework.configuration]] if framework.has_plugin else [])]

@@ -183,7 +183,7 @@ def trackio(directory: Path) -> tuple[Series, str, int]:
 
 def expected(log: Path, every: int, last: int, *, at: int = 0) -> Series:
     """Returns what a log of steps makes of so many steps each, by the step at which it is reported."""
-    records, limit = read_step_log(log / "steps-rank0.jsonl"), LIMITS[log.name]
+    records, limit = [*read_step_log(log / "steps-rank0.jsonl")], LIMITS[log.name]
     keys = {figure.key for figure in (PEAK, HEADROOM, FORECAST, RISK)}
     series: Series = {key: {} for key in (*keys, part_key(Category.WEIGHTS), part_key(Category.UNATTRIBUTED))}
     for step in range(every, last + 1, every):
