@@ -142,7 +142,7 @@ def measured(framework: Framework, python: Path) -> dict[str, Any]:
                 raise Wrong(f"{framework.name}: other weights than without memtrace: {weights} and {_weights(output)}")
         if found[0]["categories"].keys() != found[-1]["categories"].keys():
             raise Wrong(f"{framework.name}: memtrace run and the plugin see different things: {found}")
-        return {**found[-1], "ways": len(ways)}
+        return {**found[-1], "ways": len(ways)}  # the plugin's, where there is one
 
 
 def checked(log: Path, steps: int) -> dict[str, Any]:
@@ -203,8 +203,8 @@ def table() -> str:
 
 
 def _rows() -> Iterator[str]:
-    yield "| framework | with | configuration | steps, traced | peak | of it |"
-    yield "| --- | --- | --- | ---: | ---: | --- |"
+    yield "| framework | with | configuration | by | steps, traced | peak | of it |"
+    yield "| --- | --- | --- | --- | ---: | ---: | --- |"
     known = results()
     for one in FRAMEWORKS:
         if one.name in known:
@@ -214,7 +214,8 @@ def _rows() -> Iterator[str]:
             with_ = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers"))
             configuration = f"[{one.configuration}](../{EXAMPLES / one.configuration})"
             steps, peak = f"{found['steps']}, {found['traced']}", f"{found['peak_bytes'] / 2**20:.2f} MiB"
-            yield f"| {one.name} {found['version']} | {with_} | {configuration} | {steps} | {peak} | {shares} |"
+            by = "plugin; `memtrace run`" if found["ways"] > 1 else "`memtrace run`"
+            yield f"| {one.name} {found['version']} | {with_} | {configuration} | {by} | {steps} | {peak} | {shares} |"
 
 
 def page() -> str:
