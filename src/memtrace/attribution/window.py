@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from memtrace.attribution.activations import ActivationTags
-from memtrace.attribution.annotations import Annotations
 from memtrace.attribution.engines import Engine
 from memtrace.attribution.hidden import known_hidden, tag_hidden, tag_workspaces
 from memtrace.attribution.inputs import batch_tensors
@@ -32,6 +31,9 @@ MAX_NOTES = 400_000
 _FORBIDS_HOOKS = "support saved tensor hooks"
 """Part of the message of `torch.func.grad` and its kind."""
 
+HearsSaved = Callable[[torch.Tensor, Sequence[TagEvent]], None]
+"""Is told of each tensor that is saved for backward, while it is alive, with the tags of its storages."""
+
 
 class TraceWindow:
     """Opens a source, tags what autograd saves and accumulates, and replays the window when it is closed.
@@ -51,12 +53,12 @@ class TraceWindow:
         guard: Guard,
         current_step: Callable[[], StepInProgress | None],
         trace_activations: bool = True,
-        annotations: Annotations | None = None,
+        hears_saved: HearsSaved | None = None,
     ) -> None:
         self._model, self._scan = model, scan
         self._source, self._ledger, self._guard = source, ledger, guard
         self._current_step = current_step
-        self._trace_activations, self._annotations = trace_activations, annotations
+        self._trace_activations, self._hears_saved = trace_activations, hears_saved
         self.leftovers = Leftovers(ledger.device, ledger.coordinates)
         """What traced steps have left behind."""
         self._hooks = HookSet()
@@ -266,8 +268,8 @@ class TraceWindow:
     def _pack(self, tags: ActivationTags, tensor: torch.Tensor) -> None:
         before = len(tags.notes)
         tags.pack(tensor)
-        if self._annotations is not None:
-            self._annotations.saved(tensor, tags.notes[before:])
+        if self._hears_saved is not None:
+            self._hears_saved(tensor, tags.notes[before:])
 
     def _unpacked(self, tensor: torch.Tensor | None) -> bool:
         """Notes that the backward pass is at work; returns whether that is all there is to know of it."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from memtrace.attribution.annotations import Annotations
 from memtrace.attribution.counted import CountedSteps
 from memtrace.attribution.curve import HighestSteps
 from memtrace.attribution.garbage import uncollected
@@ -39,6 +38,7 @@ from memtrace.sources.events import EventSource
 from memtrace.sources.hooks import HookSet
 from memtrace.sources.ranks import identify
 from memtrace.sources.torch_private import runs_without_memory
+from memtrace.tracing.annotations import Annotations
 from memtrace.tracing.bounds import StepBounds
 from memtrace.tracing.choice import TraceChoice
 from memtrace.tracing.cycle import Cycle
@@ -133,7 +133,7 @@ class Watch:
             guard=self._guard,
             current_step=self._current.with_marks,
             trace_activations=self._config.trace_activations,
-            annotations=None if annotator is None else self._annotations,
+            hears_saved=None if annotator is None else self._annotations.saved,
         )
         self._choice = TraceChoice(self._scan, self._schedule, self._published, self.window, self._source)
         self.oom = OomWatch(

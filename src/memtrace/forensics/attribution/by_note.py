@@ -6,8 +6,8 @@ import re
 
 from memtrace.forensics.attribution.labels import Label
 from memtrace.forensics.history import History
-from memtrace.record.annotation import PREFIX, annotation
 from memtrace.record.categories import Category
+from memtrace.record.readings.annotation import PREFIX, annotation
 from memtrace.record.readings.snapshot_reading import Source
 
 _ALIASES = {

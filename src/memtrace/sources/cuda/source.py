@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from memtrace.record.annotation import annotation
 from memtrace.record.breakdown import AllocatorReading
+from memtrace.record.readings.annotation import annotation
 from memtrace.sources import recording_torch_private
 from memtrace.sources.cuda.allocator import (
     PrivatePools,
