@@ -9,14 +9,15 @@ import digests
 from torch import nn
 
 
-def in_call(module: nn.Module, number: int) -> None:
+def in_call(module: nn.Module, number: int, *, tells: bool = True) -> None:
     """Tells the weights when the module is called for the so manieth time, and ends there unless all goes well."""
     calls = []
 
     def called(module: nn.Module, args: object) -> None:
         calls.append(None)
         if len(calls) == number:
-            print(digests.of(module), flush=True)
+            if tells:
+                print(digests.of(module), flush=True)
             now(os.environ.get("END", "well"))
 
     module.register_forward_pre_hook(called)
