@@ -99,6 +99,10 @@ regressions: venv ## ten models over the releases of transformers: docs/regressi
 	$(TEST_ENV) $(BIN)/python -m regressions.run --cache $(CACHE) --jobs $(WORKERS) $(RELEASES)
 
 # Run by hand as well; ROWS="axolotl trl" runs these packages alone.
+.PHONY: perfetto
+perfetto: venv ## an exported run in Perfetto's own trace processor: TRACE_PROCESSOR=path of a trace_processor_shell
+	$(TEST_ENV) $(BIN)/python -m versions.perfetto --environments $(ENVIRONMENTS) --trace-processor "$(TRACE_PROCESSOR)"
+
 frameworks: venv ## axolotl, ms-swift, LLaMA-Factory and TRL, each in an environment of 2 to 6 GB: docs/frameworks.md
 	$(BIN)/python -m versions.frameworks --environments $(ENVIRONMENTS) $(ROWS)
 

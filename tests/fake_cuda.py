@@ -33,6 +33,7 @@ class FakeAllocator:
         memory = torch.cuda.memory
         patch.setattr(torch.cuda, "is_initialized", lambda: True)
         patch.setattr(torch._C, "_cuda_isHistoryEnabled", lambda: self.recording, raising=False)
+        patch.setattr(torch._C, "_cuda_annotateMemory", self.annotate, raising=False)
         patch.setattr(memory, "_record_memory_history", self.record)
         patch.setattr(memory, "_snapshot", self.snapshot)
         patch.setattr(memory, "memory_stats_as_nested_dict", lambda _: self.stats())
@@ -57,6 +58,12 @@ class FakeAllocator:
         size = self.live.pop(address)
         self._write("free_requested", address, size)
         self._write("free_completed", address, size)
+
+    def annotate(self, address: int, text: str) -> None:
+        """`_cuda_annotateMemory` of torch 2.14: an entry without size, with the text."""
+        self._write("annotate", address, 0)
+        if self.recording:
+            self.ring[-1]["user_metadata"] = text
 
     def record(  # noqa: PLR0917 - as torch has it
         self,
@@ -105,7 +112,7 @@ class FakeAllocator:
         return found if self.pool_counters is None else found | {"reserved_bytes_by_private_pools": self.pool_counters}
 
     def _segment(self) -> dict[str, Any]:
-        frames = [{"name": "f"}] if self.stacks else []
+        frames = [{"filename": "train.py", "line": 1, "name": "f"}] if self.stacks else []
         blocks = [
             {"address": at, "size": size, "requested_size": size, "state": "active_allocated", "frames": frames}
             for at, size in self.live.items()
@@ -124,7 +131,7 @@ class FakeAllocator:
             return
         entry: dict[str, Any] = {"action": action, "addr": address, "size": size, "stream": 0}
         if self.stacks and action != "snapshot":
-            entry["frames"] = [{"name": "f"}]
+            entry["frames"] = [{"filename": "train.py", "line": 1, "name": "f"}]
         self.ring.append(entry)
         self._noted_ns.append(self.time_ns())
         del self.ring[: -self.max_entries], self._noted_ns[: -self.max_entries]

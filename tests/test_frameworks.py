@@ -25,9 +25,9 @@ def test_the_page_is_what_the_runs_have_noted() -> None:
 def test_a_configuration_asks_for_memtrace_in_one_way(framework: frameworks.Framework) -> None:
     """By a plugin, or by `memtrace run`, with which the configuration has no word of memtrace's."""
     settings = yaml.safe_load((CONFIGURATIONS / framework.configuration).read_text())
-    assert framework.by_run == (not settings.keys() & set(frameworks.OUR_KEYS))
+    assert framework.has_plugin == bool(settings.keys() & set(frameworks.OUR_KEYS))
     first, *_ = (CONFIGURATIONS / framework.configuration).read_text().splitlines()
-    run = ["memtrace", "run"] if framework.by_run else []
+    run = [] if framework.has_plugin else ["memtrace", "run"]
     assert first == "# " + " ".join([*run, *framework.command, f"{frameworks.EXAMPLES}/{framework.configuration}"])
 
 

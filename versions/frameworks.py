@@ -44,8 +44,9 @@ class Framework:
     configuration: str
     command: tuple[str, ...]
     """The command, which the configuration follows."""
-    by_run: bool
-    """Whether `memtrace run` stands before the command; else the configuration has a plugin."""
+    has_plugin: bool
+    """Whether the configuration has a plugin of memtrace. `memtrace run` stands before the command in any case, then
+    with a configuration that has nothing of memtrace."""
     wanted: tuple[str, ...]
     """What it is installed with: the versions that it asks for, and of what it imports what this run needs. All that it
     asks for would be servers, clouds and kernels of a GPU."""
@@ -59,7 +60,7 @@ FRAMEWORKS = (
         version="0.19.0",
         configuration="axolotl.yml",
         command=("axolotl", "train"),
-        by_run=False,
+        has_plugin=True,
         wanted=(
             *("torch==2.11.0", "transformers==5.16.1", "accelerate==1.13.0", "peft==0.20.0", "trl==1.9.0"),
             *("datasets==4.8.4", "huggingface_hub==1.17.0", "tokenizers==0.23.1", "python-dotenv==1.0.1", "fire"),
@@ -73,7 +74,7 @@ FRAMEWORKS = (
         version="4.6.0",
         configuration="ms_swift.yaml",
         command=("swift", "sft"),
-        by_run=False,
+        has_plugin=True,
         wanted=(
             *("torch==2.8.0", "transformers==4.57.6", "accelerate==1.11.0", "peft==0.17.1", "trl==0.24.0"),
             *("datasets==4.8.4", "modelscope", "json-repair", "pillow", "cryptography", "pydantic"),
@@ -85,7 +86,7 @@ FRAMEWORKS = (
         version="0.9.5",
         configuration="llamafactory.yaml",
         command=("llamafactory-cli", "train"),
-        by_run=True,
+        has_plugin=False,
         wanted=(
             *("torch==2.8.0", "torchaudio==2.8.0", "torchvision==0.23.0", "transformers==4.57.6", "accelerate==1.11.0"),
             *("peft==0.18.1", "trl==0.24.0", "datasets==4.0.0", "av==15.1.0", "omegaconf", "pillow"),
@@ -97,7 +98,7 @@ FRAMEWORKS = (
         version="1.16.0",
         configuration="trl.yaml",
         command=("trl", "sft", "--config"),
-        by_run=True,
+        has_plugin=False,
         wanted=("torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "peft==0.21.2", "datasets==5.2.0"),
     ),
 )
@@ -108,10 +109,11 @@ class Wrong(Exception):
 
 
 def measured(framework: Framework, python: Path) -> dict[str, Any]:
-    """Returns what came of a framework's run with memtrace, beside one without.
+    """Returns what came of a framework's run with memtrace, in each way to have it, beside one without.
 
     Raises:
-        Wrong: a run failed, there is no record, one does not close, or memtrace has changed what was trained.
+        Wrong: a run failed, there is no record, one does not close, memtrace has changed what was trained, or
+            `memtrace run` traces something else than the plugin.
     """
     with TemporaryDirectory() as name:
         directory = Path(name)
@@ -119,20 +121,28 @@ def measured(framework: Framework, python: Path) -> dict[str, Any]:
         _run(python, [str(python), EXAMPLES / "tiny_model.py", OUTPUT], directory)
         configuration = ROOT / EXAMPLES / framework.configuration
         settings = yaml.safe_load(configuration.read_text())
-        before = [str(python), "-m", "memtrace", "run"] if framework.by_run else []
-        _run(python, [*before, *framework.command, EXAMPLES / framework.configuration], directory)
+        plain = directory / f"plain{configuration.suffix}"
+        plain.write_text(
+            yaml.safe_dump({key: settings[key] for key in settings if key not in OUR_KEYS}, sort_keys=False)
+        )
         output = directory / settings["output_dir"]
-        found = checked(output / "memtrace" / "steps-rank0.jsonl", settings["max_steps"])
-        trained = _weights(output)
-        shutil.rmtree(output)
-        plain = {key: value for key, value in settings.items() if key not in OUR_KEYS}
-        (directory / f"plain{configuration.suffix}").write_text(yaml.safe_dump(plain, sort_keys=False))
-        _run(python, [*framework.command, f"plain{configuration.suffix}"], directory)
+        run = [str(python), "-m", "memtrace", "run", *framework.command, plain.name]
+        ways = [run, *([[*framework.command, EXAMPLES / framework.configuration]] if framework.has_plugin else [])]
+        found, trained = [], []
+        for way in ways:
+            _run(python, way, directory)
+            found.append(checked(output / "memtrace" / "steps-rank0.jsonl", settings["max_steps"]))
+            trained.append(_weights(output))
+            shutil.rmtree(output)
+        _run(python, [*framework.command, plain.name], directory)
         if (output / "memtrace").exists():
             raise Wrong(f"{framework.name}: a run without memtrace has left records")
-        if not trained or trained != _weights(output):
-            raise Wrong(f"{framework.name}: other weights than without memtrace: {trained} and {_weights(output)}")
-        return found
+        for weights in trained:
+            if not weights or weights != _weights(output):
+                raise Wrong(f"{framework.name}: other weights than without memtrace: {weights} and {_weights(output)}")
+        if found[0]["categories"].keys() != found[-1]["categories"].keys():
+            raise Wrong(f"{framework.name}: memtrace run and the plugin see different things: {found}")
+        return {**found[-1], "ways": len(ways)}  # the plugin's, where there is one
 
 
 def checked(log: Path, steps: int) -> dict[str, Any]:
@@ -193,8 +203,8 @@ def table() -> str:
 
 
 def _rows() -> Iterator[str]:
-    yield "| framework | with | configuration | steps, traced | peak | of it |"
-    yield "| --- | --- | --- | ---: | ---: | --- |"
+    yield "| framework | with | configuration | by | steps, traced | peak | of it |"
+    yield "| --- | --- | --- | --- | ---: | ---: | --- |"
     known = results()
     for one in FRAMEWORKS:
         if one.name in known:
@@ -204,7 +214,8 @@ def _rows() -> Iterator[str]:
             with_ = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers"))
             configuration = f"[{one.configuration}](../{EXAMPLES / one.configuration})"
             steps, peak = f"{found['steps']}, {found['traced']}", f"{found['peak_bytes'] / 2**20:.2f} MiB"
-            yield f"| {one.name} {found['version']} | {with_} | {configuration} | {steps} | {peak} | {shares} |"
+            by = "plugin; `memtrace run`" if found["ways"] > 1 else "`memtrace run`"
+            yield f"| {one.name} {found['version']} | {with_} | {configuration} | {by} | {steps} | {peak} | {shares} |"
 
 
 def page() -> str:

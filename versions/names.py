@@ -103,6 +103,7 @@ NAMES = (
     _named("torch.cuda.memory._record_memory_history"),
     _named("torch.cuda.memory._snapshot"),
     _named("torch._C._cuda_isHistoryEnabled", without=_NO_CUDA),
+    _named("torch._C._cuda_annotateMemory", without="`annotate_snapshots`, which one warning says"),
     _named("torch._C._cuda_memorySnapshot", without=_NO_CUDA),
     _named("torch._C._cuda_attach_out_of_memory_observer", without=_NO_CUDA),
     _named("torch.distributed.fsdp.FSDPModule._get_fsdp_state"),

@@ -120,6 +120,10 @@ class TracerConfig:
     """On a CUDA device, whether what the allocator was asked for in the traced step with the highest peak so far is
     written to `allocator-rank<R>.json.gz` beside the step log, for `memtrace allocator`. It is written when memory runs
     out in any case, unless `oom_reports` is 0."""
+    annotate_snapshots: bool = _setting("annotate_snapshots", False)
+    """On a CUDA device, whether steps with a record write the category of each block that memtrace knows into the
+    history that you record yourself by `torch.cuda.memory._record_memory_history`, for memory_viz and `memtrace read`
+    to show. Needs torch 2.14. It takes an entry a tensor, with a stack where your history has stacks."""
     run_name: str | None = _setting("run_name", None)
     """Name of the run in metrics and logs. None means Trainer's run name, else the name of the script."""
     run_id: str | None = _setting("run_id", None)

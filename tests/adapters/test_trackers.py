@@ -13,13 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from memtrace.exporters.run_directory.run_history import observe
 from memtrace.exporters.run_directory.steplog import read_step_log
-from memtrace.exporters.trackers.figures import FORECAST, HEADROOM, PEAK, RISK, Figure, part_key
+from memtrace.exporters.trackers.figures import FORECAST, HEADROOM, PEAK, RISK, part_key
 from memtrace.record.categories import Category, Moment
+from memtrace.record.snapshot import RunIdentity, Snapshot
 from memtrace.record.units import GIB
 
 # The packages take most of a minute to import and to start.
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("trackers")]
+
+LIMITS = {"trainer": 64 * GIB, "lightning": 1, "loop": 64 * GIB}
+"""The capacity of each run's device, in bytes: a Trainer within it, a Lightning Trainer far over it."""
 
 Series = dict[str, dict[int, float]]
 """Values of each key, by step."""
@@ -30,7 +35,8 @@ from pathlib import Path
 sys.path[:0] = [{adapters!r}, {tests!r}]
 from test_hf_trainer import make_trainer
 from memtrace import MemTraceCallback
-callback = MemTraceCallback(trace_every=1, port=None, strict=True, quiet=True, log_dir="trainer")
+settings = {{"trace_every": 1, "port": None, "strict": True, "quiet": True}}
+callback = MemTraceCallback(log_dir="trainer", device_limit_bytes={limits[trainer]}, **settings)
 names = ["tensorboard", "wandb", "mlflow", "trackio"]
 os.environ["TENSORBOARD_LOGGING_DIR"] = "board"
 trainer = make_trainer(Path(), callback, report_to=names, project="fine-tune", disable_tqdm=True)
@@ -42,7 +48,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from test_lightning import QUIET, Regression, loader
 from memtrace import MemTraceLightningCallback
-callback = MemTraceLightningCallback(trace_every=1, port=None, strict=True, quiet=True, log_dir="lightning")
+callback = MemTraceLightningCallback(log_dir="lightning", device_limit_bytes={limits[lightning]}, **settings)
 loggers = [
     TensorBoardLogger(".", name="pl-board", version=""),
     WandbLogger(save_dir="pl-wandb", project="fine-tune"),
@@ -62,7 +68,7 @@ accelerator = Accelerator(log_with=["tensorboard", "mlflow"], project_dir="accel
 accelerator.init_trackers("accelerate")
 model, optimizer = make()
 model, optimizer = accelerator.prepare(model, optimizer)
-with MemoryTracer(model, optimizer, trace_every=1, port=None, strict=True, quiet=True, log_dir="loop") as tracer:
+with MemoryTracer(model, optimizer, log_dir="loop", device_limit_bytes={limits[loop]}, **settings) as tracer:
     for step in range(1, 7):
         inputs, labels = batch()
         loss = F.cross_entropy(model(inputs), labels)
@@ -88,7 +94,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "MLFLOW_ALLOW_FILE_STORE": "true",
         "TRACKIO_DIR": str(directory / "trackio"),
     }
-    script = RUN.format(adapters=str(here), tests=str(here.parent))
+    script = RUN.format(adapters=str(here), tests=str(here.parent), limits=LIMITS)
     command = [sys.executable, "-c", script]
     ended = subprocess.run(command, check=False, cwd=directory, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -176,23 +182,31 @@ def trackio(directory: Path) -> tuple[Series, str, int]:
 
 
 def expected(log: Path, every: int, last: int, *, at: int = 0) -> Series:
-    """Returns the peaks that a log of steps makes of so many steps each, by the step at which they are reported."""
-    peaks = {record.step: record.moments[Moment.PEAK] for record in read_step_log(log / "steps-rank0.jsonl")}
-    series: Series = {PEAK.key: {}, part_key(Category.WEIGHTS): {}, part_key(Category.UNATTRIBUTED): {}}
+    """Returns what a log of steps makes of so many steps each, by the step at which it is reported."""
+    records, limit = [*read_step_log(log / "steps-rank0.jsonl")], LIMITS[log.name]
+    keys = {figure.key for figure in (PEAK, HEADROOM, FORECAST, RISK)}
+    series: Series = {key: {} for key in (*keys, part_key(Category.WEIGHTS), part_key(Category.UNATTRIBUTED))}
     for step in range(every, last + 1, every):
-        highest = max((peaks[one] for one in range(step - every + 1, step + 1)), key=lambda peak: peak.held_bytes)
+        peaks = [record.moments[Moment.PEAK] for record in records[step - every : step]]
+        highest = max(peaks, key=lambda peak: peak.held_bytes)
         series[PEAK.key][step + at] = highest.held_bytes / GIB
         for category in (Category.WEIGHTS, Category.UNATTRIBUTED):
             series[part_key(category)][step + at] = highest[category] / GIB
+        seen = observe(records[:step], limit_bytes=limit)
+        snapshot = Snapshot(identity=RunIdentity(run_name=""), latest=records[step - 1], limit_bytes=limit)
+        assert seen is not None and snapshot.headroom_bytes is not None
+        series[HEADROOM.key][step + at] = snapshot.headroom_bytes / GIB
+        if (risk := seen.last.risk).peak is not None:
+            series[FORECAST.key][step + at] = risk.peak.predicted_bytes / GIB
+        if risk.oom_risk_ratio is not None:
+            series[RISK.key][step + at] = risk.oom_risk_ratio
     return series
 
 
-def check(found: Series, right: Series, *others: Figure, group: str = "", digits: float = 1e-12) -> None:
-    """Checks the values of a tracker, and that the others are there at the same steps."""
+def check(found: Series, right: Series, *, group: str = "", digits: float = 1e-12) -> None:
+    """Checks the values of a tracker, all of them at the steps of its logs."""
     for key, values in right.items():
-        assert found[group + key] == pytest.approx(values, rel=digits, abs=1e-12), key
-    for figure in (HEADROOM, *others):
-        assert list(found[group + figure.key]) == list(right[PEAK.key]), figure.key
+        assert found.get(group + key, {}) == pytest.approx(values, rel=digits, abs=1e-12), key
 
 
 def is_table(text: str) -> bool:
@@ -202,22 +216,23 @@ def is_table(text: str) -> bool:
 def test_trainer_reports_to_all(runs: Path) -> None:
     """Each has the figures of steps 2, 4 and 6, equal to the step log, and keeps the table; three keep the report."""
     right = expected(runs / "trainer", 2, 6)
+    assert [*right[FORECAST.key]] == [*right[RISK.key]] == [2, 4, 6]
     numbers, texts = board(runs / "board")
-    check(numbers, right, FORECAST, RISK, group="train/", digits=1e-6)  # an event has 32 bits
+    check(numbers, right, group="train/", digits=1e-6)  # an event has 32 bits
     assert is_table(texts["memtrace/table/text_summary"])
 
     numbers, files, artifacts = bees(runs / "wandb", "train/global_step")
-    check(numbers, right, FORECAST, RISK, group="train/")
+    check(numbers, right, group="train/")
     assert [name for name in files if name.startswith("table")]
     assert sorted(artifacts) == ["report.html", "table.txt"]
 
     numbers, kept = mlflow(runs / "mlflow", "Default")
-    check(numbers, right, FORECAST, RISK)
+    check(numbers, right)
     assert is_table(kept["table.txt"])
     assert "What the peak is made of" in kept["report.html"]
 
     numbers, table, count = trackio(runs / "trackio")
-    check(numbers, right, FORECAST, RISK, group="train/")
+    check(numbers, right, group="train/")
     assert is_table(table)
     assert count == 2
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from memtrace.exporters.run_directory.timeline_file import timeline_path
 from memtrace.exporters.traces.events import FIRST_PID
 from memtrace.record.breakdown import AllocatorReading, StepRecord
 from memtrace.record.categories import Category, Moment
+from versions import perfetto
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,29 @@ def test_the_counters_of_a_trace_are_the_records(
     for (_, _, begin, length), record in zip(tables.slices, history, strict=True):
         assert tables.base_ns + begin + length == pytest.approx(record.unix_seconds * 1e9, abs=1000)
         assert length / 1e9 == pytest.approx(record.step_seconds, abs=1e-6)
+
+
+def test_what_is_asked_of_perfetto_holds_by_its_rules(
+    run: tuple[Path, tuple[StepRecord, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make perfetto` asks its trace processor the same, and refuses a byte too many."""
+    directory, history = run
+    tables = read_trace(exported(capsys, directory, "--perfetto", "-"))
+    rows = {
+        "processes": [[*one] for one in tables.processes.items()],
+        "slices": [[name, begin, length, 0] for _, name, begin, length in tables.slices],
+        "marks": [[name, at] for _, name, at in tables.marks],
+        "counters": [[name, at, value] for (_, name), points in tables.counters.items() for at, value in points],
+    }
+    counters, moments = perfetto.check(rows, history, "llama")
+    assert counters == len(rows["counters"])
+    assert moments == sum(len(record.moments) for record in history) + sum(r.traced for r in history)
+    last = history[-1]
+    entries = {key: size + 1 for key, size in last.moments[Moment.STEP_END].entries.items()}
+    changed = replace(last.moments[Moment.STEP_END], entries=entries)
+    wrong = replace(last, moments={**last.moments, Moment.STEP_END: changed})
+    with pytest.raises(perfetto.Wrong, match=f"step_end of step {last.step}: Perfetto has"):
+        perfetto.check(rows, [*history[:-1], wrong], "llama")
 
 
 def test_a_trace_of_torch_profiler_has_the_same_clock(

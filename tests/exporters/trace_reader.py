@@ -1,8 +1,9 @@
 """Reads a trace file by the rules of Perfetto's importer of JSON traces, and refuses what that drops or gets wrong.
 
-Its trace processor is a binary that no package carries, so its rules stand here: times are cut to nanoseconds, a thread
-is told by its number alone, each argument of a counter is a track of the process called `<name> <argument>`, slices and
-marks of one thread must nest, and nothing is read behind a field that is not known.
+Its trace processor is a binary that no package carries, so its rules stand here (`make perfetto` asks it itself): times
+are cut to nanoseconds, a thread is told by its number alone, each argument of a counter is a track of the process
+called `<name> <argument>`, slices and marks of one thread must nest, and nothing is read behind a field that is not
+known.
 """
 
 from __future__ import annotations

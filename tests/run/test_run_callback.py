@@ -19,6 +19,7 @@ from transformers.integrations import TensorBoardCallback
 from memtrace import MemTraceCallback
 from memtrace.adapters import forgotten
 from memtrace.launch.loaded import LAUNCHED
+from memtrace.launch.startup.sitecustomize import AWAITED
 from memtrace.launch.trainer import RunCallback
 
 
@@ -114,6 +115,15 @@ def test_each_trainer_has_one(make: Any) -> None:
         tracer = ours(made).tracer
         assert tracer is not None
         assert [record.step for record in tracer.history] == [1, 2, 3]
+
+
+def test_a_list_that_ms_swift_has_put_in_place_of_trainers(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its patcher gives Trainer other default callbacks when it is loaded: ours is among them again, once."""
+    monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [trainer.DefaultFlowCallback])
+    assert AWAITED["swift.trainers.patcher"] == "swift"
+    for _ in range(2):
+        LAUNCHED.swift(trainer)
+    assert ours(make([])) is not None
 
 
 def test_the_callback_of_the_script_wins(make: Any, caplog: pytest.LogCaptureFixture) -> None:

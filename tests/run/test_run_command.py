@@ -35,6 +35,33 @@ else:
     print(json.dumps([__name__, sys.argv, sys.path, sys.flags.dev_mode, sys.stdin.read(), os.getpid()]))
 """
 
+USES_TORCH = """
+import json, sys
+from types import FunctionType
+import torch
+
+model = torch.nn.Linear(2, 2)
+torch.jit.script(model)(torch.ones(1, 2))
+with torch.no_grad():
+    model(torch.ones(1, 2))
+
+def told(value):
+    inner = getattr(value, "__func__", getattr(value, "fget", value)) if type(value) in WRAPPERS else value
+    code = inner.__code__ if isinstance(inner, FunctionType) else None
+    return [type(value).__name__, code and f"{code.co_filename}:{code.co_firstlineno}"]
+
+WRAPPERS = (staticmethod, classmethod, property)
+found = {}
+for name, module in sorted(sys.modules.items()):
+    if name.partition(".")[0] == "torch":
+        spaces = {name: vars(module)}
+        for key, value in vars(module).items():
+            if isinstance(value, type) and value.__module__ == name:
+                spaces[f"{name}.{key}"] = vars(value)
+        found |= {f"{space}.{key}": told(value) for space, names in spaces.items() for key, value in names.items()}
+print(json.dumps(found))
+"""
+
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -219,3 +246,13 @@ def test_modules_are_as_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert told == ["awaited_module"]
     assert type(awaited_module.__loader__).__name__ == "SourceFileLoader"
     assert awaited_module.__spec__.loader is awaited_module.__loader__ is awaited_module.there
+
+
+def test_nothing_of_torch_is_replaced(tmp_path: Path) -> None:
+    """Every name of every module and class of torch that is loaded is what it is without, where nothing is trained."""
+    script = tmp_path / "uses_torch.py"
+    script.write_text(USES_TORCH)
+    bare, found = (json.loads(ran([*words, script])[1]) for words in ([sys.executable], [*RUN, "--port", "none"]))
+    assert len(bare) > 10_000
+    assert {name: (bare.get(name), found.get(name)) for name in bare.keys() ^ found.keys()} == {}
+    assert {name: (bare[name], found[name]) for name in bare if bare[name] != found[name]} == {}

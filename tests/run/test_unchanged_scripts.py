@@ -29,15 +29,18 @@ class End:
     """How a process has ended, and what it has left."""
 
     status: int
-    weights: str
+    seen: Sequence[str]
+    """What it tells of its weights: in its fifth step, and at its end."""
     err: str
     logs: Mapping[str, list[dict[str, Any]]]
     """The records of each rank, by the name of the log."""
+    states: Sequence[str]
+    """How each rank's run has ended, by its run file."""
 
 
-def ran(words: Sequence[str], directory: Path) -> End:
+def ran(words: Sequence[str], directory: Path, **variables: str) -> End:
     directory.mkdir()
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", **variables}
     with subprocess.Popen(
         [sys.executable, *words],
         cwd=directory,
@@ -52,7 +55,9 @@ def ran(words: Sequence[str], directory: Path) -> End:
         path.name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for path in sorted(directory.rglob("steps-rank*.jsonl"))  # links are not followed: each is found once
     }
-    return End(status=process.returncode, weights=weights[-1] if weights else "", err=err, logs=logs)
+    files = sorted(directory.rglob("run-rank*.json"))
+    states = [json.loads(path.read_text(encoding="utf-8"))["state"] for path in files]
+    return End(status=process.returncode, seen=weights, err=err, logs=logs, states=states)
 
 
 def free_port() -> str:
@@ -88,22 +93,33 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., End]:
 
 def assert_same(found: End, expected: End) -> None:
     assert (found.status, expected.status) == (0, 0), expected.err + found.err
-    assert found.weights == expected.weights != ""
+    assert found.seen == expected.seen
+    assert len(found.seen) >= 2
 
 
+ENDS = {"status": 3, "signal": -signal.SIGTERM, "exception": 1}
+FINISHED = {"loop": 3, "trainer": 4, "accelerate": 3, "lightning": 4}
+"""Steps with a record before the fifth: a plain loop's first one is not known as such before it ends."""
+
+
+@pytest.mark.xdist_group("unchanged")
 @pytest.mark.parametrize(
-    ("how", "status"),
-    [("status", 3), ("signal", -signal.SIGTERM), pytest.param("exception", 1, marks=pytest.mark.long)],
+    ("name", "how"),
+    [
+        pytest.param(name, how, marks=() if name == "loop" and how != "exception" else pytest.mark.long)
+        for name in FINISHED
+        for how in ENDS
+    ],
 )
-def test_a_plain_loop(how: str, status: int, tmp_path: Path, bare: Callable[..., End]) -> None:
-    """It trains to the same bits and ends in the same way, and its log is whole."""
-    script = str(SCRIPTS / "unchanged_loop.py")
-    end = ran([*RUN, script, how], tmp_path / "traced")
-    assert (end.status, end.weights) == (status, bare(script).weights)
-    assert_traced(end, {"steps-rank0.jsonl": 5})
+def test_it_ends_within_the_training_as_without(name: str, how: str, tmp_path: Path, bare: Callable[..., End]) -> None:
+    """By `sys.exit(3)`, SIGTERM or an exception in the fifth step: the same bits till then, and a whole log."""
+    words = [str(SCRIPTS / f"unchanged_{name}.py"), *(["lightning.pytorch"] if name == "lightning" else [])]
+    end = ran([*RUN, *words], tmp_path / "traced", END=how)
+    assert end.status == ENDS[how], end.err
+    assert list(end.seen) == list(bare(*words).seen[:1])
+    assert_traced(end, {"steps-rank0.jsonl": FINISHED[name]})
     assert ("ValueError: bad data" in end.err) is (how == "exception")
-    (run_file,) = tmp_path.rglob("run-rank0.json")
-    assert json.loads(run_file.read_text())["state"] == {"signal": "signal"}.get(how, "exception")
+    assert end.states == [{"signal": "signal"}.get(how, "exception")]
 
 
 @pytest.mark.long
@@ -148,6 +164,21 @@ def test_deepspeed_on_two_ranks(launcher: str, tmp_path: Path, bare: Callable[..
 @pytest.mark.xdist_group("unchanged")
 def test_torchrun_sees_how_a_rank_ends(tmp_path: Path) -> None:
     """The status of the script is that of the rank."""
-    end = ran([*TORCHRUN, *RUN, str(SCRIPTS / "unchanged_loop.py"), "status"], tmp_path / "traced")
+    end = ran([*TORCHRUN, *RUN, str(SCRIPTS / "unchanged_loop.py")], tmp_path / "traced", END="status")
     assert end.status == 1
     assert "(exitcode: 3)" in end.err
+
+
+@pytest.mark.long
+@pytest.mark.xdist_group("unchanged")
+@pytest.mark.parametrize("how", ["status", "exception"])
+def test_a_rank_of_deepspeed_ends_within_the_training(how: str, tmp_path: Path, bare: Callable[..., End]) -> None:
+    """torchrun sees how rank 0 ends, and ends the other by SIGTERM; the logs of both are whole."""
+    script = str(SCRIPTS / "unchanged_deepspeed.py")
+    end = ran([*TORCHRUN, *RUN, script], tmp_path / "traced", END=how)
+    assert end.status == 1
+    assert f"(exitcode: {ENDS[how]})" in end.err
+    assert ("ValueError: bad data" in end.err) is (how == "exception")
+    assert list(end.seen) == list(bare(*TORCHRUN, script).seen[:1])
+    assert_traced(end, {"steps-rank0.jsonl": 3, "steps-rank1.jsonl": 3})
+    assert end.states == ["exception", "signal"]

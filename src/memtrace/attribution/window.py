@@ -29,6 +29,9 @@ from memtrace.sources.saved_tensors import SavedTensors, saved_tensors
 MAX_NOTES = 400_000
 """Tags and deaths that are noted in one window at most; each takes about 100 B."""
 
+HearsSaved = Callable[[torch.Tensor, Sequence[TagEvent]], None]
+"""Is told of each tensor that is saved for backward, while it is alive, with the tags of its storages."""
+
 
 class TraceWindow:
     """Opens a source, tags what autograd saves and accumulates, and replays the window when it is closed.
@@ -49,11 +52,12 @@ class TraceWindow:
         current_step: Callable[[], StepInProgress | None],
         others_step: Callable[[], None] = lambda: None,
         trace_activations: bool = True,
+        hears_saved: HearsSaved | None = None,
     ) -> None:
         self._model, self._scan = model, scan
         self._source, self._ledger, self._guard = source, ledger, guard
         self._current_step, self._others_step = current_step, others_step
-        self._trace_activations = trace_activations
+        self._trace_activations, self._hears_saved = trace_activations, hears_saved
         self.leftovers = Leftovers(ledger.device, ledger.coordinates)
         """What traced steps have left behind."""
         self._hooks = HookSet()
@@ -247,7 +251,7 @@ class TraceWindow:
         step = self._current_step()
         if self._tags is None or step is None:
             return None
-        self._tags.pack(tensor)
+        self._pack(self._tags, tensor)
         step.packed()
         stand_in = None
         if self._scan.engines:
@@ -262,7 +266,13 @@ class TraceWindow:
         """Tags what hooks of the user keep in place of a saved tensor, as far as it is on the device."""
         if self._tags is not None:
             for tensor in batch_tensors(kept):
-                self._tags.pack(tensor)
+                self._pack(self._tags, tensor)
+
+    def _pack(self, tags: ActivationTags, tensor: torch.Tensor) -> None:
+        before = len(tags.notes)
+        tags.pack(tensor)
+        if self._hears_saved is not None:
+            self._hears_saved(tensor, tags.notes[before:])
 
     def _unpacked(self, tensor: torch.Tensor | None) -> bool:
         """Notes that the backward pass is at work; returns whether that is all there is to know of it."""

@@ -57,7 +57,13 @@ class Launched:
 
     def trainer(self, module: ModuleType) -> None:
         """Puts a callback among those that every Hugging Face Trainer begins with, after Trainer's own."""
-        module.DEFAULT_CALLBACKS.append(DefaultCallback)
+        if DefaultCallback not in module.DEFAULT_CALLBACKS:
+            module.DEFAULT_CALLBACKS.append(DefaultCallback)
+
+    def swift(self, module: ModuleType) -> None:
+        """Does so again once ms-swift (4) has put a list of its own in the place of Trainer's."""
+        if "transformers.trainer" in sys.modules:
+            self.trainer(sys.modules["transformers.trainer"])
 
     def _looks(self, optimizer: Any) -> None:
         self.guard.run(self._follow, optimizer)

@@ -11,7 +11,7 @@ from memtrace.record.breakdown import AllocatorReading
 from memtrace.sources import torch_private
 from memtrace.sources.cpu import CpuEvents
 from memtrace.sources.cuda.source import CudaEvents
-from memtrace.sources.events import EventSource, Window
+from memtrace.sources.events import Annotator, EventSource, Window
 
 logger = logging.getLogger("memtrace")
 
@@ -23,6 +23,11 @@ def event_source(device: torch.device) -> EventSource:
     if device.type == "cuda":
         return CudaEvents(device.index)
     return CpuEvents() if device.type == "cpu" else NoEvents(device)
+
+
+def annotator_of(source: EventSource) -> Annotator | None:
+    """Returns what writes into the user's own history; None for a device of which nobody can record one."""
+    return source if isinstance(source, CudaEvents) else None
 
 
 class NoEvents:

@@ -169,3 +169,13 @@ class EventSource(Protocol):
 
     def reading(self) -> AllocatorReading | None:
         """Returns the allocator's counters now; None for an allocator without counters (a CPU)."""
+
+
+class Annotator(Protocol):
+    """Writes what blocks are for into a history of the allocator that the user records."""
+
+    def user_records(self) -> bool:
+        """Whether the user records one now."""
+
+    def annotate(self, tags: Iterable[TagEvent]) -> None:
+        """Writes the tag of each block that is live at an address."""

@@ -231,6 +231,25 @@ def memory_history_is_recording() -> bool | None:
         return None
 
 
+def annotate_memory(address: int, text: str) -> bool:
+    """Writes a text on the block at an address, as an entry of the history that is recorded of CUDA's allocator.
+
+    `torch.cuda.memory._annotate_tensor` does the same for a tensor, and the ledger has storages. It takes a stack with
+    each entry where the history is recorded with stacks. Neither allocates on the device nor synchronises it.
+
+    Returns:
+        False where torch (before 2.14) or the allocator cannot.
+    """
+    annotate = getattr(torch._C, "_cuda_annotateMemory", None)
+    if annotate is None:
+        return False
+    try:
+        annotate(address, text)
+    except RuntimeError:
+        return False
+    return True
+
+
 def memory_snapshot_with_history() -> dict[str, Any]:
     """Returns `torch.cuda.memory._snapshot()`: segments and `device_traces`."""
     snapshot: dict[str, Any] = torch.cuda.memory._snapshot()

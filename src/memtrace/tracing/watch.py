@@ -33,11 +33,12 @@ from memtrace.sources.autograd_torch_private import backward_is_running
 from memtrace.sources.devices.fresh_readings import refresh_of
 from memtrace.sources.devices.readers import open_device
 from memtrace.sources.devices.sampler import DeviceSampler
-from memtrace.sources.event_source import event_source
+from memtrace.sources.event_source import annotator_of, event_source
 from memtrace.sources.events import EventSource
 from memtrace.sources.hooks import HookSet
 from memtrace.sources.ranks import identify
 from memtrace.sources.torch_private import runs_without_memory
+from memtrace.tracing.annotations import Annotations
 from memtrace.tracing.bounds import StepBounds
 from memtrace.tracing.choice import TraceChoice
 from memtrace.tracing.cycle import Cycle
@@ -111,11 +112,6 @@ class Watch:
         self._passes = ForwardPasses(model)
         self._set_up(self._scan.device, source)
 
-    @property
-    def device(self) -> torch.device:
-        """The device that is watched."""
-        return self._device
-
     def _set_up(self, device: torch.device, source: EventSource | None = None) -> None:
         """Sets up what belongs to one device."""
         self._device = device
@@ -127,6 +123,8 @@ class Watch:
         self._counted = CountedSteps(self._scan, self._ledger)
         self._host = HostMemory(self._scan, device)
         self._updates = UpdatesInBackward(self._scan, self._cycle, self._guard, self._current)
+        annotator = annotator_of(self._source) if self._config.annotate_snapshots else None
+        self._annotations = Annotations(self._scan, self._ledger, annotator)
         self.window = TraceWindow(
             model=self.model,
             scan=self._scan,
@@ -136,6 +134,7 @@ class Watch:
             current_step=self._current.with_marks,
             others_step=self._others_step,
             trace_activations=self._config.trace_activations,
+            hears_saved=None if annotator is None else self._annotations.saved,
         )
         self._choice = TraceChoice(self._scan, self._schedule, self._published, self.window, self._source)
         self.oom = OomWatch(
@@ -300,6 +299,7 @@ class Watch:
                 return
             self._begin()
         assert self._current.step is not None
+        self._annotations.optimizer_begins(optimizer, first=not self._current.step.stepped)
         self._current.step.optimizer_begins()
         if self.window.is_open:
             self.window.backward_ends(optimizer if backward_is_running() else None)
@@ -334,6 +334,7 @@ class Watch:
         seconds = (marks.end_ns - marks.begin_ns) / 1e9
         inside = (self.skipped.spent_ns - step.spent_ns) / 1e9
         moments, curve = self._seen(step, marks)
+        self._annotations.step_ends()
         water = self._counted.water(step.reads)
         end = step.readings.get(Moment.STEP_END)
         if self._scan.keep_up(self._ledger, None if end is None else end.requested_bytes) or moments is not None:

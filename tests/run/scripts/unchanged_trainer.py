@@ -1,6 +1,7 @@
 """A Hugging Face Trainer that knows nothing of memtrace."""
 
 import digests
+import ends
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
@@ -27,6 +28,8 @@ arguments = TrainingArguments(
     save_strategy="no",
     disable_tqdm=True,
 )
-trainer = Trainer(Regression(), arguments, train_dataset=samples)
+model = Regression()
+ends.in_call(model, 5)
+trainer = Trainer(model, arguments, train_dataset=samples)
 trainer.train()
 print(digests.of(trainer.model))

@@ -7,10 +7,8 @@ import re
 from memtrace.forensics.attribution.labels import Label
 from memtrace.forensics.history import History
 from memtrace.record.categories import Category
+from memtrace.record.readings.annotation import PREFIX, annotation
 from memtrace.record.readings.snapshot_reading import Source
-
-PREFIX = "memtrace: "
-"""What memtrace's own notes begin with: category, component and element type follow."""
 
 _ALIASES = {
     "parameter": Category.WEIGHTS,
@@ -31,7 +29,7 @@ _DTYPE = re.compile(r"(b?float\d+\w*|u?int\d+|\d+-bit)\Z")
 
 def note_of(label: Label) -> str:
     """Returns what is written on a block, for `labels_by_note` to read."""
-    return PREFIX + " ".join(part for part in (label.category, label.component.replace(" ", "_"), label.dtype) if part)
+    return annotation(label.category, label.component, label.dtype)
 
 
 def labels_by_note(history: History) -> dict[int, Label]:

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-AWAITED = {"torch": "torch", "torch._dynamo": "compiler", "transformers.trainer": "trainer"}
+AWAITED = {
+    "torch": "torch",
+    "torch._dynamo": "compiler",
+    "transformers.trainer": "trainer",
+    "swift.trainers.patcher": "swift",
+}
 """The modules that are awaited, and the function that is called with each."""
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from memtrace.record.breakdown import AllocatorReading
+from memtrace.record.readings.annotation import annotation
 from memtrace.sources import recording_torch_private
 from memtrace.sources.cuda.allocator import (
     PrivatePools,
@@ -26,7 +27,7 @@ from memtrace.sources.cuda.allocator import (
     segments,
 )
 from memtrace.sources.cuda.history import Beginning, history_of, mark_beginning, parse_window
-from memtrace.sources.events import Block, Window
+from memtrace.sources.events import Block, TagEvent, Window
 
 logger = logging.getLogger("memtrace")
 
@@ -49,6 +50,7 @@ _NO_HISTORY = "on this device: its allocator keeps no history that torch lets us
 _STACKS = "while the allocator's history is recorded with stacks, which each trace would copy: context=None has none"
 _LARGE = f"while a history of the allocator is recorded that may have more than {MAX_FOREIGN_EVENTS:,} entries"
 _NO_EVENTS = "while the allocator's history is recorded without events (enabled='state')"
+_NO_ANNOTATIONS = "memtrace: no snapshot is annotated: torch %s cannot (from 2.14 on it can, with its native allocator)"
 
 
 class CudaEvents:
@@ -156,6 +158,20 @@ class CudaEvents:
             private_pool_bytes=self._pools.unused_bytes(stats),
             allowed_bytes=allowed_bytes(self._device_index),
         )
+
+    def user_records(self) -> bool:
+        """Returns whether a history is recorded that memtrace has not begun."""
+        ours = self.is_open and self._owns_history
+        return not ours and bool(recording_torch_private.memory_history_is_recording())
+
+    def annotate(self, tags: Iterable[TagEvent]) -> None:
+        """Writes an entry with category, component and element type for each tag; says once where torch cannot."""
+        for _, address, _, tag in tags:
+            if tag is not None and not recording_torch_private.annotate_memory(address, annotation(*tag)):
+                if _NO_ANNOTATIONS not in self._said:
+                    self._said.add(_NO_ANNOTATIONS)
+                    logger.warning(_NO_ANNOTATIONS, torch.__version__)
+                return
 
     def _needed(self, allocations: int) -> int:
         """Returns the entries that a step of so many allocations writes."""
