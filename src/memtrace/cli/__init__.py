@@ -38,7 +38,7 @@ class _Named:
         found: Command = getattr(import_module(f"{__name__}.{self._module}"), self._kind)()
         return found
 
-    @property
+    @cached_property
     def summary(self) -> str:
         """One line for `memtrace --help`."""
         return self._command.summary
