@@ -117,3 +117,19 @@ sys.exit(cli.main(["talk"]))
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait() == 0
+
+
+def test_a_command_loads_no_others_file() -> None:
+    """To load all of them takes a fifth of a second, which each plan would wait for."""
+    script = """
+import sys
+from memtrace.cli import main
+try:
+    main(["plan", "--help"])
+finally:
+    loaded = {name.split(".")[2] for name in sys.modules if name.startswith("memtrace.cli.")}
+    sys.stderr.write(" ".join(sorted(loaded)))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert {"plan", "command"} <= set(ended.stderr.split())
+    assert not {"check", "compare", "read", "watch", "export", "allocator"} & set(ended.stderr.split()), ended.stderr

@@ -41,6 +41,15 @@ def test_every_line_of_the_log_is_read_and_written_back(records: list[StepRecord
         assert parse_step(parse_json(encoder.encode(record), "again"), "again") == record
 
 
+def test_a_line_comes_in_parts_of_less_than_a_kilobyte(records: list[StepRecord]) -> None:
+    """The C library answers a request for more by tidying up all that the training has let go of."""
+    encoder = StepEncoder()
+    counted = [encoder.parts(record) for record in records if not record.traced]
+    assert counted
+    assert max(len(part) for parts in counted for part in parts) < 1024
+    assert max(map(len, counted)) <= 6
+
+
 def test_the_peak_is_that_of_the_starting_document(records: list[StepRecord]) -> None:
     """16 + 32 + 16 + 32 + 32 + 4.8 = 132.8 GB by its table; torch counted 132.82 GB, the sum of the categories."""
     traced = next(record for record in records if record.traced)

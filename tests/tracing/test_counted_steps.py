@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 import memtrace
+from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.config import TracerConfig
+from memtrace.record.breakdown import AllocatorReading
 from memtrace.record.categories import Category, Moment
+from memtrace.sources.cpu import CpuEvents
 from memtrace.tracing.tracer import Tracer
 
 PACKAGE = str(Path(memtrace.__file__).parent)
@@ -83,3 +86,60 @@ def test_a_counted_step_calls_as_little_for_many_parameters_as_for_few() -> None
 
     few, many = calls(40), calls(160)
     assert 0 < many <= few + 8
+
+
+class _WithCounters(CpuEvents):
+    """A CPU whose allocator has the counters of a device, the same at the end of each step."""
+
+    def reading(self) -> AllocatorReading:
+        return AllocatorReading(allocated_bytes=2 << 20, reserved_bytes=4 << 20, requested_bytes=2 << 20)
+
+
+def test_a_counted_step_calls_little(tmp_path: Path) -> None:
+    """With 300 parameters, counters, its record and its line in the step log; it was 376 before the log had parts."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(150)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    called: list[str] = []
+
+    def counting(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            called.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_qualname}")
+
+    config = TracerConfig(strict=True, port=None, log_dir=str(tmp_path), trace_every=0, quiet=True)
+    with MemoryTracer(model, optimizer, config, source=_WithCounters()) as tracer:
+        for number in range(8):
+            if number == 7:
+                sys.setprofile(counting)
+            model(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        sys.setprofile(None)
+        assert tracer.latest is not None and not tracer.latest.traced
+    assert len((tmp_path / "steps-rank0.jsonl").read_text().splitlines()) == 8
+    assert 100 < len(called) <= 320, sorted(called)
+    assert not [name for name in called if name.startswith(("gradients.py", "held.py:have_gradients"))]
+
+
+def test_gradients_that_come_and_go_are_counted_beside_counters() -> None:
+    """Where as much is allocated as before they are not looked at; where another step ends with more, they are."""
+    parameter_bytes = 4 * (4 * 4 + 4)
+    held = [1000]
+
+    class Counters(_WithCounters):
+        def reading(self) -> AllocatorReading:
+            return AllocatorReading(allocated_bytes=held[0], reserved_bytes=4 << 20, requested_bytes=held[0])
+
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = TracerConfig(strict=True, port=None, step_log=False, trace_every=0)
+    found = []
+    with Tracer(model, optimizer, config, source=Counters()) as tracer:
+        for kept in (True, True, True, False, False, True):
+            model(torch.ones(1, 4)).sum().backward()
+            if not kept:
+                model.zero_grad()
+            held[0] = 1000 + kept * parameter_bytes
+            optimizer.step()
+            found.append(tracer.latest.moments[Moment.STEP_END][Category.GRADIENTS])
+            optimizer.zero_grad()
+    assert found[2:] == [parameter_bytes, 0, 0, parameter_bytes]

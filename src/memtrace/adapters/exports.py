@@ -120,7 +120,7 @@ class Exports:
                 exports._timeline_directory = log_dir
                 if config.timelines:
                     place = timelines_path(log_dir, identity.rank)
-                    exports._timelines = StepLog(place, max_bytes=config.log_max_bytes, encode=_timeline_line)
+                    exports._timelines = StepLog(place, max_bytes=config.log_max_bytes, parts=_timeline_line)
             if config.allocator_recording:
                 exports._recording_directory = log_dir
             endpoint = Endpoint.of(config, identity.local_rank)
@@ -358,9 +358,9 @@ class Exports:
             self._run_file.end(self._state)
 
 
-def _timeline_line(record: StepRecord) -> str:
+def _timeline_line(record: StepRecord) -> list[bytes]:
     assert record.curve is not None
-    return timeline_text(record, record.curve)
+    return [timeline_text(record, record.curve).encode("ascii")]
 
 
 def _push_to(source: Callable[[], Snapshot], endpoint: str) -> OtlpPush | None:

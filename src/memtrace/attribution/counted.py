@@ -31,6 +31,10 @@ class CountedSteps:
         self._persistent: Mapping[EntryKey, int] = {}
         self._at_end: Mapping[EntryKey, int] = {}
         """The entries that follow from both: mostly those of the next step, too."""
+        self._told: tuple[object, ...] = ()
+        """What the moments below follow from, beside those entries."""
+        self._moments: Mapping[Moment, Breakdown] = {}
+        """Those of the last step: a step of the same shape has the same ones."""
 
     def water(self, readings: Sequence[AllocatorReading]) -> HighWater:
         """Returns what the readings of a step say of its peak; called for every step, in order."""
@@ -59,9 +63,14 @@ class CountedSteps:
         """
         self._scan.claim_kept(self._ledger)
         self._look()
-        known = counted_moments(self._persistent, self._at_end, before_forward, readings)
-        peak = counted_peak(self._reference, known, forward_added, water)
-        return known if peak is None else {**known, Moment.PEAK: peak}
+        before = None if before_forward is None else before_forward.requested_bytes
+        requested = [(moment, reading.requested_bytes) for moment, reading in readings.items()]
+        told = self._reference, self._at_end, before, requested, forward_added, water
+        if told != self._told:
+            known = counted_moments(self._persistent, self._at_end, before_forward, readings)
+            peak = counted_peak(self._reference, known, forward_added, water)
+            self._told, self._moments = told, known if peak is None else {**known, Moment.PEAK: peak}
+        return self._moments
 
     def _look(self) -> None:
         """Looks what there is at the end of a step: the gradients and hidden buffers of now, all else by the ledger."""

@@ -37,7 +37,8 @@ class GradientCount:
         self._present: list[bool] | None = None
         self._apart = max(1, ceil(len(self._parameters) / _ASKED))
         self._turn = 0
-        self._counted: dict[EntryKey, int] = {}
+        self.counted: dict[EntryKey, int] = {}
+        """What the last count has found."""
 
     def count(self) -> dict[EntryKey, int]:
         """Returns the bytes of the gradients that exist now."""
@@ -48,8 +49,8 @@ class GradientCount:
             gradients = [gradient for gradient in found if gradient is not None]
             strided = all(gradient.layout is torch.strided for gradient in gradients)
             self._present = [gradient is not None for gradient in found] if strided else None
-            self._counted = gradient_bytes(gradients, self.device)
-        return self._counted
+            self.counted = gradient_bytes(gradients, self.device)
+        return self.counted
 
 
 def gradient_bytes(gradients: Iterable[torch.Tensor], device: torch.device) -> dict[EntryKey, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -89,7 +88,10 @@ class Scan:
             )
         self._looked_in_forward = False
         self._sizes: list[int] = []
+        self._states_held: list[int] = []
         self._requested: int | None = None
+        self._steady = False
+        """Whether as much was allocated at the end of the last step as at that of the step before."""
         self.workspaces: Sequence[int] | None = None
         """Sizes of the blocks that cuBLAS may hold, in bytes; None where the device is to be asked."""
         self._gradients: GradientCount | None = None
@@ -205,6 +207,8 @@ class Scan:
             held = self.held
             owners = self._gradient_owners(held.parameters())
             self._gradients = GradientCount(map(held.reference_to, owners), device)
+        elif self._steady:
+            return self._gradients.counted
         return self._gradients.count()
 
     def backward_ended(self, ledger: Ledger) -> None:
@@ -285,18 +289,22 @@ class Scan:
 
         Args:
             ledger: where to claim.
-            requested_bytes: what was allocated at the end of the step, where the allocator counts it. The model is not
-                looked at where that is as before and nothing has died: nothing was added then, and what was swapped
-                with something as large is seen by the next trace.
+            requested_bytes: what was allocated at the end of the step, where the allocator counts it. Neither model nor
+                state nor gradients are looked at where that is as before and nothing has died: nothing was added then,
+                and what was swapped with something as large is seen by the next trace.
 
         Returns:
             Whether there is something new.
         """
-        steady, self._requested = requested_bytes is not None and requested_bytes == self._requested, requested_bytes
-        sizes = [size for optimizer in _alive(self._states) for size in _sizes(optimizer)]
-        if sizes == self._sizes and not ledger.has_lost and (steady or self._held.is_as_walked):
+        self._steady = requested_bytes is not None and requested_bytes == self._requested
+        self._requested = requested_bytes
+        holding = _alive(self._states)
+        sizes = [size for optimizer in holding for size in _sizes(optimizer)]
+        states = self._states_held if self._steady else [*map(_states_of, holding)]
+        as_before = sizes == self._sizes and states == self._states_held and not ledger.has_lost
+        if as_before and (self._steady or self._held.is_as_walked):
             return False
-        self._sizes = sizes
+        self._sizes, self._states_held = sizes, states
         if not ledger.keeps_journal:  # a window has noted what there was before
             ledger.clear(keep=Category.INPUTS)
         self.claim_persistent(ledger)
@@ -339,8 +347,14 @@ def _sizes(optimizer: torch.optim.Optimizer) -> Iterator[int]:
     """Yields how many parameters and states an optimizer holds: what changes where it gets more of either."""
     yield from (len(group["params"]) for group in optimizer.param_groups)
     yield len(optimizer.state)
-    with suppress(TypeError):  # a state that has no length
-        yield sum(map(len, optimizer.state.values()))
+
+
+def _states_of(optimizer: torch.optim.Optimizer) -> int:
+    """Returns how many states of all parameters an optimizer holds."""
+    try:
+        return sum(map(len, optimizer.state.values()))
+    except TypeError:  # a state that has no length
+        return 0
 
 
 def _weakly(objects: Iterable[Any]) -> list[Callable[[], Any]]:

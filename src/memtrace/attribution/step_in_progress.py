@@ -170,8 +170,10 @@ class StepInProgress:
         self.enter(Phase.BACKWARD if inside_backward else Phase.OUTSIDE)
 
     def ends(self) -> StepMarks:
-        """Returns the marks of the finished step."""
+        """Returns the marks of the finished step; of a counted one nothing but its begin and end is asked for."""
         self._note(Moment.STEP_END)
+        if self.recorded is False:
+            return StepMarks(begin_ns=self.begin_ns, end_ns=self.now_ns())
         forward_end = max((t for t in (self._forward_end_ns, self._last_pack_ns) if t is not None), default=None)
         inside = self.prepares_gradients or self._optimizer_ns is None or self._steps_inside_backward()
         backward_end = self._last_gradient_ns if inside and self._last_gradient_ns is not None else self._optimizer_ns

@@ -1,7 +1,7 @@
 """The `memtrace` command: one file for each subcommand, and one place where errors become messages.
 
 In come arguments and files. Out goes text for people, or JSON. Must not need torch before a command needs it. A new
-command is a file with a `Command`, and its place in `COMMANDS`.
+command is a file with a `Command`, and its place in `COMMANDS`: only the one that is named is loaded.
 """
 
 from __future__ import annotations
@@ -10,37 +10,61 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import cached_property
+from importlib import import_module
 from io import TextIOWrapper
 
 import memtrace
-from memtrace.cli.allocator import Allocator
-from memtrace.cli.bisect import Bisect
-from memtrace.cli.check import Check
 from memtrace.cli.command import Command
-from memtrace.cli.compare import Compare
-from memtrace.cli.export.command import Export
-from memtrace.cli.plan.command import PlanCommand
-from memtrace.cli.read import Read
-from memtrace.cli.report import Report
 from memtrace.cli.run import Run
-from memtrace.cli.runs import Runs
-from memtrace.cli.show import Show
-from memtrace.cli.watch import Watch
 from memtrace.errors import MemTraceError, packages_of
+
+
+class _Named:
+    """A command by its name: its file is loaded when it is used. To load all takes a fifth of a second.
+
+    Args:
+        name: of the command.
+        module: where it is, below `memtrace.cli`.
+        kind: its class.
+    """
+
+    def __init__(self, name: str, module: str, kind: str) -> None:
+        self.name = name
+        self._module, self._kind = module, kind
+
+    @cached_property
+    def _command(self) -> Command:
+        found: Command = getattr(import_module(f"{__name__}.{self._module}"), self._kind)()
+        return found
+
+    @cached_property
+    def summary(self) -> str:
+        """One line for `memtrace --help`."""
+        return self._command.summary
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declares options and arguments."""
+        self._command.add_arguments(parser)
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Does the work and returns the exit status."""
+        return self._command.run(arguments)
+
 
 COMMANDS: tuple[Command, ...] = (
     Run(),
-    Show(),
-    PlanCommand(),
-    Compare(),
-    Check(),
-    Bisect(),
-    Report(),
-    Runs(),
-    Export(),
-    Read(),
-    Allocator(),
-    Watch(),
+    _Named("show", "show", "Show"),
+    _Named("plan", "plan.command", "PlanCommand"),
+    _Named("compare", "compare", "Compare"),
+    _Named("check", "check", "Check"),
+    _Named("bisect", "bisect", "Bisect"),
+    _Named("report", "report", "Report"),
+    _Named("runs", "runs", "Runs"),
+    _Named("export", "export.command", "Export"),
+    _Named("read", "read", "Read"),
+    _Named("allocator", "allocator", "Allocator"),
+    _Named("watch", "watch", "Watch"),
 )
 """Every subcommand, in the order of the help."""
 
@@ -60,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given[:1] == [Run.name] and given[1:2] not in ([], ["-h"], ["--help"]):  # it reads its arguments by itself
         arguments = argparse.Namespace(command=Run(), words=given[1:])
     else:
-        arguments = _parser().parse_args(given)
+        arguments = _parser(given[:1]).parse_args(given)
     command: Command = arguments.command
     try:
         with packages_of(f"memtrace {command.name}"):
@@ -75,13 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(named: Sequence[str]) -> argparse.ArgumentParser:
+    """Returns the parser of the command that is named, or of all where none is."""
     parser = argparse.ArgumentParser(
         prog="memtrace", description="What every byte of GPU memory is for in PyTorch training."
     )
     parser.add_argument("--version", action="version", version=f"memtrace {memtrace.__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
+    for command in [command for command in COMMANDS if command.name in named] or COMMANDS:
         subparser = subparsers.add_parser(command.name, help=command.summary, description=command.summary)
         command.add_arguments(subparser)
         subparser.set_defaults(command=command)

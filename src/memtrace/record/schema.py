@@ -36,31 +36,89 @@ _Reading = TypeVar("_Reading", AllocatorReading, DeviceReading)
 class StepEncoder:
     """Writes records as JSON, one line each.
 
-    Called on the training thread after every step: the entries of a moment are encoded anew only where they differ
-    from those of the record before.
+    Called on the training thread after every step with a record: what is as in the record before is not encoded again.
+    The line comes in parts of less than a kilobyte each, mostly: asked for more at once, the C library tidies up all
+    that the training has let go of, which takes ten times as long as to write the line.
     """
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[Mapping[EntryKey, int], str]] = {}
+        self._beginnings: dict[EntryKey, str] = {}
+        """What the text of an entry begins with."""
+        self._device: tuple[DeviceReading | None, str] = (None, "null")
+        self._place: tuple[tuple[int, str, str], str, str] | None = None
+        """Rank, device and run of the record before, as they stand at the beginning and at the end of the head."""
 
     def encode(self, record: StepRecord) -> str:
         """Returns the record as one line of JSON in ASCII, without the line feed."""
-        moments = ",".join(f'"{moment}":{self._breakdown(moment, found)}' for moment, found in record.moments.items())
-        host = f',"host":{self._encoded("host", record.host)}' if record.host else ""
-        return f'{_encode(_step_head(record))[:-1]},"moments":{{{moments}}}{host}}}'
+        return b"".join(self.parts(record)).decode("ascii")
 
-    def _breakdown(self, moment: Moment, breakdown: Breakdown) -> str:
-        allocated = "null" if breakdown.allocated_bytes is None else breakdown.allocated_bytes
-        estimated = ',"estimated":true' if breakdown.estimated else ""
-        entries = self._encoded(moment, breakdown.entries)
-        return f'{{"allocated_bytes":{allocated}{estimated},"entries":{entries}}}'
+    def parts(self, record: StepRecord) -> list[bytes]:
+        """Returns the parts of that line, in order: the head, each moment, and the end."""
+        parts, before = [self._head(record)], ""
+        for moment, found in record.moments.items():
+            allocated = "null" if found.allocated_bytes is None else found.allocated_bytes
+            estimated = ',"estimated":true' if found.estimated else ""
+            entries = self._entries_text(moment, found.entries)
+            text = f'{before}"{moment}":{{"allocated_bytes":{allocated}{estimated},"entries":{entries}}}'
+            parts.append(text.encode("ascii"))
+            before = ","
+        host = f',"host":{self._entries_text("host", record.host)}' if record.host else ""
+        parts.append(f"}}{host}}}".encode("ascii"))
+        return parts
 
-    def _encoded(self, place: str, entries: Mapping[EntryKey, int]) -> str:
+    def _head(self, record: StepRecord) -> bytes:
+        place = record.rank, record.device, record.run_id
+        if self._place is None or place != self._place[0]:
+            run = f',"run_id":{_encode(record.run_id)}' if record.run_id else ""
+            self._place = place, f'"rank":{record.rank},"device":{_encode(record.device)}', run
+        _, begin, run = self._place
+        if record.device_memory is not self._device[0]:
+            self._device = record.device_memory, _reading_text(record.device_memory)
+        from_batch, replaced = record.traced_from_micro_batch, record.replaced_bytes
+        return "".join(
+            (
+                f'{{"schema":"{STEP_SCHEMA}","step":{record.step},{begin}',
+                f',"traced":{"true" if record.traced else "false"},"unix_seconds":{_number(record.unix_seconds)}',
+                f',"self_seconds":{_number(record.self_seconds)},"slowed_seconds":{_number(record.slowed_seconds)}',
+                f',"step_seconds":{_number(record.step_seconds)},"batch":{_batch_text(record.batch)}',
+                f',"allocator":{_reading_text(record.allocator)},"device_memory":{self._device[1]}',
+                "" if from_batch is None else f',"traced_from_micro_batch":{from_batch}',
+                f',"replaced_bytes":{replaced}' if replaced else "",
+                run,
+                ',"peak_counter_reset":true' if record.peak_counter_reset else "",
+                ',"moments":{',
+            )
+        ).encode("ascii")
+
+    def _entries_text(self, place: str, entries: Mapping[EntryKey, int]) -> str:
         before, text = self._entries.get(place, ({}, "[]"))
         if before is not entries and before != entries:
-            text = _encode(entry_documents(entries))
+            text = f"[{','.join([f'{self._beginning(key)}{size}}}' for key, size in entries.items()])}]"
             self._entries[place] = (entries, text)
         return text
+
+    def _beginning(self, key: EntryKey) -> str:
+        if key not in self._beginnings:
+            self._beginnings[key] = _encode(entry_documents({key: 0})[0]).removesuffix("0}")
+        return self._beginnings[key]
+
+
+def _number(value: float | None) -> str:
+    return "null" if value is None else repr(value)
+
+
+def _batch_text(batch: BatchShape | None) -> str:
+    document = batch_document(batch)
+    return "null" if document is None else _encode(document)
+
+
+def _reading_text(reading: AllocatorReading | DeviceReading | None) -> str:
+    document = reading_document(reading)
+    if document is None:
+        return "null"
+    fields = [f'"{name}":{_encode(v) if type(v) is str else repr(v)}' for name, v in document.items()]
+    return f"{{{','.join(fields)}}}"
 
 
 def moments_document(moments: Mapping[Moment, Breakdown]) -> dict[str, Any]:
@@ -112,30 +170,6 @@ def parse_moments(moments: Fields) -> Mapping[Moment, Breakdown]:
     """
     found = moments.by_word(Moment).items()
     return {moment: _parse_breakdown(moment, breakdown) for moment, breakdown in found}
-
-
-def _step_head(record: StepRecord) -> dict[str, Any]:
-    head = {
-        "schema": STEP_SCHEMA,
-        "step": record.step,
-        "rank": record.rank,
-        "device": record.device,
-        "traced": record.traced,
-        "unix_seconds": record.unix_seconds,
-        "self_seconds": record.self_seconds,
-        "slowed_seconds": record.slowed_seconds,
-        "step_seconds": record.step_seconds,
-        "batch": batch_document(record.batch),
-        "allocator": reading_document(record.allocator),
-        "device_memory": reading_document(record.device_memory),
-    }
-    if record.traced_from_micro_batch is not None:
-        head["traced_from_micro_batch"] = record.traced_from_micro_batch
-    if record.replaced_bytes:
-        head["replaced_bytes"] = record.replaced_bytes
-    if record.run_id:
-        head["run_id"] = record.run_id
-    return head | {"peak_counter_reset": True} if record.peak_counter_reset else head
 
 
 def _breakdown_head(breakdown: Breakdown) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from memtrace.record.breakdown import Breakdown, DeviceReading, StepRecord, ordered_entries
+from memtrace.record.breakdown import AllocatorReading, Breakdown, DeviceReading, StepRecord, ordered_entries
 from memtrace.record.categories import PERSISTENT, Moment
 from memtrace.record.limitations import Unseen
 from memtrace.record.risk_reading import RiskReading
@@ -148,24 +148,9 @@ class Snapshot:
 
     @property
     def headroom_bytes(self) -> int | None:
-        """What the run can still allocate: free memory plus allocator slack, within the limits; None where not known.
-
-        The limits are `limit_bytes` and what the allocator may reserve. Below 0 when the run is over one. Memory cannot
-        be given to a tensor in one piece when it is fragmented: this is an upper bound.
-        """
-        device, allocator = self.device, None if self.latest is None else self.latest.allocator
-        if device is None:
-            return None
-        if self.identity.device == "cpu":
-            held = device.process_bytes
-            limit = None if self.limit_bytes is None or held is None else self.limit_bytes - held
-            return None if device.free_bytes is None else _least(device.free_bytes, limit)
-        if allocator is None or device.free_and_reserved_bytes is None:
-            return None
-        # What torch can hold in all, by figures that were read together, less what it cannot give to a tensor.
-        limit = None if self.limit_bytes is None else self.limit_bytes - (device.non_torch_bytes or 0)
-        reach = _least(device.free_and_reserved_bytes, limit, allocator.allowed_bytes)
-        return reach - (allocator.private_pool_bytes or 0) - allocator.allocated_bytes
+        """What the run can still allocate by the newest readings: see `headroom_bytes`."""
+        allocator = None if self.latest is None else self.latest.allocator
+        return headroom_bytes(self.identity.device, self.limit_bytes, self.device, allocator)
 
     def newest_breakdown(self, moment: Moment) -> Breakdown | None:
         """Returns what is known of a moment now; None before any step had it.
@@ -180,6 +165,34 @@ class Snapshot:
         known = PERSISTENT | {key.category for key in latest.entries}
         carried = {key: size for key, size in traced.entries.items() if key.category not in known}
         return replace(latest, entries=ordered_entries({**latest.entries, **carried}))
+
+
+def headroom_bytes(
+    device: str, limit_bytes: int | None, reading: DeviceReading | None, allocator: AllocatorReading | None
+) -> int | None:
+    """Returns what a run can still allocate: free memory plus allocator slack, within the limits; None if not known.
+
+    The limits are `limit_bytes` and what the allocator may reserve. Below 0 when the run is over one. Memory cannot be
+    given to a tensor in one piece when it is fragmented: this is an upper bound.
+
+    Args:
+        device: what the run trains on, as torch prints it.
+        limit_bytes: what the run may use of it; None means all.
+        reading: what the driver says.
+        allocator: what the allocator says.
+    """
+    if reading is None:
+        return None
+    if device == "cpu":
+        held = reading.process_bytes
+        limit = None if limit_bytes is None or held is None else limit_bytes - held
+        return None if reading.free_bytes is None else _least(reading.free_bytes, limit)
+    if allocator is None or reading.free_and_reserved_bytes is None:
+        return None
+    # What torch can hold in all, by figures that were read together, less what it cannot give to a tensor.
+    limit = None if limit_bytes is None else limit_bytes - (reading.non_torch_bytes or 0)
+    reach = _least(reading.free_and_reserved_bytes, limit, allocator.allowed_bytes)
+    return reach - (allocator.private_pool_bytes or 0) - allocator.allocated_bytes
 
 
 def _least(first: int, *others: int | None) -> int:

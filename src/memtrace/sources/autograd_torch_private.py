@@ -206,7 +206,7 @@ def backward_is_running() -> bool:
     the callbacks at the end of the pass, and puts them back afterwards: what is switched on or off in between is
     undone.
     """
-    return current_autograd_node() is not None or threading.get_ident() in _at_an_end
+    return current_autograd_node() is not None or (bool(_at_an_end) and threading.get_ident() in _at_an_end)
 
 
 def compiles_backward() -> bool:

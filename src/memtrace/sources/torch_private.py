@@ -50,15 +50,18 @@ def current_accelerator() -> torch.device | None:
         return None
 
 
+_dispatch_mode = getattr(torch._C, "_get_dispatch_mode", None)
+_mode_keys = getattr(torch._C, "_TorchDispatchModeKey", None)
+
+
 def runs_without_memory() -> bool:
     """Returns whether modules run on tensors without memory now: for `torch.export` or a graph of `torch.fx`.
 
     False where torch has changed.
     """
-    mode_of, keys = getattr(torch._C, "_get_dispatch_mode", None), getattr(torch._C, "_TorchDispatchModeKey", None)
-    if mode_of is None or keys is None:
+    if _dispatch_mode is None or _mode_keys is None:
         return False
-    return mode_of(keys.FAKE) is not None or mode_of(keys.PROXY) is not None
+    return _dispatch_mode(_mode_keys.FAKE) is not None or _dispatch_mode(_mode_keys.PROXY) is not None
 
 
 is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)

@@ -12,7 +12,7 @@ from memtrace.record.breakdown import Breakdown, History, StepRecord
 from memtrace.record.categories import Moment
 from memtrace.record.limitations import Limitation, Unseen
 from memtrace.record.risk_reading import LargestBatch
-from memtrace.record.snapshot import RunIdentity, Snapshot
+from memtrace.record.snapshot import RunIdentity, Snapshot, headroom_bytes
 from memtrace.risk import WARN_AT, RiskMonitor, advise
 from memtrace.sources.devices.sampler import DeviceSampler
 
@@ -67,7 +67,8 @@ class Publication:
     @property
     def steps(self) -> int:
         """Steps so far, those without a record included."""
-        return self.snapshot.totals.steps
+        totals = self._snapshot.totals
+        return totals.steps + self._skipped() - totals.skipped_steps
 
     def snapshot_with(self, sampler: DeviceSampler | None) -> Snapshot:
         """Returns the state with the newest reading of the device; may be called from any thread."""
@@ -114,14 +115,16 @@ class Publication:
     def publish(self, record: StepRecord) -> None:
         """Takes in a finished step, forecasts, warns once in the log of the run when the risk is high, and tells."""
         self._history.append(record)
+        before = self._snapshot
+        headroom = headroom_bytes(before.identity.device, before.limit_bytes, record.device_memory, record.allocator)
+        risk = self._risk.observe(record, headroom_bytes=headroom)
         self._snapshot = replace(
-            self._snapshot,
-            totals=self.snapshot.totals.after(record),
+            before,
+            totals=before.totals.after(record),
             latest=record,
-            latest_traced=record if record.traced else self._snapshot.latest_traced,
+            latest_traced=record if record.traced else before.latest_traced,
+            risk=risk,
         )
-        risk = self._risk.observe(record, headroom_bytes=self._snapshot.headroom_bytes)
-        self._snapshot = replace(self._snapshot, risk=risk)
         if not self._warned and risk.oom_risk_ratio is not None and risk.oom_risk_ratio >= WARN_AT:
             self._warned = True
             logger.warning("memtrace: rank %d, step %d: %s", record.rank, record.step, advise(risk))

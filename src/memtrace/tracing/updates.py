@@ -83,8 +83,9 @@ class UpdatesInBackward:
 
     def _awaits_end(self, step: StepInProgress) -> bool:
         """Returns whether something was updated inside a backward pass whose end will be told."""
-        waits = step.awaits_end and backward_is_running()
-        step.awaits_end = waits or after_backward(self._guard.wrap(self._backward_ended))
+        step.awaits_end = backward_is_running() and (
+            step.awaits_end or after_backward(self._guard.wrap(self._backward_ended))
+        )
         return step.awaits_end
 
     def _taken(self, _: torch.Tensor) -> None:

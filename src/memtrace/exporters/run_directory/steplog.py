@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -33,7 +33,7 @@ class StepLog:
     Args:
         path: the file; its directory is made where it is missing. An existing log is continued.
         max_bytes: size at which the file is renamed to `<name>.1`, in place of the one before.
-        encode: returns the line of a record, in ASCII; by default its JSON form.
+        parts: returns the parts of a record's line, in ASCII; by default its JSON form.
 
     Raises:
         OutputError: the directory cannot be made, or the file cannot be written.
@@ -44,11 +44,11 @@ class StepLog:
         path: str | os.PathLike[str],
         *,
         max_bytes: int = DEFAULT_LOG_MAX_BYTES,
-        encode: Callable[[StepRecord], str] | None = None,
+        parts: Callable[[StepRecord], list[bytes]] | None = None,
     ) -> None:
         self.path = Path(path)
         self._max_bytes = max_bytes
-        self._encode = encode or StepEncoder().encode
+        self._parts = parts or StepEncoder().parts
         self._file: FileIO | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,9 +74,9 @@ class StepLog:
         """
         if self._file is None:
             return
-        line = self._encode(record).encode("ascii") + b"\n"
+        line = [*self._parts(record), b"\n"]
         try:
-            if self._size and self._size + len(line) > self._max_bytes:
+            if self._size and self._size + sum(map(len, line)) > self._max_bytes:
                 self._rotate()
             self._append(line)
         except OSError as error:
@@ -105,19 +105,21 @@ class StepLog:
         self._file = self.path.open("ab", buffering=0)
         self._size = self._file.tell()
         if self._size and not _ends_a_line(self.path):
-            self._append(b"\n")
+            self._append([b"\n"])
 
     def _rotate(self) -> None:
         self.close()
         self.path.replace(rotated_path(self.path))
         self._open()
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, parts: Sequence[bytes]) -> None:
         assert self._file is not None
-        self._size += len(data)
-        rest = memoryview(data)
-        while rest:  # a disk that is nearly full takes a part
-            rest = rest[self._file.write(rest) :]
+        written, size = os.writev(self._file.fileno(), parts), sum(map(len, parts))
+        self._size += size
+        if written < size:  # a disk that is nearly full takes a part
+            rest = memoryview(b"".join(parts))[written:]
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
 
 def read_step_log(path: str | os.PathLike[str]) -> Iterator[StepRecord]:

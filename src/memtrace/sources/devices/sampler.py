@@ -101,9 +101,8 @@ class DeviceSampler:
 
     def note(self, allocator: AllocatorReading) -> None:
         """Takes in what the allocator says now; costs about a microsecond."""
-        run = self._current_run()
-        if run is not None:
-            run.pairs.note(allocator)
+        if self._run is not None:
+            self._run.pairs.note(allocator)
 
     def reading(self) -> DeviceReading | None:
         """Returns the newest reading; None where there is none that is newer than 5 periods or 10 s.
@@ -148,6 +147,8 @@ class _Pairs:
         self._newest: _Sample | None = None
         self._pair: _Sample | None = None
         """The newest reading whose mark was the same afterwards."""
+        self._completed: tuple[DeviceReading, _Sample, DeviceReading] | None = None
+        """What was completed last, with which pair, and the result: mostly asked for again, within one period."""
 
     def read(self, reader: DeviceReader) -> _Sample:
         """Asks the device."""
@@ -156,22 +157,29 @@ class _Pairs:
         return sample
 
     def note(self, allocator: AllocatorReading) -> None:
-        newest, mark = self._newest, _Mark(allocator.reserved_bytes, allocator.device_allocations)
-        if newest is not None and newest.before == mark:
+        noted, newest = self._noted, self._newest
+        reserved, allocations = allocator.reserved_bytes, allocator.device_allocations
+        if noted is None or noted.reserved_bytes != reserved or noted.device_allocations != allocations:
+            self._noted = noted = _Mark(reserved, allocations)
+        if newest is not None and newest.before == noted:
             self._pair = newest
-        self._noted = mark
 
     def complete(self, reading: DeviceReading) -> DeviceReading:
         """Returns a reading with what follows from the newest one that belongs to a reading of the allocator."""
         pair = self._pair
         if pair is None or pair.before is None or self._clock() - pair.begun > MAX_PAIR_SECONDS:
             return reading
+        done = self._completed
+        if done is not None and done[0] is reading and done[1] is pair:
+            return done[2]
         reserved, free, process = pair.before.reserved_bytes, pair.reading.free_bytes, pair.reading.process_bytes
-        return replace(
+        found = replace(
             reading,
             non_torch_bytes=None if process is None or process < reserved else process - reserved,
             free_and_reserved_bytes=None if free is None else free + reserved,
         )
+        self._completed = reading, pair, found
+        return found
 
 
 class _Run(Protocol):
