@@ -313,10 +313,13 @@ def unless_whole(hook: Callable[..., None], may_break: bool) -> Callable[..., No
         elif rest and not is_traced():
             outside(module, args, *rest)
 
+    torch_private.not_compiled_alone(heard)
     return heard
 
 
 def _module_hook(module: nn.Module, hook: Callable[..., None], breaks_graphs: bool | None) -> Callable[..., None]:
+    if breaks_graphs is None:
+        torch_private.not_compiled_alone(hook)
     found = _ModuleHook(hook if breaks_graphs is None else unless_whole(hook, breaks_graphs))
     found.module = weakref.ref(module)
     return found
