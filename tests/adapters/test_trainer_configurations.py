@@ -556,7 +556,7 @@ def test_trains_as_without_memtrace(
     [pytest.param(name, marks=[ON_A_CPU] if name.startswith(_OF_BITSANDBYTES) else []) for name in OPTIMIZERS],
 )
 def test_every_optimizer_by_default(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the settings as they come: all of its state is found; nobody claims two losses and the norm of the gradients."""
+    """With the settings as they come: all of its state is found; nobody claims two losses and a norm of gradients."""
     watching = _watching(monkeypatch)
     watched = _same(OPTIMIZERS[name], tmp_path, watching)
     assert watching[0].tracer is not None
