@@ -72,8 +72,9 @@ ROWS = (
         lost=(
             "Simulated plans under FSDP2 are refused: FSDP2 of this torch does not run without a GPU.",
             "In the tests of engines FSDP2 is given what it lacks on a CPU.",
-            "DeepSpeed and bitsandbytes are newer than this torch: DeepSpeed 0.16.5 and 0.17.6 raise under ZeRO-3 beside "
-            "LoRA with `modules_to_save`, also without memtrace, and bitsandbytes 0.45.5 quantises nothing on a CPU.",
+            "DeepSpeed and bitsandbytes are newer than this torch: DeepSpeed 0.16.5 and 0.17.6 raise under ZeRO-3 "
+            "beside LoRA with `modules_to_save`, also without memtrace, and bitsandbytes 0.45.5 quantises nothing on "
+            "a CPU.",
         ),
     ),
     Row(
