@@ -35,7 +35,7 @@ def _fsdp2_without_a_gpu() -> bool:
     return hasattr(torch.cpu.Stream, "record_event")
 
 
-def _eight_bit_optimizers_on_a_cpu() -> bool:
+def _optimizers_of_bitsandbytes_on_a_cpu() -> bool:
     import bitsandbytes  # noqa: F401 - registers its operators
     import torch
 
@@ -62,15 +62,22 @@ def _fsdp2_under_trainer() -> bool:
     return "is_fsdp2" in inspect.getsource(transformers.Trainer)
 
 
+def _dft_loss() -> bool:
+    import trl
+
+    return "loss_type" in {field.name for field in fields(trl.SFTConfig)}
+
+
 FEATURES: dict[str, Callable[[], bool]] = {
-    "8-bit optimizers on a CPU": _eight_bit_optimizers_on_a_cpu,
     "counters of every accelerator": _counters_of_every_accelerator,
+    "DFT loss of SFTTrainer": _dft_loss,
     "Muon": _muon,
     "FSDP2 that runs without a GPU": _fsdp2_without_a_gpu,
     "FSDP2 under Trainer": _fsdp2_under_trainer,
     "choice of how Trainer samples": _sampling_strategies,
     "grouped matrix products": _grouped_products,
     "listings of one memory pool": _listings_of_one_pool,
+    "optimizers of bitsandbytes on a CPU": _optimizers_of_bitsandbytes_on_a_cpu,
 }
 
 

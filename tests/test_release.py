@@ -20,7 +20,7 @@ import memtrace
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = {"3.11", "3.12"}
-"""The versions of Python that memtrace was run with: see docs/versions.md."""
+"""The versions of Python that memtrace was run with: see docs/versions.md, and tests/fixtures/gpu for the second."""
 BARE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("MEMTRACE_")}
 TOOLS = os.environ.get("PYTHONPATH", "")
 PACKAGES = Path(sysconfig.get_path("purelib"))

@@ -28,6 +28,11 @@ run in its row, and counted and named below. Tests that need a GPU are not part 
 | --- | --- | ---: | ---: | ---: | ---: |
 """
 
+SHARDS = (
+    "* FSDP2's shards are master weights where a lower-precision copy computes, and weights where none does: two ranks "
+    "with gloo, `tests/engines/test_fsdp.py`."
+)
+
 
 def results() -> dict[str, dict[str, Any]]:
     """Returns what the runs have noted, by version of torch."""
@@ -98,6 +103,9 @@ def _details(row: Row, result: dict[str, Any]) -> Iterator[str]:
     yield ""
     lost = [*(f"* Lost: {what}." for what in lost_by_name(row)), *(f"* {what}" for what in row.lost)]
     yield from lost or ["* Nothing is lost."]
+    engines = result["tests"].get("tests/engines")
+    if engines is not None and not any(".test_fsdp::" in name for name in engines["failed"]):
+        yield SHARDS
     yield from (f"* {_tests(count)} not run: {reason}." for reason, count in not_run(result).items())
     yield from (f"* {_tests(count)} failed: {reason}" for reason, count in covered.items())
 

@@ -311,6 +311,7 @@ _PACKAGES = {
 """What must be installed for the names that begin so."""
 _ELSEWHERE = ("adamw_apex_", "adamw_torch_xla", "adamw_torch_npu")
 """How the names begin that need another device."""
+_OF_BITSANDBYTES = ("ademamix", "lion", "paged_", "rmsprop_bnb", "adamw_8bit", "adamw_bnb")
 _NAMES = [name.value for name in OptimizerNames if not name.value.startswith(_ELSEWHERE)]
 _OPTIMIZERS = [name for name in _NAMES if not name.startswith(tuple(_PACKAGES))]
 """Each name of `optim=` that runs on a CPU with the packages of the tests."""
@@ -543,6 +544,7 @@ def _same(configuration: Configuration, directory: Path, watching: list[MemTrace
     return watched
 
 
+ON_A_CPU = pytest.mark.needs("optimizers of bitsandbytes on a CPU")
 SAMPLING = pytest.mark.needs("choice of how Trainer samples")
 NAMES = [
     pytest.param(name, marks=[SAMPLING] if "train_sampling_strategy" in configuration.arguments else [])
@@ -565,9 +567,12 @@ def test_trains_as_without_memtrace(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[ON_A_CPU] if name.startswith(_OF_BITSANDBYTES) else []) for name in OPTIMIZERS],
+)
 def test_every_optimizer_by_default(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the settings as they come: all of its state is found, and two losses are all that nobody claims."""
+    """With the settings as they come: all of its state is found; nobody claims two losses and a norm of gradients."""
     watching = _watching(monkeypatch)
     watched = _same(OPTIMIZERS[name], tmp_path, watching)
     assert watching[0].tracer is not None
@@ -580,7 +585,7 @@ def test_every_optimizer_by_default(name: str, tmp_path: Path, monkeypatch: pyte
     assert record.moments[Moment.BACKWARD_END][Category.GRADIENTS] == weights
     for moment in record.moments.values():
         assert moment.total_bytes == moment.allocated_bytes
-        assert moment[Category.UNATTRIBUTED] <= 8
+        assert moment[Category.UNATTRIBUTED] <= 12
 
 
 def test_the_table_of_optimizers_has_state_of_every_kind() -> None:

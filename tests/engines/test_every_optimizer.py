@@ -103,7 +103,7 @@ ROWS: dict[str, tuple[Callable[[nn.Module], Any], dict[str, float]]] = {
     "bitsandbytes 8-bit AdamW": (of(bitsandbytes.optim.AdamW8bit, min_8bit_size=512), EIGHT_BIT),
 }
 
-NEEDS = {"torch Muon, matrices only": "Muon", "bitsandbytes 8-bit AdamW": "8-bit optimizers on a CPU"}
+NEEDS = {"torch Muon, matrices only": "Muon", "bitsandbytes 8-bit AdamW": "optimizers of bitsandbytes on a CPU"}
 """What only some versions have, by the row that needs it."""
 NAMES = [pytest.param(name, marks=[pytest.mark.needs(NEEDS[name])] if name in NEEDS else []) for name in ROWS]
 
@@ -229,7 +229,7 @@ def test_one_optimizer_per_parameter_inside_the_backward_pass():
 
 
 @pytest.mark.needs("Muon")
-@pytest.mark.needs("8-bit optimizers on a CPU")
+@pytest.mark.needs("optimizers of bitsandbytes on a CPU")
 def test_the_page_has_the_measured_bytes(measured):
     """docs/engines.md shows every row."""
     rows = []

@@ -24,6 +24,17 @@ class Loop:
             self.masters = [parameter.detach().float().requires_grad_() for parameter in self.trainable]
         self.optimizer = torch.optim.AdamW(self.masters or self.trainable, lr=1e-2)
 
+    def kept_by_modules(self) -> int:
+        """Returns the bytes of tensors that modules have as plain attributes, and that nobody claims.
+
+        Before transformers 5 rotary embeddings keep the frequencies that they were built with beside the buffer.
+        """
+        model = [*self.model.parameters(), *self.model.buffers()]
+        claimed = {tensor.untyped_storage().data_ptr() for tensor in model}
+        values = [value for module in self.model.modules() for value in vars(module).values()]
+        kept = {value.untyped_storage().data_ptr(): value for value in values if isinstance(value, torch.Tensor)}
+        return sum(tensor.untyped_storage().nbytes() for start, tensor in kept.items() if start not in claimed)
+
     def step(self) -> list[torch.Tensor]:
         """Runs one step and returns its losses, one a micro batch; gradients stay until the next one."""
         self.zero_grad()

@@ -7,6 +7,8 @@ in the second.
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ from laws.birth import run_from_birth
 from laws.families import FAMILIES, Combination, Recipe, Way
 from laws.loop import Loop
 from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaModel
 
 from memtrace.attribution.timeline import Lifetime, StepMarks, Timeline
 from memtrace.record.breakdown import EntryKey
@@ -43,13 +46,25 @@ ROWS = [
     ("lstm", Recipe.FP32, Way.PLAIN),
 ]
 
+
+def by_name_to_layers() -> set[str]:
+    """Returns the operators of what Llama gives its layers by name, which a checkpoint keeps and does not save.
+
+    Positions for rotary embeddings; before transformers 5 also a mask; before 4.52 all of it goes by position, which a
+    checkpoint saves as activations.
+    """
+    if importlib.util.find_spec("transformers.modeling_layers") is None:
+        return set()
+    adds = ") + past_seen_tokens" in inspect.getsource(LlamaModel.forward)
+    return {"aten::add"} if adds else {"aten::arange", "aten::__and__"}
+
+
 LEFT_BY_THE_FORWARD_PASS = {
     Way.PLAIN: {LOGITS, LOSS},
     Way.ACCUMULATION: {LOGITS, LOSS},
-    # Positions for rotary embeddings, which the checkpoint keeps as arguments and does not save as activations, and for
-    # each layer the state of the random number generator.
-    Way.REENTRANT: {LOGITS, LOSS, "aten::add", "CheckpointFunction"},
-    Way.NON_REENTRANT: {LOGITS, LOSS, "aten::add", "aten::mul", NO_OPERATOR},
+    # For each layer also the state of the random number generator.
+    Way.REENTRANT: {LOGITS, LOSS, *by_name_to_layers(), "CheckpointFunction"},
+    Way.NON_REENTRANT: {LOGITS, LOSS, *by_name_to_layers(), "aten::mul", NO_OPERATOR},
 }
 
 
@@ -75,6 +90,7 @@ class NamedStep:
     marks: StepMarks
     blocks: list[tuple[Lifetime, Allocation]]
     unclaimed: dict[Moment, int]
+    """Of blocks that the step made."""
 
     def nobodys(self, moment: Moment) -> list[tuple[Lifetime, Allocation]]:
         """The blocks without a tag that are live at a moment."""
@@ -136,6 +152,7 @@ def step(request: pytest.FixtureRequest) -> Iterator[NamedStep]:
         moment: breakdown[Category.TEMPORARIES]
         + breakdown[Category.UNATTRIBUTED]
         + breakdown.entries.get(EntryKey(Category.ACTIVATIONS, "", ""), 0)  # known by their life alone
+        - run.loop.kept_by_modules()
         for moment, breakdown in run.record.moments.items()
     }
     return NamedStep(timeline, marks, list(zip(lives, allocations, strict=True)), unclaimed)

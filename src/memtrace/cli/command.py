@@ -10,8 +10,10 @@ class Command(Protocol):
     """One subcommand. It raises MemTraceError for what the user got wrong; `main` turns that into a message."""
 
     name: str
-    summary: str
-    """One line for `memtrace --help`."""
+
+    @property
+    def summary(self) -> str:
+        """One line for `memtrace --help`."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declares options and arguments."""

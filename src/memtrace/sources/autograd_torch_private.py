@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from memtrace.sources.torch_private import leave_out_of_graphs
+
 SavedTensorHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 _innermost_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -66,10 +68,13 @@ def are_innermost(ours: SavedTensorHooks, below: SavedTensorHooks | None) -> boo
 
 def _made_hooks() -> list[Any]:
     """Returns all `saved_tensors_hooks` of the process, as long as their `with` blocks at least; some 10 ms."""
-    kinds = [torch.autograd.graph.saved_tensors_hooks]
+    kinds, made = [torch.autograd.graph.saved_tensors_hooks], []
     for kind in kinds:
         kinds += kind.__subclasses__()
-    return [found for found in gc.get_referrers(*kinds) if isinstance(found, kinds[0])]
+    for found in gc.get_referrers(*kinds):  # a comprehension would be a frame that torch's compiler sees
+        if isinstance(found, kinds[0]):
+            made.append(found)
+    return made
 
 
 def around_forbidding(around: Callable[[], AbstractContextManager[None]]) -> Callable[[], None]:
@@ -105,6 +110,8 @@ def saved_tensor_hooks_allowed() -> bool:
 
 def push_saved_tensor_hooks(pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> None:
     """Makes (pack, unpack) the innermost hooks; the public context manager cannot end in another function's frame."""
+    if _innermost_hooks is None:  # the step of an optimizer that is compiled may ask: torch 2.6 raises in it
+        leave_out_of_graphs(_made_hooks)
     torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 

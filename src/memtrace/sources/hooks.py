@@ -285,6 +285,7 @@ def unless_whole(hook: Callable[..., None], may_break: bool) -> Callable[..., No
         elif rest and not is_traced():
             outside(module, args, *rest)
 
+    torch_private.not_compiled_alone(heard)
     return heard
 
 
@@ -304,6 +305,7 @@ class Apart(partial[None]):
 
     def __new__(cls, function: Callable[..., Any], /, *args: Any, in_graphs: Callable[..., None]) -> Self:
         """Returns it with the attribute: no keyword argument of the function."""
+        torch_private.not_compiled_alone(function)
         made = super().__new__(cls, function, *args)
         made.in_graphs = in_graphs
         return made

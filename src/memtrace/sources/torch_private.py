@@ -180,9 +180,22 @@ def leave_out_of_graphs(function: Callable[..., Any]) -> None:
     not left out. Without effect where torch has changed.
     """
     skip_code = getattr(sys.modules.get("torch._dynamo.eval_frame"), "skip_code", None)
-    if skip_code is not None:
-        skip_code(function.__code__)
+    code = getattr(function, "__code__", None)  # none where it is written in C
+    if skip_code is not None and code is not None:
+        skip_code(code)
         function._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def not_compiled_alone(function: Callable[..., Any]) -> None:
+    """Makes torch's compiler, where it is loaded, not compile calls of this function by itself; inside a graph it may.
+
+    Before torch 2.7 `torch.export` compiles the hooks of a module beside its forward pass, and takes the graph of one
+    for a second graph of the module, which it refuses. Without effect where torch has changed.
+    """
+    skip_code = getattr(sys.modules.get("torch._dynamo.eval_frame"), "skip_code", None)
+    code = getattr(function, "__code__", None)  # none where it is written in C
+    if skip_code is not None and code is not None:
+        skip_code(code)
 
 
 def is_left_out_of_graphs(function: Callable[..., Any]) -> bool:
