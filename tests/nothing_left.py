@@ -1,5 +1,5 @@
 """Before and after every test: no thread of memtrace, no hook and no profiler is left, and `sys.exit` is Python's, and
-what scripts modules and what forbids hooks torch's."""
+what takes no hooks and what forbids them torch's."""
 
 from __future__ import annotations
 
@@ -49,9 +49,12 @@ def recorders_of_torch() -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-def scripts_modules() -> Any:
-    """Returns what of torch scripts modules; None where torch is not loaded."""
-    return getattr(sys.modules.get("torch.jit._recursive"), "create_script_module", None)
+def takes_no_hooks() -> tuple[Any, ...]:
+    """Returns what of torch scripts modules and captures their graphs; None in place of what is not loaded."""
+    graphs = [
+        getattr(sys.modules.get(name), "make_graphed_callables", None) for name in ("torch.cuda", "torch.cuda.graphs")
+    ]
+    return getattr(sys.modules.get("torch.jit._recursive"), "create_script_module", None), *graphs
 
 
 def forbids_hooks() -> Any:
@@ -65,13 +68,13 @@ def forbids_hooks() -> Any:
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """Looks before and after each test."""
-    hooks, leave, script, forbids = global_hooks_of_torch(), sys.exit, scripts_modules(), forbids_hooks()
+    hooks, leave, hookless, forbids = global_hooks_of_torch(), sys.exit, takes_no_hooks(), forbids_hooks()
     assert (memtrace_threads(), recorders_of_torch()) == ([], {})
     yield
     assert (memtrace_threads(), recorders_of_torch()) == ([], {})
     assert global_hooks_of_torch() == hooks
-    if sys.exit is not leave or scripts_modules() is not script:
+    if sys.exit is not leave or takes_no_hooks() != hookless:
         gc.collect()  # a tracer with a fault of its own could not say that it ends: it does when it is collected
     assert sys.exit is leave
-    assert script is None or scripts_modules() is script
+    assert hookless[0] is None or takes_no_hooks() == hookless
     assert forbids[0] is None or forbids_hooks() == forbids

@@ -292,18 +292,45 @@ def test_it_works_as_without_memtrace(loop: Callable[[Training], list[Any]], set
     assert tracer.history[-1].traced == (settings == "traced")
 
 
+@pytest.mark.parametrize("ways", [torch.cuda, torch.cuda.graphs])
+def test_graphed_callables_meet_no_hooks(ways: Any) -> None:
+    """torch takes no module with hooks there. Without a device it comes as far as without memtrace; hooks are back."""
+    model, sample = nn.Sequential(nn.Linear(16, 16), nn.ReLU()), torch.ones(4, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def capture() -> str:
+        with pytest.raises((AssertionError, RuntimeError)) as refused:
+            ways.make_graphed_callables(model, (sample,))
+        return str(refused.value)
+
+    bare = capture()
+    assert "hooks" not in bare
+    with Tracer(model, optimizer, CONFIGS["traced"]) as tracer:
+        for _ in range(3):
+            assert capture() == bare
+            model(sample).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert model._forward_hooks
+    assert [record.traced for record in tracer.history] == [True] * 3
+    assert capture() == bare
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("attached_before", [True, False])
 @pytest.mark.parametrize("settings", CONFIGS)
-def test_graphed_callables(settings: str) -> None:
-    """A model whose passes CUDA graphs have captured trains the same. torch captures none of a model with hooks."""
+def test_graphed_callables(settings: str, attached_before: bool) -> None:
+    """A model whose passes CUDA graphs have captured trains the same, with memtrace attached before or after."""
 
     def train(config: TracerConfig | None) -> list[float]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(16, 16), nn.ReLU()).cuda()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         sample = torch.randn(4, 16, device="cuda")
-        graphed = torch.cuda.make_graphed_callables(model, (sample,))
+        graphed: Any = model if attached_before else torch.cuda.make_graphed_callables(model, (sample,))
         with nullcontext() if config is None else Tracer(model, optimizer, config) as tracer:
+            if attached_before:
+                graphed = torch.cuda.make_graphed_callables(model, (sample,))
             losses = []
             for _ in range(4):
                 loss = F.mse_loss(graphed(sample), sample)

@@ -96,7 +96,7 @@ class _WithCounters(CpuEvents):
 
 
 def test_a_counted_step_calls_little(tmp_path: Path) -> None:
-    """With 300 parameters, counters, its record and its line in the step log; it was 376 before the log had parts."""
+    """With 300 parameters, counters, its record and its line in the step log."""
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(150)))
     optimizer = torch.optim.AdamW(model.parameters())
     called: list[str] = []

@@ -37,8 +37,8 @@ class StepEncoder:
     """Writes records as JSON, one line each.
 
     Called on the training thread after every step with a record: what is as in the record before is not encoded again.
-    The line comes in parts of less than a kilobyte each, mostly: asked for more at once, the C library tidies up all
-    that the training has let go of, which takes ten times as long as to write the line.
+    The line comes in parts of less than a kilobyte each, mostly: asked for more at once, glibc first joins all small
+    pieces that the training has let go of (`malloc_consolidate`), which takes longer than to encode the line.
     """
 
     def __init__(self) -> None:

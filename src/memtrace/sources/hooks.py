@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from memtrace.sources import autograd_torch_private, torch_private
+from memtrace.sources.hookless import HOOKLESS
 from memtrace.sources.optimizer_hooks import BeforeAnyStep, leave_steps
-from memtrace.sources.scripting import SCRIPTING
 
 
 class HookSet:
@@ -71,7 +71,7 @@ class HookSet:
 
     def _put_on(self, module: nn.Module, register: Callable[[nn.Module], RemovableHandle]) -> None:
         if not self._on_modules:
-            self._stack.callback(SCRIPTING.subscribe(self.aside))
+            self._stack.callback(HOOKLESS.subscribe(self.aside))
         hook = _OnModule(module, register)
         self._on_modules.append(hook)
         self._stack.callback(hook.take_off)

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import wraps
 from inspect import currentframe
 from operator import attrgetter
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -68,28 +69,47 @@ is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: Fa
 """Returns whether `torch.jit.trace` is at work; `torch.jit.is_tracing` does so in four times the time."""
 
 
-def around_scripting(around: Callable[[], AbstractContextManager[Any]]) -> Callable[[], None]:
-    """Enters `around()` while `torch.jit.script` compiles a module; returns what ends that.
+def around_what_takes_no_hooks(around: Callable[[], AbstractContextManager[Any]]) -> Callable[[], None]:
+    """Enters `around()` while torch makes something of modules that must have no hooks; returns what ends that.
 
-    Torch has no place to be told of it before it reads the hooks of the module. So it is put around the one function
-    that all ways of scripting a module come to, and taken off again unless somebody has put another one in its place.
-    Without effect where torch has changed: then it raises on hooks.
+    Torch has no place to be told of it before it looks at the hooks. So it is put around the one function that all ways
+    of scripting a module come to, and around `torch.cuda.make_graphed_callables`, and taken off again unless somebody
+    has put another one in its place. Without effect where torch has changed, or a script has taken the function by its
+    name before: then torch raises on hooks.
     """
-    recursive = getattr(torch.jit, "_recursive", None)
-    before: Callable[..., Any] | None = getattr(recursive, "create_script_module", None)
-    if recursive is None or before is None:
+    recursive, graphs = getattr(torch.jit, "_recursive", None), getattr(torch.cuda, "graphs", None)
+    ends = [
+        _put_around(around, (recursive,), "create_script_module"),
+        _put_around(around, (torch.cuda, graphs), "make_graphed_callables"),
+    ]
+
+    def end() -> None:
+        for one in ends:
+            one()
+
+    return end
+
+
+def _put_around(
+    around: Callable[[], AbstractContextManager[Any]], modules: tuple[ModuleType | None, ...], name: str
+) -> Callable[[], None]:
+    before: Callable[..., Any] | None = getattr(modules[0], name, None)
+    if before is None:
         return lambda: None
 
     @wraps(before)
-    def create_script_module(*args: Any, **kwargs: Any) -> Any:
+    def inside(*args: Any, **kwargs: Any) -> Any:
         with around():
             return before(*args, **kwargs)
 
     def end() -> None:
-        if recursive.create_script_module is create_script_module:
-            recursive.create_script_module = before
+        for module in modules:
+            if getattr(module, name, None) is inside:
+                setattr(module, name, before)
 
-    recursive.create_script_module = create_script_module
+    for module in modules:
+        if getattr(module, name, None) is before:
+            setattr(module, name, inside)
     return end
 
 

@@ -1,4 +1,4 @@
-"""`torch.jit.script`: it compiles the hooks of a module with it, so memtrace's are off while it does."""
+"""What of torch takes no module with hooks, `torch.jit.script` and graphed callables: memtrace's are off meanwhile."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ Aside = Callable[[], AbstractContextManager[Any]]
 """Returns what has hooks off as long as it is entered."""
 
 
-class Scripting:
-    """Puts the hooks of its subscribers aside while a module is scripted: as without memtrace, and so is the result.
+class Hookless:
+    """Puts the hooks of its subscribers aside while torch makes something of a module that must have none.
 
-    There is one a process, since torch has one such function. It is as torch has made it while there is no subscriber.
-    Subscribers are held weakly. Forward passes that another thread runs meanwhile are not heard.
+    `torch.jit.script` would compile them, `torch.cuda.make_graphed_callables` refuses them: both do as without
+    memtrace, and so does what they make. There is one a process, since torch has one of each such function. They are
+    as torch has made them while there is no subscriber. Subscribers are held weakly. Forward passes that another thread
+    runs meanwhile are not heard.
     """
 
     def __init__(self) -> None:
@@ -26,12 +28,12 @@ class Scripting:
         self._end: Callable[[], None] | None = None
 
     def subscribe(self, aside: Aside) -> Callable[[], None]:
-        """Enters what a bound method returns while a module is scripted, from now on; returns what ends that."""
+        """Enters what a bound method returns while no module may have hooks, from now on; returns what ends that."""
         self._count += 1
         number = self._count
         self._subscribers = {**self._subscribers, number: weakref.WeakMethod(aside, lambda _: self._leaves(number))}
         if self._end is None:
-            self._end = torch_private.around_scripting(self._around)
+            self._end = torch_private.around_what_takes_no_hooks(self._around)
         return lambda: self._leaves(number)
 
     def _leaves(self, number: int) -> None:
@@ -51,5 +53,5 @@ class Scripting:
             yield
 
 
-SCRIPTING = Scripting()
+HOOKLESS = Hookless()
 """The one of this process."""
