@@ -121,6 +121,30 @@ def test_a_compiled_model_that_uses_torch_func(by_itself: bool) -> None:
         assert traced == [trace_every == 1 or bool(step % 2) for step in range(4)]
 
 
+@pytest.mark.parametrize("trace_every", [1, 0])
+def test_a_compiled_step_of_an_optimizer_is_one_graph(trace_every: int) -> None:
+    """As without memtrace, whose own functions the compiler does not look into; each step has its record."""
+
+    def run(config: TracerConfig | None) -> tuple[list[torch.Tensor], int, int]:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = torch.compile(optimizer.step, backend="eager")
+        with nullcontext() if config is None else Tracer(model, optimizer, config) as tracer:
+            for _ in range(6):
+                model(torch.randn(16, 32)).square().mean().backward()
+                step()
+                optimizer.zero_grad()
+        steps = 6 if tracer is None else len(tracer.history)
+        return [parameter.detach() for parameter in model.parameters()], graphs(), steps
+
+    bare, watched = run(None), run(TracerConfig(strict=True, trace_every=trace_every))
+    assert all(torch.equal(one, other) for one, other in zip(bare[0], watched[0], strict=True))
+    assert watched[1:] == bare[1:] == (1, 6)
+
+
 def train_with_compiled_autograd(*, traced: bool, fullgraph: bool) -> tuple[list[torch.Tensor], Tracer]:
     """Returns the parameters after three steps whose backward pass the compiler has taken in, and the tracer."""
     torch.manual_seed(0)

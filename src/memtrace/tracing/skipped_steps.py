@@ -17,7 +17,7 @@ from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.guard import Guard
 from memtrace.record.categories import Phase
 from memtrace.sources.autograd_torch_private import after_backward, backward_is_running, current_autograd_node
-from memtrace.sources.hooks import Apart, unless_whole
+from memtrace.sources.hooks import Apart, outside_graphs, unless_whole
 from memtrace.sources.torch_private import is_jit_tracing, leave_out_of_graphs
 from memtrace.tracing.cycle import Cycle
 from memtrace.tracing.dropped import DroppedGradients
@@ -179,6 +179,7 @@ class SkippedSteps:
         """Returns the hook before each step of an optimizer; `otherwise` gets the optimizer."""
 
         explicit, stepping, gradient = self._explicit, Phase.OPTIMIZER, self.dropped.gradient
+        otherwise = outside_graphs(otherwise)
         alive = weakref.ref(optimizer)  # torch names the one that is stepped, which may be a wrapper with its hooks
 
         def hook(stepped: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -189,6 +190,7 @@ class SkippedSteps:
             else:
                 otherwise(alive())
 
+        leave_out_of_graphs(hook)
         return hook
 
     def after_optimizer(self, optimizer: torch.optim.Optimizer, otherwise: Hook) -> Hook:
@@ -199,6 +201,7 @@ class SkippedSteps:
         that step inside a backward pass, where each parameter may have one, the first is all there is to know.
         """
         outside, backward, dropped = Phase.OUTSIDE, Phase.BACKWARD, self.dropped
+        otherwise = outside_graphs(otherwise)
         alive = weakref.ref(optimizer)
 
         def hook(stepped: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -214,6 +217,7 @@ class SkippedSteps:
             else:
                 otherwise(alive())
 
+        leave_out_of_graphs(hook)
         return hook
 
     def plan(self, schedule: TraceSchedule, *, following: int) -> None:
