@@ -47,6 +47,7 @@ SHELLS = frozenset(
         "after_backward.<locals>.end",
         "_WeakHook.__call__",
         "TraceWindow._gradient_comes",
+        "TraceWindow._any_steps",
         "unless_whole.<locals>.heard",
         "BeforeAnyStep.__call__",
         "Tracer.attach",

@@ -50,7 +50,7 @@ class TraceWindow:
         ledger: Ledger,
         guard: Guard,
         current_step: Callable[[], StepInProgress | None],
-        others_step: Callable[[], None] = lambda: None,
+        others_step: Callable[[TraceWindow], None] = lambda _: None,
         trace_activations: bool = True,
         hears_saved: HearsSaved | None = None,
     ) -> None:
@@ -221,7 +221,7 @@ class TraceWindow:
         self._forward_passes = 0
         self._other_steps.clear()
         self._begin_seconds = monotonic()
-        self._hooks.before_any_step(self._guard.wrap(self._optimizer_steps))
+        self._hooks.before_any_step(self._any_steps)
         if self._replaces != bool(self._scan.engines):
             self._saved = self._listener()
         # Most gradients are there when the backward pass has ended: torch calls a parameter's hooks in each step from
@@ -287,6 +287,9 @@ class TraceWindow:
         self._awaits_end = self._awaits_end or after_backward(self._guard.wrap(self._backward_ended))
         return self._awaits_end
 
+    def _any_steps(self, optimizer: object) -> None:
+        self._guard.run(self._optimizer_steps, optimizer)
+
     def _optimizer_steps(self, optimizer: object) -> None:
         """Counts steps of optimizers that memtrace was not given: does the training go on that this window is for?
 
@@ -295,7 +298,7 @@ class TraceWindow:
         ours = any(optimizer is one or optimizer in self._scan.parts_of(one) for one in self._scan.optimizers)
         if not ours and not backward_is_running():
             self._other_steps[id(optimizer)] = self._other_steps.get(id(optimizer), 0) + 1
-            self._others_step()
+            self._others_step(self)
 
     def _gathered(self, engine: Engine, module: nn.Module, *args: object) -> None:
         if self._tags is not None:

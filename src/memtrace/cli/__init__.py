@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser(named: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(named: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Returns the parser of the command that is named, or of all where none is."""
     parser = argparse.ArgumentParser(
         prog="memtrace", description="What every byte of GPU memory is for in PyTorch training."

@@ -141,9 +141,9 @@ class HookSet:
         for one in (optimizer, *parts):
             self.around_step(one, partial(begins, id(one)), partial(ends, id(one)))
 
-    def before_any_step(self, hook: Callable[[object], None]) -> None:
-        """Calls `hook(stepped)` before each step of every optimizer of the process."""
-        self._stack.callback(BeforeAnyStep(hook).take_off)
+    def before_any_step(self, method: Callable[[object], None]) -> None:
+        """Calls a bound method, as long as its object is there, with each optimizer of the process before its steps."""
+        self._stack.callback(BeforeAnyStep(method).take_off)
 
     def after_gradient(
         self, parameters: Iterable[nn.Parameter], hook: Callable[[torch.Tensor], None], *, first: bool = False

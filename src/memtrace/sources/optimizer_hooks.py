@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -14,22 +15,27 @@ from memtrace.sources import torch_private
 class BeforeAnyStep:
     """A hook before the steps of all optimizers, which may be taken off in its own call. torch's compiler hears none.
 
+    It goes with its object: torch holds this hook where no collector looks.
+
     Args:
-        hook: called with the optimizer that is stepped.
+        method: a bound method, which is called with the optimizer that is stepped.
     """
 
-    def __init__(self, hook: Callable[[object], None]) -> None:
-        self._hook = hook
+    def __init__(self, method: Callable[[object], None]) -> None:
         self._at_work = False
         self._handle = register_optimizer_step_pre_hook(self)
+        self._alive = weakref.WeakMethod(method, lambda _: leave_steps([self._handle]))
 
     def __call__(self, stepped: object, *_: object) -> None:
         """Called by torch, with the arguments of the step."""
         if torch.compiler.is_compiling():
             return
+        method = self._alive()
+        if method is None:
+            return
         self._at_work = True
         try:
-            self._hook(stepped)
+            method(stepped)
         finally:
             self._at_work = False
 

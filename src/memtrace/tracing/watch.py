@@ -125,6 +125,7 @@ class Watch:
         self._updates = UpdatesInBackward(self._scan, self._cycle, self._guard, self._current)
         annotator = annotator_of(self._source) if self._config.annotate_snapshots else None
         self._annotations = Annotations(self._scan, self._ledger, annotator)
+        bounds, current = self._bounds, self._current  # not self: whoever drops all of it frees it at once
         self.window = TraceWindow(
             model=self.model,
             scan=self._scan,
@@ -132,7 +133,7 @@ class Watch:
             ledger=self._ledger,
             guard=self._guard,
             current_step=self._current.with_marks,
-            others_step=self._others_step,
+            others_step=lambda window: bounds.look_at_time(current.step, window),
             trace_activations=self._config.trace_activations,
             hears_saved=None if annotator is None else self._annotations.saved,
         )
@@ -287,9 +288,6 @@ class Watch:
             return
         step.forward_ends()
         self.window.forward_ends(output)
-
-    def _others_step(self) -> None:
-        self._bounds.look_at_time(self._current.step, self.window)
 
     def _on_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self._updates.begins() and not (self.window.is_open and backward_is_running()):
