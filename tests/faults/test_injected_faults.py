@@ -63,6 +63,7 @@ SHELLS = frozenset(
         "_Pair.pop",
         "_Pair._can_be_popped",
         "BeforeAnyStep.take_off",
+        "BeforeAnyStep.__init__.<locals>.<lambda>",
         "Forbidding.goes_off",
         "Forbidding._forget",
         "around_compilation.<locals>.end",

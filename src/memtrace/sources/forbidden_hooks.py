@@ -38,7 +38,8 @@ class Forbidding:
         key, begins = id(pair), not self._pairs
         self._pairs = {**self._pairs, key: weakref.ref(pair, lambda gone: self._forget(key, gone))}
         if begins:
-            self._ends = around_compilation(self._forbidden), around_forbidding(self._forbidden)
+            for around in (around_compilation, around_forbidding):
+                self._ends = *self._ends, around(self._forbidden)
 
     def goes_off(self, pair: Pair) -> None:
         """Leaves the pair alone from now on."""
