@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -53,17 +55,66 @@ def test_json_has_the_same_in_bytes(capsys):
     assert device["failure"] == {"requested_bytes": 6 << 20, "free_bytes": 2 << 20, "place": "train.py:41 train"}
 
 
-def test_several_snapshots_are_compared_and_listed(tmp_path, capsys):
-    """Two by category with the difference; more than one as the peaks of ranks."""
+def test_two_snapshots_are_compared(tmp_path, capsys):
+    """By category, with the difference."""
     other = tmp_path / "rank1.pickle"
     other.write_bytes(
         pickle.dumps({"segments": [], "device_traces": [[{"action": "alloc", "addr": 1, "size": 5 << 20}]]})
     )
     assert main(["read", SNAPSHOT, str(other), "--compare"]) == 0
     assert "total 53.42 MiB 5.00 MiB -48.42 MiB" in lines_of(capsys.readouterr().out)
-    assert main(["read", SNAPSHOT, str(other), "--config", CONFIG]) == 0
-    shown = capsys.readouterr().out
-    assert "snapshot.pickle.gz, device 0" in shown and "rank1.pickle, device 0" in shown
+
+
+def snapshots_of_ranks(directory, *contents):
+    """Files of one name in a directory a rank, as trainers leave them."""
+    paths = []
+    for rank, content in enumerate(contents):
+        path = directory / f"rank{rank}" / "snapshot.pickle"
+        path.parent.mkdir()
+        path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+        paths.append(str(path))
+    return paths
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_ranks_stand_side_by_side(tmp_path, capsys, monkeypatch, columns):
+    """Each by its own name, with its share of the fullest and the request that failed; an empty one is told."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    small = {"segments": [], "device_traces": [[{"action": "alloc", "addr": 1, "size": 5 << 20}]]}
+    failed = gzip.decompress(Path(SNAPSHOT).read_bytes())
+    paths = snapshots_of_ranks(tmp_path, small, failed, small, {"segments": [], "device_traces": [[]]})
+    page = tmp_path / "page.html"
+    assert main(["read", *paths, "--config", CONFIG, "--html", str(page)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    html = page.read_text(encoding="utf-8")
+    if columns == 100:
+        assert "peak, MiB allocated reserved share failed category" in shown
+        assert "rank0/snapshot.pickle, device 0 5.00 " in shown
+        (full,) = re.findall(r"rank1/snapshot\.pickle, device 0 (.*?) rank2/", shown)
+        figures = "53.42 52.43 100% 6.00 workspaces 16.25 optimizer_state 14.87 weights 7.43"
+        assert full == figures
+        assert figures in " ".join(html.split())
+    assert shown.count(" 9% ") == 2
+    assert "…" not in shown
+    for figure in ("100%", "6.00", "workspaces 16.25", "optimizer_state 14.87"):
+        assert figure in shown
+    assert "rank3/snapshot.pickle: the snapshot has no segments and no history" in shown
+    assert [f"<h2>rank{rank}/snapshot.pickle, device 0</h2>" in html for rank in range(4)] == [True, True, True, False]
+
+
+def test_two_ranks_are_compared_by_name(tmp_path, capsys):
+    """Devices that both have; the columns and the JSON have the names that tell the files apart."""
+    small = {"segments": [], "device_traces": [[{"action": "alloc", "addr": 1, "size": 5 << 20}]]}
+    large = {"segments": [], "device_traces": [[{"action": "alloc", "addr": 1, "size": 7 << 20}]]}
+    paths = snapshots_of_ranks(tmp_path, small, large)
+    assert main(["read", *paths, "--compare"]) == 0
+    lines = lines_of(capsys.readouterr().out)
+    assert "peak of device 0 rank0/snapshot.pickle rank1/snapshot.pickle difference" in lines
+    assert "total 5.00 MiB 7.00 MiB +2.00 MiB" in lines
+    assert main(["read", *paths, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["snapshots"]
+    assert [one["name"] for one in found] == ["rank0/snapshot.pickle", "rank1/snapshot.pickle"]
+    assert main(["read", paths[0], paths[0]]) == 0
 
 
 def test_an_annotated_snapshot_says_the_same_without_the_configuration(tmp_path, capsys):
