@@ -28,8 +28,8 @@ def test_the_table_has_each_moment_with_the_source_of_each_entry(capsys):
     with_sizes = lines_of(capsys.readouterr().out)
     assert "MiB source peak end failure" in with_sizes
     assert "■ optimizer_state exp_avg float32 size 7.43 7.43 7.43" in with_sizes
-    assert "failed: a request for 6.00 MiB at train.py:41 train, with 2.00 MiB free on the device" in with_sizes
-    assert any(line.startswith("free in 2 segments at the end: 5.33 MiB") for line in with_sizes)
+    assert "failed: a request for 12.00 MiB at train.py:41 train, with 2.00 MiB free on the device" in with_sizes
+    assert any(line.startswith("free in 2 segments at the end: 16.90 MiB") for line in with_sizes)
     assert main(["read", SNAPSHOT]) == 0
     without = lines_of(capsys.readouterr().out)
     assert "■ unattributed none 44.52 38.55 38.55" in without
@@ -52,7 +52,7 @@ def test_json_has_the_same_in_bytes(capsys):
         max(map(sum, zip(*curve["categories"].values(), strict=True))) == device["moments"]["peak"]["allocated_bytes"]
     )
     assert len(curve["seconds"]) == len(curve["categories"]["weights"])
-    assert device["failure"] == {"requested_bytes": 6 << 20, "free_bytes": 2 << 20, "place": "train.py:41 train"}
+    assert device["failure"] == {"requested_bytes": 12 << 20, "free_bytes": 2 << 20, "place": "train.py:41 train"}
 
 
 def test_two_snapshots_are_compared(tmp_path, capsys):
@@ -91,12 +91,12 @@ def test_ranks_stand_side_by_side(tmp_path, capsys, monkeypatch, columns):
         assert "peak, MiB allocated reserved share failed category" in shown
         assert "rank0/snapshot.pickle, device 0 5.00 " in shown
         (full,) = re.findall(r"rank1/snapshot\.pickle, device 0 (.*?) rank2/", shown)
-        figures = "53.42 52.43 100% 6.00 workspaces 16.25 optimizer_state 14.87 weights 7.43"
+        figures = "53.42 64.00 100% 12.00 workspaces 16.25 optimizer_state 14.87 weights 7.43"
         assert full == figures
         assert figures in " ".join(html.split())
     assert shown.count(" 9% ") == 2
     assert "…" not in shown
-    for figure in ("100%", "6.00", "workspaces 16.25", "optimizer_state 14.87"):
+    for figure in ("100%", " 12.00 ", "workspaces 16.25", "optimizer_state 14.87"):
         assert figure in shown
     assert "rank3/snapshot.pickle: the snapshot has no segments and no history" in shown
     assert [f"<h2>rank{rank}/snapshot.pickle, device 0</h2>" in html for rank in range(4)] == [True, True, True, False]
@@ -186,7 +186,7 @@ def test_a_page_and_a_trace_show_the_timeline(tmp_path, capsys):
     assert "script-src" not in html
     assert "<b>" not in html
     assert html.count("<svg") == 1
-    assert "failed: a request for 6.00 MiB" in html
+    assert "failed: a request for 12.00 MiB" in html
     events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     (peak,) = (event for event in events if event["name"] == "peak")
     at_peak = [sum(event["args"].values()) for event in events if event["ph"] == "C" and event["ts"] == peak["ts"]]
