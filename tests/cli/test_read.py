@@ -52,17 +52,36 @@ def test_json_has_the_same_in_bytes(capsys):
         max(map(sum, zip(*curve["categories"].values(), strict=True))) == device["moments"]["peak"]["allocated_bytes"]
     )
     assert len(curve["seconds"]) == len(curve["categories"]["weights"])
+    assert (device["device"], device["events"], device["steps"], device["notes"]) == (0, 1331, 1, [])
+    holders = device["holders"]
+    assert holders[0] == {"category": "workspaces", "place": "", "blocks": 2, "bytes": 2 * 8_519_680}
+    assert sum(holder["bytes"] for holder in holders) <= device["moments"]["failure"]["allocated_bytes"]
+    free = device["fragmentation"]
+    reserved = device["moments"]["end"]["reserved_bytes"]
+    assert (free["segments"], free["expandable"], reserved) == (2, False, 66 << 20)
+    assert free["largest_free_bytes"] < 12 << 20 < free["free_bytes"] <= reserved
+    assert [(remedy["kind"], remedy["would_fit"]) for remedy in device["remedies"]] == [
+        ("expandable_segments", True), ("sharding", True), ("8bit_optimizer", True), ("bf16", False),
+    ]  # fmt: skip
+    assert device["remedies"][0]["saved_bytes"] == free["free_bytes"]
     assert device["failure"] == {"requested_bytes": 12 << 20, "free_bytes": 2 << 20, "place": "train.py:41 train"}
 
 
 def test_two_snapshots_are_compared(tmp_path, capsys):
-    """By category, with the difference."""
-    other = tmp_path / "rank1.pickle"
-    other.write_bytes(
-        pickle.dumps({"segments": [], "device_traces": [[{"action": "alloc", "addr": 1, "size": 5 << 20}]]})
-    )
-    assert main(["read", SNAPSHOT, str(other), "--compare"]) == 0
-    assert "total 53.42 MiB 5.00 MiB -48.42 MiB" in lines_of(capsys.readouterr().out)
+    """By category, with the difference; a device that only one of them has is named."""
+    other, empty = tmp_path / "rank1.pickle", tmp_path / "empty.pickle"
+    alloc = {"action": "alloc", "addr": 1, "size": 5 << 20, "user_metadata": "weights"}
+    other.write_bytes(pickle.dumps({"segments": [], "device_traces": [[alloc], [alloc]]}))
+    empty.write_bytes(pickle.dumps({"segments": [], "device_traces": []}))
+    assert main(["read", SNAPSHOT, str(other), "--config", CONFIG, "--compare"]) == 0
+    lines = lines_of(capsys.readouterr().out)
+    assert "■ weights 7.43 MiB 5.00 MiB -2.43 MiB" in lines
+    assert "■ workspaces 16.25 MiB 0 B -16.25 MiB" in lines
+    assert "total 53.42 MiB 5.00 MiB -48.42 MiB" in lines
+    assert "reserved 64.00 MiB 0 B -64.00 MiB" in lines
+    assert "only rank1.pickle has device 1" in lines
+    assert main(["read", str(empty), str(empty), "--compare"]) == 0
+    assert lines_of(capsys.readouterr().out) == ["the two snapshots have no device in common"]
 
 
 def snapshots_of_ranks(directory, *contents):
@@ -187,6 +206,8 @@ def test_a_page_and_a_trace_show_the_timeline(tmp_path, capsys):
     assert "<b>" not in html
     assert html.count("<svg") == 1
     assert "failed: a request for 12.00 MiB" in html
+    assert "■ optimizer_state exp_avg float32 size 7.43 7.43 7.43" in lines_of(html)
+    assert "allocated 53.42 49.09 49.09" in lines_of(html)
     events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     (peak,) = (event for event in events if event["name"] == "peak")
     at_peak = [sum(event["args"].values()) for event in events if event["ph"] == "C" and event["ts"] == peak["ts"]]

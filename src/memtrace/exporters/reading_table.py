@@ -62,7 +62,10 @@ def ranks_of_readings(readings: Sequence[SnapshotReading]) -> RenderableType:
 
 
 def difference_table(before: SnapshotReading, after: SnapshotReading) -> RenderableType:
-    """Returns the peaks of two snapshots by category, and by how much the second is larger; of each device of both."""
+    """Returns the peaks of two snapshots by category, and by how much the second is larger; of each device.
+
+    A device that only one of them has is named.
+    """
     parts: list[RenderableType] = []
     others = {device.device: device for device in after.devices}
     for device in before.devices:
@@ -78,6 +81,10 @@ def difference_table(before: SnapshotReading, after: SnapshotReading) -> Rendera
         table.add_row("total", *_difference(first.total_bytes, second.total_bytes), style="bold")
         table.add_row("reserved", *_difference(first.reserved_bytes, second.reserved_bytes))
         parts.append(table)
+    for one, two in ((before, others), (after, {device.device: device for device in before.devices})):
+        alone = [str(device.device) for device in one.devices if device.device not in two]
+        if alone:
+            parts.append(Text(f"only {printable(one.name)} has device {', '.join(alone)}"))
     return Group(*parts) if parts else Text("the two snapshots have no device in common")
 
 
