@@ -78,7 +78,7 @@ def device(recorded: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> H200:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(scan, "device_of", lambda model: DEVICE)
     monkeypatch.setattr(FAILURES, "_observing", None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="a"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="a", major=9, minor=0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (FREE, made.peak_reserved + FREE))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: made.peak_reserved)
     observe = partial(setattr, made, "tell_failure")

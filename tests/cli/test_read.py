@@ -134,6 +134,7 @@ def test_two_ranks_are_compared_by_name(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)["snapshots"]
     assert [one["name"] for one in found] == ["rank0/snapshot.pickle", "rank1/snapshot.pickle"]
     assert main(["read", paths[0], paths[0]]) == 0
+    assert sum(line.startswith("snapshot.pickle, device 0 ") for line in lines_of(capsys.readouterr().out)) == 2
 
 
 def test_an_annotated_snapshot_says_the_same_without_the_configuration(tmp_path, capsys):

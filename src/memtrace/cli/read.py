@@ -123,7 +123,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     names: list[str] = []
     for depth in range(1, 1 + max(len(path.parts) for path in paths)):
         names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len({*names}) == len(names):
+        if len({*names}) == len({*paths}):
             break
     return names
 
