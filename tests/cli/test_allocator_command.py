@@ -96,6 +96,26 @@ def test_a_snapshot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no history of device 7" in refused(capsys, path, "--device", 7)
 
 
+def test_collecting_needs_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the setting in force collects and nobody knows of how much, the command asks for it, and takes it."""
+    path = tmp_path / "s.pickle"
+    entry = {"addr": 0x7F0000000000, "stream": 0, "time_us": 1, "frames": []}
+    pairs = [
+        {**entry, "action": action, "size": size << 20} for size in (300, 400) for action in ("alloc", "free_completed")
+    ]
+    settings = {"expandable_segments": False, "garbage_collection_threshold": 0.2}
+    path.write_bytes(pickle.dumps({"segments": [], "device_traces": [pairs], "allocator_settings": settings}))
+    said = "so the model collects no garbage: give it with --limit"
+    assert main(["allocator", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["outcomes"][0]["reserved_bytes"] == 700 << 20
+    assert main(["allocator", str(path)]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert main(["allocator", str(path), "--limit", "1GiB", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["outcomes"][0]["reserved_bytes"] == 400 << 20
+    assert main(["allocator", str(path), "--limit", "1GiB"]) == 0
+    assert said not in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_setting_that_saves_nothing_is_not_advised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is short then is memory."""
     path = tmp_path / "s.pickle"

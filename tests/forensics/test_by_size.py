@@ -57,6 +57,46 @@ FAMILIES: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[], Any]]] = {
     ),
     "swin": (larger_families._swin, SIZE.images),
     "mixtral": (lambda: larger_families._mixtral("grouped_mm"), SIZE.sequence_to_sequence),
+    "phi": (
+        lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**SIZE.text, **larger_families._GROUPED)),
+        SIZE.sequence_to_sequence,
+    ),
+    "phi3": (
+        lambda: transformers.Phi3ForCausalLM(
+            transformers.Phi3Config(**SIZE.text, **larger_families._GROUPED, pad_token_id=0)
+        ),
+        SIZE.sequence_to_sequence,
+    ),
+    "bloom": (
+        lambda: transformers.BloomForCausalLM(
+            transformers.BloomConfig(vocab_size=512, hidden_size=192, n_layer=3, n_head=6)
+        ),
+        SIZE.sequence_to_sequence,
+    ),
+    "opt": (
+        lambda: transformers.OPTForCausalLM(
+            transformers.OPTConfig(
+                vocab_size=512,
+                hidden_size=192,
+                num_hidden_layers=3,
+                num_attention_heads=6,
+                ffn_dim=512,
+                word_embed_proj_dim=192,
+                max_position_embeddings=128,
+            )
+        ),
+        SIZE.sequence_to_sequence,
+    ),
+    "gpt-neox": (
+        lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZE.text, **WIDTH)),
+        SIZE.sequence_to_sequence,
+    ),
+    "starcoder2": (
+        lambda: transformers.Starcoder2ForCausalLM(
+            transformers.Starcoder2Config(**SIZE.text, **larger_families._GROUPED)
+        ),
+        SIZE.sequence_to_sequence,
+    ),
 }
 
 CASES = [
@@ -90,6 +130,17 @@ CASES = [
             ("mixtral", "pure-bf16", "adamw", 1),
             ("vit", "fp32", "sgd-momentum", 4),
             ("bert", "bf16-master", "adamw", 4),
+            # Drawn at random after the rules were made, as DistilBERT, Mistral and ALBERT above:
+            ("phi", "megatron", "adamw", 1),
+            ("phi", "hf-autocast", "adamw8bit", 2),
+            ("phi3", "hf-autocast", "adamw", 1),
+            ("bloom", "megatron", "adamw-amsgrad", 2),
+            ("opt", "bf16-master", "adamw-amsgrad", 4),
+            ("gpt-neox", "hf-autocast", "sgd-momentum", 4),
+            ("starcoder2", "fp32", "adamw8bit", 4),
+            ("mistral", "pure-bf16", "adamw8bit", 4),
+            ("gpt2", "pure-bf16", "adamw-amsgrad", 4),
+            ("albert", "pure-bf16", "sgd-momentum", 4),
         )
     ),
 ]

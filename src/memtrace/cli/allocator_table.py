@@ -115,6 +115,8 @@ def _facts(found: WhatIf) -> Iterator[str]:
         yield f"a request of {format_bytes(recording.failed_bytes)} failed; {said[found.in_force.fits]}"
     if found.limit_bytes is not None:
         yield f"the allocator may reserve {format_bytes(found.limit_bytes)}"
+    elif found.in_force.settings.garbage_collection_threshold is not None:
+        yield "what may be reserved is not recorded, so the model collects no garbage: give it with --limit"
 
 
 def _settings(found: WhatIf) -> Table:

@@ -103,7 +103,10 @@ class Read:
         if arguments.run_directory is not None:
             _check_run(arguments.run_directory)
         model = None if arguments.config is None else expected_model(arguments.config)
-        readings = [_read(path, model, arguments.run_directory, arguments.annotate) for path in paths]
+        readings = [
+            _read(path, name, model, arguments.run_directory, arguments.annotate)
+            for path, name in zip(paths, _names(paths), strict=True)
+        ]
         if arguments.html is not None:
             _write(arguments.html, render_readings(readings))
         if arguments.perfetto is not None:
@@ -115,7 +118,19 @@ class Read:
         return 0
 
 
-def _read(path: Path, model: ExpectedModel | None, run: Path | None, annotated: Path | None) -> SnapshotReading:
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Returns the names of the files, with as much of their directories as tells them apart: ranks have one each."""
+    names: list[str] = []
+    for depth in range(1, 1 + max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len({*names}) == len({*paths}):
+            break
+    return names
+
+
+def _read(
+    path: Path, name: str, model: ExpectedModel | None, run: Path | None, annotated: Path | None
+) -> SnapshotReading:
     """Returns what one snapshot says, and lets go of it before the next one is loaded."""
     from memtrace.forensics.loader import load_snapshot  # noqa: PLC0415 - torch takes a second to import
     from memtrace.forensics.reading import read_snapshot  # noqa: PLC0415
@@ -123,9 +138,9 @@ def _read(path: Path, model: ExpectedModel | None, run: Path | None, annotated: 
     snapshot = load_snapshot(path, _Progress(path))
     runs = () if run is None else [*_records(run, snapshot)]
     try:
-        reading = read_snapshot(snapshot, path.name, model, runs)
+        reading = read_snapshot(snapshot, name, model, runs)
     except ConfigError as error:
-        raise ConfigError(f"{path.name}: {error}") from error
+        raise ConfigError(f"{name}: {error}") from error
     if annotated is not None:
         from memtrace.forensics.annotated import write_annotated  # noqa: PLC0415
 

@@ -22,6 +22,7 @@ from memtrace.record.units import format_bytes
 
 _SHOWN_HOLDERS = 10
 _SHOWN_CATEGORIES = 3
+_EMPTY = "{}: the snapshot has no segments and no history"
 
 
 def reading_table(reading: SnapshotReading) -> RenderableType:
@@ -30,33 +31,41 @@ def reading_table(reading: SnapshotReading) -> RenderableType:
     for device in reading.devices:
         parts += [Text(printable(" · ".join(_headline(reading, device))), "bold"), *_device(device)]
     if not parts:
-        parts.append(Text(f"{printable(reading.name)}: the snapshot has no segments and no history"))
+        parts.append(Text(_EMPTY.format(printable(reading.name))))
     return Group(*parts)
 
 
 def ranks_of_readings(readings: Sequence[SnapshotReading]) -> RenderableType:
-    """Returns the peaks of several snapshots with their largest categories, the fullest one marked."""
-    peaks = [
-        (reading.name, device, device.moments[SnapshotMoment.PEAK])
-        for reading in readings
-        for device in reading.devices
-    ]
-    fullest = max((peak.total_bytes for _, _, peak in peaks), default=0)
+    """Returns the peaks of several snapshots side by side.
+
+    With the share of the fullest one, the request that failed, where one did, and the largest categories.
+    """
+    devices = [(reading.name, device) for reading in readings for device in reading.devices]
+    fullest = max((device.moments[SnapshotMoment.PEAK].total_bytes for _, device in devices), default=0)
     scale = Scale(fullest)
-    table = _table(f"peak, {scale.unit}", "allocated", "reserved", "category")
-    for name, device, peak in peaks:
+    failed = any(device.failure is not None for _, device in devices)
+    columns = ["allocated", "reserved", "share", *["failed"] * failed, "category"]
+    table = _table(f"peak, {scale.unit}", *columns, narrowest=16)
+    for name, device in devices:
+        peak, failure = device.moments[SnapshotMoment.PEAK], device.failure
         largest = sorted(peak.by_category().items(), key=lambda item: -item[1])[:_SHOWN_CATEGORIES]
         table.add_row(
             Text(f"{printable(name)}, device {device.device}", "bold" if peak.total_bytes == fullest else ""),
             scale.cell(peak.total_bytes),
             scale.cell(peak.reserved_bytes),
-            Text(", ".join(f"{category} {scale.cell(size)}" for category, size in largest)),
+            f"{peak.total_bytes / fullest:.0%}" if fullest else "",
+            *["" if failure is None else scale.cell(failure.requested_bytes)] * failed,
+            Text("\n".join(f"{category} {scale.cell(size)}" for category, size in largest)),
         )
-    return table
+    empty = [Text(_EMPTY.format(printable(reading.name))) for reading in readings if not reading.devices]
+    return Group(table, *empty)
 
 
 def difference_table(before: SnapshotReading, after: SnapshotReading) -> RenderableType:
-    """Returns the peaks of two snapshots by category, and by how much the second is larger; of each device of both."""
+    """Returns the peaks of two snapshots by category, and by how much the second is larger; of each device.
+
+    A device that only one of them has is named.
+    """
     parts: list[RenderableType] = []
     others = {device.device: device for device in after.devices}
     for device in before.devices:
@@ -72,6 +81,10 @@ def difference_table(before: SnapshotReading, after: SnapshotReading) -> Rendera
         table.add_row("total", *_difference(first.total_bytes, second.total_bytes), style="bold")
         table.add_row("reserved", *_difference(first.reserved_bytes, second.reserved_bytes))
         parts.append(table)
+    for one, two in ((before, others), (after, {device.device: device for device in before.devices})):
+        alone = [str(device.device) for device in one.devices if device.device not in two]
+        if alone:
+            parts.append(Text(f"only {printable(one.name)} has device {', '.join(alone)}"))
     return Group(*parts) if parts else Text("the two snapshots have no device in common")
 
 
@@ -156,9 +169,9 @@ def _free(device: DeviceReading) -> Text:
     )
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, *columns: str, narrowest: int = 28) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column(title, min_width=28, ratio=1)
+    table.add_column(title, min_width=narrowest, ratio=1, overflow="fold")
     for column in columns:
         left = column in ("source", "category")
         table.add_column(column, justify="left" if left else "right", no_wrap=column != "category")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from memtrace.allocator.blocks import segment_size
 from memtrace.allocator.caching_allocator import round_size
@@ -61,7 +61,7 @@ def as_recording(snapshot: AllocatorSnapshot, device: int | None = None, origin:
     failed = None if failure is None else failure.requested
     return AllocatorRecording(
         sizes_at_begin=array("q", (life.nbytes for life in lives[:before])),
-        events=_events(history, blocks, end),
+        events=_events(history, blocks, end, _collected(history, trace, blocks, settings)),
         settings=settings,
         origin=", ".join(_origin(origin, index, history.left_out)),
         from_the_start=not begun and not before and not history.left_out,
@@ -110,8 +110,15 @@ def _blocks(history: History, private: _PrivatePools, end: int) -> list[int]:
     return sorted(kept, key=lambda number: (lifetimes[number].begin, lifetimes[number].address))
 
 
-def _events(history: History, blocks: Sequence[int], end: int) -> Sequence[int]:
-    """Returns the events up to a position, with an emptied cache wherever less is reserved than before."""
+def _events(history: History, blocks: Sequence[int], end: int, collected: Set[int]) -> Sequence[int]:
+    """Returns the events up to a position, with an emptied cache wherever less is reserved than before.
+
+    Args:
+        history: of the device.
+        blocks: the lifetimes that are replayed, in order.
+        end: the position.
+        collected: where less may be reserved since the allocator has collected garbage, as its model does.
+    """
     at = array("q", bytes(8 * end))
     for number, block in enumerate(blocks):
         life = history.timeline.lifetimes[block]
@@ -122,11 +129,23 @@ def _events(history: History, blocks: Sequence[int], end: int) -> Sequence[int]:
     reserved = history.reserved
     events = array("q")
     for position, event in enumerate(at):
-        if position and reserved[position] < reserved[position - 1]:
+        if position and reserved[position] < reserved[position - 1] and position not in collected:
             events.append(0)
         if event:
             events.append(event)
     return events
+
+
+def _collected(history: History, trace: Trace, blocks: Sequence[int], settings: str) -> Set[int]:
+    """Returns the positions of blocks for which a segment was made, where garbage is collected before that."""
+    made = trace.words.get("segment_alloc")
+    if parse_settings(settings).garbage_collection_threshold is None or made is None:
+        return frozenset()
+    return {
+        history.timeline.lifetimes[block].begin
+        for block in blocks
+        if (row := history.rows[block]) > 0 and trace.actions[row - 1] == made
+    }
 
 
 def _labels(snapshot: AllocatorSnapshot, history: History, blocks: Sequence[int]) -> Iterator[str]:
