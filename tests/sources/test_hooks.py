@@ -20,7 +20,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from memtrace.sources import autograd_torch_private, torch_private
 from memtrace.sources.autograd_torch_private import has_saved_tensor_hooks
+from memtrace.sources.forbidden_hooks import FORBIDDING
 from memtrace.sources.hooks import Apart, HookSet, others_take_gradient, weakly
+from memtrace.sources.optimizer_hooks import BeforeAnyStep
 from memtrace.sources.saved_tensors import SavedTensorHooks
 
 
@@ -436,6 +438,65 @@ class TestSavedTensorHooks:
             assert watch.pair.pop()
         assert (outer.packed, inner.packed) == (0, 1)
 
+    def test_what_was_put_aside_does_not_come_back_on_another_thread(self) -> None:
+        """As where the last one of two compilations at once ends there: that thread has no hooks, and this one may have
+        them again."""
+        watch, outcome = Watch(), []
+        watch.pair.push()
+        aside = FORBIDDING._forbidden()
+        aside.__enter__()
+        assert not has_saved_tensor_hooks()
+
+        def ends() -> None:
+            aside.__exit__(None, None, None)
+            outcome.append(has_saved_tensor_hooks())
+
+        in_a_thread(ends)
+        assert outcome == [False]
+        assert not watch.pair.is_on
+        watch.pair.push()
+        saved_once()
+        assert len(watch.packed) == 1
+        assert watch.pair.pop()
+
+
+def test_pairs_of_several_threads_go_on_and_off_at_once() -> None:
+    """Each is known while it is on, and what forbids hooks is torch's own function in the end: see `nothing_left`."""
+
+    class Pair:
+        def steps_aside(self) -> bool:
+            return False
+
+        def steps_back(self) -> None:
+            raise AssertionError
+
+    missed: list[Pair] = []
+
+    def work() -> None:
+        for _ in range(2000):
+            pair = Pair()
+            FORBIDDING.goes_on(pair)
+            missed.extend([] if id(pair) in FORBIDDING._pairs else [pair])
+            FORBIDDING.goes_off(pair)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert missed == []
+
+
+def in_a_thread(work: Callable[[], None]) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
 
 def test_a_storage_that_only_c_refers_to_outlives_nobody() -> None:
     """A weak reference to it is followed as often as one likes; the storage goes with what has saved it."""
@@ -506,6 +567,26 @@ def test_hooks_on_steps_that_are_taken_off_inside_a_step(closes: int) -> None:
     last.remove()
     optimizer.step()
     assert len(optimizer._optimizer_step_post_hooks) == 1
+
+
+def test_a_hook_on_all_steps_that_is_taken_off_while_another_thread_steps() -> None:
+    """In its own call, after one of another thread has come and gone: no step fails, and nothing is left in the end."""
+    first, second = (torch.optim.SGD([nn.Parameter(torch.ones(1))]) for _ in range(2))
+    heard: list[object] = []
+
+    def called(stepped: object) -> None:
+        heard.append(stepped)
+        if stepped is first:
+            in_a_thread(second.step)
+            before.take_off()
+
+    before = BeforeAnyStep(called)
+    behind = BeforeAnyStep(lambda stepped: None)
+    first.step()
+    behind.take_off()
+    second.step()
+    first.step()
+    assert heard == [first, second]
 
 
 def test_what_is_apart_from_graphs_is_another_function_for_the_compiler() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,36 +28,46 @@ class Forbidding:
 
     Also while torch's compiler is at work, which forbids them by itself. There is one a process, since torch has one
     such function, which is as torch has made it while no pair is on. Pairs are held weakly: one may go with its thread.
+    Any thread may call, and a collector any time.
     """
 
     def __init__(self) -> None:
         self._pairs: dict[int, weakref.ref[Pair]] = {}
-        """Those that are on, the innermost one of each thread last. Never changed: a collector may end one any time."""
+        """Those that are on, the innermost one of each thread last."""
         self._ends: tuple[Callable[[], None], ...] = ()
+        self._changes = threading.RLock()
+        """Held while pairs change: a collector may end one within another one's change."""
 
     def goes_on(self, pair: Pair) -> None:
         """Puts the pair aside from now on."""
-        key, begins = id(pair), not self._pairs
-        self._pairs = {**self._pairs, key: weakref.ref(pair, lambda gone: self._forget(key, gone))}
-        if begins:
-            self._ends = around_compilation(self._forbidden), around_forbidding(self._forbidden)
+        key = id(pair)
+        known = weakref.ref(pair, lambda gone: self._forget(key, gone))
+        with self._changes:
+            self._pairs[key] = known
+            if not self._ends:
+                self._ends = around_compilation(self._forbidden), around_forbidding(self._forbidden)
 
     def goes_off(self, pair: Pair) -> None:
         """Leaves the pair alone from now on."""
         self._forget(id(pair), self._pairs.get(id(pair)))
 
     def _forget(self, key: int, reference: weakref.ref[Pair] | None) -> None:
-        if self._pairs.get(key) is reference:  # else another pair has its identity
-            self._pairs = {other: known for other, known in self._pairs.items() if other != key}
-        if not self._pairs:
-            ends, self._ends = self._ends, ()
-            for end in ends:
-                end()
+        with self._changes:
+            if self._pairs.get(key) is reference:  # else another pair has its identity
+                self._pairs.pop(key, None)
+            if not self._pairs:
+                ends, self._ends = self._ends, ()
+                for end in ends:
+                    end()
+
+    def forked(self) -> None:
+        """Goes on in a child process: a thread that is not there may have been about to change pairs."""
+        self._changes = threading.RLock()
 
     @contextmanager
     def _forbidden(self) -> Iterator[None]:
         aside: list[Pair] = []
-        for reference in reversed(self._pairs.values()):
+        for reference in reversed([*self._pairs.values()]):
             pair = reference()
             if pair is not None and pair.steps_aside():
                 aside.append(pair)
@@ -68,3 +80,5 @@ class Forbidding:
 
 FORBIDDING = Forbidding()
 """The one of this process."""
+
+os.register_at_fork(after_in_child=FORBIDDING.forked)

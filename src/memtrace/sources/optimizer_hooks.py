@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -20,18 +21,20 @@ class BeforeAnyStep:
 
     def __init__(self, hook: Callable[[object], None]) -> None:
         self._hook = hook
-        self._at_work = False
+        self._at_work: set[int] = set()
+        """The threads whose optimizers call it now."""
         self._handle = register_optimizer_step_pre_hook(self)
 
     def __call__(self, stepped: object, *_: object) -> None:
         """Called by torch, with the arguments of the step."""
         if torch.compiler.is_compiling():
             return
-        self._at_work = True
+        thread = threading.get_ident()
+        self._at_work.add(thread)
         try:
             self._hook(stepped)
         finally:
-            self._at_work = False
+            self._at_work.discard(thread)
 
     def take_off(self) -> None:
         """Takes it off; a second call does nothing. In its own call it leaves a place where others come after it."""

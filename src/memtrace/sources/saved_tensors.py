@@ -261,9 +261,13 @@ class _Pair:
         return True
 
     def steps_back(self) -> None:
-        """Goes on the stack again, unless it was taken off meanwhile."""
+        """Goes on the stack again, unless it was taken off meanwhile. On another thread, which has a stack of its own,
+        it goes for good: of several compilations at once torch tells of the end of the last, wherever that is."""
         self._is_aside = False
-        if self.is_on:
+        if threading.get_ident() != self._thread:
+            self.is_on = False
+            FORBIDDING.goes_off(self)
+        elif self.is_on:
             autograd_torch_private.push_saved_tensor_hooks(self.pack, self.unpack)
 
     def pack(self, tensor: torch.Tensor) -> Any:
