@@ -10,17 +10,19 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+from nothing_left import forbids_hooks, takes_no_hooks
 from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memtrace.sources import autograd_torch_private, torch_private
+from memtrace.sources.asides import FORBIDDING, HOOKLESS, Asides
 from memtrace.sources.autograd_torch_private import has_saved_tensor_hooks
-from memtrace.sources.forbidden_hooks import FORBIDDING
 from memtrace.sources.hooks import Apart, HookSet, others_take_gradient, weakly
 from memtrace.sources.optimizer_hooks import BeforeAnyStep
 from memtrace.sources.saved_tensors import SavedTensorHooks
@@ -443,7 +445,7 @@ class TestSavedTensorHooks:
         them again."""
         watch, outcome = Watch(), []
         watch.pair.push()
-        aside = FORBIDDING._forbidden()
+        aside = FORBIDDING._around()
         aside.__enter__()
         assert not has_saved_tensor_hooks()
 
@@ -460,24 +462,23 @@ class TestSavedTensorHooks:
         assert watch.pair.pop()
 
 
-def test_pairs_of_several_threads_go_on_and_off_at_once() -> None:
-    """Each is known while it is on, and what forbids hooks is torch's own function in the end: see `nothing_left`."""
+@pytest.mark.parametrize("asides", [FORBIDDING, HOOKLESS], ids=["forbidden", "hookless"])
+def test_hooks_of_several_threads_go_on_and_off_at_once(asides: Asides) -> None:
+    """Each is known while it is on, and what has told of others is torch's own function in the end."""
+    before = takes_no_hooks(), forbids_hooks()
+    missed: list[object] = []
 
-    class Pair:
-        def steps_aside(self) -> bool:
-            return False
-
-        def steps_back(self) -> None:
-            raise AssertionError
-
-    missed: list[Pair] = []
+    class Hooks:
+        def aside(self) -> AbstractContextManager[None]:
+            return nullcontext()
 
     def work() -> None:
-        for _ in range(2000):
-            pair = Pair()
-            FORBIDDING.goes_on(pair)
-            missed.extend([] if id(pair) in FORBIDDING._pairs else [pair])
-            FORBIDDING.goes_off(pair)
+        for _ in range(500):
+            hooks = Hooks()
+            leaves = asides.subscribe(hooks.aside)
+            known = [reference() for reference in [*asides._subscribers.values()]]
+            missed.extend([] if hooks.aside in known else [hooks])
+            leaves()
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -490,6 +491,7 @@ def test_pairs_of_several_threads_go_on_and_off_at_once() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert missed == []
+    assert (takes_no_hooks(), forbids_hooks()) == before
 
 
 def in_a_thread(work: Callable[[], None]) -> None:
