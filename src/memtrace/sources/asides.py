@@ -42,10 +42,12 @@ class Asides:
         """Enters what a bound method returns while that is at work, from now on; returns what ends it."""
         number = next(self._numbers)
         known = weakref.WeakMethod(aside, lambda _: self._leaves(number))
-        with self._changes:
+        with self._changes, ExitStack() as in_vain:
+            in_vain.callback(self._leaves, number)
             self._subscribers[number] = known
             if not self._ends:
-                self._ends = [put(self._around) for put in self._put_around]
+                self._ends.extend(put(self._around) for put in self._put_around)
+            in_vain.pop_all()
         return partial(self._leaves, number)
 
     def _leaves(self, number: int) -> None:
