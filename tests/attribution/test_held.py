@@ -129,3 +129,16 @@ def test_gradients_of_many_parameters_are_counted_as_they_come_and_go() -> None:
     for parameter in parameters:
         parameter.grad = None
     assert counted() == 0
+
+
+def test_all_are_asked_before_an_amount_that_stays_tells_that_nothing_has_changed() -> None:
+    """One of 200 has come with the amount that is allocated now: each count asks a part of them."""
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(200)]
+    count = GradientCount(map(weakly, parameters), CPU)
+    assert sum(count.count(100).values()) == 0
+    parameters[77].grad = torch.zeros(2)
+    assert sum(count.count(100).values()) == 0
+    found = [sum(count.count(108).values()) for _ in range(4)]
+    assert found[-1] == 8
+    parameters[78].grad = torch.zeros(2)
+    assert [sum(count.count(108).values()) for _ in range(4)] == [8] * 4

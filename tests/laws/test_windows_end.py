@@ -294,6 +294,24 @@ def test_another_model_after_an_interrupt_is_not_recorded_for_long(
     assert ["Ctrl-C" in warning for warning in warnings_of(caplog)] == [True]
 
 
+def test_another_thread_may_train_a_model_meanwhile(caplog: pytest.LogCaptureFixture) -> None:
+    """However often its optimizer steps within one traced step here: that one goes on, and is traced."""
+    run, other = Run(LIVES[0]), Run(LIVES[0])
+
+    def trains() -> None:
+        for _ in range(2 * OTHER_STEPS):
+            other.step()
+
+    with Tracer(run.model, run.optimizer, TRACED) as tracer:
+        every_step(run)
+        loss = run.loss()
+        in_threads(trains)
+        loss.backward()
+        run.optimizer.step()
+        assert tracer.history[-1].traced
+    assert warnings_of(caplog) == []
+
+
 def test_a_window_has_a_bound_of_time(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten minutes, or eight times the longest step: looked at before steps of others, and before forward passes."""
     now = [0.0]

@@ -10,17 +10,21 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+from nothing_left import forbids_hooks, takes_no_hooks
 from torch import nn
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memtrace.sources import autograd_torch_private, torch_private
+from memtrace.sources.asides import FORBIDDING, HOOKLESS, Asides
 from memtrace.sources.autograd_torch_private import has_saved_tensor_hooks
 from memtrace.sources.hooks import Apart, HookSet, others_take_gradient, weakly
+from memtrace.sources.optimizer_hooks import BeforeAnyStep
 from memtrace.sources.saved_tensors import SavedTensorHooks
 
 
@@ -436,6 +440,65 @@ class TestSavedTensorHooks:
             assert watch.pair.pop()
         assert (outer.packed, inner.packed) == (0, 1)
 
+    def test_what_was_put_aside_does_not_come_back_on_another_thread(self) -> None:
+        """As where the last one of two compilations at once ends there: that thread has no hooks, and this one may have
+        them again."""
+        watch, outcome = Watch(), []
+        watch.pair.push()
+        aside = FORBIDDING._around()
+        aside.__enter__()
+        assert not has_saved_tensor_hooks()
+
+        def ends() -> None:
+            aside.__exit__(None, None, None)
+            outcome.append(has_saved_tensor_hooks())
+
+        in_a_thread(ends)
+        assert outcome == [False]
+        assert not watch.pair.is_on
+        watch.pair.push()
+        saved_once()
+        assert len(watch.packed) == 1
+        assert watch.pair.pop()
+
+
+@pytest.mark.parametrize("asides", [FORBIDDING, HOOKLESS], ids=["forbidden", "hookless"])
+def test_hooks_of_several_threads_go_on_and_off_at_once(asides: Asides) -> None:
+    """Each is known while it is on, and what has told of others is torch's own function in the end."""
+    before = takes_no_hooks(), forbids_hooks()
+    missed: list[object] = []
+
+    class Hooks:
+        def aside(self) -> AbstractContextManager[None]:
+            return nullcontext()
+
+    def work() -> None:
+        for _ in range(500):
+            hooks = Hooks()
+            leaves = asides.subscribe(hooks.aside)
+            known = [reference() for reference in [*asides._subscribers.values()]]
+            missed.extend([] if hooks.aside in known else [hooks])
+            leaves()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert missed == []
+    assert (takes_no_hooks(), forbids_hooks()) == before
+
+
+def in_a_thread(work: Callable[[], None]) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
 
 def test_a_storage_that_only_c_refers_to_outlives_nobody() -> None:
     """A weak reference to it is followed as often as one likes; the storage goes with what has saved it."""
@@ -506,6 +569,26 @@ def test_hooks_on_steps_that_are_taken_off_inside_a_step(closes: int) -> None:
     last.remove()
     optimizer.step()
     assert len(optimizer._optimizer_step_post_hooks) == 1
+
+
+def test_a_hook_on_all_steps_that_is_taken_off_while_another_thread_steps() -> None:
+    """In its own call, after one of another thread has come and gone: no step fails, and nothing is left in the end."""
+    first, second = (torch.optim.SGD([nn.Parameter(torch.ones(1))]) for _ in range(2))
+    heard: list[object] = []
+
+    def called(stepped: object) -> None:
+        heard.append(stepped)
+        if stepped is first:
+            in_a_thread(second.step)
+            before.take_off()
+
+    before = BeforeAnyStep(called)
+    behind = BeforeAnyStep(lambda stepped: None)
+    first.step()
+    behind.take_off()
+    second.step()
+    first.step()
+    assert heard == [first, second]
 
 
 def test_what_is_apart_from_graphs_is_another_function_for_the_compiler() -> None:

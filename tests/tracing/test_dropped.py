@@ -289,6 +289,18 @@ def test_a_frozen_model_has_none() -> None:
     assert tracer.snapshot().totals.steps == 1
 
 
+def test_parameters_of_inference_mode_have_no_version() -> None:
+    """torch refuses to train a model that was made there; what it raises is all that is raised."""
+    with torch.inference_mode():
+        model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Tracer(model, optimizer, SETTINGS["counted"]) as tracer:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="cannot be saved for backward"):
+                model(torch.randn(ROWS, WIDTH))
+    assert tracer.snapshot().up
+
+
 def replaced(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
     model[0].weight = nn.Parameter(model[0].weight.detach() * 0.5)
     optimizer.param_groups[0]["params"][0] = model[0].weight

@@ -37,11 +37,24 @@ class GradientCount:
         self._present: list[bool] | None = None
         self._apart = max(1, ceil(len(self._parameters) / _ASKED))
         self._turn = 0
-        self.counted: dict[EntryKey, int] = {}
-        """What the last count has found."""
+        self._counted: dict[EntryKey, int] = {}
+        self._requested: int | None = None
+        """What was allocated at the last count."""
+        self._to_ask = 0
+        """Counts until all have been asked while that much was allocated."""
 
-    def count(self) -> dict[EntryKey, int]:
-        """Returns the bytes of the gradients that exist now."""
+    def count(self, requested_bytes: int | None = None) -> dict[EntryKey, int]:
+        """Returns the bytes of the gradients that exist now.
+
+        Args:
+            requested_bytes: what is allocated now, where the allocator counts it: none is asked where all have been
+                since as much was allocated.
+        """
+        if requested_bytes is None or requested_bytes != self._requested:
+            self._requested, self._to_ask = requested_bytes, self._apart
+        if not self._to_ask:
+            return self._counted
+        self._to_ask -= 1
         self._turn = (self._turn + 1) % self._apart
         asked = slice(self._turn, None, self._apart)
         if self._present is None or self._present[asked] != have_gradients(self._parameters[asked]):
@@ -49,8 +62,8 @@ class GradientCount:
             gradients = [gradient for gradient in found if gradient is not None]
             strided = all(gradient.layout is torch.strided for gradient in gradients)
             self._present = [gradient is not None for gradient in found] if strided else None
-            self.counted = gradient_bytes(gradients, self.device)
-        return self.counted
+            self._counted, self._to_ask = gradient_bytes(gradients, self.device), 0
+        return self._counted
 
 
 def gradient_bytes(gradients: Iterable[torch.Tensor], device: torch.device) -> dict[EntryKey, int]:

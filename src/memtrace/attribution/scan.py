@@ -90,8 +90,7 @@ class Scan:
         self._sizes: list[int] = []
         self._states_held: list[int] = []
         self._requested: int | None = None
-        self._steady = False
-        """Whether as much was allocated at the end of the last step as at that of the step before."""
+        """What was allocated at the end of the last step; None where nothing tells."""
         self.workspaces: Sequence[int] | None = None
         """Sizes of the blocks that cuBLAS may hold, in bytes; None where the device is to be asked."""
         self._gradients: GradientCount | None = None
@@ -207,9 +206,7 @@ class Scan:
             held = self.held
             owners = self._gradient_owners(held.parameters())
             self._gradients = GradientCount(map(held.reference_to, owners), device)
-        elif self._steady:
-            return self._gradients.counted
-        return self._gradients.count()
+        return self._gradients.count(self._requested)
 
     def backward_ended(self, ledger: Ledger) -> None:
         """Claims the gradients that a backward pass has left, and notes which parameters have none."""
@@ -296,13 +293,12 @@ class Scan:
         Returns:
             Whether there is something new.
         """
-        self._steady = requested_bytes is not None and requested_bytes == self._requested
-        self._requested = requested_bytes
+        steady, self._requested = requested_bytes is not None and requested_bytes == self._requested, requested_bytes
         holding = _alive(self._states)
         sizes = [size for optimizer in holding for size in _sizes(optimizer)]
-        states = self._states_held if self._steady else [*map(_states_of, holding)]
+        states = self._states_held if steady else [*map(_states_of, holding)]
         as_before = sizes == self._sizes and states == self._states_held and not ledger.has_lost
-        if as_before and (self._steady or self._held.is_as_walked):
+        if as_before and (steady or self._held.is_as_walked):
             return False
         self._sizes, self._states_held = sizes, states
         if not ledger.keeps_journal:  # a window has noted what there was before

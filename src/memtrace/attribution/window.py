@@ -70,6 +70,8 @@ class TraceWindow:
         self._other_steps: dict[int, int] = {}
         """Steps of each optimizer of somebody else since the model was called last, by its identity."""
         self._begin_seconds = 0.0
+        self._thread = threading.current_thread()
+        """Where it was opened."""
         self._awaits_end = False
         """Whether torch will tell of the end of the backward pass at work, and of what engines do there."""
 
@@ -220,7 +222,7 @@ class TraceWindow:
         self.leftovers.begin()
         self._forward_passes = 0
         self._other_steps.clear()
-        self._begin_seconds = monotonic()
+        self._begin_seconds, self._thread = monotonic(), threading.current_thread()
         self._hooks.before_any_step(self._any_steps)
         if self._replaces != bool(self._scan.engines):
             self._saved = self._listener()
@@ -293,8 +295,11 @@ class TraceWindow:
     def _optimizer_steps(self, optimizer: object) -> None:
         """Counts steps of optimizers that memtrace was not given: does the training go on that this window is for?
 
-        Not those inside a backward pass, where each parameter may have one.
+        Not those inside a backward pass, where each parameter may have one, nor those of another thread, which may
+        train beside this one.
         """
+        if self._thread is not threading.current_thread() and self._thread.is_alive():
+            return
         ours = any(optimizer is one or optimizer in self._scan.parts_of(one) for one in self._scan.optimizers)
         if not ours and not backward_is_running():
             self._other_steps[id(optimizer)] = self._other_steps.get(id(optimizer), 0) + 1

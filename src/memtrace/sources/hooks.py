@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from memtrace.sources import autograd_torch_private, torch_private
-from memtrace.sources.hookless import HOOKLESS
+from memtrace.sources.asides import HOOKLESS
 from memtrace.sources.optimizer_hooks import BeforeAnyStep, leave_steps
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -22,9 +23,10 @@ class BeforeAnyStep:
     """
 
     def __init__(self, method: Callable[[object], None]) -> None:
-        self._at_work = False
-        self._handle = register_optimizer_step_pre_hook(self)
+        self._at_work: set[int] = set()
+        """The threads whose optimizers call it now."""
         self._alive = weakref.WeakMethod(method, lambda _: leave_steps([self._handle]))
+        self._handle = register_optimizer_step_pre_hook(self)  # from now on any thread may call
 
     def __call__(self, stepped: object, *_: object) -> None:
         """Called by torch, with the arguments of the step."""
@@ -33,11 +35,12 @@ class BeforeAnyStep:
         method = self._alive()
         if method is None:
             return
-        self._at_work = True
+        thread = threading.get_ident()
+        self._at_work.add(thread)
         try:
             method(stepped)
         finally:
-            self._at_work = False
+            self._at_work.discard(thread)
 
     def take_off(self) -> None:
         """Takes it off; a second call does nothing. In its own call it leaves a place where others come after it."""

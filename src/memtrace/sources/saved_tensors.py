@@ -10,6 +10,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -17,8 +18,8 @@ import torch
 from torch.torch_version import TorchVersion
 
 from memtrace.sources import autograd_torch_private
+from memtrace.sources.asides import FORBIDDING
 from memtrace.sources.created_nodes import CreatedNodes
-from memtrace.sources.forbidden_hooks import FORBIDDING
 
 OnSaved = Callable[[torch.Tensor], torch.Tensor | None]
 """Called with each tensor that is saved; what it returns is kept in its place, unless it is None."""
@@ -146,7 +147,7 @@ class SavedTensorHooks:
         self._of_thread.owner = _Owner(pair)  # before anything is on: then somebody answers for it
         autograd_torch_private.push_saved_tensor_hooks(pair.pack, pair.unpack)
         pair.is_on = True
-        FORBIDDING.goes_on(pair)
+        pair.leaves = FORBIDDING.subscribe(pair.aside)
 
     def pop(self) -> bool:
         """Takes this thread's pair off where that is possible now; returns whether it is off.
@@ -223,6 +224,8 @@ class _Pair:
         self._thread = threading.get_ident()
         self._graph: weakref.ref[_Graph] | None = None
         self.is_on = False
+        self.leaves: Callable[[], None] = lambda: None
+        """Ends that it is put aside where it must not be on."""
         self._is_aside = False
         self.in_forward = True
         """Whether the forward pass is at work: what it has saved so far may go, and more will come."""
@@ -244,7 +247,7 @@ class _Pair:
         elif threading.get_ident() != self._thread:
             return False
         self.is_on = False
-        FORBIDDING.goes_off(self)
+        self.leaves()
         return True
 
     @property
@@ -252,19 +255,27 @@ class _Pair:
         on_its_thread = threading.get_ident() == self._thread
         return on_its_thread and autograd_torch_private.are_innermost((self.pack, self.unpack), self.below)
 
-    def steps_aside(self) -> bool:
-        """Leaves the stack for what `steps_back` ends, also inside a backward pass; returns whether it has."""
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leaves the stack of this thread, also inside a backward pass, and goes on it again if it is still to be on.
+
+        Nothing where it is not the innermost pair there. On another thread, which has a stack of its own, it does not
+        come back: of several compilations at once torch tells of the end of the last, wherever that is.
+        """
         if not self.is_on or self._is_aside or not self._can_be_popped:
-            return False
+            yield
+            return
         autograd_torch_private.pop_saved_tensor_hooks()
         self._is_aside = True
-        return True
-
-    def steps_back(self) -> None:
-        """Goes on the stack again, unless it was taken off meanwhile."""
-        self._is_aside = False
-        if self.is_on:
-            autograd_torch_private.push_saved_tensor_hooks(self.pack, self.unpack)
+        try:
+            yield
+        finally:
+            self._is_aside = False
+            if threading.get_ident() != self._thread:
+                self.is_on = False
+                self.leaves()
+            elif self.is_on:
+                autograd_torch_private.push_saved_tensor_hooks(self.pack, self.unpack)
 
     def pack(self, tensor: torch.Tensor) -> Any:
         hooks = self._hooks()

@@ -109,7 +109,10 @@ class DroppedGradients:
     def forward_begins(self) -> None:
         """Notes the value of the parameter; call before each forward pass, after `are_dropped` was asked."""
         parameter = self.parameter
-        self.gradient.version = None if parameter is None else parameter._version
+        try:
+            self.gradient.version = None if parameter is None else parameter._version
+        except RuntimeError:  # made in inference mode: it has none
+            self.gradient.version = None
 
     def end_step(self) -> bool:
         """Takes it that gradients were dropped; returns whether the step at work is over by that."""
