@@ -571,24 +571,52 @@ def test_hooks_on_steps_that_are_taken_off_inside_a_step(closes: int) -> None:
     assert len(optimizer._optimizer_step_post_hooks) == 1
 
 
+class Stepped:
+    """Hears of steps, and goes on to what it was given."""
+
+    def __init__(self, then: Callable[[object], None] = lambda _: None) -> None:
+        self.heard: list[object] = []
+        self._then = then
+
+    def hears(self, stepped: object) -> None:
+        self.heard.append(stepped)
+        self._then(stepped)
+
+
+def test_a_hook_on_all_steps_goes_with_its_object() -> None:
+    """At once where nothing else refers to it: torch holds the hook weakly. Also inside of a step."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    gone = Stepped()
+    BeforeAnyStep(gone.hears)
+    behind = [Stepped()]
+    first = Stepped(lambda _: behind.clear())
+    before = BeforeAnyStep(first.hears)
+    BeforeAnyStep(behind[0].hears)
+    heard = gone.heard
+    del gone
+    optimizer.step()
+    optimizer.step()
+    assert heard == []
+    assert first.heard == [optimizer] * 2
+    before.take_off()
+
+
 def test_a_hook_on_all_steps_that_is_taken_off_while_another_thread_steps() -> None:
     """In its own call, after one of another thread has come and gone: no step fails, and nothing is left in the end."""
     first, second = (torch.optim.SGD([nn.Parameter(torch.ones(1))]) for _ in range(2))
-    heard: list[object] = []
 
     def called(stepped: object) -> None:
-        heard.append(stepped)
         if stepped is first:
             in_a_thread(second.step)
             before.take_off()
 
-    before = BeforeAnyStep(called)
-    behind = BeforeAnyStep(lambda stepped: None)
+    one, other = Stepped(called), Stepped()
+    before, behind = BeforeAnyStep(one.hears), BeforeAnyStep(other.hears)
     first.step()
     behind.take_off()
     second.step()
     first.step()
-    assert heard == [first, second]
+    assert one.heard == [first, second]
 
 
 def test_what_is_apart_from_graphs_is_another_function_for_the_compiler() -> None:
