@@ -216,7 +216,7 @@ UNDER: Mapping[str, tuple[Case, tuple[Moment, ...]]] = {
 
 @pytest.mark.parametrize("name", UNDER)
 def test_categories_are_those_that_were_traced_under_engines_and_optimizers(name: str) -> None:
-    """Each category of a 78M Llama on the device to a thousandth or 80 KB, under DDP, ZeRO-3, 8-bit and paged states."""
+    """Each category of a 78M Llama on the device, to 0.2 % or 80 KB, under DDP, ZeRO-3, 8-bit and paged states."""
     case, moments = UNDER[name]
     plan = planned(case)
     for moment in moments:

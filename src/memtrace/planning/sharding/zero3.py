@@ -221,7 +221,7 @@ class Zero3Updates(ShardedUpdates):
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
-    return id(tensor.untyped_storage()), tensor.storage_offset()
+    return id(tensor.untyped_storage()), int(tensor.storage_offset())
 
 
 def _known_parameters(model: nn.Module, sharding: Sharding) -> dict[nn.Parameter, ShardedParameter]:
