@@ -135,7 +135,7 @@ def test_zero_3_gathers_what_a_module_takes_of_another() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_rank_of_zero_3_alone_gathers_nothing(*, tied: bool) -> None:
-    """Its shards are the weights, all in one storage: what is saved for the backward pass is told by its place in it."""
+    """Its shards are the weights, all in one storage: what is saved for the backward pass is known by its place."""
     config = LlamaConfig(**CONFIG.to_dict() | {"tie_word_embeddings": tied})
     made = planned(zero3(world_size=1, persistence_threshold=0), config=config).moments[Moment.FORWARD_END]
     assert made[Category.TRANSIENT_WEIGHTS] == 0
