@@ -12,6 +12,15 @@ RESULTS = PAGE.parents[1] / "benchmarks" / "results"
 SMALL = 100
 """From so many steps on a median of a variant is worth reading; the page says which are below."""
 
+COSTS = {
+    "attach": "attach to 10,000 parameters",
+    "counted": "a counted step with 300 parameters, counters of a recorded device",
+    "history": "CUDA's history of 4,000 events read and replayed",
+    "memory": "resident memory added, after the first traced step",
+    "replay": "breakdowns of a traced step of 100,000 events",
+}
+"""What `python -m benchmarks.costs` measures, by name: the first row of each."""
+
 FEW = 6
 """Rounds below which a bootstrap over them says nothing."""
 
@@ -56,7 +65,7 @@ is due after 10,000 steps whatever it costs: the row of traced steps says what t
 * Few steps say little about the share of traced steps: memtrace spaces them over a long run. Rows with less than
   {SMALL} steps are marked with a star.
 
-## Attach, replay, memory
+## Attach, counted steps, replay, memory
 
 {_costs(costs)}
 
@@ -64,6 +73,8 @@ How it is measured: each in a process of its own, medians of repetitions; a boun
 slowest of them is one of which this run cannot tell. The processor's part of it is what memtrace needs; the rest was
 spent waiting for the processor, behind what else the machine did. The replay is that of a made-up step whose blocks are
 saved in the forward pass and freed in the backward pass, and includes the breakdowns of all four moments.
+A counted step is memtrace's own time in one, its line in the step log included, on a CPU with the counters that an H200
+gave; CUDA's history is one that an H200 recorded, repeated until it has so many events, from torch's lists to breakdowns.
 Resident memory counts from a Llama that has trained without memtrace: import, endpoint, step log, hooks and the first
 use of torch's profiler are in it.
 
@@ -185,6 +196,12 @@ def _costs(results: Sequence[Result]) -> str:
             bound = _bound((row.get("least", row["value"]), row.get("most", row["value"])), row["bound"], row["unit"])
             busy = _value(row["processor_seconds"], "s") if "processor_seconds" in row else ""
             rows.append(f"| {row['what']} | {_value(row['value'], row['unit'])} | {busy} | {bound} |")
+    measured = {result["benchmark"].removeprefix("costs-") for result in results}
+    rows += [
+        f"| {what} | not measured yet: `python -m benchmarks.costs {name}` | | |"
+        for name, what in COSTS.items()
+        if name not in measured
+    ]
     return "\n\n".join([*{_machine(result): None for result in results}, "\n".join(rows)])
 
 

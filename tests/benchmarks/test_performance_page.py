@@ -7,6 +7,8 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+from benchmarks.costs import MEASUREMENTS
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "docs" / "build_performance.py"))
 
@@ -36,4 +38,6 @@ def test_a_bound_that_was_not_kept_is_said(tmp_path: Path) -> None:
     (tmp_path / "cpu-costs-attach.json").write_text(json.dumps(result), encoding="utf-8")
     page = SCRIPT["render"](tmp_path)
     assert "| one | 100 ms |  | 100 ms: not kept |" in page
+    assert SCRIPT["COSTS"].keys() == MEASUREMENTS.keys()
+    assert page.count("not measured yet: `python -m benchmarks.costs ") == 4
     assert "| two | 99.9 ms |  | 100 ms: kept |" in page

@@ -12,7 +12,7 @@ import pytest
 from memtrace.cli import main
 from memtrace.record.plan import read_plan
 
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 600,
@@ -80,6 +80,30 @@ def test_options_change_the_plan(config: str, capsys: pytest.CaptureFixture[str]
     assert total("--accumulation-steps", "2") > usual
     assert total("--seq-len", "8", "--fused-optimizer") < total("--seq-len", "8")
     assert document(capsys, *base, "--kernels", "cpu")["reserved_bytes"] is None
+
+
+@pytest.mark.parametrize("share", [[], ["--zero", "2", "--world-size", "2"], ["--fsdp", "--world-size", "2"]])
+def test_adapters_have_the_rank_and_the_places_that_are_asked_for(
+    config: str, share: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Alone and on several ranks: rank 4 on the queries (64 to 64) and the values (64 to 32) of both layers."""
+    words = ["--config", config, "--seq-len", "16", "--recipe", "qlora", "--lora-rank", "4"]
+    found = document(capsys, *words, "--lora-targets", "q_proj,v_proj", *share)
+    assert found["setup"]["trainable_parameters"] == 2 * 4 * (64 + 64 + 64 + 32)
+
+
+def test_what_the_loop_keeps_and_pads_is_planned(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--keep-outputs`: between steps the logits are still there; `--padded`: attention has a mask for all pairs."""
+    base = ["--config", config, "--seq-len", "64", "--batch-size", "4", "--recipe", "pure-bf16"]
+
+    def ends(*options: str) -> dict[str, int]:
+        moments = document(capsys, *base, *options)["moments"]
+        return {name: sum(entry["bytes"] for entry in moments[name]["entries"]) for name in ("forward_end", "step_end")}
+
+    usual, kept, padded = ends(), ends("--keep-outputs"), ends("--padded")
+    logits = 2 * 4 * 64 * LLAMA["vocab_size"]
+    assert logits <= kept["step_end"] - usual["step_end"] <= logits + 512  # and the loss
+    assert padded["forward_end"] - usual["forward_end"] >= 4 * 64 * 64
 
 
 def test_the_largest_batch_that_fits_is_found(config: str, capsys: pytest.CaptureFixture[str]) -> None:

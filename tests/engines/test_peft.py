@@ -180,6 +180,29 @@ def test_merged_adapters_stay_until_they_are_unloaded():
     assert weights_of(model.merge_and_unload()) == {"frozen": 4 * (LINEAR + OTHER)}
 
 
+def test_adapters_that_are_unloaded_are_gone_with_the_next_counted_step():
+    """Training goes on with another part of the base: the steps after have the base alone, without a trace."""
+    lora = peft.LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(build_base("float32"), lora)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    config = TracerConfig(strict=True, port=None, trace_every=0, device_poll_seconds=0)
+    batch = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
+
+    def weights_after(trained: nn.Module) -> int:
+        for _ in range(3):
+            trained(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not tracer.latest.traced
+        return tracer.latest.moments[Moment.STEP_END][Category.WEIGHTS]
+
+    with Tracer(model, optimizer, config) as tracer:
+        assert weights_after(model) == 4 * (LINEAR + OTHER + ADAPTERS)
+        base = model.merge_and_unload()
+        optimizer.param_groups[0]["params"] = [base.lm_head.weight.requires_grad_()]
+        assert weights_after(base) == 4 * (LINEAR + OTHER)
+
+
 def test_the_page_has_the_measured_bytes(measured):
     """docs/engines.md shows the bytes per parameter of the whole model."""
     rows = []

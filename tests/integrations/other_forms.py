@@ -125,6 +125,7 @@ UNCLAIMED = 0.01
 
 BOUNDED = {
     "buckets of DDP": "tests/engines/test_ddp.py::test_hardly_anything_is_unattributed",
+    "DDP around parts": "tests/engines/test_ddp_parts.py::test_each_wrapped_part_has_its_buckets",
     "every `optim=`": "tests/engines/test_every_optimizer.py::test_categories_add_up_and_nothing_is_left",
     "FSDP1": "tests/engines/test_fsdp1.py",
     "LoRA on whole": "tests/engines/test_peft.py::test_categories_add_up_and_nothing_is_left",

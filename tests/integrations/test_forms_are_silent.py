@@ -141,6 +141,7 @@ def test_every_row_of_the_page_is_silent_or_says_why_not(records: Mapping[str, S
     known = (*other_forms.BOUNDED, *other_forms.NOT_TRACED)
     found = [*rows_of_the_page()]
     assert len(found) > 40
+    assert {form.name for form in FORMS} <= {row.rpartition(": ")[2] for row in found}, "a form without a row"
     for row in found:
         names = [row.rpartition(": ")[2], *(run for begin, run in other_forms.HERE.items() if row.startswith(begin))]
         is_run = any(run.startswith(name) for name in names for run in records)

@@ -72,6 +72,15 @@ def test_sizes_are_exact_beside_the_rounded_ones() -> None:
     assert f"2.00 GiB ({2 * GIB + 1} B)" in render_markdown(replace(FULL, request=request))
 
 
+def test_private_pools_have_a_line_of_their_own() -> None:
+    """What CUDA graphs hold is no slack; a report without any says nothing of them."""
+    assert FULL.allocator is not None
+    allocator = replace(FULL.allocator, private_pool_bytes=3 * GIB)
+    text = render_markdown(replace(FULL, allocator=allocator))
+    assert f"| private pools (CUDA graphs), which nobody else can use | 3.00 GiB ({3 * GIB} B) |" in text
+    assert "private pools" not in render_markdown(replace(FULL, allocator=replace(allocator, private_pool_bytes=0)))
+
+
 def test_segment_is_no_request() -> None:
     """What the allocator wanted of the device is told as that, beside the request or in its place."""
     both = replace(FULL.request, requested_bytes=3 * MIB, segment_bytes=20 * MIB)

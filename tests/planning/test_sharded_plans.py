@@ -30,9 +30,11 @@ CONFIG = LlamaConfig(
 )
 
 
-def planned(sharding: Sharding, recipe: str = "bf16-master", *, checkpointing: bool = False) -> Plan:
+def planned(
+    sharding: Sharding, recipe: str = "bf16-master", *, checkpointing: bool = False, config: LlamaConfig = CONFIG
+) -> Plan:
     def build() -> LlamaForCausalLM:
-        model = LlamaForCausalLM(CONFIG)
+        model = LlamaForCausalLM(config)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
@@ -131,11 +133,13 @@ def test_zero_3_gathers_what_a_module_takes_of_another() -> None:
     assert made.moments[Moment.STEP_END][Category.TRANSIENT_WEIGHTS] == 0
 
 
-def test_one_rank_of_zero_3_alone_gathers_nothing() -> None:
-    """Its shards are the weights."""
-    made = planned(zero3(world_size=1)).moments[Moment.FORWARD_END]
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_rank_of_zero_3_alone_gathers_nothing(*, tied: bool) -> None:
+    """Its shards are the weights, all in one storage: what is saved for the backward pass is known by its place."""
+    config = LlamaConfig(**CONFIG.to_dict() | {"tie_word_embeddings": tied})
+    made = planned(zero3(world_size=1, persistence_threshold=0), config=config).moments[Moment.FORWARD_END]
     assert made[Category.TRANSIENT_WEIGHTS] == 0
-    assert made[Category.WEIGHTS] == 2 * sum(p.numel() for p in LlamaForCausalLM(CONFIG).parameters())
+    assert made[Category.WEIGHTS] == 2 * sum(p.numel() for p in LlamaForCausalLM(config).parameters())
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ def test_cuda_and_the_cpu() -> None:
     assert isinstance(event_source(torch.device("cpu")), CpuEvents)
 
 
-@pytest.mark.parametrize("kind", ["mps", "xpu"])
+@pytest.mark.parametrize("kind", ["mps", "xpu", "privateuseone"])
 def test_another_kind_of_device(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Never the CPU's events beside another device's addresses: no window, and one line that says so."""
+    """Never the CPU's events beside another device's addresses: no window, and one line that says so. An NPU is the
+    third, until its library has named it."""
     source = event_source(torch.device(kind, 0))
     with caplog.at_level(logging.WARNING, logger="memtrace"):
         assert [source.open(), source.open(1000)] == [False, False]

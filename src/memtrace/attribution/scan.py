@@ -94,6 +94,8 @@ class Scan:
         self.workspaces: Sequence[int] | None = None
         """Sizes of the blocks that cuBLAS may hold, in bytes; None where the device is to be asked."""
         self._gradients: GradientCount | None = None
+        self._in_buffers: list[GradientCount] | None = None
+        """What counts the gradients that are views of an engine's buffers, one for each module of these."""
         self._without_gradient: set[int] = set()
         """Identities of the parameters that had no gradient when the last backward pass had ended."""
 
@@ -149,7 +151,7 @@ class Scan:
         """
         if anew:
             self._look()
-        self._gradients = None
+        self._gradients = self._in_buffers = None
         self._further.claim(ledger, self.role_of, self.held)
         ledger.has_lost = False
         for engine in self.engines:
@@ -189,9 +191,16 @@ class Scan:
         gradients also when the loop has dropped these.
         """
         found = self._gradients_of_now(device)
-        for held in (engine.gradient_buffers() for engine in self.engines):
-            dropped = 0 if held is None else held.nbytes - sum(found.values())
-            if held is not None and dropped > 0:
+        buffers = [each for engine in self.engines for each in engine.gradient_buffers()]
+        if not buffers:
+            return found
+        if self._in_buffers is None:
+            self._in_buffers = [
+                GradientCount(map(self.held.reference_to, module.parameters()), device) for _, module in buffers
+            ]
+        for (held, _), views in zip(buffers, self._in_buffers, strict=True):
+            dropped = held.nbytes - sum(views.count().values())
+            if dropped > 0:
                 key = EntryKey(*held.tag)
                 found = {**found, key: found.get(key, 0) + dropped}
         return found
@@ -248,7 +257,7 @@ class Scan:
 
     def hidden(self) -> Sequence[HiddenBuffers]:
         """Returns what engines say about blocks that no Python object refers to."""
-        return [hidden for engine in self.engines if (hidden := engine.hidden_buffers()) is not None]
+        return [hidden for engine in self.engines for hidden in engine.hidden_buffers()]
 
     def recognise(self, lifetimes: Sequence[Lifetime], ledger: Ledger) -> None:
         """Tags the blocks of a window that nobody claims and that further models hold."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -91,10 +91,11 @@ class Engine:
         """
         return None
 
-    def hidden_buffers(self) -> HiddenBuffers | None:
-        """Returns what the engine says about buffers that no Python object refers to; None where it has none."""
-        return None
+    def hidden_buffers(self) -> Sequence[HiddenBuffers]:
+        """Returns what the engine says about buffers that no Python object refers to."""
+        return ()
 
-    def gradient_buffers(self) -> HiddenBuffers | None:
-        """Returns the buffers that its gradients are views of, which stay when the loop drops these; None without."""
-        return None
+    def gradient_buffers(self) -> Sequence[tuple[HiddenBuffers, nn.Module]]:
+        """Returns the buffers that gradients are views of, which stay when the loop drops these, and the module whose
+        gradients those are."""
+        return ()

@@ -41,8 +41,8 @@ class Zero3Updates(ShardedUpdates):
         """Where the shares of the weights are made."""
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sharding, self._target = sharding, target
-        self._gathered: dict[int, nn.Parameter] = {}
-        """Parameters by the identity of the storage in which they were gathered last."""
+        self._gathered: dict[tuple[int, int], nn.Parameter] = {}
+        """Parameters by storage and offset where they were gathered last; those of a rank alone share one storage."""
         self._hooks = HookSet()
         self._hooks.after_gradient(self._parameters, self._has_gradient)  # made while they have their shapes
         dtype = self._parameters[0].dtype
@@ -101,7 +101,7 @@ class Zero3Updates(ShardedUpdates):
 
     def saved_as(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Returns the parameter where its gathered weights are saved: they are released after each module."""
-        parameter = self._gathered.get(id(tensor.untyped_storage()))
+        parameter = self._gathered.get(_place(tensor))
         if parameter is None or parameter.untyped_storage() is not tensor.untyped_storage():
             return None
         return parameter if parameter.shape == tensor.shape and parameter.stride() == tensor.stride() else None
@@ -179,7 +179,7 @@ class Zero3Updates(ShardedUpdates):
         role = self.role_of(known.parameter)
         if role is not None:
             self.note(tensor, role.category, role.component)
-        self._gathered[id(tensor.untyped_storage())] = known.parameter
+        self._gathered[_place(tensor)] = known.parameter
 
     def _float32_gradient(self, begin: int, end: int) -> torch.Tensor:
         """DeepSpeed flattens the gradients of a sub-group before it converts them; offloaded, they are kept so."""
@@ -218,6 +218,10 @@ class Zero3Updates(ShardedUpdates):
             parameter.grad = None
         del flat
         self._waiting, self._filled = [], 0
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    return id(tensor.untyped_storage()), int(tensor.storage_offset())
 
 
 def _known_parameters(model: nn.Module, sharding: Sharding) -> dict[nn.Parameter, ShardedParameter]:
