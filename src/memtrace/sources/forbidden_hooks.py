@@ -31,26 +31,29 @@ class Forbidding:
     def __init__(self) -> None:
         self._pairs: dict[int, weakref.ref[Pair]] = {}
         """Those that are on, the innermost one of each thread last. Never changed: a collector may end one any time."""
-        self._ends: tuple[Callable[[], None], ...] = ()
+        self._ends: list[Callable[[], None]] = []
+        """What ends hearing of it, of which a second call does nothing."""
 
     def goes_on(self, pair: Pair) -> None:
         """Puts the pair aside from now on."""
-        key, begins = id(pair), not self._pairs
+        key = id(pair)
         self._pairs = {**self._pairs, key: weakref.ref(pair, lambda gone: self._forget(key, gone))}
-        if begins:
-            self._ends = around_compilation(self._forbidden), around_forbidding(self._forbidden)
+        if not self._ends:
+            self._ends.append(around_compilation(self._forbidden))
+            self._ends.append(around_forbidding(self._forbidden))
 
     def goes_off(self, pair: Pair) -> None:
-        """Leaves the pair alone from now on."""
+        """Leaves the pair alone from now on; a second call does what Ctrl-C has kept the first from."""
         self._forget(id(pair), self._pairs.get(id(pair)))
 
     def _forget(self, key: int, reference: weakref.ref[Pair] | None) -> None:
         if self._pairs.get(key) is reference:  # else another pair has its identity
             self._pairs = {other: known for other, known in self._pairs.items() if other != key}
         if not self._pairs:
-            ends, self._ends = self._ends, ()
-            for end in ends:
-                end()
+            ends = self._ends
+            while ends:
+                ends[-1]()
+                ends.pop()
 
     @contextmanager
     def _forbidden(self) -> Iterator[None]:

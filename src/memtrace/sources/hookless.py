@@ -40,8 +40,8 @@ class Hookless:
         # A new dictionary: Python's collector may end a subscriber while another one is gone through.
         self._subscribers = {other: aside for other, aside in self._subscribers.items() if other != number}
         if not self._subscribers and self._end is not None:
-            end, self._end = self._end, None
-            end()
+            self._end()
+            self._end = None  # not before: where Ctrl-C comes, who leaves again ends it
 
     @contextmanager
     def _around(self) -> Iterator[None]:
