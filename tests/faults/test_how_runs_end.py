@@ -121,6 +121,18 @@ def test_two_processes_of_one_script_do_not_share_a_file(ended: tuple[Path, dict
     assert str(second.parent) in (root / "twins" / "stderr").read_text()
 
 
+def test_two_processes_of_one_script_have_text_files_of_their_own(ended: tuple[Path, dict[str, int]]) -> None:
+    """In one directory of node_exporter's, at one time, under one name: both are there, and no series is in both."""
+    files = list((ended[0] / "twins" / "text").glob("memtrace-r-*-rank0.prom"))
+    series = [
+        {line.rpartition(" ")[0] for line in path.read_text().splitlines() if not line.startswith("#")}
+        for path in files
+    ]
+    assert len(files) == 2
+    assert all(any(one.startswith("memtrace_run_state{") for one in found) for found in series)
+    assert not set.intersection(*series)
+
+
 def test_a_rerun_takes_over_the_directory(ended: tuple[Path, dict[str, int]]) -> None:
     """The killed run's target is replaced, its records stay in the log, and the two launches differ."""
     root, codes = ended

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -433,57 +435,94 @@ EXITS = {
     "raise ValueError('of the user')": 1,
     "raise SystemExit(3)": 3,
     "os._exit(4)": 4,
-    "model.register_forward_pre_hook(lambda *_: sys.exit(5)); model(x)": 5,
-    "y.register_hook(lambda _: sys.exit(6)); y.backward()": 6,
+    "model.register_forward_pre_hook(lambda *_: sys.exit(5)); loss()": 5,
+    "kept.register_hook(lambda _: sys.exit(6)); kept.backward()": 6,
     "threading.Thread(target=train, args=(3,)).start()": 0,
-    "worker = threading.Thread(target=model, args=(x,)); worker.start(); worker.join()": 0,
+    "worker = threading.Thread(target=loss); worker.start(); worker.join()": 0,
     "threading.Thread(target=in_a_step_for_ever, daemon=True).start(); begun.wait()": 0,
 }
-"""What a script does last, inside a step that is traced with default settings, and the status that it ends with."""
+"""What a script does last, inside a step, and the status that it ends with."""
 
 SCRIPT = """
-import json, os, signal, sys, threading
+import gc, json, os, signal, sys, threading
 import torch
-from torch import nn
+from laws.life import LIVES
 from memtrace import MemTraceOptimizer
 
-torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # loads what the first optimizer loads
-x, statuses = torch.ones(2, 8), {}
-for last in json.loads(sys.argv[1]):
+rows, settings = json.loads(sys.argv[1])
+families, statuses = {family.name: family for family in LIVES}, []
+torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # loads what the first optimizer loads
+for family in {row[0] for row in rows}:
+    families[family].build()  # loads what the first one loads
+gc.freeze()  # what is loaded is not gone through at the end of each child
+for family, name, last in rows:
     child = os.fork()
     if not child:
         break
-    statuses[last] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 else:
     print(json.dumps(statuses))
     os._exit(0)
 
 signal.alarm(100)  # a child that hangs ends by this
 sys.stderr = open(os.devnull, "w")
-model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+family = families[family]
+model = family.build()
 optimizer = torch.optim.AdamW(model.parameters())
-optimizer = MemTraceOptimizer(optimizer, model, port=None, step_log=False, oom_reports=0)
+settings, steps = settings[name]
+optimizer = MemTraceOptimizer(optimizer, model, port=None, step_log=False, oom_reports=0, **settings)
 begun = threading.Event()
+
+def loss():
+    return family.loss(model, family.batch())
 
 def train(steps):
     for _ in range(steps):
-        model(x).sum().backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
 
 def in_a_step_for_ever():
-    model(x)
+    loss()
     begun.set()
     threading.Event().wait()
 
-train(1)
-y = model(x).sum()  # the second step is traced: the first one with optimizer state
+train(steps)
+kept = loss()
+assert torch.autograd._profiler_enabled() == (name == "traced")
 exec(last)
 """
 
 
+SETTINGS_AT_EXIT: dict[str, tuple[dict[str, int], int]] = {"traced": ({}, 1), "counted": ({"trace_every": 0}, 2)}
+"""Settings, and the steps before the last one. By default the second is traced, as the first with optimizer state."""
+EXIT_ROWS = [(family.name, name, last) for family in LIVES for name in SETTINGS_AT_EXIT for last in EXITS]
+
+
+def statuses_of(rows: list[tuple[str, str, str]]) -> list[int]:
+    """Returns how scripts end. One process has loaded torch, each row is a child of it."""
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps([rows, SETTINGS_AT_EXIT])],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    found: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def test_a_script_that_ends_inside_a_traced_step_ends_as_without_memtrace() -> None:
-    """Each way out of a process: its exit status, and no signal. One process has loaded torch, each way is a child."""
-    ways = json.dumps([*EXITS])
-    done = subprocess.run([sys.executable, "-c", SCRIPT, ways], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == EXITS
+    """Each way out of a process: its exit status, and no signal."""
+    rows = [row for row in EXIT_ROWS if row[:2] == (LIVES[0].name, "traced")]
+    assert statuses_of(rows) == [EXITS[last] for _, _, last in rows]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", LIVES, ids=lambda family: family.name)
+def test_every_model_ends_inside_a_step_in_every_way_as_without_memtrace(family: Family) -> None:
+    """Traced and counted; one of the models has a head that nothing uses."""
+    rows = [row for row in EXIT_ROWS if row[0] == family.name]
+    assert len(rows) == 2 * len(EXITS)
+    assert statuses_of(rows) == [EXITS[last] for _, _, last in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from greedy_training import HUGE, PLACES, Training, ask_for_too_much, reports_in
 from memtrace import Category, MemoryTracer, MemTraceOptimizer, TracerConfig
 from memtrace.record.categories import Phase
 from memtrace.record.oom.report import OomReport, Witness
+from memtrace.sources.failures import FAILURES
 
 PHASES = {"forward": Phase.FORWARD, "backward": Phase.BACKWARD, "optimizer": Phase.OPTIMIZER}
 
@@ -145,6 +147,27 @@ def test_failure_is_counted_and_left_in_the_text_file(tmp_path: Path) -> None:
         assert 'memtrace_ooms_total{rank="0",run="greedy",run_id="1"} 1.0' in text
         training.step()
         assert tracer.snapshot().totals.ooms == 1
+
+
+def test_failures_that_torch_catches_are_told_once_and_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocator's word, as a search for a workspace brings it in each step: one report, which is pending. What an
+    exception says afterwards counts."""
+    monkeypatch.setattr("memtrace.oom.watch.LOOK_SECONDS", math.inf)
+    training = Training()
+    with MemoryTracer(training.model, training.optimizer, TracerConfig(**settings(tmp_path))) as tracer:
+        for _ in range(3):
+            training.step()
+            for _ in range(10):
+                FAILURES._allocation_failed(None, HUGE, HUGE, 0)  # a CPU has no index
+        (report,) = reports_in(tmp_path)
+        assert report.request.pending
+        assert report.request.witness is Witness.ALLOCATOR
+        assert tracer.snapshot().totals.ooms == 0
+        run_out(training, "forward", steps=0)
+        assert tracer.snapshot().totals.ooms == 1
+    assert [report.request.pending for report in reports_in(tmp_path)].count(False) == 1
 
 
 def test_forward_failure_that_the_loop_handles_is_reported_and_training_goes_on(tmp_path: Path) -> None:

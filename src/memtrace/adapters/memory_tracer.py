@@ -203,17 +203,19 @@ class MemoryTracer(Tracer):
         error = sys.exc_info()[1]
         if error is not None and id(error) != self._handled:
             self._crashed(error)
-        super().detach()
-        self._guard.finish(partial(forgotten.ends, self))
-        self._guard.finish(self._show_table)
-        self._guard.finish(self._drop_exports)
+        with ExitStack() as ending:  # each of them, also where Ctrl-C comes into another
+            ending.callback(self._guard.finish, self._drop_exports)
+            ending.callback(self._guard.finish, self._show_table)
+            ending.callback(self._guard.finish, partial(forgotten.ends, self))
+            super().detach()
 
     def _drop_exports(self) -> None:
-        exports, self._exports = self._exports, None
+        exports = self._exports
         with self._until_end:
             if exports is not None:
-                self._end_exports.detach()
                 exports.close()
+                self._exports = None  # not before: where Ctrl-C has come, they are closed again, or with the tracer
+                self._end_exports.detach()
                 self.remove_listener(exports.write)
                 self.remove_listener(self._figures.note)
 

@@ -34,19 +34,24 @@ class Asides:
         self._subscribers: dict[int, weakref.WeakMethod[Aside]] = {}
         self._numbers = count(1)
         self._ends: list[Callable[[], None]] = []
+        """Of which a second call does nothing."""
         self._changes = threading.RLock()
         """Held while subscribers change: a collector may end one within another one's change."""
         os.register_at_fork(after_in_child=self._forked)
 
     def subscribe(self, aside: Aside) -> Callable[[], None]:
-        """Enters what a bound method returns while that is at work, from now on; returns what ends it."""
+        """Enters what a bound method returns while that is at work, from now on; returns what ends it.
+
+        A second call of that does what Ctrl-C has kept the first from.
+        """
         number = next(self._numbers)
         known = weakref.WeakMethod(aside, lambda _: self._leaves(number))
         with self._changes, ExitStack() as in_vain:
             in_vain.callback(self._leaves, number)
             self._subscribers[number] = known
             if not self._ends:
-                self._ends.extend(put(self._around) for put in self._put_around)
+                for put in self._put_around:
+                    self._ends.append(put(self._around))
             in_vain.pop_all()
         return partial(self._leaves, number)
 
@@ -54,9 +59,9 @@ class Asides:
         with self._changes:
             self._subscribers.pop(number, None)
             if not self._subscribers:
-                ends, self._ends = self._ends, []
-                for end in ends:
-                    end()
+                while self._ends:  # where Ctrl-C comes, who leaves again ends the rest
+                    self._ends[-1]()
+                    self._ends.pop()
 
     def _forked(self) -> None:
         """Goes on in a child process: a thread that is not there may have been about to change subscribers."""

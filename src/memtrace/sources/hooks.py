@@ -21,14 +21,15 @@ from memtrace.sources.optimizer_hooks import BeforeAnyStep, leave_steps
 class HookSet:
     """Hooks that come off together.
 
-    Use as a context manager or call `close()`; closing twice does nothing. Only public registration calls of torch
-    are used, so that what was there before is there afterwards. Hooks are left out of compiled regions: torch's
-    compiler runs them outside the graph. While `torch.jit.script` compiles a module, those on modules are off: it would
-    compile them too.
+    Use as a context manager or call `close()`; closing twice does nothing, unless Ctrl-C has come into the first. Only
+    public registration calls of torch are used, so that what was there before is there afterwards. Hooks are left out
+    of compiled regions: torch's compiler runs them outside the graph. While `torch.jit.script` compiles a module, those
+    on modules are off: it would compile them too.
     """
 
     def __init__(self) -> None:
-        self._stack = ExitStack()
+        self._offs: list[Callable[[], object]] = []
+        """Each takes something off; a second call of it does nothing."""
         self._on_modules: list[_OnModule] = []
         self._compiling = 0
 
@@ -39,9 +40,12 @@ class HookSet:
         self.close()
 
     def close(self) -> None:
-        """Removes every hook, the last one first."""
+        """Removes every hook, the last one first. Where Ctrl-C keeps one from coming off, the next call removes it."""
         self._on_modules.clear()
-        self._stack.close()
+        with ExitStack() as closing:  # each of them, whatever the others raise
+            for off in self._offs:
+                closing.callback(off)
+        self._offs.clear()
 
     def before_forward(
         self, module: nn.Module, hook: Callable[..., None], *, prepend: bool = True, breaks_graphs: bool = True
@@ -71,10 +75,10 @@ class HookSet:
 
     def _put_on(self, module: nn.Module, register: Callable[[nn.Module], RemovableHandle]) -> None:
         if not self._on_modules:
-            self._stack.callback(HOOKLESS.subscribe(self.aside))
+            self._offs.append(HOOKLESS.subscribe(self.aside))
         hook = _OnModule(module, register)
         self._on_modules.append(hook)
-        self._stack.callback(hook.take_off)
+        self._offs.append(hook.take_off)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -99,7 +103,7 @@ class HookSet:
         The first argument is whose `step` was called: the optimizer, or a wrapper with the same hooks.
         """
         handles = [optimizer.register_step_pre_hook(before)]
-        self._stack.callback(leave_steps, handles)  # also where the optimizer refuses the second
+        self._offs.append(partial(leave_steps, handles))  # also where the optimizer refuses the second
         handles.append(optimizer.register_step_post_hook(after))
 
     def around_steps(
@@ -143,7 +147,7 @@ class HookSet:
 
     def before_any_step(self, method: Callable[[object], None]) -> None:
         """Calls a bound method, as long as its object is there, with each optimizer of the process before its steps."""
-        self._stack.callback(BeforeAnyStep(method).take_off)
+        self._offs.append(BeforeAnyStep(method).take_off)
 
     def after_gradient(
         self, parameters: Iterable[nn.Parameter], hook: Callable[[torch.Tensor], None], *, first: bool = False
@@ -156,17 +160,19 @@ class HookSet:
             first: whether before all other hooks of it, which may take the gradient.
         """
         handles: list[RemovableHandle] = []
-        self._stack.callback(_remove, handles)  # one callback for all: a traced step has them on for that step alone
+        self._offs.append(
+            partial(_remove, handles)
+        )  # one callback for all: a traced step has them on for that step alone
         for parameter in parameters:
             if parameter.requires_grad and parameter.is_leaf:
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                handles.append(handle)
                 if first:
                     autograd_torch_private.call_first(parameter, handle.id)
-                handles.append(handle)
 
     def callback(self, function: Callable[[], Any]) -> None:
-        """Calls `function` when the set is closed."""
-        self._stack.callback(function)
+        """Calls `function`, whose second call does nothing, when the set is closed."""
+        self._offs.append(function)
 
 
 class GradientHook:

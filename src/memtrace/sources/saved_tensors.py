@@ -154,10 +154,10 @@ class SavedTensorHooks:
 
         Inside a node of a backward pass torch would put it back.
         """
-        pair = self._pair
-        if pair is None:
+        owner = getattr(self._of_thread, "owner", None)
+        if owner is None:
             return True
-        if not pair.pop():
+        if not owner.pair.pop():
             return False
         del self._of_thread.owner
         return True
@@ -238,16 +238,15 @@ class _Pair:
 
     def pop(self) -> bool:
         """Takes the pair off; returns whether it is off."""
-        if not self.is_on:
-            return True
-        if not self._is_aside:
-            if autograd_torch_private.backward_is_running() or not self._can_be_popped:
+        if self.is_on:
+            if not self._is_aside:
+                if autograd_torch_private.backward_is_running() or not self._can_be_popped:
+                    return False
+                autograd_torch_private.pop_saved_tensor_hooks()
+            elif threading.get_ident() != self._thread:
                 return False
-            autograd_torch_private.pop_saved_tensor_hooks()
-        elif threading.get_ident() != self._thread:
-            return False
-        self.is_on = False
-        self.leaves()
+            self.is_on = False
+        self.leaves()  # also where Ctrl-C has kept it from that
         return True
 
     @property

@@ -52,12 +52,13 @@ class Termination:
             self._begin()
         self._count += 1
         number = self._count
-        self._subscribers[number] = weakref.WeakMethod(on_termination)
 
-        def unsubscribe() -> None:
-            if self._subscribers.pop(number, None) is not None and not self._subscribers:
+        def unsubscribe(*_: object) -> None:
+            if self._subscribers.keys() == {number}:
                 self._end()
+            self._subscribers.pop(number, None)  # not before: where Ctrl-C comes it is tried again with the next call
 
+        self._subscribers[number] = weakref.WeakMethod(on_termination, unsubscribe)
         return unsubscribe
 
     @property
@@ -82,16 +83,16 @@ class Termination:
             threading.Thread(target=self._wait, args=(reading,), name="memtrace-termination", daemon=True).start()
 
     def _end(self) -> None:
-        pipe, self._pipe = self._pipe, None
-        if pipe is None:
+        if self._pipe is None:
             return
-        try:
-            self._hand_back()
-        finally:
-            os.close(pipe[1])  # which ends the thread
-            if self._before != signal.SIG_DFL:
-                self._before = None  # a handler may refer to a model, as Lightning's does
-                os.close(pipe[0])
+        self._hand_back()  # first: a handler that stays has its pipe
+        pipe, self._pipe = self._pipe, None
+        if pipe is None:  # ended meanwhile, by the collector
+            return
+        os.close(pipe[1])  # which ends the thread
+        if self._before != signal.SIG_DFL:
+            self._before = None  # a handler may refer to a model, as Lightning's does
+            os.close(pipe[0])
 
     def _hand_back(self) -> None:
         """Restores the handler of before, unless somebody has set another one meanwhile, in place of ours."""

@@ -78,15 +78,17 @@ def around_what_takes_no_hooks(around: Callable[[], AbstractContextManager[Any]]
     name before: then torch raises on hooks.
     """
     recursive, graphs = getattr(torch.jit, "_recursive", None), getattr(torch.cuda, "graphs", None)
-    ends = [
-        _put_around(around, (recursive,), "create_script_module"),
-        _put_around(around, (torch.cuda, graphs), "make_graphed_callables"),
-    ]
+    ends: list[Callable[[], None]] = []
 
     def end() -> None:
         for one in ends:
             one()
 
+    with ExitStack() as half_done:  # where Ctrl-C comes into it
+        half_done.callback(end)
+        ends.append(_put_around(around, (recursive,), "create_script_module"))
+        ends.append(_put_around(around, (torch.cuda, graphs), "make_graphed_callables"))
+        half_done.pop_all()
     return end
 
 

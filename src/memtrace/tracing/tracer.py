@@ -196,10 +196,15 @@ class Tracer:
             self._guard.set_up(self._attach, undo=self.detach)
 
     def detach(self) -> None:
-        """Takes off every hook, stops the sampling thread and lets the training go. Records stay readable."""
-        if self._watch is not None:
-            self._guard.run(self._watch.settle)
-        self._guard.finish(self._release)
+        """Takes off every hook, stops the sampling thread and lets the training go. Records stay readable.
+
+        Where Ctrl-C comes into it, a second call does what is left.
+        """
+        try:
+            if self._watch is not None:
+                self._guard.run(self._watch.settle)
+        finally:
+            self._guard.finish(self._release)
 
     def begin_step(self, number: int | None = None) -> None:
         """Begins a step, where the loop tells its steps; `number` is the loop's own count, from 1."""
@@ -222,9 +227,10 @@ class Tracer:
         self._attached = True
 
     def _release(self) -> None:
-        watch, self._watch, self._attached = self._watch, None, False
+        watch, self._attached = self._watch, False
         if watch is not None:
             watch.release()
+            self._watch = None  # not before: what Ctrl-C has interrupted is released again
             self._skipped_before += watch.skipped.done
             self._last_window = weakref.ref(watch.window)
         window = self._last_window()

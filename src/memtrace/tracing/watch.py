@@ -198,9 +198,9 @@ class Watch:
             ending.callback(self._ledger.clear)
             if self.sampler is not None:
                 ending.callback(self.sampler.stop)
-                self.sampler = None
             ending.callback(self._hooks.close)
             ending.callback(self.window.release)
+        self.sampler = None
 
     def _exits(self) -> None:
         """Ends the window before the interpreter is gone: what records then crashes."""
