@@ -25,8 +25,10 @@ class BeforeAnyStep:
     def __init__(self, method: Callable[[object], None]) -> None:
         self._at_work: set[int] = set()
         """The threads whose optimizers call it now."""
-        self._alive = weakref.WeakMethod(method, lambda _: leave_steps([self._handle]))
+        handles: list[RemovableHandle] = []
+        self._alive = weakref.WeakMethod(method, lambda _: leave_steps(handles))
         self._handle = register_optimizer_step_pre_hook(self)  # from now on any thread may call
+        handles.append(self._handle)
 
     def __call__(self, stepped: object, *_: object) -> None:
         """Called by torch, with the arguments of the step."""
