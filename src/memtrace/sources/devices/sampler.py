@@ -101,8 +101,9 @@ class DeviceSampler:
 
     def note(self, allocator: AllocatorReading) -> None:
         """Takes in what the allocator says now; costs about a microsecond."""
-        if self._run is not None:
-            self._run.pairs.note(allocator)
+        run = self._run
+        if run is not None:
+            run.pairs.note(allocator)
 
     def reading(self) -> DeviceReading | None:
         """Returns the newest reading; None where there is none that is newer than 5 periods or 10 s.
