@@ -174,7 +174,9 @@ def is_within(frame: FrameType | None, name: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("at", [1, 4], ids=["first call", "fourth call"])
+@pytest.mark.parametrize(
+    "at", [pytest.param(1, id="first call"), pytest.param(4, id="fourth call", marks=pytest.mark.long)]
+)
 def test_fault_in_any_function_never_reaches_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
