@@ -108,6 +108,9 @@ CALLED_BY_PYTHON = frozenset(
         "compiles_backward",
         "_Pair.pop",
         "_Owner.__del__",
+        "CpuEvents.__del__",
+        "BeforeAnyStep.__init__.<locals>.<lambda>",
+        "Asides.subscribe.<locals>.<lambda>",
     }
 )
 """What Python calls as something dies: it prints an exception there, which reaches nobody."""
