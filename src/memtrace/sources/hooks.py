@@ -23,8 +23,8 @@ class HookSet:
 
     Use as a context manager or call `close()`; closing twice does nothing, unless Ctrl-C has come into the first. Only
     public registration calls of torch are used, so that what was there before is there afterwards. Hooks are left out
-    of compiled regions: torch's compiler runs them outside the graph. While `torch.jit.script` compiles a module, those
-    on modules are off: it would compile them too.
+    of compiled regions: torch's compiler runs them outside the graph. Those on modules are off while torch makes
+    something of a module that must have none: see `asides.HOOKLESS`.
     """
 
     def __init__(self) -> None:
@@ -160,9 +160,8 @@ class HookSet:
             first: whether before all other hooks of it, which may take the gradient.
         """
         handles: list[RemovableHandle] = []
-        self._offs.append(
-            partial(_remove, handles)
-        )  # one callback for all: a traced step has them on for that step alone
+        # One for all: a traced step has them on for that step alone.
+        self._offs.append(partial(_remove, handles))
         for parameter in parameters:
             if parameter.requires_grad and parameter.is_leaf:
                 handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
