@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, Self
@@ -27,14 +26,12 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import nn
 
+from benchmarks.counted import counted
 from benchmarks.results import environment, write
 from benchmarks.workloads import WORKLOADS
 
 PARAMETERS = 10_000
 ATTACH_SECONDS = 0.1
-COUNTED_PARAMETERS = 300
-COUNTED_STEPS = 400
-COUNTED_SECONDS = 0.0002
 EVENTS = 100_000
 REPLAY_SECONDS = 0.5
 REPLAY_GROWTH = 12.0
@@ -107,50 +104,6 @@ def attach() -> list[Row]:
         {"what": what, **fresh, "unit": "s", "bound": ATTACH_SECONDS},
         {"what": f"{what} that have gradients and AdamW's state", **resumed, "unit": "s", "bound": None},
     ]
-
-
-def counted() -> list[Row]:
-    """Seconds that memtrace takes in a counted step, its line in the step log included.
-
-    On a CPU, with the counters that the allocator of an H200 had in a step of Llama-3-8B. To ask torch for them is not
-    in it.
-    """
-    from memtrace import MemoryTracer, TracerConfig
-    from memtrace.record.breakdown import AllocatorReading
-    from memtrace.sources.cpu import CpuEvents
-
-    readings = cycle(
-        AllocatorReading(
-            allocated_bytes=requested + 1020,
-            reserved_bytes=138_825_170_944,
-            requested_bytes=requested,
-            peak_allocated_bytes=132_821_100_032,
-            peak_requested_bytes=132_821_099_012,
-            inactive_split_bytes=1_862_195_712,
-            retries=0,
-            ooms=0,
-        )
-        for requested in (112_490_775_044, 119_893_996_560, 128_551_297_540, 128_551_297_540)
-    )
-
-    class WithCounters(CpuEvents):
-        def reading(self) -> AllocatorReading:
-            return next(readings)
-
-    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(COUNTED_PARAMETERS // 2)])
-    optimizer = torch.optim.AdamW(model.parameters())
-    batch = torch.ones(4, 8)
-    with tempfile.TemporaryDirectory() as directory:
-        config = TracerConfig(port=0, log_dir=directory, strict=True, quiet=True, trace_every=0, history=COUNTED_STEPS)
-        with MemoryTracer(model, optimizer, config, source=WithCounters()) as tracer:
-            for _ in range(2 * COUNTED_STEPS):
-                model(batch).sum().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            taken = [record.self_seconds for record in tracer.history]
-    found = {"value": median(taken), "least": min(taken), "most": max(taken), "repetitions": len(taken)}
-    what = f"a counted step with {COUNTED_PARAMETERS} parameters, counters of a recorded device"
-    return [{"what": what, **found, "unit": "s", "bound": COUNTED_SECONDS}]
 
 
 def replay() -> list[Row]:

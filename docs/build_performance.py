@@ -73,8 +73,10 @@ How it is measured: each in a process of its own, medians of repetitions; a boun
 slowest of them is one of which this run cannot tell. The processor's part of it is what memtrace needs; the rest was
 spent waiting for the processor, behind what else the machine did. The replay is that of a made-up step whose blocks are
 saved in the forward pass and freed in the backward pass, and includes the breakdowns of all four moments.
-A counted step is memtrace's own time in one, its line in the step log included, on a CPU with the counters that an H200
-gave; CUDA's history is one that an H200 recorded, repeated until it has so many events, from torch's lists to breakdowns.
+A counted step is memtrace's own time in one, its line in the step log included, with what an H200 and its allocator said
+in a step of Llama-3-8B; to ask torch for that is not in it. The loop of the first row computes next to nothing, as where
+a device computes; in the other the processor trains, and memtrace finds its caches full of the training's. CUDA's
+history is one that an H200 recorded, repeated until it has so many events, from torch's lists to breakdowns.
 Resident memory counts from a Llama that has trained without memtrace: import, endpoint, step log, hooks and the first
 use of torch's profiler are in it.
 
