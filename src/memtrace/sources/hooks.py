@@ -306,13 +306,15 @@ class Apart(partial[None]):
         in_graphs: what the compiler sees; called without those.
     """
 
+    called: Callable[..., Any]
+    """What a call calls: the function, with its first arguments where there are some."""
     in_graphs: Callable[..., None]
 
     def __new__(cls, function: Callable[..., Any], /, *args: Any, in_graphs: Callable[..., None]) -> Self:
         """Returns it with the attribute: no keyword argument of the function."""
         torch_private.not_compiled_alone(function)
         made = super().__new__(cls, function, *args)
-        made.in_graphs = in_graphs
+        made.called, made.in_graphs = partial(function, *args) if args else function, in_graphs
         return made
 
     @property
@@ -327,8 +329,11 @@ class Apart(partial[None]):
 
 
 def _module_hook(module: nn.Module, hook: Callable[..., None], breaks_graphs: bool) -> Callable[..., None]:
-    outside = hook if isinstance(hook, Apart) else unless_whole(hook, breaks_graphs)
-    found = _ModuleHook(outside, in_graphs=outside.in_graphs if isinstance(outside, Apart) else outside)
+    if isinstance(hook, Apart):
+        found = _ModuleHook(hook.called, in_graphs=hook.in_graphs)
+    else:
+        heard = unless_whole(hook, breaks_graphs)
+        found = _ModuleHook(heard, in_graphs=heard)
     found.module = weakref.ref(module)
     return found
 

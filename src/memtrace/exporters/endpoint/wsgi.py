@@ -32,7 +32,9 @@ DEADLINE_SECONDS = 15.0
 MAX_CONNECTIONS = 16
 """Connections served at once. One more cuts off the oldest: a scrape takes milliseconds, so that one is stuck."""
 POLL_SECONDS = 0.1
-"""How often the accepting thread looks for overdue connections and for the end."""
+"""How often the accepting thread looks for overdue connections while it has some."""
+REST_SECONDS = 1.0
+"""How often it looks for the end while it has none: where the end does not wake it."""
 
 
 class Connection(NamedTuple):
@@ -106,7 +108,6 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
         OSError: the address cannot be used.
     """
 
-    timeout = POLL_SECONDS
     request_queue_size = 4 * MAX_CONNECTIONS  # with the usual 5, a client that comes sixth waits a second
 
     def __init__(self, host: str, port: int, app: WsgiApp, tls: ssl.SSLContext | None = None) -> None:
@@ -119,6 +120,11 @@ class BoundedServer(ThreadingMixIn, WSGIServer):
         self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         super().__init__((host, port), RequestHandler)
         _SERVERS.add(self)
+
+    @property
+    def timeout(self) -> float:  # type: ignore[override]
+        """How long the accepting thread waits for a connection, in seconds: each look takes time from the training."""
+        return POLL_SECONDS if self._serving else REST_SECONDS
 
     def start(self) -> None:
         """Serves from a thread of its own from now on."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from memtrace.record.breakdown import DeviceReading
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_MOST_BYTES = 1 << 16
 
 
 class CpuDevice:
@@ -55,7 +56,7 @@ class CpuDevice:
 
 def refreshed(reading: DeviceReading) -> DeviceReading:
     """Returns a reading of the CPU with the resident set of now."""
-    resident = parse_statm(_statm(), _PAGE_BYTES)
+    resident = parse_statm(_text("/proc/self/statm"), _PAGE_BYTES)
     return replace(reading, process_bytes=reading.process_bytes if resident is None else resident)
 
 
@@ -148,21 +149,18 @@ def _number(pattern: str, text: str) -> int | None:
     return None if match is None else int(match[1])
 
 
-def _statm() -> str:
-    """Returns what the kernel says of this process's pages: in each step, and so without what a text file takes."""
+def _text(path: str | Path) -> str:
+    """Returns the text of a file of the kernel, which comes in one piece; empty where it cannot be read.
+
+    Asked in each step with a record, and so without what a text file takes.
+    """
     try:
-        file = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return ""
     try:
-        return os.read(file, 256).decode("ascii")
+        return os.read(file, _MOST_BYTES).decode("ascii", "replace")
+    except OSError:
+        return ""
     finally:
         os.close(file)
-
-
-def _text(path: Path) -> str:
-    """Returns the text of a file of the kernel; empty where it cannot be read."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
