@@ -37,6 +37,9 @@ _PLAIN_VALUES = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops
 """Operators that return a value of Python, and always depend on values."""
 
 
+_SIMULATED = frozenset({SimulatedTensor})
+
+
 class _Block(weakref.ref[torch.UntypedStorage]):
     """A weak reference to a simulated storage, with its address on the device; None where it takes no block there."""
 
@@ -176,7 +179,7 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if func.namespace == "profiler" or torch_fake.fake_mode_is_on():
             return func(*args, **(kwargs or {}))
-        if any(kind is not SimulatedTensor for kind in types):
+        if types.count(SimulatedTensor) != len(types):
             return self._of_wrappers(func, args, kwargs or {})
         self.operators += 1
         self.kinds.add(func)
@@ -188,7 +191,7 @@ class Simulation(torch_fake.DispatchMode):  # type: ignore[no-untyped-call]
         if func is _ADD and torch_fake.is_engine_sum(args[0]) and layout_of(args[0]) == layout_of(args[1]):
             return tensor_on(args[0].untyped_storage(), layout_of(args[0]), begin_of(args[0]))
         call = Call.of(func, args, kwargs or {})
-        if any(type(tensor) is not SimulatedTensor for tensor in call.inputs):
+        if not _SIMULATED.issuperset(map(type, call.inputs)):
             call = Call.of(func, map_tensors(self.adopt, args), map_tensors(self.adopt, kwargs or {}))
         if func is _LIFT:
             return call.inputs[0]

@@ -148,7 +148,10 @@ def _of_ranks(call: Call) -> Result:
 def _read(values: Iterable[Any], parts: list[Any], tensors: list[torch.Tensor]) -> None:
     """Appends to `parts` what the result of a call depends on, and its tensors to `tensors`."""
     for value in values:
-        if isinstance(value, torch.Tensor):
+        kind = type(value)
+        if kind is int or value is None:  # most are, and torch is asked whether something is a tensor
+            parts.append(value)
+        elif isinstance(value, torch.Tensor):
             tensors.append(value)
             parts.append(layout_of(value))
         elif isinstance(value, (list, tuple)):
@@ -156,7 +159,7 @@ def _read(values: Iterable[Any], parts: list[Any], tensors: list[torch.Tensor]) 
             _read(value, inner, tensors)
             parts.append(tuple(inner))
         elif isinstance(value, (bool, float)):  # True, 1 and 1.0 are equal and make other element types
-            parts.append((type(value), value))
+            parts.append((kind, value))
         elif not isinstance(value, torch.device):
             parts.append(value)
 
