@@ -6,6 +6,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from math import ceil
 from typing import Any
 
 import pytest
@@ -147,7 +148,7 @@ def test_every_name_of_trainer_is_planned_or_refused_with_what_to_plan() -> None
     """`optim=` of Trainer, word for word: a layout, and states of just that size in a simulated step, or an error that
     names another optimizer."""
     parameter = torch.nn.Parameter(torch.ones(MATRIX_SIDE, 4))
-    side = torch.nn.Parameter(torch.ones(256, 256))
+    side, large = (torch.nn.Parameter(torch.ones(256, columns)) for columns in (256, 400))
     for known in OptimizerNames:
         name = known.value
         if name in NOT_PLANNED:
@@ -157,11 +158,15 @@ def test_every_name_of_trainer_is_planned_or_refused_with_what_to_plan() -> None
         layout = find_optimizer(name)
         if not keeps_only(name):
             continue
-        optimizer = make_optimizer(name, StepKernels.FUSED)([parameter, side])
-        parameter.grad, side.grad = torch.ones_like(parameter), torch.ones_like(side)
+        optimizer = make_optimizer(name, StepKernels.FUSED)([parameter, side, large])
+        for one in (parameter, side, large):
+            one.grad = torch.ones_like(one)
         optimizer.step()
         kept = optimizer.state[side]
-        assert set(kept) == (set() if layout.paged else {state.component for state in layout.states})
+        components = {state.component for state in layout.states}
+        assert set(kept) == components
+        on_device = {name for name in components if name.startswith("absmax")} if layout.paged else components
+        assert set(optimizer.state[large]) == on_device
         for state in layout.states:
             if state.component in kept and state.elements >= Fraction(1, 2) and not state.low_rank:
                 assert kept[state.component].numel() == state.elements * side.numel()
@@ -197,3 +202,11 @@ def test_paged_states_are_in_host_memory() -> None:
     plan = plan_by_formula(request)
     assert plan.host_bytes == 8 * 10**6
     assert plan.moments[Moment.STEP_END][Category.OPTIMIZER_STATE] == 0
+
+
+def test_scales_of_paged_states_stay_on_the_device() -> None:
+    """A float32 number for each 256 elements of both 8-bit states."""
+    request = PlanRequest(parameters=10**6, recipe=find_recipe("pure-bf16"), optimizer=find_optimizer("paged_adamw_8bit"))
+    plan = plan_by_formula(request)
+    assert plan.host_bytes == 2 * 10**6
+    assert plan.moments[Moment.STEP_END][Category.OPTIMIZER_STATE] == 2 * 4 * ceil(10**6 / 256)
