@@ -206,7 +206,9 @@ def test_paged_states_are_in_host_memory() -> None:
 
 def test_scales_of_paged_states_stay_on_the_device() -> None:
     """A float32 number for each 256 elements of both 8-bit states."""
-    request = PlanRequest(parameters=10**6, recipe=find_recipe("pure-bf16"), optimizer=find_optimizer("paged_adamw_8bit"))
+    request = PlanRequest(
+        parameters=10**6, recipe=find_recipe("pure-bf16"), optimizer=find_optimizer("paged_adamw_8bit")
+    )
     plan = plan_by_formula(request)
     assert plan.host_bytes == 2 * 10**6
     assert plan.moments[Moment.STEP_END][Category.OPTIMIZER_STATE] == 2 * 4 * ceil(10**6 / 256)
