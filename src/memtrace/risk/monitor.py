@@ -199,9 +199,7 @@ def _until_limit(growth: Growth | None, capacity: int | None, peak: int) -> Grow
     )
 
 
-def _risk(
-    peak: PeakForecast | None, growth: GrowthForecast | None, capacity: int | None, beside: int
-) -> float | None:
+def _risk(peak: PeakForecast | None, growth: GrowthForecast | None, capacity: int | None, beside: int) -> float | None:
     """Returns the larger of two risks: that the largest batch does not fit, and that a leak fills what is left.
 
     Neither what the batch takes nor what is beside torch, which bounds the capacity, is known to the byte.
