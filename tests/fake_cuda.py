@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -148,3 +149,42 @@ class FakeAllocator:
         self.ring.append(entry)
         self._noted_ns.append(self.time_ns())
         del self.ring[: -self.max_entries], self._noted_ns[: -self.max_entries]
+
+
+class PluggableAllocator:
+    """`torch.cuda.memory.CUDAPluggableAllocator`: it gives memory, and refuses whatever else torch asks allocators for.
+
+    Source: torch/csrc/cuda/CUDAPluggableAllocator.cpp, and `isHistoryEnabled` of its base in CUDACachingAllocator.h.
+    The refusals are those of torch's C++, below its Python functions, which run as they are.
+    """
+
+    REFUSED: ClassVar = {
+        "_cuda_memoryStats": "getDeviceStats",
+        "_cuda_memorySnapshot": "snapshot",
+        "_cuda_isHistoryEnabled": "recordHistory",
+        "_cuda_record_memory_history": "recordHistory",
+        "_cuda_annotateMemory": "annotate",
+        "_cuda_attach_out_of_memory_observer": "attachOutOfMemoryObserver",
+        "_cuda_getMemoryFraction": "getMemoryFraction",
+        "_cuda_resetPeakMemoryStats": "resetPeakStats",
+    }
+
+    def __init__(self) -> None:
+        self.refused: list[str] = []
+
+    def install(self, patch: pytest.MonkeyPatch) -> PluggableAllocator:
+        """Puts the allocator below torch's calls."""
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda.memory, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+        for call, what in self.REFUSED.items():
+            patch.setattr(torch._C, call, partial(self._refuse, what), raising=False)
+        return self
+
+    def _refuse(self, what: str, *_: object, **__: object) -> None:
+        self.refused.append(what)
+        raise RuntimeError(
+            f"CUDAPluggableAllocator does not yet support {what}. "
+            "If you need it, please file an issue describing your use case."
+        )
