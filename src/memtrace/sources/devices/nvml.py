@@ -33,8 +33,8 @@ class NvmlDevice:
     looks the device up again.
 
     Args:
-        uuid: as torch gives it (no prefix), or with a `GPU-` or `MIG-` prefix, if need be the wrong one. Never an index: those depend on
-            CUDA_VISIBLE_DEVICES.
+        uuid: as torch gives it (no prefix), or with a `GPU-` or `MIG-` prefix, if need be the wrong one. Never an
+            index: those depend on CUDA_VISIBLE_DEVICES.
         proc: where the process file system is mounted.
 
     Raises:
