@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -204,11 +204,6 @@ def same_words(samples: int, positions: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def lists(parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
-    """torch's AdamW as it steps on a GPU: what DeepSpeed takes for `torch_adam`."""
-    return torch.optim.AdamW(parameters, foreach=True)
-
-
 def adapted_llama() -> nn.Module:
     """Adapters of rank 16 on all linear layers; the embedding's output asks for a gradient, as peft's notes advise."""
     model = build_model(small_llama().config, ModelSettings(adapter_rank=16))
@@ -292,15 +287,14 @@ ROWS: Mapping[str, Recorded] = {
     # there would be one bucket; the sum of the micro batches was nobody's then
     "deepspeed2": Recorded(
         recipe="bf16-master",
-        optimizer=lists,
         samples=1,
         accumulation_steps=2,
-        sharding=Sharding(strategy=Strategy.ZERO2, overlap_comm=True),
+        sharding=Sharding(strategy=Strategy.ZERO2, overlap_comm=True, torch_adam=True),
         renamed={("temporaries/backward/", 2 * ELEMENTS): Category.GRADIENTS},
     ),
     # the temporaries at the peak are those of one list of parameters: neither a fused step nor a loop over them
     "deepspeed3": Recorded(
-        recipe="bf16-master", optimizer=lists, samples=1, sharding=Sharding(strategy=Strategy.ZERO3)
+        recipe="bf16-master", samples=1, sharding=Sharding(strategy=Strategy.ZERO3, torch_adam=True)
     ),
     # the tables of NF4's 16 values are not planned, one for each of 28 layers
     "qlora": Recorded(

@@ -188,9 +188,11 @@ class _Step:
 
     def foreach_bytes(self) -> int:
         """Returns what torch's foreach step would allocate besides; 0 where DeepSpeed brings its own optimizer."""
-        if self._sharding.is_zero or self._offload is not Offload.NONE:
+        if self._sharding.brings_fused_step or self._offload is not Offload.NONE:
             return 0
         elements = self._state_share(self._request.trainable)
+        if self._strategy is Strategy.ZERO3:
+            elements = min(elements, ZERO3_SUB_GROUP)
         return self._request.optimizer.foreach_copies * elements * DTYPE_BYTES[self._recipe.updated]
 
     def host_bytes(self) -> int:
