@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers.training_args import OptimizerNames
 
+import memtrace
 from memtrace.errors import PlanError
 from memtrace.planning.formula import plan_by_formula
 from memtrace.planning.optimizers.layouts import LBFGS_HISTORY, MATRIX_SIDE, RANK
@@ -202,6 +203,20 @@ def test_paged_states_are_in_host_memory() -> None:
     plan = plan_by_formula(request)
     assert plan.host_bytes == 8 * 10**6
     assert plan.moments[Moment.STEP_END][Category.OPTIMIZER_STATE] == 0
+
+
+def test_a_simulated_plan_counts_paged_states_for_the_host() -> None:
+    """Of a matrix of 262,144 elements 8 bits twice; the scales of both and the states of its bias are the device's."""
+    plan = memtrace.plan(
+        lambda: torch.nn.Linear(512, 512),
+        lambda: torch.ones(2, 512),
+        recipe="pure-bf16",
+        optimizer="paged_adamw_8bit",
+        loss=lambda model, batch: model(batch).float().sum(),
+    )
+    assert plan.host_bytes == 2 * 512 * 512
+    assert plan.moments[Moment.STEP_END][Category.OPTIMIZER_STATE] == 2 * (4 * 512 * 512 // 256 + 4 * 512)
+    assert any("counted for the host" in said for said in plan.assumptions)
 
 
 def test_scales_of_paged_states_stay_on_the_device() -> None:

@@ -81,6 +81,11 @@ class KeptStates(torch.optim.Optimizer):
         super().__init__(parameters, {})
         self._layout = layout
 
+    @property
+    def paged_bytes(self) -> int:
+        """What the states take that are paged."""
+        return sum(_paged_for(parameter, self._layout) for group in self.param_groups for parameter in group["params"])
+
     @torch.no_grad()
     def step(self, closure: object = None) -> None:  # type: ignore[override]
         """Makes the states of parameters that have none yet."""
@@ -140,12 +145,29 @@ def _transformers_adafactor(parameters: Sequence[torch.Tensor]) -> torch.optim.O
 def _kept_for(parameter: torch.Tensor, layout: OptimizerLayout) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the states of one parameter by name, as far as they lie on the device."""
     small = parameter.numel() < _MIN_8BIT_SIZE and any(map(is_scale, layout.states))
-    paged = layout.paged and parameter.numel() >= _MIN_PAGED_SIZE
+    paged = _is_paged(parameter, layout)
     for state in layout.states:
-        dtype = parameter.dtype if state.dtype is None else getattr(torch, state.dtype)
+        dtype = _dtype(state, parameter)
         if (small and is_scale(state)) or (paged and not is_scale(state)):
             continue
         yield state.component, torch.zeros(_elements(state, parameter), dtype=torch.float32 if small else dtype)
+
+
+def _paged_for(parameter: torch.Tensor, layout: OptimizerLayout) -> int:
+    """Returns the bytes of the states of one parameter that lie outside of torch's allocator."""
+    if not _is_paged(parameter, layout):
+        return 0
+    paged = [state for state in layout.states if not is_scale(state)]
+    return sum(_elements(state, parameter) * _dtype(state, parameter).itemsize for state in paged)
+
+
+def _is_paged(parameter: torch.Tensor, layout: OptimizerLayout) -> bool:
+    return layout.paged and parameter.numel() >= _MIN_PAGED_SIZE
+
+
+def _dtype(state: State, parameter: torch.Tensor) -> torch.dtype:
+    found: torch.dtype = parameter.dtype if state.dtype is None else getattr(torch, state.dtype)
+    return found
 
 
 def _elements(state: State, parameter: torch.Tensor) -> int:
