@@ -352,7 +352,7 @@ def test_a_compiled_model_keeps_less_than_its_plan() -> None:
     """Weights, states and what is there between steps to the byte; less of all that the compiler fuses or reuses.
 
     At the end of the forward pass 17 MB were gradients by then: three saved matrices of an MLP, whose memory the
-    compiled backward pass takes for the gradients of its weights. A block has one category for all its life.
+    compiled backward pass takes for the gradients of its weights. A block had one category for all its life then.
     """
     planned, traced = Recorded().planned(), TRACED["compiled_default"]
     for moment in (FORWARD_END, PEAK, STEP_END):
