@@ -326,7 +326,10 @@ def test_every_recorded_breakdown_is_held_against_a_plan() -> None:
     assert {*ROWS, *COMPILED} == set(TRACED)
 
 
-@pytest.mark.parametrize("name", ROWS)
+FSDP2 = pytest.mark.needs("FSDP2 that runs without a GPU")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[FSDP2] * (name == "fsdp2")) for name in ROWS])
 def test_categories_are_those_that_were_traced(name: str) -> None:
     """Each category of a 78M Llama on the device, to the byte but for scalars, at the end of the forward pass, at the
     peak and between steps."""
