@@ -131,7 +131,8 @@ weights with float32 masters, and they are planned so. Engines that shard weight
 What each keeps for a parameter. States have the type of the tensor that is updated, the master copy where there is one,
 unless the table says otherwise. Every value of Trainer's `optim=` is taken, but those that update weights inside the
 backward pass: for these the error names what to plan as an upper bound. Trainer's `adafactor` is `adafactor-hf` here.
-Paged states lie in managed memory, outside of torch's allocator, and are counted for the host.
+Paged states lie in managed memory, outside of torch's allocator, and are counted for the host. Scales of 8-bit states,
+and states of parameters with fewer than 100,000 elements, as those of most adapters, stay on the device.
 
 {_optimizers()}
 

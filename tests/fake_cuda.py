@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ class FakeAllocator:
 
     def __init__(self) -> None:
         self.live: dict[int, int] = {}
+        self.streams: dict[int, int] = {}
+        """Streams of blocks that are not for the default one: each lies in a segment of its own then."""
         self.pools: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self.pool_counters: dict[tuple[int, int], Any] | None = {}
         self.ring: list[dict[str, Any]] = []
@@ -47,15 +50,18 @@ class FakeAllocator:
         self.now_ns += 1000
         return self.now_ns
 
-    def allocate(self, address: int, size: int = 1000) -> None:
-        """Allocates a block."""
+    def allocate(self, address: int, size: int = 1000, stream: int = 0) -> None:
+        """Allocates a block for work on a stream."""
         self.live[address] = size
+        if stream:
+            self.streams[address] = stream
         self.allocations += 1
         self._write("alloc", address, size)
 
     def free(self, address: int) -> None:
         """Frees a block that no stream waits for."""
         size = self.live.pop(address)
+        self.streams.pop(address, None)
         self._write("free_requested", address, size)
         self._write("free_completed", address, size)
 
@@ -84,7 +90,7 @@ class FakeAllocator:
 
     def segments(self, mempool_id: tuple[int, int] | None = None, include_traces: bool = True) -> list[dict[str, Any]]:
         """`memory_snapshot`."""
-        found = [self._segment()] if mempool_id is None else []
+        found = [*self._segments()] if mempool_id is None else []
         found += [one for pool, kept in self.pools.items() if mempool_id in (None, pool) for one in kept]
         self._write("snapshot", 0, sum(segment["allocated_size"] for segment in found))
         return found
@@ -111,17 +117,25 @@ class FakeAllocator:
         found["allocation"] = {"all": {"current": len(self.live), "allocated": self.allocations}}
         return found if self.pool_counters is None else found | {"reserved_bytes_by_private_pools": self.pool_counters}
 
-    def _segment(self) -> dict[str, Any]:
+    def _segments(self) -> Iterator[dict[str, Any]]:
+        if not self.streams:
+            yield self._segment(self.live, 0)
+            return
+        for at, size in self.live.items():
+            yield self._segment({at: size}, at)
+
+    def _segment(self, live: Mapping[int, int], address: int) -> dict[str, Any]:
         frames = [{"filename": "train.py", "line": 1, "name": "f"}] if self.stacks else []
         blocks = [
             {"address": at, "size": size, "requested_size": size, "state": "active_allocated", "frames": frames}
-            for at, size in self.live.items()
+            for at, size in live.items()
         ]
         return {
             "device": 0,
-            "address": 0,
-            "total_size": sum(self.live.values()),
-            "allocated_size": sum(self.live.values()),
+            "address": address,
+            "stream": self.streams.get(address, 0),
+            "total_size": sum(live.values()),
+            "allocated_size": sum(live.values()),
             "segment_pool_id": (0, 0),
             "blocks": blocks,
         }
@@ -135,3 +149,42 @@ class FakeAllocator:
         self.ring.append(entry)
         self._noted_ns.append(self.time_ns())
         del self.ring[: -self.max_entries], self._noted_ns[: -self.max_entries]
+
+
+class PluggableAllocator:
+    """`torch.cuda.memory.CUDAPluggableAllocator`: it gives memory, and refuses whatever else torch asks allocators for.
+
+    Source: torch/csrc/cuda/CUDAPluggableAllocator.cpp, and `isHistoryEnabled` of its base in CUDACachingAllocator.h.
+    The refusals are those of torch's C++, below its Python functions, which run as they are.
+    """
+
+    REFUSED: ClassVar = {
+        "_cuda_memoryStats": "getDeviceStats",
+        "_cuda_memorySnapshot": "snapshot",
+        "_cuda_isHistoryEnabled": "recordHistory",
+        "_cuda_record_memory_history": "recordHistory",
+        "_cuda_annotateMemory": "annotate",
+        "_cuda_attach_out_of_memory_observer": "attachOutOfMemoryObserver",
+        "_cuda_getMemoryFraction": "getMemoryFraction",
+        "_cuda_resetPeakMemoryStats": "resetPeakStats",
+    }
+
+    def __init__(self) -> None:
+        self.refused: list[str] = []
+
+    def install(self, patch: pytest.MonkeyPatch) -> PluggableAllocator:
+        """Puts the allocator below torch's calls."""
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda.memory, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+        for call, what in self.REFUSED.items():
+            patch.setattr(torch._C, call, partial(self._refuse, what), raising=False)
+        return self
+
+    def _refuse(self, what: str, *_: object, **__: object) -> None:
+        self.refused.append(what)
+        raise RuntimeError(
+            f"CUDAPluggableAllocator does not yet support {what}. "
+            "If you need it, please file an issue describing your use case."
+        )

@@ -75,6 +75,19 @@ class TestTags:
             timeline = replay(window((20, 1, 64)), (), notes)
             assert bytes_at(timeline, Moment.STEP_END) == {"gradients//float32": 64}
 
+    def test_what_is_saved_and_becomes_a_gradient_is_each_in_its_time(self) -> None:
+        """A compiled backward pass takes the memory of what it needs no more; a weight that was saved stays one."""
+        notes = [TagEvent(30, 1, 64, ACTIVATIONS), TagEvent(150, 1, 64, GRADIENTS), TagEvent(160, 1, 64, ACTIVATIONS)]
+        timeline = replay(window((20, 1, 64), *BACKWARD, (155, 2, 8), (400, 2, -8)), (), notes)
+        assert bytes_at(timeline, Moment.FORWARD_END) == {"activations//float32": 64}
+        assert bytes_at(timeline, Moment.BACKWARD_END) == {"gradients//float32": 64, "temporaries/backward/": 8}
+        assert bytes_at(timeline, Moment.STEP_END) == {"gradients//float32": 64}
+        curve = step_curve(timeline, marks())
+        assert max(curve.by_category[Category.ACTIVATIONS]) == max(curve.by_category[Category.GRADIENTS]) == 64
+        notes = [TagEvent(30, 1, 64, ACTIVATIONS), TagEvent(150, 1, 64, WEIGHTS)]
+        timeline = replay(window((20, 1, 64), *BACKWARD), (), notes)
+        assert bytes_at(timeline, Moment.FORWARD_END) == {"weights/trainable/float32": 64}
+
     def test_of_equal_roles_the_last_one_counts(self) -> None:
         """A buffer that is reused carries the element type of its last user."""
         notes = [TagEvent(30, 1, 64, ACTIVATIONS), TagEvent(40, 1, 64, ACTIVATIONS._replace(dtype="int64"))]

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from fake_cuda import FakeAllocator
 
-from memtrace.attribution.hidden import WORKSPACE, tag_workspaces
+from memtrace.attribution.hidden import WORKSPACE, stream_of, tag_workspaces
 from memtrace.attribution.timeline import StepMarks, Timeline, replay
 from memtrace.oom.composition import StepFacts, from_blocks
 from memtrace.record.breakdown import EntryKey
 from memtrace.record.categories import Category, Moment, Phase
 from memtrace.record.units import MIB
+from memtrace.sources.cuda.allocator import stream_memory
 from memtrace.sources.cuda.cublas import configured_sizes
-from memtrace.sources.cuda.source import parse_window
-from memtrace.sources.events import Block, Event, Events, Tag, TagEvent, Window
+from memtrace.sources.cuda.source import CudaEvents, parse_window
+from memtrace.sources.events import Block, Event, Events, StreamMemory, Tag, TagEvent, Window
 
 TRACES = Path(__file__).parents[1] / "fixtures" / "gpu" / "traces"
 WEIGHTS = Tag(Category.WEIGHTS, "trainable", "float32")
@@ -76,6 +78,82 @@ def test_the_workspaces_of_a_recorded_run_are_found(name: str, lt: int) -> None:
     assert shown(timeline)["workspaces/cublas"] == 2 * SIZE + lt
 
 
+GB, SIDE, COPIES = 10**9, 7, 9
+"""Address of what most memory is for, and two further streams."""
+
+
+def on_streams(patch: pytest.MonkeyPatch, *, within: Sequence[tuple[int, int, int]]) -> dict[str, int]:
+    """A step of a run whose default stream and stream `SIDE` multiply, and whose stream `COPIES` does not.
+
+    Two threads have a workspace on each of the first two, which is what autograd does with products of a side stream.
+
+    Args:
+        patch: puts the stand-in allocator in the place of torch's.
+        within: (address, bytes, stream) of what is allocated within the step and stays.
+    """
+    allocator = FakeAllocator().install(patch)
+    allocator.allocate(GB, GB)
+    for number, stream in enumerate((0, 0, SIDE, SIDE)):
+        allocator.allocate(10 * GB + number * SIZE, SIZE, stream)
+    source = CudaEvents(0)
+    assert source.open()
+    allocator.allocate(3 * GB, SIZE, COPIES)  # a batch of the size, which is given back
+    for address, size, stream in within:
+        allocator.allocate(address, size, stream)
+    allocator.free(3 * GB)
+    window = source.close()
+    assert window.complete
+    timeline = replay(window, [TagEvent(0, GB, GB, WEIGHTS)], ())
+    tag_workspaces(timeline.lifetimes, HOPPER, window.streams)
+    return shown(timeline)
+
+
+def test_each_thread_has_a_workspace_on_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four blocks of two streams, by the segments' streams; without them two would be nobody's."""
+    found = on_streams(monkeypatch, within=())
+    assert found == {"weights/trainable": GB, "workspaces/cublas": 4 * SIZE}
+
+
+def test_a_batch_that_is_fetched_ahead_is_no_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stream that only copies, and on one that multiplies too: what a step makes there and leaves is nobody's.
+
+    So is a third block of the size on the stream of the training.
+    """
+    ahead = [(20 * GB, SIZE, COPIES), (21 * GB, SIZE, SIDE), (22 * GB, SIZE, 0)]
+    found = on_streams(monkeypatch, within=ahead)
+    assert found.pop("workspaces/cublas") == 4 * SIZE
+    assert found.pop("weights/trainable") == GB
+    assert sum(found.values()) == 3 * SIZE
+
+
+def test_a_training_on_a_stream_of_its_own_has_them_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most memory is for it: what its first products make within a window counts there, and not elsewhere."""
+    allocator = FakeAllocator().install(monkeypatch)
+    allocator.allocate(GB, GB, SIDE)
+    source = CudaEvents(0)
+    assert source.open()
+    for number, stream in enumerate((SIDE, SIDE, 0)):
+        allocator.allocate(10 * GB + number * SIZE, SIZE, stream)
+    window = source.close()
+    timeline = replay(window, [TagEvent(0, GB, GB, WEIGHTS)], ())
+    tag_workspaces(timeline.lifetimes, HOPPER, window.streams)
+    found = shown(timeline)
+    assert found.pop("workspaces/cublas") == 2 * SIZE
+    assert sum(found.values()) == GB + SIZE
+
+
+def test_segments_of_other_devices_and_forms_say_nothing_of_streams() -> None:
+    """Streams of another device have numbers of their own; versions of torch that tell no stream have one for all."""
+    ours = {"device": 0, "address": 100, "total_size": 50, "stream": 0}
+    side = {"device": 0, "address": 300, "total_size": 50, "stream": SIDE}
+    assert stream_memory([side, ours], 0) == [(100, 150, 0), (300, 350, SIDE)]
+    assert not stream_memory([ours, {**side, "device": 1}], 0)
+    assert not stream_memory([ours, {"device": 0, "address": 300, "total_size": 50}, "nonsense"], 0)
+    assert not stream_memory(None, 0)
+    assert stream_of(149, stream_memory([side, ours], 0)) == 0
+    assert stream_of(349, stream_memory([side, ours], 0)) == SIDE
+
+
 def test_without_products_there_is_nothing_to_tag() -> None:
     """A CPU lists no sizes, and nothing of any size is a workspace there."""
     window = Window(begin_ns=0, end_ns=END, events=Events.of([Event(5, 1, SIZE)]), live_at_begin=None, resolution_ns=1)
@@ -91,6 +169,9 @@ def test_a_failure_finds_them_by_the_same_rule() -> None:
     keys = [holding.key for holding in holdings]
     assert keys.count(EntryKey(*WORKSPACE)) == 2
     assert keys.count(EntryKey(Category.UNATTRIBUTED, Phase.OUTSIDE, "")) == 1
+    streams = [StreamMemory(1, 3, 0), StreamMemory(3, 4, SIDE)]
+    holdings, _ = from_blocks(blocks, (), (), StepFacts(phase=Phase.OUTSIDE), HOPPER, streams=streams)
+    assert {holding.key for holding in holdings} == {EntryKey(*WORKSPACE)}
 
 
 @pytest.mark.parametrize(

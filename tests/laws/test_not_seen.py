@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from memtrace.attribution import scan
 from memtrace.config import TracerConfig
 from memtrace.exporters.prometheus import registry_of
 from memtrace.record.breakdown import AllocatorReading
@@ -106,9 +107,21 @@ def many_steps(model: Model, optimizer: torch.optim.Optimizer, tracer: Tracer) -
         steps(model, optimizer, 2**8 + 10)
 
 
+def on_two_devices(model: Model, optimizer: torch.optim.Optimizer, tracer: Tracer) -> None:
+    with tracer:
+        steps(model, optimizer, 3)
+
+
+def spread(patch: pytest.MonkeyPatch) -> None:
+    """Says of a model that a part of it is on a second device, which a machine without one cannot have."""
+    whole = scan.devices_of
+    patch.setattr(scan, "devices_of", lambda model: {**whole(model), torch.device("cuda", 1): 1})
+
+
 ADVICE = {
     Unseen.FORWARD: "attach it before the function is compiled",
     Unseen.STEP_END: "attach memtrace to that one",
+    Unseen.DEVICE: "others may run out of memory before it",
     Unseen.TRACE: ("trace_next() tries again", "`memtrace plan` says what they are"),
 }
 """What a line says that one can do."""
@@ -120,16 +133,21 @@ WAYS = {
     "whole in a reentrant checkpoint": (checkpointed_whole, CpuEvents, ()),
     "compiled before attach": (compiled_before, CpuEvents, (Unseen.FORWARD,)),
     "by another optimizer": (by_another_optimizer, CpuEvents, (Unseen.STEP_END,)),
+    "on two devices": (on_two_devices, CpuEvents, (Unseen.DEVICE,)),
     "windows are lost": (many_steps, Lossy, (Unseen.TRACE,)),
     "no room for a micro batch": (many_steps, Small, (Unseen.TRACE,)),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_not_seen_is_said_once(way: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_not_seen_is_said_once(
+    way: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One line that names it and what to do, one series; memtrace stays up, and every optimizer step that it knows of
     is counted."""
     run, source, expected = WAYS[way]
+    if Unseen.DEVICE in expected:
+        spread(monkeypatch)
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters())
     tracer = Tracer(model, optimizer, CONFIG, source=source())

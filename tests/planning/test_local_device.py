@@ -30,6 +30,7 @@ def local(driver: StubProcess, **environment: str) -> list[object]:
         ({}, ["NVIDIA One", 900]),
         ({"CUDA_VISIBLE_DEVICES": "1,0"}, ["NVIDIA Two", 2000]),
         ({"CUDA_VISIBLE_DEVICES": B}, ["NVIDIA Two", 2000]),
+        ({"CUDA_VISIBLE_DEVICES": f"{B[:9]},{A[:9]}"}, ["NVIDIA Two", 2000]),
     ],
 )
 def test_the_first_visible_gpu_is_asked(stub_driver: StubProcess, visible: dict[str, str], found: list[object]) -> None:

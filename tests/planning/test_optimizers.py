@@ -6,12 +6,14 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from math import ceil
 from typing import Any
 
 import pytest
 import torch
 from transformers.training_args import OptimizerNames
 
+import memtrace
 from memtrace.errors import PlanError
 from memtrace.planning.formula import plan_by_formula
 from memtrace.planning.optimizers.layouts import LBFGS_HISTORY, MATRIX_SIDE, RANK
@@ -147,7 +149,7 @@ def test_every_name_of_trainer_is_planned_or_refused_with_what_to_plan() -> None
     """`optim=` of Trainer, word for word: a layout, and states of just that size in a simulated step, or an error that
     names another optimizer."""
     parameter = torch.nn.Parameter(torch.ones(MATRIX_SIDE, 4))
-    side = torch.nn.Parameter(torch.ones(256, 256))
+    side, large = (torch.nn.Parameter(torch.ones(256, columns)) for columns in (256, 400))
     for known in OptimizerNames:
         name = known.value
         if name in NOT_PLANNED:
@@ -157,11 +159,15 @@ def test_every_name_of_trainer_is_planned_or_refused_with_what_to_plan() -> None
         layout = find_optimizer(name)
         if not keeps_only(name):
             continue
-        optimizer = make_optimizer(name, StepKernels.FUSED)([parameter, side])
-        parameter.grad, side.grad = torch.ones_like(parameter), torch.ones_like(side)
+        optimizer = make_optimizer(name, StepKernels.FUSED)([parameter, side, large])
+        for one in (parameter, side, large):
+            one.grad = torch.ones_like(one)
         optimizer.step()
         kept = optimizer.state[side]
-        assert set(kept) == (set() if layout.paged else {state.component for state in layout.states})
+        components = {state.component for state in layout.states}
+        assert set(kept) == components
+        on_device = {name for name in components if name.startswith("absmax")} if layout.paged else components
+        assert set(optimizer.state[large]) == on_device
         for state in layout.states:
             if state.component in kept and state.elements >= Fraction(1, 2) and not state.low_rank:
                 assert kept[state.component].numel() == state.elements * side.numel()
@@ -197,3 +203,27 @@ def test_paged_states_are_in_host_memory() -> None:
     plan = plan_by_formula(request)
     assert plan.host_bytes == 8 * 10**6
     assert plan.moments[Moment.STEP_END][Category.OPTIMIZER_STATE] == 0
+
+
+def test_a_simulated_plan_counts_paged_states_for_the_host() -> None:
+    """Of a matrix of 262,144 elements 8 bits twice; the scales of both and the states of its bias are the device's."""
+    plan = memtrace.plan(
+        lambda: torch.nn.Linear(512, 512),
+        lambda: torch.ones(2, 512),
+        recipe="pure-bf16",
+        optimizer="paged_adamw_8bit",
+        loss=lambda model, batch: model(batch).float().sum(),
+    )
+    assert plan.host_bytes == 2 * 512 * 512
+    assert plan.moments[Moment.STEP_END][Category.OPTIMIZER_STATE] == 2 * (4 * 512 * 512 // 256 + 4 * 512)
+    assert any("counted for the host" in said for said in plan.assumptions)
+
+
+def test_scales_of_paged_states_stay_on_the_device() -> None:
+    """A float32 number for each 256 elements of both 8-bit states."""
+    request = PlanRequest(
+        parameters=10**6, recipe=find_recipe("pure-bf16"), optimizer=find_optimizer("paged_adamw_8bit")
+    )
+    plan = plan_by_formula(request)
+    assert plan.host_bytes == 2 * 10**6
+    assert plan.moments[Moment.STEP_END][Category.OPTIMIZER_STATE] == 2 * 4 * ceil(10**6 / 256)

@@ -13,11 +13,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from memtrace.cli import main
 from memtrace.errors import PlanError
+from memtrace.planning.formula import plan_by_formula
+from memtrace.planning.optimizers.simulated import StepKernels
+from memtrace.planning.optimizers.states import find_optimizer
+from memtrace.planning.recipe import find_recipe
+from memtrace.planning.request import PlanRequest
 from memtrace.planning.sharding.deepspeed_settings import read_deepspeed
 from memtrace.planning.sharding.shares import Offload, Sharding, Strategy, Zero3Settings
-from memtrace.planning.simulate import plan
+from memtrace.planning.simulate import plan, step_kernels
 from memtrace.record.categories import Category, Moment
 from memtrace.record.plan import Plan
+from memtrace.simulation.kernels import Target
 
 CONFIG = LlamaConfig(
     vocab_size=512,
@@ -218,6 +224,37 @@ def test_settings_of_deepspeed_that_mean_nothing_are_named(section: object, mess
     path.write_text(json.dumps({"zero_optimization": section}))
     with pytest.raises(PlanError, match=message):
         read_deepspeed(str(path), 2, None)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        ({"type": "AdamW", "params": {"torch_adam": True}}, True),
+        ({"type": "AdamW", "params": {"lr": "auto"}}, False),
+        ({"type": "AdamW", "params": None}, False),
+        (None, False),
+        ({"type": "AdamW", "params": {"torch_adam": "yes"}}, None),
+        ({"type": "AdamW", "params": []}, False),
+        ("AdamW", None),
+    ],
+)
+def test_torch_adam_of_deepspeed_steps_on_lists(optimizer: object, expected: bool | None, tmp_path: Path) -> None:
+    """One copy of the master weights is the step's then, in a plan by formula as in a simulated one."""
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "optimizer": optimizer}))
+    if expected is None:
+        with pytest.raises(PlanError, match=r"optimizer\.params\.torch_adam must be true or false"):
+            read_deepspeed(str(path), 1, None)
+        return
+    sharding = read_deepspeed(str(path), 1, None)
+    assert sharding.torch_adam is expected
+    plan = plan_by_formula(
+        PlanRequest(
+            parameters=10**6, recipe=find_recipe("bf16-master"), optimizer=find_optimizer("adamw"), sharding=sharding
+        )
+    )
+    assert any("0.004 GB of temporaries" in said for said in plan.assumptions) is expected
+    assert step_kernels(Target.CUDA, sharding) is (StepKernels.FOREACH if expected else StepKernels.FUSED)
 
 
 def test_defaults_of_deepspeed_are_the_defaults_of_a_plan(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ class TestWhichDevice:
         stub_driver.says(GPU)
         assert stub_driver.run(READ.replace(A, uuid))["uuid"] == f"GPU-{A}"
 
-    @pytest.mark.parametrize("uuid", [B, f"MIG-{B}"])
+    @pytest.mark.parametrize("uuid", [B, f"MIG-{B}", f"GPU-{B}"])
     def test_a_mig_instance(self, stub_driver: StubProcess, uuid: str) -> None:
         """An instance is read through its own handle; it has memory but no utilisation."""
         instance = f"device MIG-{B} 1g.10gb\ninstance_of GPU-{A}\ntotal 120\nfree 20\nreserved 10\n"

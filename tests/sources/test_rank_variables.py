@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -109,3 +111,24 @@ def test_process_group_knows_better(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_launch_has_an_id(environment: dict[str, str], expected: str) -> None:
     """The launcher's where it gives one that no other launch has, else its start."""
     assert launch_id(environment, Process(host="node", pid=12, start_unix_seconds=1_000_000_000.0)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "uuid", "expected"),
+    [
+        ("NVIDIA H200", "11111111-2222", "GPU-11111111-2222"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "11111111-2222", "MIG-11111111-2222"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "MIG-11111111-2222", "MIG-11111111-2222"),
+        ("NVIDIA H200", None, None),
+    ],
+)
+def test_a_device_has_the_uuid_that_the_driver_writes(
+    monkeypatch: pytest.MonkeyPatch, name: str, uuid: str | None, expected: str | None
+) -> None:
+    """CUDA leaves out whether it is a GPU's or an instance's; of a device by its number, which is not the driver's."""
+    asked: list[torch.device] = []
+    properties = SimpleNamespace(name=name, uuid=uuid)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or properties)
+    device = torch.device("cuda", 3)
+    assert identify(device, "run").gpu_uuid == expected
+    assert asked == [device]

@@ -350,6 +350,24 @@ def test_what_cublas_keeps_has_a_name() -> None:
     assert end[Category.UNATTRIBUTED] < left + one
 
 
+def test_what_cublas_keeps_of_a_side_stream_has_a_name() -> None:
+    """A third workspace, for the products of the loop's thread on a stream of its own."""
+    gc.collect()
+    run = Run()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        rows = torch.ones(WIDTH, WIDTH, device="cuda")
+        rows @ rows
+        del rows
+    torch.cuda.synchronize()
+    with Tracer(run.model, run.optimizer, EVERY_STEP) as tracer:
+        for _ in range(3):
+            run.step()
+    one, *_ = workspace_sizes(torch.device("cuda", torch.cuda.current_device()))
+    end = tracer.history[-1].moments[Moment.STEP_END]
+    assert end[Category.WORKSPACES] >= 3 * one
+    assert end.total_bytes == end.allocated_bytes
+
+
 def test_a_ring_that_is_too_small_costs_the_trace_alone() -> None:
     """Events were lost: the step has a counted record and training goes on."""
     run = Run()

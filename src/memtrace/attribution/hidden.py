@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from memtrace.attribution.timeline import Lifetime
 from memtrace.record.categories import Category
-from memtrace.sources.events import Tag, TagEvent
+from memtrace.sources.events import StreamMemory, Tag, TagEvent
 
 WORKSPACE = Tag(Category.WORKSPACES, "cublas", "")
+
+_DEFAULT_STREAM = 0
+_begin = itemgetter(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,17 +48,44 @@ def tag_hidden(lifetimes: Sequence[Lifetime], hidden: HiddenBuffers) -> None:
         _tag_run(lifetimes, sum(hidden.first), hidden.tag)
 
 
-def tag_workspaces(lifetimes: Sequence[Lifetime], sizes: Sequence[int]) -> None:
+def tag_workspaces(lifetimes: Sequence[Lifetime], sizes: Sequence[int], streams: Sequence[StreamMemory] = ()) -> None:
     """Tags the blocks that cuBLAS keeps.
 
     A block is one of them where nobody claims it, it outlives the window and it has the size of one: at most one block
-    for each size listed, so that a leak of that size still shows. The oldest are taken.
+    for each size listed, on each stream, so that a leak of that size still shows. The oldest are taken. On another
+    stream than that which most memory is for, only blocks that were there before the window: there a batch is fetched
+    ahead, which outlives a window, and not two.
 
     Args:
         lifetimes: the blocks of a window, after all else was tagged.
-        sizes: of the workspaces that there can be, in bytes; see `memtrace.sources.cuda.cublas`.
+        sizes: of the workspaces that there can be on a stream, in bytes; see `memtrace.sources.cuda.cublas`.
+        streams: which memory is for which stream, where it is for several.
     """
-    _tag_sizes([life for life in lifetimes if life.end is None], sizes, WORKSPACE)
+    lasting = [life for life in lifetimes if life.end is None and life.tag is None and life.nbytes in sizes]
+    main = main_stream(streams)
+    by_stream: dict[int, list[Lifetime]] = {}
+    for life in lasting:
+        stream = stream_of(life.address, streams)
+        if stream == main or life.begin < 0:
+            by_stream.setdefault(stream, []).append(life)
+    for candidates in by_stream.values():
+        _tag_sizes(candidates, sizes, WORKSPACE)
+
+
+def main_stream(streams: Sequence[StreamMemory]) -> int:
+    """Returns the stream that most memory is for: that of the training."""
+    sizes: Counter[int] = Counter()
+    for begin, end, stream in streams:
+        sizes[stream] += end - begin
+    return max(sizes, key=sizes.__getitem__, default=_DEFAULT_STREAM)
+
+
+def stream_of(address: int, streams: Sequence[StreamMemory]) -> int:
+    """Returns the stream that the memory at an address is for; the main one where nobody tells."""
+    index = bisect_right(streams, address, key=_begin) - 1
+    if index >= 0 and address < streams[index].end:
+        return streams[index].stream
+    return main_stream(streams)
 
 
 def known_hidden(owners: Sequence[HiddenBuffers]) -> list[TagEvent]:

@@ -15,7 +15,14 @@ from memtrace.attribution.engines import Engine, find_engines
 from memtrace.attribution.gradients import GradientCount, gradient_bytes
 from memtrace.attribution.hidden import HiddenBuffers
 from memtrace.attribution.ledger import Ledger
-from memtrace.attribution.models.contents import Role, check_model, claim_gradients, claim_model, device_of
+from memtrace.attribution.models.contents import (
+    Role,
+    check_model,
+    claim_gradients,
+    claim_model,
+    device_of,
+    devices_of,
+)
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.attribution.models.held import Held
 from memtrace.attribution.optimizers.claims import claim_kept_elsewhere, claim_optimizers
@@ -25,7 +32,7 @@ from memtrace.attribution.timeline import Lifetime
 from memtrace.errors import ConfigError
 from memtrace.record.breakdown import EntryKey
 from memtrace.record.categories import Category
-from memtrace.record.limitations import Limitation
+from memtrace.record.limitations import Limitation, further_devices
 from memtrace.sources.autograd_torch_private import optimizers_in_backward
 from memtrace.sources.cuda.cublas import workspace_sizes
 from memtrace.sources.hooks import others_take_gradient
@@ -86,6 +93,8 @@ class Scan:
                 len(model.device_ids),
                 self.device,
             )
+        others = [device for device in devices_of(self._held) if device.type != "cpu" and device != self.device]
+        self._further_devices = further_devices(self.device, others) if others else None
         self._looked_in_forward = False
         self._sizes: list[int] = []
         self._states_held: list[int] = []
@@ -136,8 +145,9 @@ class Scan:
 
     @property
     def limitations(self) -> list[Limitation]:
-        """What cannot be read of the engines that are there."""
-        return [engine.limitation for engine in self.engines if engine.limitation is not None]
+        """What cannot be read of the engines that are there, and of further devices."""
+        of_engines = [engine.limitation for engine in self.engines if engine.limitation is not None]
+        return of_engines if self._further_devices is None else [*of_engines, self._further_devices]
 
     def claim_persistent(self, ledger: Ledger, *, anew: bool = True) -> None:
         """Claims weights, buffers, master weights, optimizer state, the engines' tensors and the gradients of now.

@@ -1,8 +1,9 @@
 """The replay: allocator events joined with tags give what every block was for, at every instant of a window.
 
 One piece of code for every source. Events are replayed in order; a block carries the strongest tag that was put on
-its address while it lived, for its whole life. Blocks that were there before the window come from the source where
-it can list them (CUDA), else from the ledger and from tags on addresses that no event opened.
+its address while it lived, for its whole life: but for what is saved in a compiled forward pass and becomes a gradient
+in the backward pass, which may take the memory of what it needs no more. Blocks that were there before the window come
+from the source where it can list them (CUDA), else from the ledger and from tags on addresses that no event opened.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ class Lifetime:
     tag: Tag | None = None
     saved_ns: int | None = None
     """When the block was last saved for a backward pass; None where it never was."""
+    saved_as: Tag | None = None
+    """What the block was until it became a gradient; None where it was none, or nothing before."""
+    turned: int = 0
+    """Number of changes before it did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,18 +144,20 @@ class Timeline:
         """Yields (entry, block, start, stop) for each block that is there at some of the positions, which ascend.
 
         The block counts for the entry at `positions[start:stop]`. It comes a second time where it is for something
-        else after the end of the backward pass.
+        else after the end of the backward pass, or once it has become a gradient.
         """
         classify = _Classifier(self, marks)
-        turn, count = bisect_left(positions, classify.turn), len(positions)
+        turns, count = [bisect_left(positions, classify.turn)], len(positions)
         for life in self.lifetimes:
             start, end = bisect_right(positions, life.begin), life.end
             stop = count if end is None else bisect_right(positions, end)
             if start == stop:
                 continue
-            if start < turn < stop:
-                yield classify(life, positions[start]), life, start, turn
-                start = turn
+            here = turns if life.saved_as is None else sorted([*turns, bisect_left(positions, life.turned)])
+            for turn in here:
+                if start < turn < stop:
+                    yield classify(life, positions[start]), life, start, turn
+                    start = turn
             yield classify(life, positions[start]), life, start, stop
 
 
@@ -161,7 +168,8 @@ _entry_of = cache(EntryKey._make)
 class _Classifier:
     """Says what a block of a timeline is for at a position, given where the step begins and ends.
 
-    What it says of a block is the same at all positions before `turn`, and at all from there on.
+    What it says of a block is the same at all positions before `turn`, and at all from there on; so it is before and
+    after a block became a gradient.
     """
 
     def __init__(self, timeline: Timeline, marks: StepMarks) -> None:
@@ -175,7 +183,7 @@ class _Classifier:
 
     def __call__(self, life: Lifetime, position: int) -> EntryKey:
         """Returns the entry that the block counts for at a position at which it is there."""
-        tag = life.tag
+        tag = life.tag if life.saved_as is None or position >= life.turned else life.saved_as
         if tag is not None and not _is_step_bound(tag):
             return _entry_of(tag)
         before_step = life.begin < self._first
@@ -335,6 +343,8 @@ class _Replay:
         if saved:
             life.saved_ns = note.time_ns
         if life.tag is not tag and (life.tag is None or PRECEDENCE[tag.category] <= PRECEDENCE[life.tag.category]):
+            if tag.category is Category.GRADIENTS and life.tag is not None and _is_step_bound(life.tag):
+                life.saved_as, life.turned = life.tag, len(self._times)
             life.tag = tag
 
     def _within_resolution(self, change: int, time_ns: int) -> bool:

@@ -189,7 +189,7 @@ class TraceWindow:
         timeline = replay(window, base, [*notes, *journal])
         for hidden in self._scan.hidden():
             tag_hidden(timeline.lifetimes, hidden)
-        tag_workspaces(timeline.lifetimes, self._scan.workspace_sizes())
+        tag_workspaces(timeline.lifetimes, self._scan.workspace_sizes(), window.streams)
         self._scan.recognise(timeline.lifetimes, self._ledger)
         return timeline
 

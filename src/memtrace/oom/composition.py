@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from memtrace.attribution.hidden import WORKSPACE, HiddenBuffers
+from memtrace.attribution.hidden import WORKSPACE, HiddenBuffers, stream_of
 from memtrace.attribution.ledger import PRECEDENCE
 from memtrace.attribution.timeline import Lifetime, Timeline
 from memtrace.record.breakdown import EntryKey, ordered_entries
 from memtrace.record.categories import Category, Phase
 from memtrace.record.oom.report import Composition
-from memtrace.sources.events import Block, Tag, TagEvent
+from memtrace.sources.events import Block, StreamMemory, Tag, TagEvent
 
 MAX_ENTRIES = 60
 """Entries of a composition: several times what a real training has."""
@@ -47,6 +47,8 @@ def from_blocks(
     hidden: Iterable[HiddenBuffers],
     step: StepFacts,
     workspaces: Sequence[int] = (),
+    *,
+    streams: Sequence[StreamMemory] = (),
 ) -> tuple[list[Holding], bool]:
     """Joins the allocator's list of live blocks with the tags of their addresses.
 
@@ -60,7 +62,8 @@ def from_blocks(
             has their size, since the tensor may be gone and its address in use again.
         hidden: sizes of buffers that an engine shows nobody: an untagged block of that size is one of them.
         step: what is known of the step in progress.
-        workspaces: sizes of the blocks that cuBLAS may hold: at most one untagged block of each.
+        workspaces: sizes of the blocks that cuBLAS may hold: at most one untagged block of each, on each stream.
+        streams: which memory is for which stream, where it is for several.
 
     Returns:
         One holding a block, and whether the split of untagged blocks is an estimate.
@@ -75,8 +78,8 @@ def from_blocks(
             untagged.append(block)
         else:
             holdings.append(Holding(address=block.address, nbytes=block.nbytes, key=EntryKey(*tag)))
-    kept = HiddenBuffers(tag=WORKSPACE, first=workspaces, current=workspaces)
-    holdings += _take_hidden(untagged, [*hidden, kept])
+    holdings += _take_hidden(untagged, hidden)
+    holdings += _take_workspaces(untagged, workspaces, streams)
     lingering = _lingering_bytes(holdings, sum(block.nbytes for block in untagged), step)
     for block in sorted(untagged, key=lambda block: -block.nbytes):
         if block.nbytes <= lingering:
@@ -165,6 +168,17 @@ def _take_hidden(untagged: list[Block], hidden: Iterable[HiddenBuffers]) -> list
                 untagged.remove(block)
                 taken.append(Holding(address=block.address, nbytes=size, key=EntryKey(*buffers.tag)))
     return taken
+
+
+def _take_workspaces(untagged: list[Block], sizes: Sequence[int], streams: Sequence[StreamMemory]) -> Iterator[Holding]:
+    """Takes the blocks that cuBLAS may hold out of the list. How old they are is not known here."""
+    free: dict[int, list[int]] = {}
+    for block in [block for block in untagged if block.nbytes in sizes]:
+        left = free.setdefault(stream_of(block.address, streams), [*sizes])
+        if block.nbytes in left:
+            left.remove(block.nbytes)
+            untagged.remove(block)
+            yield Holding(address=block.address, nbytes=block.nbytes, key=EntryKey(*WORKSPACE))
 
 
 def _lingering_bytes(tagged: Sequence[Holding], untagged_bytes: int, step: StepFacts) -> int:

@@ -29,7 +29,7 @@ from memtrace.oom.scene import Scene, describe, with_request
 from memtrace.record.categories import Phase
 from memtrace.record.oom.report import FailedRequest, Fragmentation, OomReport, Witness
 from memtrace.record.snapshot import Snapshot
-from memtrace.sources.cuda.allocator import live_blocks, segments
+from memtrace.sources.cuda.allocator import live_blocks, segments, stream_memory
 from memtrace.sources.events import EventSource
 from memtrace.sources.failures import FAILURES
 
@@ -218,7 +218,8 @@ class OomWatch:
             traced=self._window.is_open,
         )
         blocks, hidden = live_blocks(listed, index), self._scan.hidden()
-        holdings, estimated = from_blocks(blocks, known, hidden, facts, self._scan.workspace_sizes())
+        sizes, streams = self._scan.workspace_sizes(), stream_memory(listed, index)
+        holdings, estimated = from_blocks(blocks, known, hidden, facts, sizes, streams=streams)
         held = {holding.address: holding.key for holding in holdings}
         return holdings, estimated, parse_fragmentation(listed, index, held)
 

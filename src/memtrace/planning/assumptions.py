@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from memtrace.planning.further import further_sharding
 from memtrace.planning.recipe import DTYPE_BYTES
 from memtrace.planning.request import PlanRequest
-from memtrace.planning.sharding.shares import ZERO3_MAX_LIVE, ZERO_REDUCE_BUCKET, Offload, Strategy
+from memtrace.planning.sharding.shares import ZERO3_MAX_LIVE, ZERO3_SUB_GROUP, ZERO_REDUCE_BUCKET, Offload, Strategy
 from memtrace.record.units import GB
 
 
@@ -89,10 +89,12 @@ def _sharding(request: PlanRequest) -> Iterator[str]:
 
 def _step(request: PlanRequest) -> Iterator[str]:
     copies = request.optimizer.foreach_copies
-    if copies and not request.sharding.is_zero:
+    if copies and not request.sharding.brings_fused_step:
         elements = request.trainable
         if request.sharding.shards_states:
             elements = request.sharding.share(elements)
+        if request.sharding.strategy is Strategy.ZERO3:
+            elements = min(elements, ZERO3_SUB_GROUP)
         size = copies * elements * DTYPE_BYTES[request.recipe.updated]
         yield (
             f"The optimizer's step is fused. torch's foreach step, the default of {request.optimizer.source} on a GPU, "

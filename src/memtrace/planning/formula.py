@@ -13,6 +13,7 @@ from math import ceil
 
 from memtrace.planning import assumptions
 from memtrace.planning.further import further_setup
+from memtrace.planning.optimizers.layouts import is_scale
 from memtrace.planning.recipe import DEEPSPEED_CONVERTS, DTYPE_BYTES, under_deepspeed
 from memtrace.planning.request import PlanRequest
 from memtrace.planning.sharding.shares import (
@@ -187,14 +188,16 @@ class _Step:
 
     def foreach_bytes(self) -> int:
         """Returns what torch's foreach step would allocate besides; 0 where DeepSpeed brings its own optimizer."""
-        if self._sharding.is_zero or self._offload is not Offload.NONE:
+        if self._sharding.brings_fused_step or self._offload is not Offload.NONE:
             return 0
         elements = self._state_share(self._request.trainable)
+        if self._strategy is Strategy.ZERO3:
+            elements = min(elements, ZERO3_SUB_GROUP)
         return self._request.optimizer.foreach_copies * elements * DTYPE_BYTES[self._recipe.updated]
 
     def host_bytes(self) -> int:
         """Returns the bytes that offloading keeps in the memory of the host; DeepSpeed keeps gradients in float32."""
-        paged = list(self._optimizer_states()) if self._request.optimizer.paged else []
+        paged = list(self._optimizer_states(paged=True))
         if self._offload is Offload.NONE:
             return _total(paged)
         parts = [*self._states(), *paged]
@@ -238,12 +241,14 @@ class _Step:
         master = None if self._strategy is Strategy.FSDP else self._request.master
         if master is not None:
             yield _part(Category.MASTER_WEIGHTS, "", master, trainable)
-        if not self._request.optimizer.paged:
-            yield from self._optimizer_states()
+        yield from self._optimizer_states(paged=False)
 
-    def _optimizer_states(self) -> Iterator[Part]:
+    def _optimizer_states(self, *, paged: bool) -> Iterator[Part]:
+        """Yields the states that are paged, or those that are not; each of its kind however small its parameter is."""
         trainable = self._state_share(self._request.trainable)
         for state in self._request.optimizer.states:
+            if (self._request.optimizer.paged and not is_scale(state)) is not paged:
+                continue
             dtype = state.dtype or self._request.master or self._recipe.updated
             yield _part(Category.OPTIMIZER_STATE, state.component, dtype, ceil(trainable * state.elements))
 

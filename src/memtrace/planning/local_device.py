@@ -37,8 +37,11 @@ def local_device(environment: Mapping[str, str]) -> tuple[str, int]:
 def _first_visible(visible: str | None) -> str:
     uuids = device_uuids()
     first = "0" if visible is None else visible.split(",")[0].strip()
-    if first.startswith(("GPU-", "MIG-")):
+    if first.startswith("MIG-"):
         return first
+    if first.startswith("GPU-"):  # CUDA takes the beginning of one that no other begins with
+        named = [uuid for uuid in uuids if uuid.startswith(first)]
+        return named[0] if len(named) == 1 else first
     if first.isdecimal() and int(first) < len(uuids):
         return uuids[int(first)]
     raise PlanError(

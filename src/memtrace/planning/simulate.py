@@ -173,9 +173,9 @@ def workspaces_of(device: Device | None) -> Sequence[int]:
 
 def step_kernels(target: Target, sharding: Sharding) -> StepKernels:
     """Returns how an optimizer goes through the parameters unless it is told: DeepSpeed brings a fused step."""
-    if target is Target.CPU or (sharding.offload is not Offload.NONE and not sharding.is_zero):
+    if target is Target.CPU or (sharding.offload is not Offload.NONE and not sharding.brings_fused_step):
         return StepKernels.LOOP
-    return StepKernels.FUSED if sharding.is_zero else StepKernels.FOREACH
+    return StepKernels.FUSED if sharding.brings_fused_step else StepKernels.FOREACH
 
 
 def plan_of(

@@ -18,6 +18,7 @@ from memtrace.attribution.timeline import StepMarks, Timeline
 from memtrace.errors import MemTraceError, PlanError
 from memtrace.planning.by_module import Makers
 from memtrace.planning.held_types import hold_as
+from memtrace.planning.optimizers.simulated import KeptStates
 from memtrace.planning.optimizers.updates import MakeOptimizer, Updates
 from memtrace.planning.recipe import Recipe, under_deepspeed
 from memtrace.planning.sharding.one_rank import OneRank, check_sharding
@@ -107,7 +108,7 @@ class SimulatedRun:
     further_output_bytes: Mapping[str, int]
     """Of what each further model returned that ran, by name."""
     host_bytes: int
-    """What is in the memory of the host after the step: offloaded states, and what stands between."""
+    """What is in the memory of the host after the step: offloaded and paged states, and what stands between."""
     operators: int
     """Operators that the two steps took."""
     kinds: frozenset[Operator]
@@ -183,6 +184,8 @@ def _run(training: Training) -> SimulatedRun:
             _step(training, model, updates, simulation)
             recorder.step_is_over()
             host_bytes = simulation.host_bytes
+            if isinstance(updates.optimizer, KeptStates):
+                host_bytes += updates.optimizer.paged_bytes
     if recorder.timeline is None or recorder.marks is None:
         raise PlanError("the loss never ran the model: it must call the module that it is given")
     return SimulatedRun(

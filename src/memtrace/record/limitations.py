@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -17,6 +18,8 @@ class Unseen(StrEnum):
     """The allocator's events of a whole step."""
     ENGINE = "engine"
     """What a training engine keeps beside the model and the optimizer."""
+    DEVICE = "device"
+    """What lies on further devices of the process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,4 +95,19 @@ def unread_engine(engine: str, keeps: str, version: str) -> Limitation:
         unseen=Unseen.ENGINE,
         text=f"this version of torch ({version}) does not show what {engine} keeps: {keeps} are not attributed. "
         "docs/versions.md lists the versions that memtrace was run with.",
+    )
+
+
+def further_devices(watched: object, others: Sequence[object]) -> Limitation:
+    """Returns what is said where the parameters of a model lie on several devices of one process.
+
+    Args:
+        watched: the device that is watched.
+        others: those that are not, at least one.
+    """
+    names = ", ".join(map(str, others))
+    return Limitation(
+        unseen=Unseen.DEVICE,
+        text=f"the model is spread over several devices: only {watched}, which holds most of it, is watched, and "
+        f"nothing is known of {names}. What is shown is of one device; others may run out of memory before it.",
     )

@@ -59,7 +59,7 @@ NOT_SEEN = Metric(
     labels=("what",),
     help="1 for each thing of this run that memtrace cannot see; one line of the log says why, and what to do: forward "
     "(the forward pass of the model), step_end (the end of a step), trace (what the allocator does in a step), engine "
-    "(what a training engine keeps).",
+    "(what a training engine keeps), device (what lies on further devices of the process).",
     absent="where everything is seen",
 )
 WORLD_SIZE = Metric(

@@ -125,6 +125,14 @@ class Block(NamedTuple):
     nbytes: int
 
 
+class StreamMemory(NamedTuple):
+    """Memory that an allocator gives to work on one stream of a device only."""
+
+    begin: int
+    end: int
+    stream: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
     """What an allocator did between two instants."""
@@ -136,6 +144,8 @@ class Window:
     """Every block that was live at the beginning; None where the source cannot list them (a CPU)."""
     resolution_ns: int = 1
     """How far the time of an event may lie before the instant that it stands for."""
+    streams: Sequence[StreamMemory] = ()
+    """By address, where memory is for more than one stream; empty where it is not, and where nobody tells."""
     complete: bool = True
     """False where the source lost events, for instance because its ring buffer was too small."""
 

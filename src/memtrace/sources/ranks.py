@@ -139,14 +139,19 @@ def launch_id(environment: Mapping[str, str], launcher: Process) -> str:
 
 
 def gpu_uuid(device: torch.device) -> str | None:
-    """Returns the device's UUID as the driver writes it; None for a CPU or where torch does not know it."""
+    """Returns the device's UUID as the driver writes it; None for a CPU or where torch does not know it.
+
+    That of a MIG instance is told by the device's name, as in `NVIDIA A100-SXM4-40GB MIG 1g.5gb`.
+    """
     if device.type != "cuda":
         return None
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    properties = torch.cuda.get_device_properties(device)
+    uuid = getattr(properties, "uuid", None)
     if uuid is None:
         return None
     text = str(uuid)
-    return text if text.startswith(("GPU-", "MIG-")) else f"GPU-{text}"
+    kind = "MIG" if " MIG " in str(getattr(properties, "name", "")) else "GPU"
+    return text if text.startswith(("GPU-", "MIG-")) else f"{kind}-{text}"
 
 
 def script_name() -> str:

@@ -48,9 +48,16 @@ class OptimizerLayout:
     note: str | None = None
     """What the layout leaves out or assumes, as a sentence."""
     paged: bool = False
-    """Whether the states lie in managed memory, outside of torch's allocator, which the driver moves to the host."""
+    """Whether the states lie in managed memory, outside of torch's allocator, which the driver moves to the host.
+
+    Not the scales of 8-bit states, nor states of small parameters: those stay on the device."""
     steps: bool = True
     """False for no optimizer at all."""
+
+
+def is_scale(state: State) -> bool:
+    """Returns whether these are the float32 scales of an 8-bit state, which bitsandbytes never pages."""
+    return state.component.startswith("absmax")
 
 
 def dense(*components: str, dtype: str | None = None) -> tuple[State, ...]:

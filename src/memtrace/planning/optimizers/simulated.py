@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 from memtrace.errors import PlanError
-from memtrace.planning.optimizers.layouts import FACTOR, RANK, OptimizerLayout, State
+from memtrace.planning.optimizers.layouts import FACTOR, RANK, OptimizerLayout, State, is_scale
 from memtrace.planning.optimizers.states import OPTIMIZERS, find_optimizer
 from memtrace.planning.optimizers.trainer import OTHER_NAMES
 from memtrace.planning.optimizers.updates import MakeOptimizer
 
 _MIN_8BIT_SIZE = 4096
 """Parameters with fewer elements keep float32 states. Source: bitsandbytes, optim/optimizer.py, `min_8bit_size`."""
+
+_MIN_PAGED_SIZE = 100_000
+"""Parameters with fewer elements keep their states on the device. Source: as above, `get_state_buffer`."""
 
 _Build = Callable[..., torch.optim.Optimizer]
 
@@ -71,19 +74,24 @@ _NOT_SIMULATED: Mapping[str, str] = MappingProxyType(
 class KeptStates(torch.optim.Optimizer):
     """What an optimizer keeps by its layout, for one that torch does not have: its kernels take no memory.
 
-    It updates nothing. Paged states are not made: they lie outside of torch's allocator.
+    It updates nothing. States that are paged are not made: they lie outside of torch's allocator.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor], layout: OptimizerLayout) -> None:
         super().__init__(parameters, {})
         self._layout = layout
 
+    @property
+    def paged_bytes(self) -> int:
+        """What the states take that are paged."""
+        return sum(_paged_for(parameter, self._layout) for group in self.param_groups for parameter in group["params"])
+
     @torch.no_grad()
     def step(self, closure: object = None) -> None:  # type: ignore[override]
         """Makes the states of parameters that have none yet."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and not self.state[parameter] and not self._layout.paged:
+                if parameter.grad is not None and not self.state[parameter]:
                     self.state[parameter] = dict(_kept_for(parameter, self._layout))
 
 
@@ -135,13 +143,31 @@ def _transformers_adafactor(parameters: Sequence[torch.Tensor]) -> torch.optim.O
 
 
 def _kept_for(parameter: torch.Tensor, layout: OptimizerLayout) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the states of one parameter by name."""
-    small = parameter.numel() < _MIN_8BIT_SIZE and any(state.component == "absmax1" for state in layout.states)
+    """Yields the states of one parameter by name, as far as they lie on the device."""
+    small = parameter.numel() < _MIN_8BIT_SIZE and any(map(is_scale, layout.states))
+    paged = _is_paged(parameter, layout)
     for state in layout.states:
-        dtype = parameter.dtype if state.dtype is None else getattr(torch, state.dtype)
-        if small and state.component.startswith("absmax"):
+        dtype = _dtype(state, parameter)
+        if (small and is_scale(state)) or (paged and not is_scale(state)):
             continue
         yield state.component, torch.zeros(_elements(state, parameter), dtype=torch.float32 if small else dtype)
+
+
+def _paged_for(parameter: torch.Tensor, layout: OptimizerLayout) -> int:
+    """Returns the bytes of the states of one parameter that lie outside of torch's allocator."""
+    if not _is_paged(parameter, layout):
+        return 0
+    paged = [state for state in layout.states if not is_scale(state)]
+    return sum(_elements(state, parameter) * _dtype(state, parameter).itemsize for state in paged)
+
+
+def _is_paged(parameter: torch.Tensor, layout: OptimizerLayout) -> bool:
+    return layout.paged and parameter.numel() >= _MIN_PAGED_SIZE
+
+
+def _dtype(state: State, parameter: torch.Tensor) -> torch.dtype:
+    found: torch.dtype = parameter.dtype if state.dtype is None else getattr(torch, state.dtype)
+    return found
 
 
 def _elements(state: State, parameter: torch.Tensor) -> int:

@@ -34,7 +34,8 @@ _LOW_RANK_NOTE = (
 _STEP_NOTE = "Temporaries of this optimizer's step are not counted."
 _PAGED_NOTE = (
     "Paged states lie in managed memory outside of torch's allocator: they are counted for the host, and take what "
-    "room there is on the device while they are used."
+    "room there is on the device while they are used. Scales of 8-bit states stay on the device, and so do states of "
+    "parameters with fewer than 100,000 elements, which only a simulated plan knows."
 )
 
 

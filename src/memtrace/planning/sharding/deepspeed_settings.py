@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ _NOT_PLANNED: Mapping[str, object] = {
 
 
 def read_deepspeed(path: str, world_size: int, hidden_size: int | None) -> Sharding:
-    """Returns what the section `zero_optimization` of a configuration file means for rank 0.
+    """Returns what `zero_optimization` and `optimizer.params.torch_adam` of a configuration file mean for rank 0.
 
     Args:
         path: the JSON file that is given to `deepspeed.initialize`, or as `TrainingArguments(deepspeed=...)`.
@@ -56,7 +57,17 @@ def read_deepspeed(path: str, world_size: int, hidden_size: int | None) -> Shard
     types = document.get("data_types", {})
     if isinstance(types, dict) and types.get("grad_accum_dtype") not in (None, _AUTO):
         raise PlanError(f"{path}: data_types.grad_accum_dtype is not simulated: leave it out")
-    return _Section(path, zero, hidden_size).sharding(world_size)
+    return replace(_Section(path, zero, hidden_size).sharding(world_size), torch_adam=_torch_adam(path, document))
+
+
+def _torch_adam(path: str, document: Mapping[str, Any]) -> bool:
+    """Returns whether the section `optimizer` asks for torch's Adam; there is none where the script makes its own."""
+    optimizer = document.get("optimizer") or {}
+    parameters = (optimizer.get("params") or {}) if isinstance(optimizer, dict) else None
+    value = parameters.get("torch_adam", False) if isinstance(parameters, dict) else parameters
+    if not isinstance(value, bool):
+        raise PlanError(f"{path}: optimizer.params.torch_adam must be true or false, got {value!r}")
+    return value
 
 
 class _Section:

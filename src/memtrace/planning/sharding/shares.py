@@ -83,6 +83,8 @@ class Sharding:
     offload: Offload = Offload.NONE
     overlap_comm: bool = False
     """Whether ZeRO-1 and 2 reduce one bucket while they fill a second."""
+    torch_adam: bool = False
+    """Whether DeepSpeed steps torch's Adam, which goes through lists, and not a fused one of its own (`torch_adam`)."""
     reduce_bucket: int = ZERO_REDUCE_BUCKET
     """Elements of DeepSpeed's reduce bucket. A plan by formula takes the default."""
     gradient_as_bucket_view: bool = False
@@ -109,6 +111,11 @@ class Sharding:
     def is_zero(self) -> bool:
         """Whether DeepSpeed runs the step."""
         return self.strategy in ZERO_STAGES
+
+    @property
+    def brings_fused_step(self) -> bool:
+        """Whether the engine steps an optimizer of its own, in one kernel without temporaries."""
+        return self.is_zero and not self.torch_adam
 
     @property
     def offloads_weights(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from memtrace.record.breakdown import AllocatorReading
-from memtrace.sources.events import Block
+from memtrace.sources.events import Block, StreamMemory
 from memtrace.sources.recording_torch_private import list_segments
 
 PoolId = tuple[int, int]
@@ -211,6 +211,20 @@ def live_blocks(found: object, device_index: int) -> Sequence[Block]:
     if {type(part) for row in live for part in row[:2]} - {int}:
         return [*_lenient_blocks(found, device_index)]
     return [Block(address, size) for address, size, _ in live]
+
+
+def stream_memory(found: object, device_index: int) -> Sequence[StreamMemory]:
+    """Returns which memory of a device is for which stream, by address, from a list of segments.
+
+    Empty where all of it is for one stream, and where torch does not say.
+    """
+    streams: list[StreamMemory] = []
+    for segment in found if isinstance(found, Sequence) else ():
+        if isinstance(segment, Mapping) and segment.get("device", device_index) == device_index:
+            begin, size, stream = segment.get("address"), segment.get("total_size"), segment.get("stream")
+            if isinstance(begin, int) and isinstance(size, int) and isinstance(stream, int):
+                streams.append(StreamMemory(begin, begin + size, stream))
+    return sorted(streams) if len({one.stream for one in streams}) > 1 else ()
 
 
 def _lenient_blocks(found: object, device_index: int) -> Iterator[Block]:

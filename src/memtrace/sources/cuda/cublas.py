@@ -44,7 +44,7 @@ def of_both_threads(nbytes: int) -> Sequence[int]:
 def workspace_sizes(device: torch.device, environment: Mapping[str, str] = os.environ) -> Sequence[int]:
     """Returns the sizes of the blocks that cuBLAS may hold on a device; none where that is not CUDA's.
 
-    At most one block for each size listed: products on further streams have workspaces beyond these.
+    At most one block for each size listed, on each stream that products run on.
 
     Args:
         device: a device whose context exists where it is CUDA's.

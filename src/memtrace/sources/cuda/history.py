@@ -16,7 +16,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from memtrace.errors import LogFormatError
-from memtrace.sources.cuda.allocator import live_blocks, segments
+from memtrace.sources.cuda.allocator import live_blocks, segments, stream_memory
 from memtrace.sources.events import Block, Events, Window
 
 MARKS = 2
@@ -116,13 +116,15 @@ def parse_window(
             live[address] = delta
         else:
             live.pop(address, None)
+    segments_now = snapshot.get("segments", ())
     return Window(
         begin_ns=begin_ns,
         end_ns=end_ns,
         events=events,
         live_at_begin=tuple(live_at_begin),
         resolution_ns=_US if place is None or not place.offset_ns else _TAIL_NS + 3 * _US,
-        complete=not lost and live == dict(live_blocks(snapshot.get("segments", ()), device_index)),
+        streams=stream_memory(segments_now, device_index),
+        complete=not lost and live == dict(live_blocks(segments_now, device_index)),
     )
 
 

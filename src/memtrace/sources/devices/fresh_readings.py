@@ -30,20 +30,28 @@ def with_memory_by_torch(index: int, reading: DeviceReading) -> DeviceReading:
     """Returns a reading with the memory that CUDA's runtime tells, unless it has that already.
 
     Takes about 0.2 ms then. What the allocator could still hand out is told where it has got nothing from the device
-    and given nothing back while the runtime was asked.
+    and given nothing back while the runtime was asked, and by an allocator that counts.
     """
     if reading.total_bytes is not None or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return reading
-    reserved = torch.cuda.memory_reserved(index)
+    reserved = _reserved(index)
     try:
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError:  # the device is lost, or the runtime refuses
         return reading
-    same = torch.cuda.memory_reserved(index) == reserved
+    free_and_reserved = None if reserved is None or _reserved(index) != reserved else free + reserved
     return replace(
         reading,
         total_bytes=total,
         free_bytes=free,
         used_bytes=total - free,
-        free_and_reserved_bytes=free + reserved if same else None,
+        free_and_reserved_bytes=free_and_reserved,
     )
+
+
+def _reserved(index: int) -> int | None:
+    """Returns what the allocator has got from the device; None of one without counters (a pluggable one)."""
+    try:
+        return torch.cuda.memory_reserved(index)
+    except RuntimeError:
+        return None

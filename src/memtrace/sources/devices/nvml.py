@@ -33,8 +33,8 @@ class NvmlDevice:
     looks the device up again.
 
     Args:
-        uuid: as torch gives it (no prefix), or with its `GPU-` or `MIG-` prefix. Never an index: those depend on
-            CUDA_VISIBLE_DEVICES.
+        uuid: as torch gives it (no prefix), or with a `GPU-` or `MIG-` prefix, if need be the wrong one. Never an
+            index: those depend on CUDA_VISIBLE_DEVICES.
         proc: where the process file system is mounted.
 
     Raises:
@@ -151,12 +151,17 @@ def _shutdown() -> None:
 
 
 def _find(uuid: str) -> Any:
-    """Returns the handle of the GPU or, failing that, of the MIG instance with this UUID."""
-    if not uuid.startswith(("GPU-", "MIG-")):
-        with suppress(pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument):
-            return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        uuid = f"MIG-{uuid}"
-    return pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    """Returns the handle of the GPU or the MIG instance with this UUID, whichever of the two its prefix says.
+
+    CUDA gives UUIDs without one: which it is was guessed, and that of a GPU comes from an older driver's instance, too.
+    """
+    first, second = "GPU-", "MIG-"
+    if uuid.startswith(second):
+        first, second = second, first
+    bare = uuid.removeprefix(first)
+    with suppress(pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument):
+        return pynvml.nvmlDeviceGetHandleByUUID(f"{first}{bare}")
+    return pynvml.nvmlDeviceGetHandleByUUID(f"{second}{bare}")
 
 
 def _instance(handle: Any) -> Any:
