@@ -13,11 +13,10 @@ from os import environ
 from pathlib import Path
 
 from versions.environments import ROOT, VARIABLES, environment
-from versions.rows import ROWS
-from versions.run import wanted_by
+from versions.rows import PACKAGES
 
-TORCH = "2.13.0"
-"""That of the development environment: its row is what the packages are installed beside."""
+BESIDE = ("torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "peft==0.21.2", "bitsandbytes==0.50.2")
+"""What the packages are installed beside: as in the development environment."""
 OPTIMIZERS = (
     "galore_torch==1.0",
     "apollo_torch==1.0.3",
@@ -41,9 +40,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m versions.packages", description=__doc__)
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv-versions", help="where it is kept")
     arguments = parser.parse_args()
-    (row,) = (row for row in ROWS if row.torch == TORCH)
     alone = dict.fromkeys((*OPTIMIZERS, *LAYERS, *IMPORTED))
-    python = environment(arguments.environments.absolute() / "packages", wanted_by(row), alone=alone)
+    python = environment(arguments.environments.absolute() / "packages", (*BESIDE, *PACKAGES), alone=alone)
     failed = 0
     for tests, which in TESTS.items():
         command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, *(["-k", which] if which else [])]
