@@ -29,7 +29,7 @@ LAYERS = ("hqq==0.2.8.post1", "gptqmodel==7.7.0", "optimum-quanto==0.2.7", "torc
 IMPORTED = ("termcolor", "logbar", "tokenicer", "device-smi", "random-word", "pypcre", "defuser", "ninja")
 """What of their needs the tests import, or compile with."""
 TESTS = {
-    "tests/attribution/test_quantised_layers.py": "",
+    "tests/engines/test_quantised_layers.py": "",
     "tests/adapters/test_trainer_configurations.py": "test_trains_as_without_memtrace and optim",
 }
 """Files, and which of their tests, as `pytest -k` has it; all without."""
