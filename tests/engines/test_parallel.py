@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from entries import assert_law_1, total, traced
 
-WIDTH, ROWS, RANKS = 128, 8, 2
+WIDTH, ROWS, RANKS = 128, 4, 2
 MATRICES = 4 * 2 * WIDTH * 4 * WIDTH
 VECTORS = 4 * (2 * WIDTH + 4 * WIDTH + WIDTH)
 """Bytes of a norm with two vectors and of the biases of two layers."""
@@ -44,9 +44,11 @@ def test_each_rank_has_its_part(parallel, variant, rank):
 
 
 def test_what_compression_keeps_is_the_hooks(parallel):
-    """The buckets, and beside them as much again for what was lost, with two narrow matrices for each large one."""
+    """What was lost of each gradient, and two narrow matrices for each large one, beside the bucket.
+
+    Of that there may be a copy: gloo gives the hook's own back when its thread comes to it."""
     for run in (rank["compressed"] for rank in parallel):
         moment = list(traced(run))[-1]["moments"]["step_end"]
-        assert total(moment, "comm_buffers", "bucket") == WHOLE
         narrow = 4 * 4 * 2 * (WIDTH + 4 * WIDTH)
         assert total(moment, "comm_buffers", "hook") == WHOLE + narrow
+        assert total(moment, "comm_buffers", "bucket") in (WHOLE, 2 * WHOLE)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-WIDTH, ROWS, CHUNKS = 128, 8, 4
+WIDTH, ROWS, CHUNKS = 128, 4, 4
 Step = Callable[[torch.Tensor], float]
 
 
