@@ -87,7 +87,7 @@ test-newest: $(NEWEST)/.installed ## what depends on torch, with the newest torc
 	$(TEST_ENV) $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(BY_GROUP) $(NEWEST_TESTS)
 
 # Run by hand, its results are committed; ROWS="2.6.0 2.8.0" runs those rows alone, ENVIRONMENTS says where they are kept.
-.PHONY: test-versions frameworks
+.PHONY: test-versions test-packages frameworks
 ENVIRONMENTS ?= .venv-versions
 test-versions: venv ## torch 2.6 to 2.15, each in an environment of 5 GB: docs/versions.md; hours, ROWS="2.6.0" for one
 	$(BIN)/python -m versions.run --environments $(ENVIRONMENTS) --workers $(WORKERS) $(ROWS)
@@ -102,6 +102,9 @@ regressions: venv ## ten models over the releases of transformers: docs/regressi
 .PHONY: perfetto
 perfetto: venv ## an exported run in Perfetto's own trace processor: TRACE_PROCESSOR=path of a trace_processor_shell
 	$(TEST_ENV) $(BIN)/python -m versions.perfetto --environments $(ENVIRONMENTS) --trace-processor "$(TRACE_PROCESSOR)"
+
+test-packages: venv ## optimizers and quantised layers of packages that are not in .venv; an environment of 2 GB
+	$(BIN)/python -m versions.packages --environments $(ENVIRONMENTS)
 
 frameworks: venv ## axolotl, ms-swift, LLaMA-Factory and TRL, each in an environment of 2 to 6 GB: docs/frameworks.md
 	$(BIN)/python -m versions.frameworks --environments $(ENVIRONMENTS) $(ROWS)

@@ -68,6 +68,12 @@ def _dft_loss() -> bool:
     return "loss_type" in {field.name for field in fields(trl.SFTConfig)}
 
 
+def _trainers_of_trl() -> bool:
+    import trl
+
+    return all(hasattr(trl, name) for name in ("DistillationTrainer", "KTOTrainer", "RLOOConfig"))
+
+
 FEATURES: dict[str, Callable[[], bool]] = {
     "counters of every accelerator": _counters_of_every_accelerator,
     "DFT loss of SFTTrainer": _dft_loss,
@@ -78,6 +84,7 @@ FEATURES: dict[str, Callable[[], bool]] = {
     "grouped matrix products": _grouped_products,
     "listings of one memory pool": _listings_of_one_pool,
     "optimizers of bitsandbytes on a CPU": _optimizers_of_bitsandbytes_on_a_cpu,
+    "trainers of TRL 1.16": _trainers_of_trl,
 }
 
 

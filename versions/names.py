@@ -122,6 +122,11 @@ NAMES = (
     _named(f"{_FLAT}:_cpu_grad", without="gradients that FSDP1 keeps in this form"),
     _named("torch.nn.parallel.DistributedDataParallel._get_active_ddp_module"),
     _named("torch.nn.parallel.DistributedDataParallel._get_ddp_logging_data"),
+    _named(
+        "torch/nn/parallel/distributed.py:_has_rebuilt_buckets",
+        without="on a CPU, the buckets of DDP in a trace of the step in which they are rebuilt",
+    ),
+    _named("torch/nn/parallel/distributed.py:_comm_hooks", without="what communication hooks of DDP keep"),
 )
 
 

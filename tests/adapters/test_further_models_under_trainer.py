@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import pickle
 import weakref
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -34,14 +37,38 @@ class Net(nn.Module):
         return {"loss": self.layer(x).square().mean()}
 
 
+class Module(LightningModule):
+    """What Lightning trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def training_step(self, rows: torch.Tensor, index: int) -> torch.Tensor:
+        return self.net(rows)["loss"]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters())
+
+
+def fit(directory: Path, module: Module, *callbacks: Callback, epochs: int = 1) -> None:
+    LightningTrainer(
+        callbacks=list(callbacks), max_epochs=epochs, limit_train_batches=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=directory, accelerator="cpu",
+    ).fit(module, torch.utils.data.DataLoader(torch.ones(4, WIDTH)))  # fmt: skip
+
+
 def frozen() -> nn.Module:
     return nn.Linear(WIDTH, WIDTH).requires_grad_(False)
 
 
 def weights(record: StepRecord | None) -> dict[str, int]:
     assert record is not None
-    entries = record.moments[Moment.STEP_END].entries
-    return {key.component: size for key, size in entries.items() if key.category is Category.WEIGHTS}
+    found = Counter[str]()
+    for key, size in record.moments[Moment.STEP_END].entries.items():
+        if key.category is Category.WEIGHTS:
+            found[key.component] += size
+    return dict(found)
 
 
 class KeepsCopy(TrainerCallback):
@@ -123,20 +150,30 @@ def test_the_wrapper_and_lightning_take_names_too(tmp_path):
     optimizer.close()
     assert weights(optimizer.tracer.latest) == {"trainable": BYTES, "teacher": BYTES}
 
-    class Module(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = Net()
-
-        def training_step(self, rows: torch.Tensor, index: int) -> torch.Tensor:
-            return self.net(rows)["loss"]
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters())
-
     callback = MemTraceLightningCallback(further_models={"teacher": teacher}, **SETTINGS)
-    LightningTrainer(
-        callbacks=[callback], max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=tmp_path, accelerator="cpu",
-    ).fit(Module(), torch.utils.data.DataLoader(torch.ones(4, WIDTH)))  # fmt: skip
+    fit(tmp_path, Module(), callback)
     assert weights(callback.tracer.latest) == {"trainable": BYTES, "teacher": BYTES}
+
+
+def test_the_models_of_lightning_have_the_names_of_attributes(tmp_path):
+    """The averages of its callbacks, and a teacher that is no submodule so as not to be trained; the run keeps none."""
+
+    class Averages(Callback):
+        def __init__(self) -> None:
+            self.ema = None
+
+        def on_fit_start(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+            self.ema = torch.optim.swa_utils.AveragedModel(pl_module.net)
+
+    def run() -> list[weakref.ref]:
+        module, averages = Module(), Averages()
+        module.teachers = (frozen(), frozen())
+        callback = MemTraceLightningCallback(**SETTINGS)
+        fit(tmp_path, module, StochasticWeightAveraging(1e-3, swa_epoch_start=1), averages, callback, epochs=2)
+        seen = weights(callback.tracer.latest)
+        assert seen == {"trainable": BYTES, "teachers": 2 * BYTES, "ema": BYTES + 8, "average_model": BYTES}
+        return [weakref.ref(thing) for thing in (module, averages.ema, *module.teachers)]
+
+    kept = run()
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * 4

@@ -353,3 +353,73 @@ class TestLoggers:
         assert trainer.global_step == 4
         (said,) = [record.message for record in caplog.records]
         assert said.startswith("memtrace: a logger of Lightning that was given figures of memory has failed")
+
+
+class Adversaries(pl.LightningModule):
+    """Optimizes by itself: one network after two batches, or a generator and a discriminator in turns."""
+
+    def __init__(self, *, in_turns: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator, self.discriminator = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, 1)
+        self.losses: list[float] = []
+        self._in_turns = in_turns
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        optimizers = self.optimizers()
+        if not self._in_turns:
+            loss = self.discriminator(self.generator(batch[0])).square().mean()
+            self.manual_backward(loss)
+            if batch_idx % 2:
+                self.clip_gradients(optimizers, 1.0, "norm")
+                optimizers.step()
+                optimizers.zero_grad()
+            self.losses.append(loss.item())
+            return
+        for network, optimizer in zip((self.discriminator, self.generator), optimizers, strict=True):
+            self.toggle_optimizer(optimizer)
+            made = self.generator(batch[0])
+            loss = self.discriminator(made.detach() if network is self.discriminator else made).square().mean()
+            self.manual_backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.untoggle_optimizer(optimizer)
+            self.losses.append(loss.item())
+
+    def configure_optimizers(self) -> Any:
+        made = [torch.optim.AdamW(network.parameters()) for network in (self.discriminator, self.generator)]
+        return made if self._in_turns else torch.optim.AdamW(self.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("in_turns", "steps"), [(False, 4), (True, 8)])
+def test_manual_optimization(tmp_path, in_turns, steps):
+    """A step is an update, or a cycle of both optimizers; losses and weights have the bits of the run without."""
+
+    def run(*callbacks: Any) -> Adversaries:
+        torch.manual_seed(0)
+        model = Adversaries(in_turns=in_turns)
+        pl.Trainer(max_epochs=1, callbacks=list(callbacks), default_root_dir=tmp_path, **QUIET).fit(model, loader())
+        return model
+
+    plain = run()
+    weights = sum(parameter.nbytes for parameter in plain.parameters())
+    for settings in ({"trace_every": 1}, {}):
+        watching = MemTraceLightningCallback(strict=True, port=None, device_poll_seconds=0, **settings)
+        watched = run(watching)
+        assert watched.losses == plain.losses
+        assert all(torch.equal(*pair) for pair in zip(plain.parameters(), watched.parameters(), strict=True))
+        records = watching.tracer.history
+        assert len(records) == steps
+        traced = [record for record in records if record.traced]
+        assert len(traced) >= (steps - 1 if settings else 1)
+        for moment in (moment for record in traced for moment in record.moments.values()):
+            assert moment.total_bytes == moment.allocated_bytes
+            assert moment[Category.WEIGHTS] == weights
+            assert moment[Category.UNATTRIBUTED] <= 64
+        end = traced[-1].moments[Moment.STEP_END]
+        assert {key.component: n for key, n in end.entries.items() if "exp" in key.component} == {
+            "exp_avg": weights,
+            "exp_avg_sq": weights,
+        }

@@ -17,8 +17,8 @@ from memtrace.record.categories import Category, Moment
 from memtrace.tracing.tracer import Tracer
 
 FLOAT, STEPS = 4, 6
-REBUILT = 4
-"""The first step that begins with buckets that the reducer has rebuilt and tells of."""
+REBUILT = 3
+"""The first step that begins with buckets that the reducer has rebuilt."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,7 +68,7 @@ def test_each_wrapped_part_has_its_buckets(config: TracerConfig, wrapped: int, *
             for optimizer in optimizers:
                 optimizer.zero_grad()
     told = [record for record in tracer.history if record.step >= REBUILT or not record.traced]
-    assert [record.step for record in told if record.traced == (config is EVERY_STEP)][-3:] == [4, 5, 6]
+    assert [record.step for record in told if record.traced == (config is EVERY_STEP)][-4:] == [3, 4, 5, 6]
     for record in told:
         end = record.moments[Moment.STEP_END]
         assert end[Category.COMM_BUFFERS] == buckets
@@ -104,3 +104,35 @@ def test_gradients_beside_the_buckets_do_not_hide_that_theirs_are_dropped() -> N
     """What an optimizer updates besides keeps its gradients: counted steps have as much as traced ones."""
     assert all(record.traced for record in ends(EVERY_STEP))
     assert not any(record.traced for record in ends(ON_DEMAND))
+
+
+UNUSED, STATIC = {"find_unused_parameters": True}, {"static_graph": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "traced"),
+    [(settings, step) for settings in (UNUSED, STATIC, {}) for step in range(2, 6) if (settings, step) != (STATIC, 2)],
+    ids=str,
+)
+def test_a_trace_of_any_step_has_the_buckets(settings: dict[str, bool], traced: int) -> None:
+    """Those that were rebuilt in the step before are there before the reducer tells of them; where it looks for unused
+    parameters, those that it began with stay."""
+    model = DistributedDataParallel(network(32, 48), **settings)
+    model.register_comm_hook(None, lambda _, bucket: done(bucket.buffer()))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with Tracer(model, optimizer, ON_DEMAND, explicit_steps=True) as tracer:
+        for step in range(1, STEPS):
+            if step == traced:
+                tracer.trace_next()
+            tracer.begin_step()
+            model(torch.ones(4, 32)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            tracer.end_step()
+    record = tracer.history[traced - 1]
+    assert record.traced
+    for moment in record.moments.values():
+        assert moment.total_bytes == moment.allocated_bytes
+        assert moment[Category.UNATTRIBUTED] <= 64
+    for name in (Moment.BACKWARD_END, Moment.STEP_END, Moment.PEAK):
+        assert record.moments[name][Category.COMM_BUFFERS] == size_of(model)

@@ -322,3 +322,24 @@ PLANS = {
     ),
 }
 """Label, recipe and settings of the simulated plan of each variant."""
+
+
+@pytest.mark.long
+def test_a_base_in_4_bits(launch):
+    """Packed weights are frozen: whole in stage 2, in stage 3 each rank's shard; their scales are whole on each rank.
+
+    What the loop's loss keeps of gathered weights is gathered weights; the end of a step has it, too."""
+    packed, scales = 3 * (4 * 48 * 48 + 2 * 48 * 96) // 2, 18 * 4 * (16 + 256 + 1 + 1)
+    for report in launch("zero.py", VARIANTS="zero-2-qlora,zero-3-qlora"):
+        for name, ranks in (("zero-2-qlora", 1), ("zero-3-qlora", RANKS)):
+            run = report[name]
+            assert run["losses"] == run["plain_losses"]
+            assert run["same_weights"]
+            assert len(list(traced(run))) == 2
+            for step in traced(run):
+                for moment in step["moments"].values():
+                    assert sum_of(moment) == moment["allocated_bytes"]
+                    assert total(moment, "weights", "frozen", "uint8") == packed // ranks + 2 * packed // 64
+                    assert total(moment, "weights", "frozen", "float32") == scales
+                    assert total(moment, "unattributed") <= 0.01 * moment["allocated_bytes"]
+                assert total(step["moments"]["step_end"], "master_weights") == 4 * 2452 // 2

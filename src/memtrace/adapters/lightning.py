@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from torch import nn
 from memtrace.adapters.frameworks import attached_tracer, end_run
 from memtrace.adapters.memory_tracer import MemoryTracer
 from memtrace.adapters.trackers import Summary, hand_over, to_mlflow, to_tensorboard, to_wandb
-from memtrace.attribution.models.further import FurtherModels
+from memtrace.attribution.models import holders
+from memtrace.attribution.models.further import Find, FurtherModels
 from memtrace.config import TracerConfig
 from memtrace.exporters.trackers.figures import Figures
 from memtrace.guard import Guard, Told, ask
@@ -33,6 +35,9 @@ class MemTraceLightningCallback(Callback):
     forward and backward pass in the closure of the optimizer's step, so that gradients of one step live until the
     backward pass of the next one. The loggers get figures of memory in the steps in which Lightning logs, and the table
     at the end: `trackers=False` is without. Copies and pickles have the settings, and no run.
+
+    Models that other callbacks hold, such as an average of the weights, and those in attributes of the LightningModule
+    that are no submodules, are found: each has the name of the attribute.
 
     Args:
         further_models: models beside those of the LightningModule, by name: see `tracer.Tracer`. Held weakly.
@@ -111,7 +116,8 @@ class MemTraceLightningCallback(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_before()
         model, log_dir = trained_module(pl_module), Path(trainer.default_root_dir) / "memtrace"
-        self._tracer = attached_tracer(model, trainer.optimizers, self._config, log_dir, self._further)
+        further = self._further.also(_models_beside(trainer, pl_module))
+        self._tracer = attached_tracer(model, trainer.optimizers, self._config, log_dir, further)
         self._figures = Figures()
         if self._tracer is not None:
             self._tracer.add_listener(self._figures.note)
@@ -126,6 +132,19 @@ class MemTraceLightningCallback(Callback):
         self._step = None
         if self._tracer is not None:
             self._tracer.detach()
+
+
+def _models_beside(trainer: Trainer, pl_module: LightningModule) -> Find:
+    """Returns what finds the further models that callbacks and the LightningModule hold. Both are held weakly."""
+    alive, module = weakref.ref(trainer), weakref.ref(pl_module)
+
+    def find() -> Mapping[str, Any]:
+        trainer, trained = alive(), module()
+        if trainer is None or trained is None:
+            return {}
+        return holders.models_of((*trainer.callbacks, trained), trained)  # type: ignore[attr-defined]
+
+    return find
 
 
 def _log(loggers: list[Logger], figures: dict[str, float], step: int) -> None:

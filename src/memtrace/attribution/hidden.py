@@ -26,7 +26,9 @@ class HiddenBuffers:
     first: Sequence[int]
     """The buffers that it began with."""
     current: Sequence[int] | None
-    """The buffers that it has now, with the same sum; None where it does not say yet."""
+    """The buffers that it has now, with the same sum; None where it does not say yet, or still has the first ones."""
+    settled: bool = True
+    """Whether it has the buffers that it will keep, though it may not say yet how large each of them is."""
 
     @property
     def nbytes(self) -> int:
@@ -89,8 +91,12 @@ def stream_of(address: int, streams: Sequence[StreamMemory]) -> int:
 
 
 def known_hidden(owners: Sequence[HiddenBuffers]) -> list[TagEvent]:
-    """Returns the buffers of now as blocks at made-up addresses, for a source that cannot list what exists."""
-    known = [(size, hidden.tag) for hidden in owners for size in hidden.current or ()]
+    """Returns the buffers of now as blocks at made-up addresses, for a source that cannot list what exists.
+
+    Without those that are about to be replaced: the source would not tell that they are given back.
+    """
+    kept = [hidden for hidden in owners if hidden.settled]
+    known = [(size, hidden.tag) for hidden in kept for size in hidden.current or hidden.first]
     return [TagEvent(0, -1 - position, size, tag) for position, (size, tag) in enumerate(known)]
 
 

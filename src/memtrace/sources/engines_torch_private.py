@@ -141,3 +141,20 @@ def ddp_bucket_bytes(wrapper: Any) -> tuple[list[int], list[int]]:
         for name in ("bucket_sizes", "rebuilt_bucket_sizes")
     )
     return first, rebuilt
+
+
+def rebuilds_ddp_buckets(wrapper: Any) -> bool:
+    """Returns whether a `DistributedDataParallel` module's reducer is yet to put other buckets in the place of its own.
+
+    It does so once, in the forward pass after the first backward pass, and never where it looks for unused parameters.
+    """
+    never = getattr(wrapper, "find_unused_parameters", False) and not getattr(wrapper, "static_graph", False)
+    return not never and not getattr(wrapper, "_has_rebuilt_buckets", False)
+
+
+def kept_by_ddp_hooks(wrapper: Any) -> list[Any]:
+    """Returns what the communication hooks of a `DistributedDataParallel` module keep in their states, in slots or not;
+    nothing where torch has changed."""
+    states = [state for _, state in getattr(wrapper, "_comm_hooks", ())]
+    names = [(state, *getattr(type(state), "__slots__", ()), *getattr(state, "__dict__", ())) for state in states]
+    return [getattr(state, name, None) for state, *own in names for name in own]

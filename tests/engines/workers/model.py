@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bitsandbytes
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 
@@ -26,6 +28,21 @@ def build_lora() -> PeftModel:
     """Returns the same model with adapters, which are trained with the classifier."""
     settings = LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"])
     return get_peft_model(build_model(), settings)
+
+
+def build_qlora() -> PeftModel:
+    """Returns the same with the encoder's layers in 4 bits, which the classifier is not: it is trained whole."""
+    model = build_model().bfloat16()
+    for layer in model.bert.encoder.modules():
+        for name, child in layer.named_children():
+            if isinstance(child, nn.Linear):
+                quantised = bitsandbytes.nn.Linear4bit(
+                    child.in_features, child.out_features, quant_type="nf4", compute_dtype=torch.bfloat16
+                )
+                quantised.load_state_dict(child.state_dict())
+                setattr(layer, name, quantised.to("cpu"))
+    settings = LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"])
+    return get_peft_model(model, settings)
 
 
 def batch(rank: int, number: int) -> dict[str, torch.Tensor]:

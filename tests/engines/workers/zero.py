@@ -13,7 +13,7 @@ import torch.distributed as dist
 from all_threads import AllThreadsEvents
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-from model import batch, build_lora, build_model
+from model import batch, build_lora, build_model, build_qlora
 from report import MICRO_BATCHES, STEPS, checksum, peak_without_memtrace, traced_records, write_report
 
 BUCKET_ELEMENTS = 20_000
@@ -37,6 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero-2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     "zero-2-lora": {"stage": 2, "lora": True},
     "zero-3-lora": {"stage": 3, "lora": True, "stage3_param_persistence_threshold": 0},
+    "zero-2-qlora": {"stage": 2, "lora": "4 bits"},
+    "zero-3-qlora": {"stage": 3, "lora": "4 bits", "stage3_param_persistence_threshold": 0},
     "zero-3-offload": {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
@@ -46,10 +48,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+BUILDERS = {None: build_model, True: build_lora, "4 bits": build_qlora}
+
+
 def initialize(zero: dict[str, Any]) -> Any:
-    lora = zero.get("lora", False)
+    model = BUILDERS[zero.get("lora")]()
     zero = {name: value for name, value in zero.items() if name != "lora"}
-    model = build_lora() if lora else build_model()
     settings = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": MICRO_BATCHES,
@@ -96,7 +100,7 @@ def run(zero: dict[str, Any]) -> dict[str, Any]:
         plain.append(initialize(zero))
         yield from steps(plain[0], plain_losses)
 
-    numels = [parameter.numel() for parameter in (build_lora() if zero.get("lora") else build_model()).parameters()]
+    numels = [parameter.numel() for parameter in BUILDERS[zero.get("lora")]().parameters()]
     plain_peak = peak_without_memtrace(train_plain, step=2)
     source = AllThreadsEvents()
     source.open()

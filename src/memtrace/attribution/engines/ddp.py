@@ -2,7 +2,7 @@
 
 Run with torch 2.13. A reducer is C++ and lets no Python object refer to its buckets; it tells their sizes in what it
 logs about itself. Each wrapper has one: a generator and a discriminator have two. With `gradient_as_bucket_view` each
-`.grad` is a view of its bucket, which is then a gradient and nothing else.
+`.grad` is a view of its bucket, which is then a gradient and nothing else. A communication hook's state is Python's.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import nn
 
 from memtrace.attribution.engines.engine import Engine
 from memtrace.attribution.hidden import HiddenBuffers
+from memtrace.attribution.ledger import Ledger
+from memtrace.attribution.storages import state_tensors
 from memtrace.record.categories import Category
 from memtrace.record.limitations import unread_engine
 from memtrace.sources import engines_torch_private
@@ -54,6 +56,12 @@ class DdpEngine(Engine):
         if not all(map(engines_torch_private.shows_ddp_buckets, wrappers)):
             self.limitation = unread_engine(self.name, "its buckets", torch.__version__)
 
+    def claim(self, ledger: Ledger) -> None:
+        """Claims what the communication hooks keep: what PowerSGD's has lost of each gradient, and its factors."""
+        for reducer in self._reducers:
+            kept = state_tensors(engines_torch_private.kept_by_ddp_hooks(reducer.wrapper))
+            ledger.claim_all((tensor for _, tensor in kept), Category.COMM_BUFFERS, "hook")
+
     def hidden_buffers(self) -> Sequence[HiddenBuffers]:
         """Returns the buckets of each wrapper, unless gradients are views of them."""
         return [reducer.buckets() for reducer in self._reducers if not reducer.views]
@@ -80,6 +88,7 @@ class _Reducer:
         types = {p.dtype for p in self.wrapper.parameters() if p.requires_grad}
         dtype = dtype_name(types.pop()) if len(types) == 1 else ""
         tag = Tag(Category.GRADIENTS, "", dtype) if self.views else Tag(Category.COMM_BUFFERS, "bucket", dtype)
-        hidden = HiddenBuffers(tag=tag, first=first, current=rebuilt or None)
+        settled = not engines_torch_private.rebuilds_ddp_buckets(self.wrapper)
+        hidden = HiddenBuffers(tag=tag, first=first, current=rebuilt or None, settled=settled)
         self._rebuilt = hidden if rebuilt else None
         return hidden

@@ -10,7 +10,7 @@ from torch import nn
 
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.models.held import Held
-from memtrace.attribution.storages import state_tensors
+from memtrace.attribution.models.quantised import scales_of
 from memtrace.errors import ConfigError
 from memtrace.record.categories import Category
 
@@ -52,11 +52,10 @@ def claim_model(
     parameters = held.parameters()
     holders: dict[Role, list[torch.Tensor]] = {}
     for parameter in parameters:
-        role = role_of(parameter) or (trainable if parameter.requires_grad else frozen)
-        tensors = holders.setdefault(role, [])
-        tensors.append(parameter)
-        if type(parameter) is not nn.Parameter:  # a quantised one keeps its scales as attributes
-            tensors.extend(tensor for _, tensor in state_tensors(vars(parameter)))
+        plain = trainable if parameter.requires_grad else frozen
+        holders.setdefault(role_of(parameter) or plain, []).append(parameter)
+        if type(parameter) is not nn.Parameter:
+            holders.setdefault(plain, []).extend(scales_of(parameter))  # whole, whatever an engine does with the weight
     for role, tensors in holders.items():
         ledger.claim_all(tensors, role.category, role.component)
     ledger.claim_all(held.packed(), *frozen)

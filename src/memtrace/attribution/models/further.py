@@ -15,7 +15,8 @@ from memtrace.attribution.garbage import uncollected
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.models.contents import Role
 from memtrace.attribution.models.held import Held
-from memtrace.attribution.storages import state_tensors, storages_of
+from memtrace.attribution.models.quantised import scales_of
+from memtrace.attribution.storages import storages_of
 from memtrace.attribution.timeline import Lifetime
 from memtrace.errors import ConfigError
 from memtrace.guard import ask
@@ -146,7 +147,7 @@ def _tensors_of(model: Any, depth: int = 0) -> Iterator[torch.Tensor]:
 def _kept_on(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yields what belongs to a parameter: scales of a quantised one, the shard of one that ZeRO-3 gathers."""
     if type(tensor) not in (nn.Parameter, torch.Tensor):
-        yield from (part for _, part in state_tensors(vars(tensor)))
+        yield from scales_of(tensor)
     shard = getattr(tensor, "ds_tensor", None)
     if isinstance(shard, torch.Tensor):
         yield shard

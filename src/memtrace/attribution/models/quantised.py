@@ -22,6 +22,9 @@ _PACKED = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32}) | {
 _SCALES = ("scale", "zero", "absmax", "codebook", "meta", "scb")
 """Parts of the names under which a quantised layer keeps what its integers stand for."""
 
+_OF_ENGINES = ("ds_", "_")
+"""How attributes of a parameter begin through which ZeRO-3 refers to its tensors, and to its optimizer."""
+
 
 def is_packed(tensor: torch.Tensor) -> bool:
     """Returns whether a tensor that a module holds may be a packed weight."""
@@ -41,6 +44,12 @@ def packed_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     if any(sign in name.lower() for name in _names(own, plain) for sign in _SCALES):
         yield from module.buffers(recurse=False)
         yield from (tensor for _, tensor in state_tensors(plain))
+
+
+def scales_of(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yields what a quantised parameter keeps in its attributes, without what ZeRO-3 keeps there: all of its own."""
+    own = {name: value for name, value in vars(parameter).items() if not name.startswith(_OF_ENGINES)}
+    yield from (tensor for _, tensor in state_tensors(own))
 
 
 def _holds(value: object) -> bool:
