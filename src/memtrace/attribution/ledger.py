@@ -128,12 +128,13 @@ class Ledger:
 
         For storages that are resized while they live: each time they get another address.
         """
-        if self._journal is None:
+        journal = self._journal
+        if journal is None:
             return
         for storage, nbytes, _ in storages_of(tensor, self._device):
             entry = self._entries.get(id(storage))
             if entry is not None:
-                self._journal.append(TagEvent(self._now_ns(), self._address_of(storage), nbytes, entry.tag))
+                journal.append(TagEvent(self._now_ns(), self._address_of(storage), nbytes, entry.tag))
 
     def role_of(self, tensor: torch.Tensor) -> Category | None:
         """Returns what the first storage of a tensor is known to be for."""
@@ -144,7 +145,8 @@ class Ledger:
 
     def clear(self, keep: Category | None = None) -> None:
         """Forgets every entry that is not of the category `keep`; their deaths are not noted any more."""
-        self._entries = {key: entry for key, entry in self._entries.items() if entry.tag.category is keep}
+        entries = list(self._entries.items())  # other threads, and storages that die, change it
+        self._entries = {key: entry for key, entry in entries if entry.tag.category is keep}
         self._totals = None
 
     def live(self) -> list[TagEvent]:
@@ -191,9 +193,10 @@ class Ledger:
 
     def _forget(self, entry: _Entry) -> None:
         if self._entries.get(entry.identity) is entry:
-            del self._entries[entry.identity]
+            self._entries.pop(entry.identity, None)
             self._totals = None
             if entry.tag.category in _LASTING:
                 self.has_lost = True
-            if self._journal is not None:
-                self._journal.append(TagEvent(self._now_ns(), entry.address, entry.nbytes, None))
+            journal = self._journal
+            if journal is not None:
+                journal.append(TagEvent(self._now_ns(), entry.address, entry.nbytes, None))

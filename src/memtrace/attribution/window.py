@@ -50,19 +50,19 @@ class TraceWindow:
         ledger: Ledger,
         guard: Guard,
         current_step: Callable[[], StepInProgress | None],
-        others_step: Callable[[TraceWindow], None] = lambda _: None,
+        may_end: Callable[[TraceWindow], None] = lambda _: None,
         trace_activations: bool = True,
         hears_saved: HearsSaved | None = None,
     ) -> None:
         self._model, self._scan = model, scan
         self._source, self._ledger, self._guard = source, ledger, guard
-        self._current_step, self._others_step = current_step, others_step
+        self._current_step, self._may_end = current_step, may_end
         self._trace_activations, self._hears_saved = trace_activations, hears_saved
         self.leftovers = Leftovers(ledger.device, ledger.coordinates)
         """What traced steps have left behind."""
         self._hooks = HookSet()
         self._leftover = HookSet()
-        """A hook that takes off what a window abandoned inside a backward pass had to leave."""
+        """A hook that takes off what a window abandoned inside a backward pass or on another thread had to leave."""
         self._base: Sequence[TagEvent] = ()
         self._tags: ActivationTags | None = None
         self._saved = self._listener()
@@ -72,6 +72,7 @@ class TraceWindow:
         self._begin_seconds = 0.0
         self._thread = threading.current_thread()
         """Where it was opened."""
+        self._is_whole = True
         self._awaits_end = False
         """Whether torch will tell of the end of the backward pass at work, and of what engines do there."""
 
@@ -79,6 +80,11 @@ class TraceWindow:
     def is_open(self) -> bool:
         """Whether blocks are being tagged."""
         return self._tags is not None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the step so far has run on threads that the source hears."""
+        return self._is_whole
 
     @property
     def saved(self) -> Sequence[TagEvent]:
@@ -115,6 +121,7 @@ class TraceWindow:
         """Puts the saved-tensor hooks on for a forward pass; without a window, takes off what a backward pass left."""
         self._saved.listening, self._awaits_end = True, False
         self._other_steps.clear()
+        self._look_at_thread()
         if not self.is_open:
             self._let_go()
         elif self._trace_activations:
@@ -169,6 +176,7 @@ class TraceWindow:
             inside: the optimizer, where it steps inside the backward pass, which goes on: it is one of many.
         """
         self._saved.listening = True
+        self._look_at_thread()
         if inside is not None and not self._scan.engines:
             self._scan.claim_gradients_of(inside, self._ledger)
         else:
@@ -178,6 +186,9 @@ class TraceWindow:
     def close(self) -> Timeline | None:
         """Ends the window and replays it; None where the source lost events."""
         assert self._tags is not None, "close() without open()"
+        self._look_at_thread()
+        if self._tags is None:
+            return None
         self._scan.claim_persistent(self._ledger, anew=False)
         notes = self._tags.notes
         self._uninstall()
@@ -196,15 +207,17 @@ class TraceWindow:
     def abandon(self) -> None:
         """Takes everything off and forgets the window; safe at any time.
 
-        Inside a backward pass the recording and the saved-tensor hooks cannot come off: they do with the model's next
-        forward pass, or when this is called again.
+        Inside a backward pass the recording and the saved-tensor hooks cannot come off, nor on another thread than the
+        one that has put them on: they do with the model's next forward pass there, or when this is called again.
         """
+        was_open = self.is_open or self._source.is_open
         self._uninstall()
         self._ledger.end_journal()
         self._base = ()
-        if backward_is_running() and (self._saved.is_on or self._source.is_open):
-            self._leftover.before_forward(self._model, lambda *_: self._let_go())
-        else:
+        elsewhere = was_open and not self._is_here
+        if elsewhere or (backward_is_running() and (self._saved.is_on or self._source.is_open)):
+            self._leftover.before_forward(self._model, lambda *_: self._guard.finish(self._leave))
+        if not backward_is_running():
             self._let_go()
 
     def _listener(self) -> SavedTensors:
@@ -222,7 +235,8 @@ class TraceWindow:
         self.leftovers.begin()
         self._forward_passes = 0
         self._other_steps.clear()
-        self._begin_seconds, self._thread = monotonic(), threading.current_thread()
+        self._begin_seconds, self._thread, self._is_whole = monotonic(), threading.current_thread(), True
+        self._leftover.close()
         self._hooks.before_any_step(self._any_steps)
         if self._replaces != bool(self._scan.engines):
             self._saved = self._listener()
@@ -245,15 +259,31 @@ class TraceWindow:
         """Takes off the saved-tensor hooks and ends the recording, where an abandoned window has left them."""
         if backward_is_running():
             return
-        self._leftover.close()
+        if self._is_here:
+            self._leftover.close()
         self._saved.pop()
         self._source.abandon()
 
+    def _leave(self) -> None:
+        if not self.is_open:
+            self._let_go()
+
+    @property
+    def _is_here(self) -> bool:
+        """Whether the last window was opened on this thread, or nobody can go back to the one where it was."""
+        return self._thread is threading.current_thread() or not self._thread.is_alive()
+
+    def _look_at_thread(self) -> None:
+        """Looks whether the source hears what this thread does in the step."""
+        if self.is_open and not self._source.hears_this_thread():
+            self._is_whole = False
+            self._may_end(self)
+
     def _packed(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        step = self._current_step()
-        if self._tags is None or step is None:
+        step, tags = self._current_step(), self._tags  # another thread may end the window meanwhile
+        if tags is None or step is None:
             return None
-        self._pack(self._tags, tensor)
+        self._pack(tags, tensor)
         step.packed()
         stand_in = None
         if self._scan.engines:
@@ -266,9 +296,10 @@ class TraceWindow:
 
     def _kept(self, kept: object) -> None:
         """Tags what hooks of the user keep in place of a saved tensor, as far as it is on the device."""
-        if self._tags is not None:
+        tags = self._tags
+        if tags is not None:
             for tensor in batch_tensors(kept):
-                self._pack(self._tags, tensor)
+                self._pack(tags, tensor)
 
     def _pack(self, tags: ActivationTags, tensor: torch.Tensor) -> None:
         before = len(tags.notes)
@@ -279,6 +310,7 @@ class TraceWindow:
     def _unpacked(self, tensor: torch.Tensor | None) -> bool:
         """Notes that the backward pass is at work; returns whether that is all there is to know of it."""
         step = self._current_step()
+        self._look_at_thread()
         if self._tags is None or step is None:
             return False
         step.backward_runs()
@@ -303,7 +335,7 @@ class TraceWindow:
         ours = any(optimizer is one or optimizer in self._scan.parts_of(one) for one in self._scan.optimizers)
         if not ours and not backward_is_running():
             self._other_steps[id(optimizer)] = self._other_steps.get(id(optimizer), 0) + 1
-            self._others_step(self)
+            self._may_end(self)
 
     def _gathered(self, engine: Engine, module: nn.Module, *args: object) -> None:
         if self._tags is not None:
@@ -330,6 +362,7 @@ class TraceWindow:
 
     def _gradient(self, parameter: torch.Tensor) -> None:
         step = self._current_step()
+        self._look_at_thread()
         if self._tags is None or step is None:
             return
         if parameter.grad is not None:

@@ -88,7 +88,7 @@ class CpuEvents:
             return False
         self._begin_ns, self._thread = time.time_ns(), threading.current_thread()
         if self._thread is not threading.main_thread():
-            _OF_THREAD.end = _ThreadEnd(self)
+            _end_of_this_thread().of(self)
         self._taken, self._refused_by, self._gives_turns = False, None, _TURNS
         CpuEvents._newest = weakref.ref(self)
         if CpuEvents._waiting() is self:
@@ -102,6 +102,12 @@ class CpuEvents:
     def interrupted(self) -> bool:
         """Whether the window must end: the user has started a profiler of their own inside it, which comes first."""
         return self._begin_ns is not None and (self._taken or recording_torch_private.user_profiler_is_recording())
+
+    def hears_this_thread(self) -> bool:
+        """Whether what this thread allocates is recorded: it has begun the window, or runs a backward pass of it."""
+        if not self.is_open or self._taken or self._thread is threading.current_thread():
+            return True
+        return recording_torch_private.profiler_is_recording()
 
     def close(self) -> Window:
         """Ends the window and returns what happened in it.
@@ -183,7 +189,11 @@ class CpuEvents:
 class _ThreadEnd:
     """Kept by one thread alone: it goes when the thread ends, on that thread."""
 
-    def __init__(self, source: CpuEvents) -> None:
+    def __init__(self) -> None:
+        self._source: Callable[[], CpuEvents | None] = _nobody
+
+    def of(self, source: CpuEvents) -> None:
+        """Ends the recording of this source, and of none before it."""
         self._source = weakref.ref(source)
 
     def __del__(self) -> None:
@@ -196,8 +206,16 @@ _OF_THREAD = threading.local()
 """The end of this thread, where a recording was begun on it."""
 
 
+def _end_of_this_thread() -> _ThreadEnd:
+    """Returns the one end that this thread has: a second one in its place would let the first go, as the thread does."""
+    end: _ThreadEnd | None = getattr(_OF_THREAD, "end", None)
+    if end is None:
+        _OF_THREAD.end = end = _ThreadEnd()
+    return end
+
+
 def _nobody() -> None:
-    """Stands for the source that waits, where none does."""
+    """Stands for a source, where there is none."""
 
 
 _FIRST_REFUSALS, _MOST_REFUSALS = 2, 64
