@@ -62,7 +62,7 @@ class TraceWindow:
         """What traced steps have left behind."""
         self._hooks = HookSet()
         self._leftover = HookSet()
-        """A hook that takes off what a window abandoned inside a backward pass or on another thread had to leave."""
+        """A hook that takes off what could not come off where a window was abandoned."""
         self._base: Sequence[TagEvent] = ()
         self._tags: ActivationTags | None = None
         self._saved = self._listener()
@@ -72,7 +72,8 @@ class TraceWindow:
         self._begin_seconds = 0.0
         self._thread = threading.current_thread()
         """Where it was opened."""
-        self._is_whole = True
+        self.is_whole = True
+        """Whether all of the step so far has run on threads that the source hears."""
         self._awaits_end = False
         """Whether torch will tell of the end of the backward pass at work, and of what engines do there."""
 
@@ -80,11 +81,6 @@ class TraceWindow:
     def is_open(self) -> bool:
         """Whether blocks are being tagged."""
         return self._tags is not None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all of the step so far has run on threads that the source hears."""
-        return self._is_whole
 
     @property
     def saved(self) -> Sequence[TagEvent]:
@@ -95,6 +91,7 @@ class TraceWindow:
         """Goes on with a source that was opened before memtrace was attached; returns whether there is one."""
         if not self._source.is_open:
             return False
+        self._thread = threading.current_thread()
         self._ledger.begin_journal()
         self._scan.claim_persistent(self._ledger, anew=False)
         self._install()
@@ -107,6 +104,7 @@ class TraceWindow:
             expected_allocations: see `EventSource.open`.
         """
         self._let_go()
+        self._thread = threading.current_thread()
         expected = () if expected_allocations is None else (expected_allocations,)
         if not self._source.open(*expected):
             return False
@@ -117,15 +115,14 @@ class TraceWindow:
         self._install()
         return True
 
-    def forward_begins(self) -> None:
-        """Puts the saved-tensor hooks on for a forward pass; without a window, takes off what a backward pass left."""
+    def forward_begins(self, *, hooked: bool = True) -> None:
+        """Puts the saved-tensor hooks on for a forward pass, where `hooked` allows; without a window, takes off the rest."""
         self._saved.listening, self._awaits_end = True, False
         self._other_steps.clear()
-        self._look_at_thread()
-        if not self.is_open:
-            self._let_go()
-        elif self._trace_activations:
+        if self._is_heard() and self.is_open and hooked and self._trace_activations:
             self._saved.push()
+        elif not self.is_open:
+            self._let_go()
 
     @property
     def seconds(self) -> float:
@@ -176,7 +173,7 @@ class TraceWindow:
             inside: the optimizer, where it steps inside the backward pass, which goes on: it is one of many.
         """
         self._saved.listening = True
-        self._look_at_thread()
+        self._is_heard()
         if inside is not None and not self._scan.engines:
             self._scan.claim_gradients_of(inside, self._ledger)
         else:
@@ -184,18 +181,18 @@ class TraceWindow:
             self._scan.claim_gradients(self._ledger)
 
     def close(self) -> Timeline | None:
-        """Ends the window and replays it; None where the source lost events."""
-        assert self._tags is not None, "close() without open()"
-        self._look_at_thread()
-        if self._tags is None:
+        """Ends the window and replays it; None where the source lost events, or has not heard a part of the step."""
+        tags = self._tags
+        if tags is None or not self._is_heard() or not self.is_whole:
+            self.abandon()
             return None
         self._scan.claim_persistent(self._ledger, anew=False)
-        notes = self._tags.notes
+        notes = tags.notes
         self._uninstall()
-        window = self._source.close()
+        window = self._source.close() if self._source.is_open else None  # a thread beside this one may have ended it
         journal = self._ledger.end_journal()
         base, self._base = self._base, ()
-        if not window.complete:
+        if window is None or not window.complete:
             return None
         timeline = replay(window, base, [*notes, *journal])
         for hidden in self._scan.hidden():
@@ -207,18 +204,14 @@ class TraceWindow:
     def abandon(self) -> None:
         """Takes everything off and forgets the window; safe at any time.
 
-        Inside a backward pass the recording and the saved-tensor hooks cannot come off, nor on another thread than the
-        one that has put them on: they do with the model's next forward pass there, or when this is called again.
+        Inside a backward pass the recording and the saved-tensor hooks cannot come off, and a thread that the source
+        does not hear leaves all to the window's own: with the model's next forward pass, or when this is called again.
         """
-        was_open = self.is_open or self._source.is_open
-        self._uninstall()
-        self._ledger.end_journal()
-        self._base = ()
-        elsewhere = was_open and not self._is_here
-        if elsewhere or (backward_is_running() and (self._saved.is_on or self._source.is_open)):
-            self._leftover.before_forward(self._model, lambda *_: self._guard.finish(self._leave))
-        if not backward_is_running():
-            self._let_go()
+        if self.is_open and not self._is_here and not self._source.hears_this_thread():
+            self.is_whole = False
+            self._later()
+        else:
+            self._take_off()
 
     def _listener(self) -> SavedTensors:
         """Returns what learns of saved tensors. Engines that shard weights put others in their place."""
@@ -227,7 +220,7 @@ class TraceWindow:
 
     def release(self) -> None:
         """Takes everything off for good; what autograd still holds of this window refers to nothing of it."""
-        self.abandon()
+        self._take_off()
         self._saved.forget()
 
     def _install(self) -> None:
@@ -235,7 +228,7 @@ class TraceWindow:
         self.leftovers.begin()
         self._forward_passes = 0
         self._other_steps.clear()
-        self._begin_seconds, self._thread, self._is_whole = monotonic(), threading.current_thread(), True
+        self._begin_seconds, self.is_whole = monotonic(), True
         self._leftover.close()
         self._hooks.before_any_step(self._any_steps)
         if self._replaces != bool(self._scan.engines):
@@ -259,25 +252,45 @@ class TraceWindow:
         """Takes off the saved-tensor hooks and ends the recording, where an abandoned window has left them."""
         if backward_is_running():
             return
+        self._saved.pop()
         if self._is_here:
             self._leftover.close()
-        self._saved.pop()
-        self._source.abandon()
+        if self._is_here or self._source.hears_this_thread():
+            self._source.abandon()
 
-    def _leave(self) -> None:
-        if not self.is_open:
+    def _take_off(self) -> None:
+        elsewhere = not self._is_here and (self.is_open or self._source.is_open)
+        self._uninstall()
+        self._ledger.end_journal()
+        self._base = ()
+        if elsewhere or (backward_is_running() and (self._saved.is_on or self._source.is_open)):
+            self._later()
+        if not backward_is_running():
             self._let_go()
+
+    def _later(self) -> None:
+        """Takes off what is left with the model's next forward pass on the thread where that is possible."""
+
+        def leave() -> None:
+            if not self.is_open or not self.is_whole:
+                self.abandon()
+
+        self._leftover.close()
+        self._leftover.before_forward(self._model, lambda *_: self._guard.finish(leave))
 
     @property
     def _is_here(self) -> bool:
         """Whether the last window was opened on this thread, or nobody can go back to the one where it was."""
         return self._thread is threading.current_thread() or not self._thread.is_alive()
 
-    def _look_at_thread(self) -> None:
-        """Looks whether the source hears what this thread does in the step."""
-        if self.is_open and not self._source.hears_this_thread():
-            self._is_whole = False
+    def _is_heard(self) -> bool:
+        """Returns whether the source hears what this thread does in the step; else the window is in vain."""
+        if not self.is_open or self._source.hears_this_thread():
+            return True
+        if self.is_whole:
+            self.is_whole = False
             self._may_end(self)
+        return False
 
     def _packed(self, tensor: torch.Tensor) -> torch.Tensor | None:
         step, tags = self._current_step(), self._tags  # another thread may end the window meanwhile
@@ -310,7 +323,7 @@ class TraceWindow:
     def _unpacked(self, tensor: torch.Tensor | None) -> bool:
         """Notes that the backward pass is at work; returns whether that is all there is to know of it."""
         step = self._current_step()
-        self._look_at_thread()
+        self._is_heard()
         if self._tags is None or step is None:
             return False
         step.backward_runs()
@@ -362,7 +375,7 @@ class TraceWindow:
 
     def _gradient(self, parameter: torch.Tensor) -> None:
         step = self._current_step()
-        self._look_at_thread()
+        self._is_heard()
         if self._tags is None or step is None:
             return
         if parameter.grad is not None:

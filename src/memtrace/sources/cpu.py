@@ -207,7 +207,7 @@ _OF_THREAD = threading.local()
 
 
 def _end_of_this_thread() -> _ThreadEnd:
-    """Returns the one end that this thread has: a second one in its place would let the first go, as the thread does."""
+    """Returns the one end that this thread has: another in its place would let it go, as the end of the thread does."""
     end: _ThreadEnd | None = getattr(_OF_THREAD, "end", None)
     if end is None:
         _OF_THREAD.end = end = _ThreadEnd()

@@ -264,7 +264,7 @@ class Watch:
             step.forward_goes_on()
         if self.window.is_open:
             claim_batch(args, kwargs, self._ledger)
-        self.window.forward_begins()
+        self.window.forward_begins(hooked=not self._passes.on_several_threads())
 
     def _forward_begins(self, step: StepInProgress, module: nn.Module, batch: torch.Tensor | None) -> None:
         if step.recorded is None:
