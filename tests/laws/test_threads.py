@@ -1,4 +1,4 @@
-"""Laws 8, 9 and 12 where a step runs on several threads: what cannot be recorded is said, and no thread harms another."""
+"""Laws 8, 9 and 12 where a step runs on several threads: what is not recorded is said, and no thread harms another."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_detach_on_another_thread() -> None:
 
 
 def test_threads_that_train_side_by_side_have_no_hooks_on_saved_tensors() -> None:
-    """torch raises where one changes a parameter while a hook of another has it. Activations are known by their life."""
+    """torch raises where one changes a parameter that a hook of another has. Activations are known by their life."""
     run = Run(LIVES[0])
     heard: list[object] = []
     seldom = replace(TRACED, trace_every=0)

@@ -70,7 +70,7 @@ class Scan:
             given,
             model,
             lambda optimizer: any(engine.owns(optimizer) for engine in self.engines),
-            parameters=self._held.parameters(),
+            parameters=self._held.parameters(lazy=True),
         )
         odd = found.odd or ([] if found.stepping else ["there is none"])
         if odd and not isinstance(optimizers, HandedOver):
@@ -114,7 +114,8 @@ class Scan:
         for engine in self.engines:
             if engine.device is not None:
                 return canonical_device(engine.device)
-        return canonical_device(device_of(self.held))
+        held = self.held
+        return canonical_device(device_of(held.parameters() or held.parameters(lazy=True)))
 
     @property
     def held(self) -> Held:

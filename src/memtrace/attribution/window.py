@@ -116,7 +116,7 @@ class TraceWindow:
         return True
 
     def forward_begins(self, *, hooked: bool = True) -> None:
-        """Puts the saved-tensor hooks on for a forward pass, where `hooked` allows; without a window, takes off the rest."""
+        """Puts saved-tensor hooks on for a forward pass, if `hooked`; without a window, takes off what is left."""
         self._saved.listening, self._awaits_end = True, False
         self._other_steps.clear()
         if self._is_heard() and self.is_open and hooked and self._trace_activations:

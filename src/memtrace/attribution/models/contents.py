@@ -106,14 +106,14 @@ def _instead_of_a_model(given: object) -> str:
     return f"{kind}: write the module that is trained"
 
 
-def device_of(model: HasParameters) -> torch.device:
+def device_of(parameters: Iterable[torch.Tensor]) -> torch.device:
     """Returns the device that holds most of the bytes of a model's parameters; those on the meta device hold none.
 
     Raises:
         ConfigError: all parameters are on the meta device.
     """
     held: dict[torch.device, int] = {}
-    for parameter in model.parameters():
+    for parameter in parameters:
         device = parameter.device
         if device.type != "meta":
             held[device] = held.get(device, 0) + parameter.nbytes
