@@ -115,9 +115,10 @@ class Ledger:
                 tag = tags[dtype]
                 entry = entries.get(id(storage))
                 if entry is None:
-                    entries[id(storage)] = entry = _Entry(storage, self._on_death)
+                    entry = _Entry(storage, self._on_death)
                     entry.identity, entry.address = id(storage), address_of(storage)
                     entry.nbytes, entry.tag = nbytes, tag
+                    entries[entry.identity] = entry  # whole, also where Ctrl-C comes in between
                 elif entry.tag is not tag and PRECEDENCE[entry.tag.category] >= PRECEDENCE[category]:
                     entry.tag = tag
                 if journal is not None:
@@ -192,8 +193,9 @@ class Ledger:
         return journal
 
     def _forget(self, entry: _Entry) -> None:
-        if self._entries.get(entry.identity) is entry:
-            self._entries.pop(entry.identity, None)
+        identity = getattr(entry, "identity", None)  # none where Ctrl-C has come before it had one
+        if identity is not None and self._entries.get(identity) is entry:
+            self._entries.pop(identity, None)
             self._totals = None
             if entry.tag.category in _LASTING:
                 self.has_lost = True

@@ -70,23 +70,26 @@ class CpuEvents:
             return False
         self._stop()
         _end_what_is_left()
-        if not _ONE_AT_A_TIME.acquire(blocking=False):
+        begins = _BEGINNING.setdefault("recording", threading.current_thread())
+        if begins is not threading.current_thread() and begins.is_alive():
             return False  # another thread is about to begin one
         try:
             return self._begin()
         finally:
-            _ONE_AT_A_TIME.release()
+            _BEGINNING.pop("recording", None)
 
     def _begin(self) -> bool:
         if _records_elsewhere() or (recording_torch_private.profiler_is_recording() and not self._may_take_the_place()):
             return False
         if recording_torch_private.user_profiler_is_prepared() or self._gives_turn():
             return False
+        self._thread = threading.current_thread()  # before there is a recording: then somebody answers for it
         try:
             recording_torch_private.start_memory_profiler()
         except recording_torch_private.ProfilerUnavailable:
+            self._thread = None
             return False
-        self._begin_ns, self._thread = time.time_ns(), threading.current_thread()
+        self._begin_ns = time.time_ns()
         if self._thread is not threading.main_thread():
             _end_of_this_thread().of(self)
         self._taken, self._refused_by, self._gives_turns = False, None, _TURNS
@@ -145,11 +148,11 @@ class CpuEvents:
             self._stop_here()
 
     def _stop_here(self) -> None:
-        self._thread = None
-        if recording_torch_private.user_profiler_is_recording():
+        if recording_torch_private.user_profiler_is_recording() or not recording_torch_private.profiler_is_recording():
             recording_torch_private.give_up_memory_profiler()
         else:
             recording_torch_private.stop_memory_profiler()
+        self._thread = None  # not before: where Ctrl-C comes into it, the next call does what is left
 
     def thread_ends(self) -> None:
         """Ends a recording that is left on this thread, which is about to end."""
@@ -221,8 +224,10 @@ def _nobody() -> None:
 _FIRST_REFUSALS, _MOST_REFUSALS = 2, 64
 _TURNS = 6
 
-_ONE_AT_A_TIME = threading.Lock()
-"""Held while a recording is begun: torch has one for all threads, and each thread sees its own only."""
+_BEGINNING: dict[str, threading.Thread] = {}
+"""The thread that begins a recording now: torch has one for all threads, and each thread sees its own only.
+
+No lock: one that Ctrl-C keeps from being released would be held for ever."""
 
 
 def _records_elsewhere() -> bool:
