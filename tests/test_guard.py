@@ -60,6 +60,33 @@ def test_interrupts_pass_through() -> None:
     assert not guard.failed
 
 
+class Broken(logging.Handler):
+    """A handler of the user's log that cannot write."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise OSError("no log")
+
+
+@pytest.fixture
+def broken_log() -> Iterator[None]:
+    handler = Broken()
+    logging.getLogger("memtrace").addHandler(handler)
+    yield
+    logging.getLogger("memtrace").removeHandler(handler)
+
+
+@pytest.mark.usefixtures("broken_log")
+def test_a_log_that_raises_raises_nothing_in_the_loop() -> None:
+    """A fault that cannot be said is contained, and ends memtrace as any other."""
+    faults: list[int] = []
+    guard = Guard(lambda: faults.append(1))
+    guard.run(fail)
+    guard.finish(fail)
+    Told(fail, "a function")()
+    Guard(fail).run(fail)
+    assert (faults, guard.failed) == ([1], True)
+
+
 class TimeIsUp(Exception):
     """What a handler of the user's raises."""
 

@@ -92,7 +92,7 @@ class Guard:
         except Exception as error:
             if self._strict or _is_of_signal_handler(error):
                 raise
-            logger.exception("memtrace could not take off everything of its own")
+            _log("memtrace could not take off everything of its own")
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a hook that runs `function`, and returns what it does; None after a fault."""
@@ -100,7 +100,7 @@ class Guard:
 
     def _fail(self) -> None:
         self._failed = True
-        logger.exception(
+        _log(
             "memtrace has met a fault of its own and is switched off for the rest of this run; training goes on. "
             "Please report the traceback below."
         )
@@ -109,7 +109,7 @@ class Guard:
         except Exception as error:
             if _is_of_signal_handler(error):
                 raise
-            logger.exception("memtrace could not take off all its hooks")
+            _log("memtrace could not take off all its hooks")
 
 
 class Told:
@@ -136,7 +136,7 @@ class Told:
                 raise
             if not self._failed:
                 self._failed = True
-                logger.exception("memtrace: %s has failed; training goes on, and this is not said again", self._what)
+                _log(f"memtrace: {self._what} has failed; training goes on, and this is not said again")
 
 
 def ask(function: Callable[..., Any], *args: Any) -> Any:
@@ -151,6 +151,15 @@ def ask(function: Callable[..., Any], *args: Any) -> Any:
             raise
         logger.debug("memtrace: %s did not answer: %r", function, error)
         return None
+
+
+def _log(text: str) -> None:
+    """Logs the exception at work; one that a handler of the user's log raises goes no further."""
+    try:
+        logger.exception(text)
+    except Exception as error:
+        if _is_of_signal_handler(error):
+            raise
 
 
 def _is_of_signal_handler(error: Exception) -> bool:

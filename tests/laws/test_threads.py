@@ -171,3 +171,25 @@ def test_threads_that_train_side_by_side_have_no_hooks_on_saved_tensors() -> Non
     assert heard == [{"profiler"}]
     assert tracer.history[-1].traced
     assert tracer.history[-1].moments[Moment.FORWARD_END][Category.ACTIVATIONS] > 0
+
+
+def test_an_evaluation_on_another_thread_is_no_part_of_the_step() -> None:
+    """However many forward passes it has: the step goes on, and is traced."""
+    run = Run(LIVES[0])
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            for _ in range(100):
+                run.loss()
+
+    with unchanged(run), workers() as on, Tracer(run.model, run.optimizer, TRACED) as tracer:
+        for _ in range(2):
+            loss = run.loss()
+            on["one"](evaluate)
+            loss.backward()
+            del loss
+            on["one"](evaluate)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+    assert [record.traced for record in tracer.history] == [True] * 2
+    assert tracer.snapshot().not_seen == ()

@@ -137,10 +137,12 @@ class TraceWindow:
     def outgrown(self, forward_passes: int) -> bool:
         """Notes a forward pass, and returns whether the open window has more than one step may have.
 
+        Those of another thread, which may evaluate beside the training, are not counted.
+
         Args:
             forward_passes: how many of the model one step may have, those without gradients included.
         """
-        self._forward_passes += 1
+        self._forward_passes += self._thread is threading.current_thread()
         return self._forward_passes > forward_passes or self._has_many_notes
 
     @property
