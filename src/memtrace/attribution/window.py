@@ -22,6 +22,7 @@ from memtrace.attribution.timeline import Timeline, replay
 from memtrace.guard import Guard
 from memtrace.record.categories import Category
 from memtrace.sources.autograd_torch_private import after_backward, backward_is_running
+from memtrace.sources.cpu import is_gone
 from memtrace.sources.events import EventSource, TagEvent
 from memtrace.sources.hooks import HookSet, weakly
 from memtrace.sources.saved_tensors import SavedTensors, saved_tensors
@@ -66,10 +67,9 @@ class TraceWindow:
         self._base: Sequence[TagEvent] = ()
         self._tags: ActivationTags | None = None
         self._saved = self._listener()
-        self._forward_passes = 0
+        self._forward_passes, self._begin_seconds = 0, 0.0
         self._other_steps: dict[int, int] = {}
         """Steps of each optimizer of somebody else since the model was called last, by its identity."""
-        self._begin_seconds = 0.0
         self._thread = threading.current_thread()
         """Where it was opened."""
         self.is_whole = True
@@ -283,7 +283,7 @@ class TraceWindow:
     @property
     def _is_here(self) -> bool:
         """Whether the last window was opened on this thread, or nobody can go back to the one where it was."""
-        return self._thread is threading.current_thread() or not self._thread.is_alive()
+        return self._thread is threading.current_thread() or is_gone(self._thread)
 
     def _is_heard(self) -> bool:
         """Returns whether the source hears what this thread does in the step; else the window is in vain."""

@@ -71,7 +71,7 @@ class CpuEvents:
         self._stop()
         _end_what_is_left()
         begins = _BEGINNING.setdefault("recording", threading.current_thread())
-        if begins is not threading.current_thread() and begins.is_alive():
+        if begins is not threading.current_thread() and not is_gone(begins):
             return False  # another thread is about to begin one
         try:
             return self._begin()
@@ -230,16 +230,24 @@ _BEGINNING: dict[str, threading.Thread] = {}
 No lock: one that Ctrl-C keeps from being released would be held for ever."""
 
 
+def is_gone(thread: threading.Thread) -> bool:
+    """Returns whether nothing runs on this thread any more.
+
+    The main one counts as ended once Python waits for the others, and calls what is to be done at exit after that.
+    """
+    return thread is not threading.main_thread() and not thread.is_alive()
+
+
 def _records_elsewhere() -> bool:
     """Returns whether a source records on another thread that is alive."""
     other = CpuEvents._newest()
     thread = None if other is None else other._thread
-    return thread is not None and thread is not threading.current_thread() and thread.is_alive()
+    return thread is not None and thread is not threading.current_thread() and not is_gone(thread)
 
 
 def _may_stop(thread: threading.Thread) -> bool:
     """Returns whether this thread may end a recording of that one: it is the same, or that one has ended."""
-    here = thread is threading.current_thread() or not thread.is_alive()
+    here = thread is threading.current_thread() or is_gone(thread)
     return here and not autograd_torch_private.backward_is_running()
 
 
