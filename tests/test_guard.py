@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 
 from memtrace.errors import ConfigError
-from memtrace.guard import Guard
+from memtrace.guard import Guard, Told, ask
 
 
 def fail() -> None:
@@ -54,6 +58,97 @@ def test_interrupts_pass_through() -> None:
     with pytest.raises(KeyboardInterrupt):
         guard.run(interrupt)
     assert not guard.failed
+
+
+class Broken(logging.Handler):
+    """A handler of the user's log that cannot write."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise OSError("no log")
+
+
+@pytest.fixture
+def broken_log() -> Iterator[None]:
+    handler = Broken()
+    logging.getLogger("memtrace").addHandler(handler)
+    yield
+    logging.getLogger("memtrace").removeHandler(handler)
+
+
+@pytest.mark.usefixtures("broken_log")
+def test_a_log_that_raises_raises_nothing_in_the_loop() -> None:
+    """A fault that cannot be said is contained, and ends memtrace as any other."""
+    faults: list[int] = []
+    guard = Guard(lambda: faults.append(1))
+    guard.run(fail)
+    guard.finish(fail)
+    Told(fail, "a function")()
+    Guard(fail).run(fail)
+    assert (faults, guard.failed) == ([1], True)
+
+
+class TimeIsUp(Exception):
+    """What a handler of the user's raises."""
+
+
+def time_is_up(*_: object) -> None:
+    raise TimeIsUp
+
+
+class Limit:
+    def method(self, *_: object) -> None:
+        time_is_up()
+
+    def __call__(self, *_: object) -> None:
+        raise TimeIsUp
+
+
+HANDLERS: dict[str, Any] = {
+    "function": time_is_up,
+    "method": Limit().method,
+    "object": Limit(),
+    "partial": partial(partial(time_is_up, 1), 2),
+}
+
+
+@pytest.fixture
+def alarm(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """What is interrupted by a signal, whose handler raises."""
+    before = signal.signal(signal.SIGUSR1, HANDLERS[request.param])
+    yield partial(signal.raise_signal, signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+
+
+RUNS: dict[str, Callable[[Guard, Callable[[], None]], object]] = {
+    "run": Guard.run,
+    "set_up": lambda guard, function: guard.set_up(function, undo=lambda: None),
+    "finish": Guard.finish,
+    "told": lambda guard, function: Told(function, "a function")(),
+    "ask": lambda guard, function: ask(function),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("alarm", HANDLERS, indirect=True)
+def test_what_a_signal_handler_raises_passes_through(run: str, alarm: Callable[[], None]) -> None:
+    """A time limit that comes in the midst of memtrace is the user's: it is not hidden, and no fault."""
+    guard = Guard(lambda: None)
+
+    def interrupted() -> None:
+        alarm()
+
+    with pytest.raises(TimeIsUp):
+        RUNS[run](guard, interrupted)
+    assert not guard.failed
+
+
+@pytest.mark.parametrize("alarm", ["function"], indirect=True)
+def test_a_signal_while_a_fault_is_dealt_with(alarm: Callable[[], None]) -> None:
+    """It passes there too, and the fault has ended memtrace all the same."""
+    guard = Guard(alarm)
+    with pytest.raises(TimeIsUp):
+        guard.run(fail)
+    assert guard.failed
 
 
 def test_results_pass_and_nested_time_counts_once() -> None:

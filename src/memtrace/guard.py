@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from types import CodeType
 from typing import Any
 
 from memtrace.errors import MemTraceError
@@ -18,7 +20,8 @@ class Guard:
 
     The first fault is logged with its traceback, `on_fault` is called once, and from then on nothing runs any more.
     `strict` raises the fault instead, for tests of memtrace itself. What the user got wrong (`ConfigError` before
-    training) passes through `set_up` only.
+    training) passes through `set_up` only. What a signal handler of the user's raises is no fault: a time limit that
+    comes while memtrace is at work ends the training as it would have without.
     """
 
     def __init__(self, on_fault: Callable[[], None], *, strict: bool = False) -> None:
@@ -36,26 +39,26 @@ class Guard:
     @property
     def spent_ns(self) -> int:
         """Time spent in what was run, the run in progress included; nanoseconds. A run inside a run counts once."""
-        running = 0 if self._begin_ns is None else time.perf_counter_ns() - self._begin_ns
-        return self._spent_ns + running
+        begin_ns = self._begin_ns  # once: another thread may end its run meanwhile
+        return self._spent_ns + (0 if begin_ns is None else time.perf_counter_ns() - begin_ns)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Calls `function(*args)` and returns its result; None after a fault."""
         if self._failed:
             return None
-        outermost = self._begin_ns is None
-        if outermost:
-            self._begin_ns = time.perf_counter_ns()
+        begin_ns = None
         try:
+            if self._begin_ns is None:
+                begin_ns = self._begin_ns = time.perf_counter_ns()
             return function(*args)
-        except Exception:
-            if self._strict:
+        except Exception as error:
+            if self._strict or _is_of_signal_handler(error):
                 raise
             self._fail()
             return None
         finally:
-            if outermost and self._begin_ns is not None:
-                self._spent_ns += time.perf_counter_ns() - self._begin_ns
+            if begin_ns is not None:
+                self._spent_ns += time.perf_counter_ns() - begin_ns
                 self._begin_ns = None
 
     def set_up(self, function: Callable[[], None], undo: Callable[[], None]) -> None:
@@ -73,8 +76,8 @@ class Guard:
         except MemTraceError:
             undo()
             raise
-        except Exception:
-            if self._strict:
+        except Exception as error:
+            if self._strict or _is_of_signal_handler(error):
                 undo()
                 raise
             self._fail()
@@ -86,10 +89,10 @@ class Guard:
         """Calls `function`, which takes memtrace off, also after a fault; what it raises is logged."""
         try:
             function()
-        except Exception:
-            if self._strict:
+        except Exception as error:
+            if self._strict or _is_of_signal_handler(error):
                 raise
-            logger.exception("memtrace could not take off everything of its own")
+            _log("memtrace could not take off everything of its own")
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a hook that runs `function`, and returns what it does; None after a fault."""
@@ -97,14 +100,16 @@ class Guard:
 
     def _fail(self) -> None:
         self._failed = True
-        logger.exception(
+        _log(
             "memtrace has met a fault of its own and is switched off for the rest of this run; training goes on. "
             "Please report the traceback below."
         )
         try:
             self._on_fault()
-        except Exception:
-            logger.exception("memtrace could not take off all its hooks")
+        except Exception as error:
+            if _is_of_signal_handler(error):
+                raise
+            _log("memtrace could not take off all its hooks")
 
 
 class Told:
@@ -126,10 +131,12 @@ class Told:
         """Calls the function; what it returns is dropped."""
         try:
             self._function(*args)
-        except Exception:
+        except Exception as error:
+            if _is_of_signal_handler(error):
+                raise
             if not self._failed:
                 self._failed = True
-                logger.exception("memtrace: %s has failed; training goes on, and this is not said again", self._what)
+                _log(f"memtrace: {self._what} has failed; training goes on, and this is not said again")
 
 
 def ask(function: Callable[..., Any], *args: Any) -> Any:
@@ -140,5 +147,36 @@ def ask(function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except Exception as error:
+        if _is_of_signal_handler(error):
+            raise
         logger.debug("memtrace: %s did not answer: %r", function, error)
         return None
+
+
+def _log(text: str) -> None:
+    """Logs the exception at work; one that a handler of the user's log raises goes no further."""
+    try:
+        logger.exception(text)
+    except Exception as error:
+        if _is_of_signal_handler(error):
+            raise
+
+
+def _is_of_signal_handler(error: Exception) -> bool:
+    """Returns whether a signal handler of this process has raised it: Python calls those in the midst of anything."""
+    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code not in handlers:
+        trace = trace.tb_next
+    return trace is not None
+
+
+def _code_of(handler: Any) -> CodeType | None:
+    """Returns the code that runs as a handler is called; None of one that is not written in Python."""
+    while isinstance(handler, partial):
+        handler = handler.func
+    found = getattr(handler, "__func__", handler)  # of a bound method
+    if not hasattr(found, "__code__"):
+        found = getattr(type(found), "__call__", None)  # noqa: B004 - what runs, not whether it can be called
+    code = getattr(found, "__code__", None)
+    return code if isinstance(code, CodeType) else None

@@ -6,6 +6,7 @@ It works as without memtrace, the training is the same to the bit, and memtrace 
 from __future__ import annotations
 
 import copy
+import io
 import json
 import subprocess
 import sys
@@ -433,3 +434,23 @@ def test_a_profiler_of_the_user_with_a_schedule() -> None:
         [sys.executable, "-c", PROFILED, json.dumps(ways)], capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout.splitlines()[-1]) == dict.fromkeys(ways, 0)
+
+
+def test_a_model_that_holds_its_tracer_is_copied_and_saved() -> None:
+    """A copy has the same tracer and is not watched; a file has None in its place."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.tracer = tracer = Tracer(model, optimizer, CONFIGS["traced"])
+    saved = io.BytesIO()
+    with tracer:
+        loss = model(torch.ones(2, 4)).sum()
+        average = copy.deepcopy(model)
+        torch.save(model, saved)
+        loss.backward()
+        optimizer.step()
+        average(torch.ones(2, 4)).sum().backward()
+    assert [record.traced for record in tracer.history] == [True]
+    assert average.tracer is tracer
+    assert not average._forward_hooks
+    saved.seek(0)
+    assert torch.load(saved, weights_only=False).tracer is None

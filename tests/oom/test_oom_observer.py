@@ -42,6 +42,9 @@ class Counters:
     def interrupted(self) -> bool:
         return False
 
+    def hears_this_thread(self) -> bool:
+        return True
+
     def reading(self) -> AllocatorReading:
         return AllocatorReading(
             allocated_bytes=CASE.live_bytes,

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
@@ -16,6 +16,8 @@ from unittest import mock
 
 import pytest
 import torch
+from laws.surroundings import operators_are_recorded
+from nothing_left import recorders_of_torch
 from torch.profiler import ProfilerActivity, profile
 
 from memtrace.sources import recording_torch_private
@@ -23,6 +25,28 @@ from memtrace.sources.cpu import CpuEvents
 from memtrace.sources.events import Window
 
 SIZE = 4096
+
+
+PLACES = ("_prepare_profiler", "_enable_profiler", "_enable_record_function", "_disable_profiler")
+"""What torch is asked for as a recording begins and ends."""
+
+
+class Interrupts:
+    """A function in whose place Ctrl-C comes once, before or after it."""
+
+    def __init__(self, function: Callable[..., Any], *, after: bool) -> None:
+        self._function, self._after = function, after
+        self.is_due = False
+
+    def __call__(self, *args: Any) -> Any:
+        if self.is_due and self._after:
+            self.is_due = False
+            self._function(*args)
+            raise KeyboardInterrupt
+        if self.is_due:
+            self.is_due = False
+            raise KeyboardInterrupt
+        return self._function(*args)
 
 
 @pytest.fixture
@@ -182,6 +206,44 @@ class TestWindow:
         kept = block()
         assert changes(source.close()) == [1]
         del kept
+
+    def test_each_window_of_a_thread_that_stays(self, source: CpuEvents) -> None:
+        """The second recording on it is not taken for one that ends with the thread."""
+        lengths: list[list[int]] = []
+
+        def twice() -> None:
+            for _ in range(2):
+                assert source.open()
+                kept = block()
+                lengths.append(changes(source.close()))
+                del kept
+
+        other = threading.Thread(target=twice)
+        other.start()
+        other.join()
+        assert lengths == [[1], [1]]
+
+    @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+    @pytest.mark.parametrize("place", PLACES)
+    def test_ctrl_c_inside_torch(
+        self, source: CpuEvents, place: str, after: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Before and after each call that begins or ends a recording: what is left comes off, the next one begins."""
+        interrupts = Interrupts(getattr(torch.autograd, place), after=after)
+        monkeypatch.setattr(torch.autograd, place, interrupts)
+        for end in (source.close, source.abandon):
+            interrupts.is_due = True
+            with pytest.raises(KeyboardInterrupt):
+                if source.open():
+                    end()
+            assert not interrupts.is_due
+            source.abandon()
+            assert recorders_of_torch() == {}
+            assert source.open()
+            kept = block()
+            assert changes(source.close()) == [1]
+            del kept
+            assert operators_are_recorded()
 
     def test_an_empty_window(self, source: CpuEvents) -> None:
         """Nothing happened."""

@@ -115,9 +115,10 @@ class Ledger:
                 tag = tags[dtype]
                 entry = entries.get(id(storage))
                 if entry is None:
-                    entries[id(storage)] = entry = _Entry(storage, self._on_death)
+                    entry = _Entry(storage, self._on_death)
                     entry.identity, entry.address = id(storage), address_of(storage)
                     entry.nbytes, entry.tag = nbytes, tag
+                    entries[entry.identity] = entry  # whole, also where Ctrl-C comes in between
                 elif entry.tag is not tag and PRECEDENCE[entry.tag.category] >= PRECEDENCE[category]:
                     entry.tag = tag
                 if journal is not None:
@@ -128,12 +129,13 @@ class Ledger:
 
         For storages that are resized while they live: each time they get another address.
         """
-        if self._journal is None:
+        journal = self._journal
+        if journal is None:
             return
         for storage, nbytes, _ in storages_of(tensor, self._device):
             entry = self._entries.get(id(storage))
             if entry is not None:
-                self._journal.append(TagEvent(self._now_ns(), self._address_of(storage), nbytes, entry.tag))
+                journal.append(TagEvent(self._now_ns(), self._address_of(storage), nbytes, entry.tag))
 
     def role_of(self, tensor: torch.Tensor) -> Category | None:
         """Returns what the first storage of a tensor is known to be for."""
@@ -144,7 +146,8 @@ class Ledger:
 
     def clear(self, keep: Category | None = None) -> None:
         """Forgets every entry that is not of the category `keep`; their deaths are not noted any more."""
-        self._entries = {key: entry for key, entry in self._entries.items() if entry.tag.category is keep}
+        entries = list(self._entries.items())  # other threads, and storages that die, change it
+        self._entries = {key: entry for key, entry in entries if entry.tag.category is keep}
         self._totals = None
 
     def live(self) -> list[TagEvent]:
@@ -190,10 +193,12 @@ class Ledger:
         return journal
 
     def _forget(self, entry: _Entry) -> None:
-        if self._entries.get(entry.identity) is entry:
-            del self._entries[entry.identity]
+        identity = getattr(entry, "identity", None)  # none where Ctrl-C has come before it had one
+        if identity is not None and self._entries.get(identity) is entry:
+            self._entries.pop(identity, None)
             self._totals = None
             if entry.tag.category in _LASTING:
                 self.has_lost = True
-            if self._journal is not None:
-                self._journal.append(TagEvent(self._now_ns(), entry.address, entry.nbytes, None))
+            journal = self._journal
+            if journal is not None:
+                journal.append(TagEvent(self._now_ns(), entry.address, entry.nbytes, None))

@@ -77,7 +77,7 @@ class Scan:
             given,
             model,
             lambda optimizer: any(engine.owns(optimizer) for engine in self.engines),
-            parameters=self._held.parameters(),
+            parameters=self._held.parameters(lazy=True),
         )
         odd = found.odd or ([] if found.stepping else ["there is none"])
         if odd and not isinstance(optimizers, HandedOver):
@@ -93,7 +93,8 @@ class Scan:
                 len(model.device_ids),
                 self.device,
             )
-        others = [device for device in devices_of(self._held) if device.type != "cpu" and device != self.device]
+        accelerators = [device for device in devices_of(self._held.parameters()) if device.type != "cpu"]
+        others = [device for device in accelerators if device != self.device]
         self._further_devices = further_devices(self.device, others) if others else None
         self._looked_in_forward = False
         self._sizes: list[int] = []
@@ -123,7 +124,8 @@ class Scan:
         for engine in self.engines:
             if engine.device is not None:
                 return canonical_device(engine.device)
-        return canonical_device(device_of(self.held))
+        held = self.held
+        return canonical_device(device_of(held.parameters() or held.parameters(lazy=True)))
 
     @property
     def held(self) -> Held:

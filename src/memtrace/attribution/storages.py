@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from memtrace.guard import ask
 from memtrace.sources import torch_private
@@ -24,8 +25,11 @@ def storages_of(tensor: torch.Tensor, device: torch.device) -> Sequence[StorageV
     """Returns each storage on `device` that holds a part of the tensor.
 
     A DTensor or a quantised tensor gives the storages of the tensors that it wraps, with their own element types, so
-    that packed weights count what they take. Empty storages and opaque layouts (MKLDNN) give nothing.
+    that packed weights count what they take. Empty storages, opaque layouts (MKLDNN) and parameters of lazy modules
+    before their first forward pass give nothing.
     """
+    if type(tensor) not in _PLAIN and is_lazy(tensor):
+        return ()
     if type(tensor) not in _PLAIN and torch_private.is_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         parts = [getattr(tensor, name) for name in names]

@@ -22,6 +22,7 @@ from memtrace.attribution.timeline import Timeline, replay
 from memtrace.guard import Guard
 from memtrace.record.categories import Category
 from memtrace.sources.autograd_torch_private import after_backward, backward_is_running
+from memtrace.sources.cpu import is_gone
 from memtrace.sources.events import EventSource, TagEvent
 from memtrace.sources.hooks import HookSet, weakly
 from memtrace.sources.saved_tensors import SavedTensors, saved_tensors
@@ -50,28 +51,29 @@ class TraceWindow:
         ledger: Ledger,
         guard: Guard,
         current_step: Callable[[], StepInProgress | None],
-        others_step: Callable[[TraceWindow], None] = lambda _: None,
+        may_end: Callable[[TraceWindow], None] = lambda _: None,
         trace_activations: bool = True,
         hears_saved: HearsSaved | None = None,
     ) -> None:
         self._model, self._scan = model, scan
         self._source, self._ledger, self._guard = source, ledger, guard
-        self._current_step, self._others_step = current_step, others_step
+        self._current_step, self._may_end = current_step, may_end
         self._trace_activations, self._hears_saved = trace_activations, hears_saved
         self.leftovers = Leftovers(ledger.device, ledger.coordinates)
         """What traced steps have left behind."""
         self._hooks = HookSet()
         self._leftover = HookSet()
-        """A hook that takes off what a window abandoned inside a backward pass had to leave."""
+        """A hook that takes off what could not come off where a window was abandoned."""
         self._base: Sequence[TagEvent] = ()
         self._tags: ActivationTags | None = None
         self._saved = self._listener()
-        self._forward_passes = 0
+        self._forward_passes, self._begin_seconds = 0, 0.0
         self._other_steps: dict[int, int] = {}
         """Steps of each optimizer of somebody else since the model was called last, by its identity."""
-        self._begin_seconds = 0.0
         self._thread = threading.current_thread()
         """Where it was opened."""
+        self.is_whole = True
+        """Whether all of the step so far has run on threads that the source hears."""
         self._awaits_end = False
         """Whether torch will tell of the end of the backward pass at work, and of what engines do there."""
 
@@ -89,6 +91,7 @@ class TraceWindow:
         """Goes on with a source that was opened before memtrace was attached; returns whether there is one."""
         if not self._source.is_open:
             return False
+        self._thread = threading.current_thread()
         self._ledger.begin_journal()
         self._scan.claim_persistent(self._ledger, anew=False)
         self._install()
@@ -101,6 +104,7 @@ class TraceWindow:
             expected_allocations: see `EventSource.open`.
         """
         self._let_go()
+        self._thread = threading.current_thread()
         expected = () if expected_allocations is None else (expected_allocations,)
         if not self._source.open(*expected):
             return False
@@ -111,14 +115,14 @@ class TraceWindow:
         self._install()
         return True
 
-    def forward_begins(self) -> None:
-        """Puts the saved-tensor hooks on for a forward pass; without a window, takes off what a backward pass left."""
+    def forward_begins(self, *, hooked: bool = True) -> None:
+        """Puts saved-tensor hooks on for a forward pass, if `hooked`; without a window, takes off what is left."""
         self._saved.listening, self._awaits_end = True, False
         self._other_steps.clear()
-        if not self.is_open:
-            self._let_go()
-        elif self._trace_activations:
+        if self._is_heard() and self.is_open and hooked and self._trace_activations:
             self._saved.push()
+        elif not self.is_open:
+            self._let_go()
 
     @property
     def seconds(self) -> float:
@@ -133,10 +137,12 @@ class TraceWindow:
     def outgrown(self, forward_passes: int) -> bool:
         """Notes a forward pass, and returns whether the open window has more than one step may have.
 
+        Those of another thread, which may evaluate beside the training, are not counted.
+
         Args:
             forward_passes: how many of the model one step may have, those without gradients included.
         """
-        self._forward_passes += 1
+        self._forward_passes += self._thread is threading.current_thread()
         return self._forward_passes > forward_passes or self._has_many_notes
 
     @property
@@ -169,6 +175,7 @@ class TraceWindow:
             inside: the optimizer, where it steps inside the backward pass, which goes on: it is one of many.
         """
         self._saved.listening = True
+        self._is_heard()
         if inside is not None and not self._scan.engines:
             self._scan.claim_gradients_of(inside, self._ledger)
         else:
@@ -176,15 +183,18 @@ class TraceWindow:
             self._scan.claim_gradients(self._ledger)
 
     def close(self) -> Timeline | None:
-        """Ends the window and replays it; None where the source lost events."""
-        assert self._tags is not None, "close() without open()"
+        """Ends the window and replays it; None where the source lost events, or has not heard a part of the step."""
+        tags = self._tags
+        if tags is None or not self._is_heard() or not self.is_whole:
+            self.abandon()
+            return None
         self._scan.claim_persistent(self._ledger, anew=False)
-        notes = self._tags.notes
+        notes = tags.notes
         self._uninstall()
-        window = self._source.close()
+        window = self._source.close() if self._source.is_open else None  # a thread beside this one may have ended it
         journal = self._ledger.end_journal()
         base, self._base = self._base, ()
-        if not window.complete:
+        if window is None or not window.complete:
             return None
         timeline = replay(window, base, [*notes, *journal])
         for hidden in self._scan.hidden():
@@ -196,16 +206,14 @@ class TraceWindow:
     def abandon(self) -> None:
         """Takes everything off and forgets the window; safe at any time.
 
-        Inside a backward pass the recording and the saved-tensor hooks cannot come off: they do with the model's next
-        forward pass, or when this is called again.
+        Inside a backward pass the recording and the saved-tensor hooks cannot come off, and a thread that the source
+        does not hear leaves all to the window's own: with the model's next forward pass, or when this is called again.
         """
-        self._uninstall()
-        self._ledger.end_journal()
-        self._base = ()
-        if backward_is_running() and (self._saved.is_on or self._source.is_open):
-            self._leftover.before_forward(self._model, lambda *_: self._let_go())
+        if self.is_open and not self._is_here and not self._source.hears_this_thread():
+            self.is_whole = False
+            self._later()
         else:
-            self._let_go()
+            self._take_off()
 
     def _listener(self) -> SavedTensors:
         """Returns what learns of saved tensors. Engines that shard weights put others in their place."""
@@ -214,7 +222,7 @@ class TraceWindow:
 
     def release(self) -> None:
         """Takes everything off for good; what autograd still holds of this window refers to nothing of it."""
-        self.abandon()
+        self._take_off()
         self._saved.forget()
 
     def _install(self) -> None:
@@ -222,7 +230,8 @@ class TraceWindow:
         self.leftovers.begin()
         self._forward_passes = 0
         self._other_steps.clear()
-        self._begin_seconds, self._thread = monotonic(), threading.current_thread()
+        self._begin_seconds, self.is_whole = monotonic(), True
+        self._leftover.close()
         self._hooks.before_any_step(self._any_steps)
         if self._replaces != bool(self._scan.engines):
             self._saved = self._listener()
@@ -245,15 +254,51 @@ class TraceWindow:
         """Takes off the saved-tensor hooks and ends the recording, where an abandoned window has left them."""
         if backward_is_running():
             return
-        self._leftover.close()
         self._saved.pop()
-        self._source.abandon()
+        if self._is_here:
+            self._leftover.close()
+        if self._is_here or self._source.hears_this_thread():
+            self._source.abandon()
+
+    def _take_off(self) -> None:
+        elsewhere = not self._is_here and (self.is_open or self._source.is_open)
+        self._uninstall()
+        self._ledger.end_journal()
+        self._base = ()
+        if elsewhere or (backward_is_running() and (self._saved.is_on or self._source.is_open)):
+            self._later()
+        if not backward_is_running():
+            self._let_go()
+
+    def _later(self) -> None:
+        """Takes off what is left with the model's next forward pass on the thread where that is possible."""
+
+        def leave() -> None:
+            if not self.is_open or not self.is_whole:
+                self.abandon()
+
+        self._leftover.close()
+        self._leftover.before_forward(self._model, lambda *_: self._guard.finish(leave))
+
+    @property
+    def _is_here(self) -> bool:
+        """Whether the last window was opened on this thread, or nobody can go back to the one where it was."""
+        return self._thread is threading.current_thread() or is_gone(self._thread)
+
+    def _is_heard(self) -> bool:
+        """Returns whether the source hears what this thread does in the step; else the window is in vain."""
+        if not self.is_open or self._source.hears_this_thread():
+            return True
+        if self.is_whole:
+            self.is_whole = False
+            self._may_end(self)
+        return False
 
     def _packed(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        step = self._current_step()
-        if self._tags is None or step is None:
+        step, tags = self._current_step(), self._tags  # another thread may end the window meanwhile
+        if tags is None or step is None:
             return None
-        self._pack(self._tags, tensor)
+        self._pack(tags, tensor)
         step.packed()
         stand_in = None
         if self._scan.engines:
@@ -266,9 +311,10 @@ class TraceWindow:
 
     def _kept(self, kept: object) -> None:
         """Tags what hooks of the user keep in place of a saved tensor, as far as it is on the device."""
-        if self._tags is not None:
+        tags = self._tags
+        if tags is not None:
             for tensor in batch_tensors(kept):
-                self._pack(self._tags, tensor)
+                self._pack(tags, tensor)
 
     def _pack(self, tags: ActivationTags, tensor: torch.Tensor) -> None:
         before = len(tags.notes)
@@ -279,6 +325,7 @@ class TraceWindow:
     def _unpacked(self, tensor: torch.Tensor | None) -> bool:
         """Notes that the backward pass is at work; returns whether that is all there is to know of it."""
         step = self._current_step()
+        self._is_heard()
         if self._tags is None or step is None:
             return False
         step.backward_runs()
@@ -303,7 +350,7 @@ class TraceWindow:
         ours = any(optimizer is one or optimizer in self._scan.parts_of(one) for one in self._scan.optimizers)
         if not ours and not backward_is_running():
             self._other_steps[id(optimizer)] = self._other_steps.get(id(optimizer), 0) + 1
-            self._others_step(self)
+            self._may_end(self)
 
     def _gathered(self, engine: Engine, module: nn.Module, *args: object) -> None:
         if self._tags is not None:
@@ -330,6 +377,7 @@ class TraceWindow:
 
     def _gradient(self, parameter: torch.Tensor) -> None:
         step = self._current_step()
+        self._is_heard()
         if self._tags is None or step is None:
             return
         if parameter.grad is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from memtrace.attribution.optimizers.finding import optimizer_parameters
 from memtrace.attribution.storages import state_tensors, storages_of
@@ -79,9 +80,9 @@ def _named_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
             yield weight.grad, home
     for name, buffer in model.named_buffers():
         yield buffer, name.rpartition(".")[0]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad and not is_lazy(parameter)]
     for optimizer in optimizers:
-        updated = list(optimizer_parameters(optimizer))
+        updated = [parameter for parameter in optimizer_parameters(optimizer) if not is_lazy(parameter)]
         if [parameter.shape for parameter in updated] == [parameter.shape for parameter in trainable]:
             for copy, weight in zip(updated, trainable, strict=True):  # master copies, in the order of the model
                 homes.setdefault(id(copy), homes[id(weight)])

@@ -55,7 +55,7 @@ def plan(
     Args:
         make_model: returns the module to train; it is called with the meta device as the default, so that a model of
             any size can be made. Gradient checkpointing and frozen parameters are as it leaves them; parameters are
-            converted to the types of the recipe.
+            converted to the types of the recipe. Lazy modules get their shapes from a forward pass on a batch.
         make_batch: returns one micro batch, for instance a dict of tensors on the CPU. Integers count by value (a mask
             with padding takes another way through a model than one without), others by shape alone.
         recipe: precision of weights, master copies and products, by name; see `memtrace.planning.recipe`.

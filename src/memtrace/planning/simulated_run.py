@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from memtrace.attribution.garbage import only_new_garbage, uncollected
 from memtrace.attribution.models.further import FurtherModels
@@ -144,7 +145,8 @@ def _run(training: Training) -> SimulatedRun:
     simulation = Simulation(training.target, training.results)
     simulation.events.open()
     with torch.random.fork_rng(devices=[]), ExitStack() as stack:
-        model, further = _model_of(training), _further_of(training)
+        further = _further_of(training)
+        model = _model_of(training, further)
         for module in (model, *further.values()):
             simulation.adopt_module(module)
         stack.enter_context(simulation)
@@ -217,16 +219,34 @@ def refusals(what: str) -> Iterator[None]:
         raise PlanError(f"{what}: {type(error).__name__}: {text}") from error
 
 
-def _model_of(training: Training) -> nn.Module:
+def _model_of(training: Training, further: Mapping[str, nn.Module]) -> nn.Module:
     """Returns the model on the meta device, its parameters in the types of the recipe."""
     with refusals("the model cannot be made"), torch.device("meta"):
         model = training.make_model()
     if not isinstance(model, nn.Module):
         raise PlanError(f"make_model must return a torch.nn.Module, got {type(model).__name__}")
+    if any(map(_has_lazy, (model, *further.values()))):
+        _give_shapes(training, model, further)
     hold_as(model, training.recipe, training.sharding)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PlanError(f"the model must have parameters that are trained, got a {type(model).__name__} without any")
     return model.train()
+
+
+def _has_lazy(module: nn.Module) -> bool:
+    return any(map(is_lazy, (*module.parameters(), *module.buffers())))
+
+
+def _give_shapes(training: Training, model: nn.Module, further: Mapping[str, nn.Module]) -> None:
+    """Gives the parameters of lazy modules their shapes, by a forward pass on the meta device, as training does.
+
+    Raises:
+        PlanError: the forward pass fails there, or does not call all of them.
+    """
+    with refusals("lazy modules cannot be given their shapes"), torch.device("meta"), torch.no_grad():
+        training.loss(model, map_tensors(lambda tensor: tensor.to("meta"), training.make_batch()), **further)
+    if any(map(_has_lazy, (model, *further.values()))):
+        raise PlanError("a lazy module has no shape after a forward pass: make_model must return it without, or use it")
 
 
 def _further_of(training: Training) -> dict[str, nn.Module]:

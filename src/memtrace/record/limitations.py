@@ -65,6 +65,16 @@ def left_open(other_steps: int, seconds: float) -> Limitation:
     )
 
 
+def several_threads() -> Limitation:
+    """Returns what is said where a part of a step runs on a thread whose allocations are not recorded."""
+    return Limitation(
+        unseen=Unseen.TRACE,
+        text="steps are counted and not traced: a part of them runs on another thread than the one that has called the "
+        "model first. On a CPU torch records the allocations of one thread alone; on a GPU those of all. Call the "
+        "model, backward() and the optimizer's step() on one thread to have its steps traced.",
+    )
+
+
 def too_large(allocations: int) -> Limitation:
     """Returns what is said where the allocator's history has no room for one micro batch."""
     return Limitation(

@@ -62,6 +62,10 @@ class SimulatedEvents:
         """Returns False: nobody else records a simulation."""
         return False
 
+    def hears_this_thread(self) -> bool:
+        """Returns True: a simulation has one thread."""
+        return True
+
     def close(self) -> Window:
         """Ends the window and returns what happened in it."""
         assert self._begin_ns is not None, "close() without open()"

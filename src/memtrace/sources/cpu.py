@@ -70,25 +70,28 @@ class CpuEvents:
             return False
         self._stop()
         _end_what_is_left()
-        if not _ONE_AT_A_TIME.acquire(blocking=False):
+        begins = _BEGINNING.setdefault("recording", threading.current_thread())
+        if begins is not threading.current_thread() and not is_gone(begins):
             return False  # another thread is about to begin one
         try:
             return self._begin()
         finally:
-            _ONE_AT_A_TIME.release()
+            _BEGINNING.pop("recording", None)
 
     def _begin(self) -> bool:
         if _records_elsewhere() or (recording_torch_private.profiler_is_recording() and not self._may_take_the_place()):
             return False
         if recording_torch_private.user_profiler_is_prepared() or self._gives_turn():
             return False
+        self._thread = threading.current_thread()  # before there is a recording: then somebody answers for it
         try:
             recording_torch_private.start_memory_profiler()
         except recording_torch_private.ProfilerUnavailable:
+            self._thread = None
             return False
-        self._begin_ns, self._thread = time.time_ns(), threading.current_thread()
+        self._begin_ns = time.time_ns()
         if self._thread is not threading.main_thread():
-            _OF_THREAD.end = _ThreadEnd(self)
+            _end_of_this_thread().of(self)
         self._taken, self._refused_by, self._gives_turns = False, None, _TURNS
         CpuEvents._newest = weakref.ref(self)
         if CpuEvents._waiting() is self:
@@ -102,6 +105,12 @@ class CpuEvents:
     def interrupted(self) -> bool:
         """Whether the window must end: the user has started a profiler of their own inside it, which comes first."""
         return self._begin_ns is not None and (self._taken or recording_torch_private.user_profiler_is_recording())
+
+    def hears_this_thread(self) -> bool:
+        """Whether what this thread allocates is recorded: it has begun the window, or runs a backward pass of it."""
+        if not self.is_open or self._taken or self._thread is threading.current_thread():
+            return True
+        return recording_torch_private.profiler_is_recording()
 
     def close(self) -> Window:
         """Ends the window and returns what happened in it.
@@ -139,11 +148,11 @@ class CpuEvents:
             self._stop_here()
 
     def _stop_here(self) -> None:
-        self._thread = None
-        if recording_torch_private.user_profiler_is_recording():
+        if recording_torch_private.user_profiler_is_recording() or not recording_torch_private.profiler_is_recording():
             recording_torch_private.give_up_memory_profiler()
         else:
             recording_torch_private.stop_memory_profiler()
+        self._thread = None  # not before: where Ctrl-C comes into it, the next call does what is left
 
     def thread_ends(self) -> None:
         """Ends a recording that is left on this thread, which is about to end."""
@@ -183,7 +192,11 @@ class CpuEvents:
 class _ThreadEnd:
     """Kept by one thread alone: it goes when the thread ends, on that thread."""
 
-    def __init__(self, source: CpuEvents) -> None:
+    def __init__(self) -> None:
+        self._source: Callable[[], CpuEvents | None] = _nobody
+
+    def of(self, source: CpuEvents) -> None:
+        """Ends the recording of this source, and of none before it."""
         self._source = weakref.ref(source)
 
     def __del__(self) -> None:
@@ -196,27 +209,45 @@ _OF_THREAD = threading.local()
 """The end of this thread, where a recording was begun on it."""
 
 
+def _end_of_this_thread() -> _ThreadEnd:
+    """Returns the one end that this thread has: another in its place would let it go, as the end of the thread does."""
+    end: _ThreadEnd | None = getattr(_OF_THREAD, "end", None)
+    if end is None:
+        _OF_THREAD.end = end = _ThreadEnd()
+    return end
+
+
 def _nobody() -> None:
-    """Stands for the source that waits, where none does."""
+    """Stands for a source, where there is none."""
 
 
 _FIRST_REFUSALS, _MOST_REFUSALS = 2, 64
 _TURNS = 6
 
-_ONE_AT_A_TIME = threading.Lock()
-"""Held while a recording is begun: torch has one for all threads, and each thread sees its own only."""
+_BEGINNING: dict[str, threading.Thread] = {}
+"""The thread that begins a recording now: torch has one for all threads, and each thread sees its own only.
+
+No lock: one that Ctrl-C keeps from being released would be held for ever."""
+
+
+def is_gone(thread: threading.Thread) -> bool:
+    """Returns whether nothing runs on this thread any more.
+
+    The main one counts as ended once Python waits for the others, and calls what is to be done at exit after that.
+    """
+    return thread is not threading.main_thread() and not thread.is_alive()
 
 
 def _records_elsewhere() -> bool:
     """Returns whether a source records on another thread that is alive."""
     other = CpuEvents._newest()
     thread = None if other is None else other._thread
-    return thread is not None and thread is not threading.current_thread() and thread.is_alive()
+    return thread is not None and thread is not threading.current_thread() and not is_gone(thread)
 
 
 def _may_stop(thread: threading.Thread) -> bool:
     """Returns whether this thread may end a recording of that one: it is the same, or that one has ended."""
-    here = thread is threading.current_thread() or not thread.is_alive()
+    here = thread is threading.current_thread() or is_gone(thread)
     return here and not autograd_torch_private.backward_is_running()
 
 

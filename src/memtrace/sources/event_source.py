@@ -62,6 +62,10 @@ class NoEvents:
         """Returns False: nothing is recorded."""
         return False
 
+    def hears_this_thread(self) -> bool:
+        """Returns True: no thread is left out."""
+        return True
+
     def close(self) -> Window:
         """Never called: no window opens."""
         raise AssertionError("close() without open()")

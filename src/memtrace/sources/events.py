@@ -177,6 +177,9 @@ class EventSource(Protocol):
     def interrupted(self) -> bool:
         """Whether somebody else's recorder needs the window to end now."""
 
+    def hears_this_thread(self) -> bool:
+        """Whether the open window has what the calling thread allocates and frees."""
+
     def reading(self) -> AllocatorReading | None:
         """Returns the allocator's counters now; None for an allocator without counters (a CPU)."""
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.attribution.window import TraceWindow
-from memtrace.record.limitations import Unseen, endless_step, left_open, no_forward, traces_given_up
+from memtrace.record.limitations import Unseen, endless_step, left_open, no_forward, several_threads, traces_given_up
 from memtrace.tracing.publication import Publication
 from memtrace.tracing.schedule import TraceSchedule
 from memtrace.tracing.skipped_steps import ENDLESS
@@ -57,20 +57,25 @@ class StepBounds:
         most = _TIMES_AS_MANY * self._most
         if passes > max(ENDLESS, most):
             self._published.limit(endless_step(passes))
-        self.look_at_time(step, window)
+        self.look_at_window(step, window)
         if window.is_open and window.outgrown(max(_FORWARD_PASSES, most)):
             _end(step, window)
 
-    def look_at_time(self, step: StepInProgress | None, window: TraceWindow) -> None:
+    def look_at_window(self, step: StepInProgress | None, window: TraceWindow) -> None:
         """Looks how long the window has been open, and how often optimizers have stepped that memtrace was not given.
 
-        Where that is more than a step has, the step was left and something else is at work: the window ends.
+        Where that is more than a step has, the step was left and something else is at work: the window ends. So it does
+        where it has not all of the step, because a part of that runs on a thread that is not recorded.
 
         Args:
             step: see `look`.
             window: see `look`.
         """
         if not window.is_open:
+            return
+        if not window.is_whole:
+            _end(step, window)
+            self._published.limit(several_threads())
             return
         seconds, others = window.seconds, window.other_steps
         if others >= self._other_steps or seconds > max(_SECONDS, _TIMES_AS_LONG * self._longest_seconds):

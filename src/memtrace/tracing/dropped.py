@@ -8,6 +8,7 @@ from typing import Self
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from memtrace.attribution.scan import Scan
 from memtrace.sources.hooks import Apart, GradientHook, HookSet, hears_gradient
@@ -80,7 +81,7 @@ class DroppedGradients:
         """
         for module in model.modules():
             for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.requires_grad and parameter.is_leaf:
+                if parameter is not None and parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter):
                     self.gradient.holder, self.gradient.name = weakref.ref(module), name
                     if not hears_gradient(parameter, self._arrival):
                         self.gradient.has_come = False

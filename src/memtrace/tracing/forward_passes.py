@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import nn
 
@@ -20,6 +22,8 @@ class ForwardPasses:
         self._model = model
         self._recomputes = False
         """Whether the model is called inside the backward pass: by a reentrant checkpoint around all of it."""
+        self._caller: threading.Thread | None = None
+        self._several = False
 
     def is_training(self, module: nn.Module) -> bool:
         """Whether a call of the module, at work now, is one of a forward pass of the step, and no evaluation.
@@ -31,6 +35,16 @@ class ForwardPasses:
             self._recomputes = self._recomputes or (module is self._model and torch.is_grad_enabled())
             return False
         return torch.is_grad_enabled() or (self._recomputes and module.training)
+
+    def on_several_threads(self) -> bool:
+        """Notes a forward pass of the step on this thread; returns whether threads have trained the model side by side.
+
+        From then on, no saved-tensor hooks are put on: torch raises where another thread changes a parameter while a
+        hook has it.
+        """
+        caller, self._caller = self._caller, threading.current_thread()
+        self._several |= caller is not None and caller is not self._caller and caller.is_alive()
+        return self._several
 
     def is_elsewhere(self, module: nn.Module, tensors: object, device: torch.device) -> bool:
         """Whether the module is a replica of the model on another device: `nn.DataParallel` gives each a thread.

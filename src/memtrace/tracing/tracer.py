@@ -114,6 +114,15 @@ class Tracer:
             further=self._further,
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A model that holds its tracer may be copied (an average of its weights): a copy is not watched, and there is
+        # one tracer of the run.
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # None in its place: whoever loads a model that holds its tracer need not have memtrace.
+        return type(None), ()
+
     def __enter__(self) -> Self:
         self.attach()
         return self
@@ -188,6 +197,8 @@ class Tracer:
 
     def attach(self) -> None:
         """Installs the hooks. A tracer that is attached already is left as it is; a half-failed attach is undone.
+
+        It looks at parameters and gradients: call it on the thread that trains, or while nobody does. So for `detach`.
 
         Raises:
             ConfigError: the model or an optimizer that it had before `detach()` is gone.

@@ -133,7 +133,7 @@ class Watch:
             ledger=self._ledger,
             guard=self._guard,
             current_step=self._current.with_marks,
-            others_step=lambda window: bounds.look_at_time(current.step, window),
+            may_end=lambda window: bounds.look_at_window(current.step, window),
             trace_activations=self._config.trace_activations,
             hears_saved=None if annotator is None else self._annotations.saved,
         )
@@ -264,7 +264,7 @@ class Watch:
             step.forward_goes_on()
         if self.window.is_open:
             claim_batch(args, kwargs, self._ledger)
-        self.window.forward_begins()
+        self.window.forward_begins(hooked=not self._passes.on_several_threads())
 
     def _forward_begins(self, step: StepInProgress, module: nn.Module, batch: torch.Tensor | None) -> None:
         if step.recorded is None:

@@ -105,23 +105,23 @@ def _instead_of_a_model(given: object) -> str:
     return f"{kind}: write the module that is trained"
 
 
-def devices_of(model: HasParameters) -> dict[torch.device, int]:
+def devices_of(parameters: Iterable[torch.Tensor]) -> dict[torch.device, int]:
     """Returns the bytes of a model's parameters by device; those on the meta device are on none."""
     held: dict[torch.device, int] = {}
-    for parameter in model.parameters():
+    for parameter in parameters:
         device = parameter.device
         if device.type != "meta":
             held[device] = held.get(device, 0) + parameter.nbytes
     return held
 
 
-def device_of(model: HasParameters) -> torch.device:
+def device_of(parameters: Iterable[torch.Tensor]) -> torch.device:
     """Returns the device that holds most of the bytes of a model's parameters; those on the meta device hold none.
 
     Raises:
         ConfigError: all parameters are on the meta device.
     """
-    held = devices_of(model)
+    held = devices_of(parameters)
     if not held:
         raise ConfigError("the model must hold memory, got all parameters on the meta device: materialise it first")
     return max(held, key=held.__getitem__)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from memtrace.attribution.garbage import uncollected
 from memtrace.attribution.ledger import Ledger
@@ -156,8 +155,7 @@ def _kept_on(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 def _held_by(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
     """Returns what modules hold, without the parameters of lazy ones that have no shape yet."""
     held = Held(modules)
-    tensors = (*held.parameters(), *held.packed(), *held.buffers())
-    return [tensor for tensor in tensors if not is_lazy(tensor)]
+    return [*held.parameters(), *held.packed(), *held.buffers()]
 
 
 def _held_by_one(module: nn.Module) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from memtrace.attribution.models.quantised import is_packed, packed_tensors
 from memtrace.sources.torch_private import alive, held_by, holdings, identities, own_parameters
@@ -22,7 +23,8 @@ class Held:
 
     Nothing of it is kept alive. Parameters and buffers are known by their place, a module and a name: torch swaps no
     tensor of which there is a weak reference (`torch.utils.swap_tensors`, and with it `module.to()` of a DTensor). A
-    walk takes about 0.5 us a module and a tensor.
+    walk takes about 0.5 us a module and a tensor. Those of lazy modules are not among them before they have a shape,
+    which the first forward pass gives them.
 
     Args:
         modules: a model's modules, each once.
@@ -34,16 +36,19 @@ class Held:
         self._parameters: dict[int, Callable[[], nn.Parameter | None]] = {}
         self._buffers: dict[int, Callable[[], torch.Tensor | None]] = {}
         packed: dict[int, torch.Tensor] = {}
+        self._has_lazy = False
         for module, holder in zip(modules, self._modules, strict=True):
             own_parameters, own_buffers = held_by(module)
             quantised = False
             for name, parameter in own_parameters.items():
                 if parameter is not None:
                     self._parameters.setdefault(id(parameter), _place(holder, 0, own_parameters, name, parameter))
+                    self._has_lazy = self._has_lazy or is_lazy(parameter)
                     quantised = quantised or (not parameter.requires_grad and is_packed(parameter))
             for name, buffer in own_buffers.items():
                 if buffer is not None:
                     self._buffers.setdefault(id(buffer), _place(holder, 1, own_buffers, name, buffer))
+                    self._has_lazy = self._has_lazy or is_lazy(buffer)
                     quantised = quantised or is_packed(buffer)
             if quantised:
                 packed.update((id(tensor), tensor) for tensor in packed_tensors(module))
@@ -73,13 +78,17 @@ class Held:
     def _look(self) -> list[int]:
         return holdings([weak() for weak in self._modules])
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Returns the parameters that are still there."""
-        return [parameter for find in self._parameters.values() if (parameter := find()) is not None]
+    def parameters(self, *, lazy: bool = False) -> list[nn.Parameter]:
+        """Returns the parameters that are still there; with `lazy` also those that have no shape yet."""
+        found = [parameter for find in self._parameters.values() if (parameter := find()) is not None]
+        return found if lazy else self._shaped(found)
 
     def buffers(self) -> list[torch.Tensor]:
         """Returns the buffers that are still there."""
-        return [buffer for find in self._buffers.values() if (buffer := find()) is not None]
+        return self._shaped([buffer for find in self._buffers.values() if (buffer := find()) is not None])
+
+    def _shaped(self, tensors: list[_Tensor]) -> list[_Tensor]:
+        return [tensor for tensor in tensors if not is_lazy(tensor)] if self._has_lazy else tensors
 
     def packed(self) -> list[torch.Tensor]:
         """Returns what quantised layers keep of their weights in other places than parameters, buffers among it."""

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from memtrace.attribution.ledger import Ledger
 from memtrace.attribution.optimizers.copies import Copies
@@ -37,7 +38,7 @@ def claim_optimizers(
     state: dict[str, list[torch.Tensor]] = {}
     for optimizer in optimizers:
         ours = list(optimizer_parameters(optimizer))
-        others = [parameter for parameter in ours if id(parameter) not in claimed]
+        others = [parameter for parameter in ours if id(parameter) not in claimed and not is_lazy(parameter)]
         for parameter in others:
             if ledger.role_of(parameter) is None:
                 if copies.may_have(parameter, or_the_same=len(others) == len(ours)):

@@ -7,13 +7,17 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 import torch
+from torch.nn.parameter import is_lazy
 
 
 class Copies:
-    """The parameters as copies of them are compared with: asked for many tensors, looked up once."""
+    """The parameters as copies of them are compared with: asked for many tensors, looked up once.
+
+    Not those of lazy modules that have no shape yet.
+    """
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
-        self._parameters = parameters
+        self._parameters = [parameter for parameter in parameters if not is_lazy(parameter)]
 
     @cached_property
     def _shapes(self) -> Mapping[int, set[torch.Size]]:

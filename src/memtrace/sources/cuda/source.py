@@ -120,6 +120,10 @@ class CudaEvents:
         """Returns False: a history can be read by several readers at once."""
         return False
 
+    def hears_this_thread(self) -> bool:
+        """Returns True: a history has the events of all threads."""
+        return True
+
     def close(self) -> Window:
         """Ends the window; `complete` is False where the history does not lead to the blocks that are live now."""
         assert self._begin_ns is not None, "close() without open()"
