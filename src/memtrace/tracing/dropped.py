@@ -65,6 +65,8 @@ class DroppedGradients:
         scan: knows the parameters and the engines.
     """
 
+    __slots__ = ("_arrival", "_in_this_step", "_scan", "gradient", "in_a_row")
+
     def __init__(self, scan: Scan) -> None:
         self._scan = scan
         self.gradient = Gradient()

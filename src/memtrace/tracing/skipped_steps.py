@@ -55,6 +55,33 @@ class SkippedSteps:
         main_input_name: of the argument that gives a batch its shape; None where the model does not say.
     """
 
+    __slots__ = (  # the hooks read ten of them in each step: so they lie side by side
+        "_alone",
+        "_cycle",
+        "_dtype",
+        "_explicit",
+        "_guard",
+        "_inside",
+        "_largest_tokens",
+        "_looked_at",
+        "_main_input_name",
+        "_next",
+        "_over",
+        "_phase",
+        "_planned_ns",
+        "_scan",
+        "_shape",
+        "_spent_ns",
+        "_unheard",
+        "_updated",
+        "done",
+        "dropped",
+        "left",
+        "number",
+        "passes",
+        "seconds",
+    )
+
     def __init__(self, scan: Scan, cycle: Cycle, guard: Guard, *, explicit: bool, main_input_name: str | None) -> None:
         self._scan, self._cycle, self._guard = scan, cycle, guard
         self.dropped = DroppedGradients(scan)
@@ -131,8 +158,9 @@ class SkippedSteps:
                     batch = args[0]
                 if (
                     type(batch) is torch.Tensor
-                    and self.passes < self._looked_at
-                    and not (self.passes and gradient.has_come and dropped.are_dropped)
+                    and not (
+                        self.passes and (self.passes >= self._looked_at or (gradient.has_come and dropped.are_dropped))
+                    )
                     and records_gradients()
                     and not is_traced()
                     and (self._phase is outside or current_autograd_node() is None)
@@ -350,24 +378,3 @@ def _told_apart(after: Hook) -> Hook:
         after(module, output, error if caught is not None and caught.co_filename == _CALLS else None)
 
     return ended
-
-
-class CurrentStep:
-    """The step at work: one that is followed, or one that is being skipped.
-
-    Args:
-        passed: knows of the latter.
-    """
-
-    def __init__(self, passed: SkippedSteps) -> None:
-        self.skipped = passed
-        self.step: StepInProgress | None = None
-        """The step that is followed; None between steps, and in those that are skipped."""
-
-    def with_marks(self) -> StepInProgress | None:
-        """Returns the step that is followed."""
-        return self.step
-
-    def any(self) -> StepInProgress | None:
-        """Returns the step at work, with as much as is known of it."""
-        return self.step or self.skipped.in_progress()

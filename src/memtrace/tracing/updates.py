@@ -9,8 +9,8 @@ from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.guard import Guard
 from memtrace.sources.autograd_torch_private import after_backward, backward_is_running
 from memtrace.sources.hooks import HookSet
+from memtrace.tracing.current_step import CurrentStep
 from memtrace.tracing.cycle import Cycle
-from memtrace.tracing.skipped_steps import CurrentStep
 
 _IN_VAIN = 3
 """Forward passes without a step of any optimizer after which memtrace looks for somebody else who takes gradients."""

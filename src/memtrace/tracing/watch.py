@@ -41,12 +41,13 @@ from memtrace.sources.torch_private import runs_without_memory
 from memtrace.tracing.annotations import Annotations
 from memtrace.tracing.bounds import StepBounds
 from memtrace.tracing.choice import TraceChoice
+from memtrace.tracing.current_step import CurrentStep
 from memtrace.tracing.cycle import Cycle
 from memtrace.tracing.entries import Entries
 from memtrace.tracing.forward_passes import ForwardPasses
 from memtrace.tracing.publication import Publication
 from memtrace.tracing.schedule import TraceSchedule
-from memtrace.tracing.skipped_steps import CurrentStep, SkippedSteps
+from memtrace.tracing.skipped_steps import SkippedSteps
 from memtrace.tracing.updates import UpdatesInBackward
 
 
