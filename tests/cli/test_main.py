@@ -119,6 +119,36 @@ sys.exit(cli.main(["talk"]))
         assert process.wait() == 0
 
 
+@pytest.mark.parametrize("at_work", [False, True], ids=["alone", "a thread goes on"])
+def test_a_command_ends_with_all_that_was_to_be_done_at_exit(at_work: bool) -> None:
+    """Its status and its output are those of an end in which Python takes apart all that was loaded."""
+    script = f"""
+import atexit, sys, threading
+from memtrace import __main__, cli
+class Fails:
+    name, summary = "fail", "Fail."
+    def add_arguments(self, parser): pass
+    def run(self, arguments):
+        print("said")
+        return 1
+cli.COMMANDS = (Fails(),)
+sys.argv = ["memtrace", "fail"]
+atexit.register(print, "registered")
+goes_on = threading.Event()
+if {at_work}:
+    threading.Thread(target=lambda: goes_on.wait() and print("a thread")).start()
+status = __main__.main()
+print("taken apart")
+goes_on.set()
+sys.exit(status)
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (1, "")
+    lines = process.stdout.splitlines()
+    assert sorted(lines[1:]) == (["a thread", "registered", "taken apart"] if at_work else ["registered"])
+    assert lines[0] == "said"
+
+
 def test_a_command_loads_no_others_file() -> None:
     """To load all of them takes a fifth of a second, which each plan would wait for."""
     script = """
