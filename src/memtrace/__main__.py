@@ -5,8 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-import threading
-from contextlib import suppress
 
 LOCAL_RANK = ("--local_rank=", "--local-rank=")
 """What launchers tell a script in its first argument: `deepspeed`, and `torch.distributed.launch`."""
@@ -41,13 +39,17 @@ def _leave(status: int) -> None:
 
     What was registered to be done at exit is done. Returns where a thread goes on, or the output cannot be written.
     """
+    import threading  # noqa: PLC0415 - not for `memtrace run`
+
     if threading.active_count() > 1 or sys.gettrace() or sys.getprofile():
         return
     atexit._run_exitfuncs()
-    with suppress(OSError, ValueError):  # said by Python itself, then
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
+    except (OSError, ValueError):  # Python says so itself
+        return
+    os._exit(status)
 
 
 if __name__ == "__main__":
