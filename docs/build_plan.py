@@ -84,7 +84,8 @@ allocations are replayed as those of a live step are, and once more through a mo
 * `--zero`, `--fsdp`, `--ddp` with `--world-size` plan one rank; `--deepspeed FILE` reads the settings of a DeepSpeed
   configuration. With `--offload` what is kept on the host is counted for the host, buffers for the device. [engines.md](engines.md) holds such plans against runs on two processes.
 * A model that is not in transformers: `memtrace.plan(make_model, make_batch, recipe=..., optimizer=...)` in Python, with
-  any module and any loss. `further_models=` are functions that make the models beside it; the loss is given them by name.
+  any module and any loss. Lazy modules get their shapes from a forward pass on the batch, without memory.
+  `further_models=` are functions that make the models beside it; the loss is given them by name.
 * Code that goes through positions one by one (Mamba without its kernels) is refused beyond {MAX_OPERATORS:,} operators.
 
 After the run, or during it, `memtrace compare PLAN.json RUN_DIR` says how far each category was off, where PLAN.json is

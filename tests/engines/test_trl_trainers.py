@@ -203,6 +203,8 @@ def test_categories_add_up_and_nothing_is_left(run):
             for moment in record.moments.values():
                 assert moment.total_bytes == moment.allocated_bytes
                 assert moment[Category.UNATTRIBUTED] <= 64
+            peak = record.moments[Moment.PEAK]
+            assert peak[Category.UNATTRIBUTED] <= 0.01 * peak.total_bytes
 
 
 def test_weights_are_those_of_each_model(run, saved):

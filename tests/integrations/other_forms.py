@@ -10,7 +10,8 @@ import torch
 from attribution import test_kept_on_ctx, test_leftovers
 from attribution.test_further_models import make_teacher
 from attribution.test_quantised_bases import INSIDE, Awq, EightBit, Gptq, Hqq, WithAdapter
-from laws import test_counted
+from engines import test_further_loops
+from laws import test_counted, test_threads
 from laws.loop_forms import WIDTH, Network, rows, update
 from laws.test_loop_forms import EVERY_STEP
 from torch import nn
@@ -71,9 +72,14 @@ def with_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.T
     return update(model(torch.randn(4, INSIDE)).square().mean(), optimizer)
 
 
+def on_another_thread(model: nn.Module, optimizer: torch.optim.Optimizer) -> object:
+    return test_threads.on_a_new_thread(lambda: update(model(rows()).square().mean(), optimizer))
+
+
 LOOPS: Mapping[str, tuple[Callable[[], nn.Module], Loop]] = {
     "replaced parameters, states and buffers": (test_counted.Net, changing),
     "a model that nobody names": (Network, beside_a_teacher),
+    "on another thread": (Network, over_and_over(on_another_thread)),
     **{
         f"updates that are left out, {loop.__name__}": (test_dropped.network, loop)
         for loop in (test_dropped.scaled, test_dropped.accumulated, test_dropped.thrown_away)
@@ -110,6 +116,12 @@ def records() -> Iterator[tuple[str, Sequence[StepRecord]]]:
             training = loop(model, optimizer)
             assert sum(1 for _ in islice(training, STEPS)) == STEPS
         yield name, tracer.history[FIRST:]
+    for name, begin in test_further_loops.LOOPS.items():
+        model, optimizer, step = begin()
+        with Tracer(model, optimizer, EVERY_STEP) as tracer:
+            for _ in range(STEPS * test_further_loops.CALLS_OF_A_STEP.get(name, 1)):
+                step(torch.randn(test_further_loops.ROWS, test_further_loops.WIDTH))
+        yield f"a further loop, {name}", tracer.history[FIRST:]
     models = [Network(), Network()]
     optimizers = [torch.optim.AdamW(model.parameters()) for model in models]
     with Tracer(models[0], optimizers[0], EVERY_STEP) as first, Tracer(models[1], optimizers[1], EVERY_STEP) as second:
@@ -130,12 +142,15 @@ BOUNDED = {
     "FSDP1": "tests/engines/test_fsdp1.py",
     "LoRA on whole": "tests/engines/test_peft.py::test_categories_add_up_and_nothing_is_left",
     "the same under Trainer": "tests/engines/test_other_trainers.py",
+    "TRL's trainers": "tests/engines/test_trl_trainers.py::test_categories_add_up_and_nothing_is_left",
+    "tensors, rows and stages": "tests/engines/test_parallel.py::test_each_rank_has_its_part",
 }
 """Rows of the page whose tests hold what nobody claims under that share, by the words that they begin with."""
 
 NOT_TRACED = {
     "no module is called": "no step has a forward pass",
     "a caller that was compiled": "no step has a forward pass",
+    "parts of a step on several threads": "no step is traced",
     "memory that runs out": "the run is over",
     "MPS, XPU, NPU": "no step is traced",
     "NVML without memory": "other readings of a run that is here",
@@ -146,6 +161,7 @@ NOT_TRACED = {
 
 HERE = {
     "two tracers": "two tracers",
+    "the whole loop on another thread": "on another thread",
     "parameters, state or buffers": "replaced parameters",
     "reference, teacher": "a model that nobody names",
     "the same, named by nobody": "a model that nobody names",
@@ -156,5 +172,6 @@ HERE = {
     "GPTQ, AWQ, HQQ": "a base of",
     "tensors on the `ctx`": "kept on ctx",
     "outputs that the loop keeps": "outputs that stay",
+    "Accelerate (`accumulate`": "a further loop",
 }
 """Rows that are run, and how the names of their runs begin; those of the first table have the name of their form."""
