@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from types import CodeType
+from inspect import CO_VARARGS
+from types import FrameType
 from typing import Any
 
 from memtrace.errors import MemTraceError
@@ -163,20 +163,24 @@ def _log(text: str) -> None:
 
 
 def _is_of_signal_handler(error: Exception) -> bool:
-    """Returns whether a signal handler of this process has raised it: Python calls those in the midst of anything."""
-    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
+    """Returns whether a signal handler has raised it: Python calls those in the midst of anything.
+
+    Told by how they are called, with the frame that was interrupted, which is also the one that they return to. Which
+    handlers there are would say less: one may have put another in its place before it raises.
+    """
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code not in handlers:
-        trace = trace.tb_next
-    return trace is not None
+    while trace is not None and trace.tb_next is not None:
+        interrupted, trace = trace.tb_frame, trace.tb_next
+        if any(value is interrupted for value in _arguments(trace.tb_frame)):
+            return True
+    return False
 
 
-def _code_of(handler: Any) -> CodeType | None:
-    """Returns the code that runs as a handler is called; None of one that is not written in Python."""
-    while isinstance(handler, partial):
-        handler = handler.func
-    found = getattr(handler, "__func__", handler)  # of a bound method
-    if not hasattr(found, "__code__"):
-        found = getattr(type(found), "__call__", None)  # noqa: B004 - what runs, not whether it can be called
-    code = getattr(found, "__code__", None)
-    return code if isinstance(code, CodeType) else None
+def _arguments(frame: FrameType) -> Iterator[Any]:
+    """Yields the arguments by place of a call that has raised, as far as they still have their names."""
+    code, values = frame.f_code, frame.f_locals
+    for name in code.co_varnames[: code.co_argcount]:
+        yield values.get(name)
+    if code.co_flags & CO_VARARGS:
+        rest = values.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount])
+        yield from rest if type(rest) is tuple else ()
