@@ -135,6 +135,18 @@ def test_what_a_worker_had_to_leave_comes_off_with_the_next_forward_pass() -> No
         assert recorders_of_torch() == {}
 
 
+def test_a_window_whose_thread_does_not_come_back_notes_nothing() -> None:
+    """The loop goes on for days on another thread, and what is noted of it would be in vain."""
+    run = Run(LIVES[0])
+    with unchanged(run), workers() as on, Tracer(run.model, run.optimizer, TRACED) as tracer:
+        run.loss()
+        assert tracer._watch is not None
+        assert tracer._watch._ledger.journal_length > 0
+        on["one"](lambda: step(run, here, here, here))
+        assert recorders_of_torch()
+        assert tracer._watch._ledger.journal_length == 0
+
+
 def test_detach_on_another_thread() -> None:
     """Nothing of memtrace runs any more, and what this thread alone can end, it does with the next forward pass."""
     run = Run(LIVES[0])

@@ -211,6 +211,7 @@ class TraceWindow:
         """
         if self.is_open and not self._is_here and not self._source.hears_this_thread():
             self.is_whole = False
+            self._ledger.end_journal()  # nobody will read it, and the window's own thread may never come back
             self._later()
         else:
             self._take_off()
