@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -145,6 +146,34 @@ def test_a_window_whose_thread_does_not_come_back_notes_nothing() -> None:
         on["one"](lambda: step(run, here, here, here))
         assert recorders_of_torch()
         assert tracer._watch._ledger.journal_length == 0
+
+
+class Worker(threading.Thread):
+    """A thread that keeps what it has made."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._made = run.loss
+        self.loss: torch.Tensor | None = None
+
+    def run(self) -> None:
+        self.loss = self._made()
+        self.loss.backward()
+
+
+def test_a_thread_and_what_it_has_made_are_let_go() -> None:
+    """At once, as without memtrace, though a step that is over ran on it."""
+    run = Run(LIVES[0])
+    with unchanged(run), Tracer(run.model, run.optimizer, TRACED):
+        for _ in range(2):
+            worker = Worker(run)
+            worker.start()
+            worker.join()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            thread, loss = weakref.ref(worker), weakref.ref(worker.loss)
+            del worker
+            assert (thread(), loss()) == (None, None)
 
 
 def test_detach_on_another_thread() -> None:

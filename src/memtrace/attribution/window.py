@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic
@@ -70,8 +71,8 @@ class TraceWindow:
         self._forward_passes, self._begin_seconds = 0, 0.0
         self._other_steps: dict[int, int] = {}
         """Steps of each optimizer of somebody else since the model was called last, by its identity."""
-        self._thread = threading.current_thread()
-        """Where it was opened."""
+        self._thread = weakref.ref(threading.current_thread())
+        """Where it was opened. Weakly: a thread may have what it has made as an attribute."""
         self.is_whole = True
         """Whether all of the step so far has run on threads that the source hears."""
         self._awaits_end = False
@@ -91,7 +92,7 @@ class TraceWindow:
         """Goes on with a source that was opened before memtrace was attached; returns whether there is one."""
         if not self._source.is_open:
             return False
-        self._thread = threading.current_thread()
+        self._thread = weakref.ref(threading.current_thread())
         self._ledger.begin_journal()
         self._scan.claim_persistent(self._ledger, anew=False)
         self._install()
@@ -104,7 +105,7 @@ class TraceWindow:
             expected_allocations: see `EventSource.open`.
         """
         self._let_go()
-        self._thread = threading.current_thread()
+        self._thread = weakref.ref(threading.current_thread())
         expected = () if expected_allocations is None else (expected_allocations,)
         if not self._source.open(*expected):
             return False
@@ -142,7 +143,7 @@ class TraceWindow:
         Args:
             forward_passes: how many of the model one step may have, those without gradients included.
         """
-        self._forward_passes += self._thread is threading.current_thread()
+        self._forward_passes += self._thread() is threading.current_thread()
         return self._forward_passes > forward_passes or self._has_many_notes
 
     @property
@@ -284,7 +285,8 @@ class TraceWindow:
     @property
     def _is_here(self) -> bool:
         """Whether the last window was opened on this thread, or nobody can go back to the one where it was."""
-        return self._thread is threading.current_thread() or is_gone(self._thread)
+        thread = self._thread()
+        return thread is None or thread is threading.current_thread() or is_gone(thread)
 
     def _is_heard(self) -> bool:
         """Returns whether the source hears what this thread does in the step; else the window is in vain."""
@@ -346,7 +348,7 @@ class TraceWindow:
         Not those inside a backward pass, where each parameter may have one, nor those of another thread, which may
         train beside this one.
         """
-        if self._thread is not threading.current_thread() and self._thread.is_alive():
+        if not self._is_here:
             return
         ours = any(optimizer is one or optimizer in self._scan.parts_of(one) for one in self._scan.optimizers)
         if not ours and not backward_is_running():
