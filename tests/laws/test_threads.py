@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import weakref
@@ -16,7 +17,9 @@ import torch
 from laws.life import LIVES, Run
 from laws.surroundings import unchanged
 from nothing_left import recorders_of_torch
+from torch import nn
 
+from memtrace.attribution.garbage import uncollected
 from memtrace.config import TracerConfig
 from memtrace.record.categories import Category, Moment
 from memtrace.record.limitations import Unseen
@@ -193,6 +196,22 @@ def test_detach_on_another_thread() -> None:
         assert recorders_of_torch() == {}
     assert tracer.snapshot().up
     assert len(tracer.history) == 1
+
+
+def test_a_model_is_let_go_at_once_after_detach_on_another_thread() -> None:
+    """What is left for its next forward pass does not keep it, where there is none."""
+    model = nn.Linear(4, 4)
+    tracer = Tracer(model, torch.optim.SGD(model.parameters(), lr=0.1), TRACED)
+    tracer.attach()
+    with uncollected():
+        model(torch.ones(2, 4)).sum().backward()
+        on_a_new_thread(tracer.detach)
+        assert recorders_of_torch()
+        alive = weakref.ref(model)
+        del model
+        assert alive() is None
+    gc.collect()
+    assert recorders_of_torch() == {}
 
 
 def test_threads_that_train_side_by_side_have_no_hooks_on_saved_tensors() -> None:
