@@ -78,6 +78,13 @@ def broken_log() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("broken_log")
+def test_a_question_that_is_not_answered_raises_nothing_either(caplog: pytest.LogCaptureFixture) -> None:
+    """Where the log takes in all there is."""
+    with caplog.at_level(logging.DEBUG, logger="memtrace"):
+        assert ask(fail) is None
+
+
+@pytest.mark.usefixtures("broken_log")
 def test_a_log_that_raises_raises_nothing_in_the_loop() -> None:
     """A fault that cannot be said is contained, and ends memtrace as any other."""
     faults: list[int] = []

@@ -92,7 +92,7 @@ class Guard:
         except Exception as error:
             if self._strict or _is_of_signal_handler(error):
                 raise
-            _log("memtrace could not take off everything of its own")
+            _say(logger.exception, "memtrace could not take off everything of its own")
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a hook that runs `function`, and returns what it does; None after a fault."""
@@ -100,16 +100,17 @@ class Guard:
 
     def _fail(self) -> None:
         self._failed = True
-        _log(
+        _say(
+            logger.exception,
             "memtrace has met a fault of its own and is switched off for the rest of this run; training goes on. "
-            "Please report the traceback below."
+            "Please report the traceback below.",
         )
         try:
             self._on_fault()
         except Exception as error:
             if _is_of_signal_handler(error):
                 raise
-            _log("memtrace could not take off all its hooks")
+            _say(logger.exception, "memtrace could not take off all its hooks")
 
 
 class Told:
@@ -136,7 +137,11 @@ class Told:
                 raise
             if not self._failed:
                 self._failed = True
-                _log(f"memtrace: {self._what} has failed; training goes on, and this is not said again")
+                _say(
+                    logger.exception,
+                    "memtrace: %s has failed; training goes on, and this is not said again",
+                    self._what,
+                )
 
 
 def ask(function: Callable[..., Any], *args: Any) -> Any:
@@ -149,14 +154,14 @@ def ask(function: Callable[..., Any], *args: Any) -> Any:
     except Exception as error:
         if _is_of_signal_handler(error):
             raise
-        logger.debug("memtrace: %s did not answer: %r", function, error)
+        _say(logger.debug, "memtrace: %s did not answer: %r", function, error)
         return None
 
 
-def _log(text: str) -> None:
-    """Logs the exception at work; one that a handler of the user's log raises goes no further."""
+def _say(write: Callable[..., None], text: str, *args: object) -> None:
+    """Writes to the log; what a handler of the user's log raises goes no further."""
     try:
-        logger.exception(text)
+        write(text, *args)
     except Exception as error:
         if _is_of_signal_handler(error):
             raise
