@@ -160,10 +160,11 @@ def test_what_a_signal_handler_raises_passes_through(run: str, alarm: Callable[[
 FAULTS: dict[str, Callable[[], object]] = {
     "no member": lambda: Category("none of them"),
     "code of a handler": lambda: time_is_up(signal.SIGUSR1, None),
+    "frame alone": lambda: time_is_up(inspect.currentframe(), "call"),
     "frame of somebody else": lambda: time_is_up(signal.SIGUSR1, inspect.currentframe().f_back),  # type: ignore[union-attr]
 }
 """What is raised while signals are handled, and by no handler of a signal. Python makes the default one from a number,
-as members of enumerations are made."""
+as members of enumerations are made; functions that trace others are called with a frame, too."""
 
 
 @pytest.mark.parametrize("run", RUNS)

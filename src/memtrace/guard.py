@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import CO_VARARGS
+from itertools import pairwise
 from types import FrameType
 from typing import Any
 
@@ -170,14 +171,15 @@ def _say(write: Callable[..., None], text: str, *args: object) -> None:
 def _is_of_signal_handler(error: Exception) -> bool:
     """Returns whether a signal handler has raised it: Python calls those in the midst of anything.
 
-    Told by how they are called, with the frame that was interrupted, which is also the one that they return to. Which
-    handlers there are would say less: one may have put another in its place before it raises.
+    Told by how they are called: with a number and the frame that was interrupted, which is also the one that they
+    return to. Which handlers there are would say less: one may have put another in its place before it raises.
     """
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         interrupted, trace = trace.tb_frame, trace.tb_next
-        if any(value is interrupted for value in _arguments(trace.tb_frame)):
-            return True
+        for number, frame in pairwise(_arguments(trace.tb_frame)):
+            if frame is interrupted and isinstance(number, int):
+                return True
     return False
 
 
