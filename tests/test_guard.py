@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import signal
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from memtrace.errors import ConfigError
 from memtrace.guard import Guard, Told, ask
+from memtrace.record.categories import Category
 
 
 def fail() -> None:
@@ -76,6 +78,13 @@ def broken_log() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("broken_log")
+def test_a_question_that_is_not_answered_raises_nothing_either(caplog: pytest.LogCaptureFixture) -> None:
+    """Where the log takes in all there is."""
+    with caplog.at_level(logging.DEBUG, logger="memtrace"):
+        assert ask(fail) is None
+
+
+@pytest.mark.usefixtures("broken_log")
 def test_a_log_that_raises_raises_nothing_in_the_loop() -> None:
     """A fault that cannot be said is contained, and ends memtrace as any other."""
     faults: list[int] = []
@@ -95,6 +104,11 @@ def time_is_up(*_: object) -> None:
     raise TimeIsUp
 
 
+def the_second_one_ends_the_process(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise TimeIsUp
+
+
 class Limit:
     def method(self, *_: object) -> None:
         time_is_up()
@@ -108,6 +122,7 @@ HANDLERS: dict[str, Any] = {
     "method": Limit().method,
     "object": Limit(),
     "partial": partial(partial(time_is_up, 1), 2),
+    "once": the_second_one_ends_the_process,
 }
 
 
@@ -140,6 +155,24 @@ def test_what_a_signal_handler_raises_passes_through(run: str, alarm: Callable[[
     with pytest.raises(TimeIsUp):
         RUNS[run](guard, interrupted)
     assert not guard.failed
+
+
+FAULTS: dict[str, Callable[[], object]] = {
+    "no member": lambda: Category("none of them"),
+    "code of a handler": lambda: time_is_up(signal.SIGUSR1, None),
+    "frame alone": lambda: time_is_up(inspect.currentframe(), "call"),
+    "frame of somebody else": lambda: time_is_up(signal.SIGUSR1, inspect.currentframe().f_back),  # type: ignore[union-attr]
+}
+"""What is raised while signals are handled, and by no handler of a signal. Python makes the default one from a number,
+as members of enumerations are made; functions that trace others are called with a frame, too."""
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("alarm", ["function"], indirect=True)
+def test_what_no_signal_handler_raises_is_contained(run: str, fault: str, alarm: Callable[[], None]) -> None:
+    """Also where it comes through code that a handler runs."""
+    RUNS[run](Guard(lambda: None), FAULTS[fault])
 
 
 @pytest.mark.parametrize("alarm", ["function"], indirect=True)

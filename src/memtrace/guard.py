@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from types import CodeType
+from inspect import CO_VARARGS
+from itertools import pairwise
+from types import FrameType
 from typing import Any
 
 from memtrace.errors import MemTraceError
@@ -92,7 +93,7 @@ class Guard:
         except Exception as error:
             if self._strict or _is_of_signal_handler(error):
                 raise
-            _log("memtrace could not take off everything of its own")
+            _say(logger.exception, "memtrace could not take off everything of its own")
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a hook that runs `function`, and returns what it does; None after a fault."""
@@ -100,16 +101,17 @@ class Guard:
 
     def _fail(self) -> None:
         self._failed = True
-        _log(
+        _say(
+            logger.exception,
             "memtrace has met a fault of its own and is switched off for the rest of this run; training goes on. "
-            "Please report the traceback below."
+            "Please report the traceback below.",
         )
         try:
             self._on_fault()
         except Exception as error:
             if _is_of_signal_handler(error):
                 raise
-            _log("memtrace could not take off all its hooks")
+            _say(logger.exception, "memtrace could not take off all its hooks")
 
 
 class Told:
@@ -136,7 +138,11 @@ class Told:
                 raise
             if not self._failed:
                 self._failed = True
-                _log(f"memtrace: {self._what} has failed; training goes on, and this is not said again")
+                _say(
+                    logger.exception,
+                    "memtrace: %s has failed; training goes on, and this is not said again",
+                    self._what,
+                )
 
 
 def ask(function: Callable[..., Any], *args: Any) -> Any:
@@ -149,34 +155,39 @@ def ask(function: Callable[..., Any], *args: Any) -> Any:
     except Exception as error:
         if _is_of_signal_handler(error):
             raise
-        logger.debug("memtrace: %s did not answer: %r", function, error)
+        _say(logger.debug, "memtrace: %s did not answer: %r", function, error)
         return None
 
 
-def _log(text: str) -> None:
-    """Logs the exception at work; one that a handler of the user's log raises goes no further."""
+def _say(write: Callable[..., None], text: str, *args: object) -> None:
+    """Writes to the log; what a handler of the user's log raises goes no further."""
     try:
-        logger.exception(text)
+        write(text, *args)
     except Exception as error:
         if _is_of_signal_handler(error):
             raise
 
 
 def _is_of_signal_handler(error: Exception) -> bool:
-    """Returns whether a signal handler of this process has raised it: Python calls those in the midst of anything."""
-    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
+    """Returns whether a signal handler has raised it: Python calls those in the midst of anything.
+
+    Told by how they are called: with a number and the frame that was interrupted, which is also the one that they
+    return to. Which handlers there are would say less: one may have put another in its place before it raises.
+    """
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code not in handlers:
-        trace = trace.tb_next
-    return trace is not None
+    while trace is not None and trace.tb_next is not None:
+        interrupted, trace = trace.tb_frame, trace.tb_next
+        for number, frame in pairwise(_arguments(trace.tb_frame)):
+            if frame is interrupted and isinstance(number, int):
+                return True
+    return False
 
 
-def _code_of(handler: Any) -> CodeType | None:
-    """Returns the code that runs as a handler is called; None of one that is not written in Python."""
-    while isinstance(handler, partial):
-        handler = handler.func
-    found = getattr(handler, "__func__", handler)  # of a bound method
-    if not hasattr(found, "__code__"):
-        found = getattr(type(found), "__call__", None)  # noqa: B004 - what runs, not whether it can be called
-    code = getattr(found, "__code__", None)
-    return code if isinstance(code, CodeType) else None
+def _arguments(frame: FrameType) -> Iterator[Any]:
+    """Yields the arguments by place of a call that has raised, as far as they still have their names."""
+    code, values = frame.f_code, frame.f_locals
+    for name in code.co_varnames[: code.co_argcount]:
+        yield values.get(name)
+    if code.co_flags & CO_VARARGS:
+        rest = values.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount])
+        yield from rest if type(rest) is tuple else ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -307,9 +307,10 @@ def train(name: str, config: TracerConfig | None) -> Run:
 
 
 @pytest.fixture(scope="module", params=LOOPS)
-def runs(request) -> Mapping[str, Run]:
+def runs(request) -> Iterator[Mapping[str, Run]]:
     ways = {"plain": None, "every step": EVERY_STEP, "by default": BY_DEFAULT}
-    return {way: train(request.param, config) for way, config in ways.items()}
+    yield {way: train(request.param, config) for way, config in ways.items()}
+    AcceleratorState._reset_state(True)  # or the next `Accelerator()` of the process has its precision
 
 
 @pytest.mark.parametrize("way", ["every step", "by default"])

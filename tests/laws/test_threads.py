@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -15,7 +17,9 @@ import torch
 from laws.life import LIVES, Run
 from laws.surroundings import unchanged
 from nothing_left import recorders_of_torch
+from torch import nn
 
+from memtrace.attribution.garbage import uncollected
 from memtrace.config import TracerConfig
 from memtrace.record.categories import Category, Moment
 from memtrace.record.limitations import Unseen
@@ -135,6 +139,46 @@ def test_what_a_worker_had_to_leave_comes_off_with_the_next_forward_pass() -> No
         assert recorders_of_torch() == {}
 
 
+def test_a_window_whose_thread_does_not_come_back_notes_nothing() -> None:
+    """The loop goes on for days on another thread, and what is noted of it would be in vain."""
+    run = Run(LIVES[0])
+    with unchanged(run), workers() as on, Tracer(run.model, run.optimizer, TRACED) as tracer:
+        run.loss()
+        assert tracer._watch is not None
+        assert tracer._watch._ledger.journal_length > 0
+        on["one"](lambda: step(run, here, here, here))
+        assert recorders_of_torch()
+        assert tracer._watch._ledger.journal_length == 0
+
+
+class Worker(threading.Thread):
+    """A thread that keeps what it has made."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._made = run.loss
+        self.loss: torch.Tensor | None = None
+
+    def run(self) -> None:
+        self.loss = self._made()
+        self.loss.backward()
+
+
+def test_a_thread_and_what_it_has_made_are_let_go() -> None:
+    """At once, as without memtrace, though a step that is over ran on it."""
+    run = Run(LIVES[0])
+    with unchanged(run), Tracer(run.model, run.optimizer, TRACED):
+        for _ in range(2):
+            worker = Worker(run)
+            worker.start()
+            worker.join()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            thread, loss = weakref.ref(worker), weakref.ref(worker.loss)
+            del worker
+            assert (thread(), loss()) == (None, None)
+
+
 def test_detach_on_another_thread() -> None:
     """Nothing of memtrace runs any more, and what this thread alone can end, it does with the next forward pass."""
     run = Run(LIVES[0])
@@ -152,6 +196,22 @@ def test_detach_on_another_thread() -> None:
         assert recorders_of_torch() == {}
     assert tracer.snapshot().up
     assert len(tracer.history) == 1
+
+
+def test_a_model_is_let_go_at_once_after_detach_on_another_thread() -> None:
+    """What is left for its next forward pass does not keep it, where there is none."""
+    model = nn.Linear(4, 4)
+    tracer = Tracer(model, torch.optim.SGD(model.parameters(), lr=0.1), TRACED)
+    tracer.attach()
+    with uncollected():
+        model(torch.ones(2, 4)).sum().backward()
+        on_a_new_thread(tracer.detach)
+        assert recorders_of_torch()
+        alive = weakref.ref(model)
+        del model
+        assert alive() is None
+    gc.collect()
+    assert recorders_of_torch() == {}
 
 
 def test_threads_that_train_side_by_side_have_no_hooks_on_saved_tensors() -> None:

@@ -19,10 +19,10 @@ from memtrace.attribution.leftovers import Leftovers
 from memtrace.attribution.scan import Scan
 from memtrace.attribution.step_in_progress import StepInProgress
 from memtrace.attribution.timeline import Timeline, replay
+from memtrace.attribution.window_thread import WindowThread
 from memtrace.guard import Guard
 from memtrace.record.categories import Category
 from memtrace.sources.autograd_torch_private import after_backward, backward_is_running
-from memtrace.sources.cpu import is_gone
 from memtrace.sources.events import EventSource, TagEvent
 from memtrace.sources.hooks import HookSet, weakly
 from memtrace.sources.saved_tensors import SavedTensors, saved_tensors
@@ -55,23 +55,19 @@ class TraceWindow:
         trace_activations: bool = True,
         hears_saved: HearsSaved | None = None,
     ) -> None:
-        self._model, self._scan = model, scan
-        self._source, self._ledger, self._guard = source, ledger, guard
+        self._scan, self._source, self._ledger, self._guard = scan, source, ledger, guard
         self._current_step, self._may_end = current_step, may_end
         self._trace_activations, self._hears_saved = trace_activations, hears_saved
         self.leftovers = Leftovers(ledger.device, ledger.coordinates)
         """What traced steps have left behind."""
         self._hooks = HookSet()
-        self._leftover = HookSet()
-        """A hook that takes off what could not come off where a window was abandoned."""
         self._base: Sequence[TagEvent] = ()
         self._tags: ActivationTags | None = None
         self._saved = self._listener()
         self._forward_passes, self._begin_seconds = 0, 0.0
         self._other_steps: dict[int, int] = {}
         """Steps of each optimizer of somebody else since the model was called last, by its identity."""
-        self._thread = threading.current_thread()
-        """Where it was opened."""
+        self._thread = WindowThread(model, source, guard)
         self.is_whole = True
         """Whether all of the step so far has run on threads that the source hears."""
         self._awaits_end = False
@@ -91,7 +87,7 @@ class TraceWindow:
         """Goes on with a source that was opened before memtrace was attached; returns whether there is one."""
         if not self._source.is_open:
             return False
-        self._thread = threading.current_thread()
+        self._thread.begin()
         self._ledger.begin_journal()
         self._scan.claim_persistent(self._ledger, anew=False)
         self._install()
@@ -103,8 +99,8 @@ class TraceWindow:
         Args:
             expected_allocations: see `EventSource.open`.
         """
-        self._let_go()
-        self._thread = threading.current_thread()
+        self._thread.let_go(self._saved)
+        self._thread.begin()
         expected = () if expected_allocations is None else (expected_allocations,)
         if not self._source.open(*expected):
             return False
@@ -122,7 +118,7 @@ class TraceWindow:
         if self._is_heard() and self.is_open and hooked and self._trace_activations:
             self._saved.push()
         elif not self.is_open:
-            self._let_go()
+            self._thread.let_go(self._saved)
 
     @property
     def seconds(self) -> float:
@@ -142,7 +138,7 @@ class TraceWindow:
         Args:
             forward_passes: how many of the model one step may have, those without gradients included.
         """
-        self._forward_passes += self._thread is threading.current_thread()
+        self._forward_passes += self._thread.is_here
         return self._forward_passes > forward_passes or self._has_many_notes
 
     @property
@@ -209,9 +205,10 @@ class TraceWindow:
         Inside a backward pass the recording and the saved-tensor hooks cannot come off, and a thread that the source
         does not hear leaves all to the window's own: with the model's next forward pass, or when this is called again.
         """
-        if self.is_open and not self._is_here and not self._source.hears_this_thread():
+        if self.is_open and not self._thread.is_here and not self._source.hears_this_thread():
             self.is_whole = False
-            self._later()
+            self._ledger.end_journal()  # nobody will read it, and the window's own thread may never come back
+            self._thread.later(self._saved, self._leave)
         else:
             self._take_off()
 
@@ -231,7 +228,7 @@ class TraceWindow:
         self._forward_passes = 0
         self._other_steps.clear()
         self._begin_seconds, self.is_whole = monotonic(), True
-        self._leftover.close()
+        self._thread.forget()
         self._hooks.before_any_step(self._any_steps)
         if self._replaces != bool(self._scan.engines):
             self._saved = self._listener()
@@ -250,40 +247,19 @@ class TraceWindow:
         self._saved.pop()
         self._hooks.close()
 
-    def _let_go(self) -> None:
-        """Takes off the saved-tensor hooks and ends the recording, where an abandoned window has left them."""
-        if backward_is_running():
-            return
-        self._saved.pop()
-        if self._is_here:
-            self._leftover.close()
-        if self._is_here or self._source.hears_this_thread():
-            self._source.abandon()
-
     def _take_off(self) -> None:
-        elsewhere = not self._is_here and (self.is_open or self._source.is_open)
+        elsewhere = not self._thread.is_here and (self.is_open or self._source.is_open)
         self._uninstall()
         self._ledger.end_journal()
         self._base = ()
         if elsewhere or (backward_is_running() and (self._saved.is_on or self._source.is_open)):
-            self._later()
+            self._thread.later(self._saved, self._leave)
         if not backward_is_running():
-            self._let_go()
+            self._thread.let_go(self._saved)
 
-    def _later(self) -> None:
-        """Takes off what is left with the model's next forward pass on the thread where that is possible."""
-
-        def leave() -> None:
-            if not self.is_open or not self.is_whole:
-                self.abandon()
-
-        self._leftover.close()
-        self._leftover.before_forward(self._model, lambda *_: self._guard.finish(leave))
-
-    @property
-    def _is_here(self) -> bool:
-        """Whether the last window was opened on this thread, or nobody can go back to the one where it was."""
-        return self._thread is threading.current_thread() or is_gone(self._thread)
+    def _leave(self) -> None:
+        if not self.is_open or not self.is_whole:
+            self.abandon()
 
     def _is_heard(self) -> bool:
         """Returns whether the source hears what this thread does in the step; else the window is in vain."""
@@ -345,7 +321,7 @@ class TraceWindow:
         Not those inside a backward pass, where each parameter may have one, nor those of another thread, which may
         train beside this one.
         """
-        if self._thread is not threading.current_thread() and self._thread.is_alive():
+        if not self._thread.is_here:
             return
         ours = any(optimizer is one or optimizer in self._scan.parts_of(one) for one in self._scan.optimizers)
         if not ours and not backward_is_running():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -22,7 +24,8 @@ class ForwardPasses:
         self._model = model
         self._recomputes = False
         """Whether the model is called inside the backward pass: by a reentrant checkpoint around all of it."""
-        self._caller: threading.Thread | None = None
+        self._caller: Callable[[], threading.Thread | None] = lambda: None
+        """The thread of the last forward pass. Weakly: it may have what it has made as an attribute."""
         self._several = False
 
     def is_training(self, module: nn.Module) -> bool:
@@ -42,8 +45,10 @@ class ForwardPasses:
         From then on, no saved-tensor hooks are put on: torch raises where another thread changes a parameter while a
         hook has it.
         """
-        caller, self._caller = self._caller, threading.current_thread()
-        self._several |= caller is not None and caller is not self._caller and caller.is_alive()
+        caller, here = self._caller(), threading.current_thread()
+        if caller is not here:
+            self._several |= caller is not None and caller.is_alive()
+            self._caller = weakref.ref(here)
         return self._several
 
     def is_elsewhere(self, module: nn.Module, tensors: object, device: torch.device) -> bool:

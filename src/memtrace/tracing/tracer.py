@@ -114,6 +114,9 @@ class Tracer:
             further=self._further,
         )
 
+    def __copy__(self) -> Self:
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # A model that holds its tracer may be copied (an average of its weights): a copy is not watched, and there is
         # one tracer of the run.
