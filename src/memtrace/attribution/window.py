@@ -222,6 +222,10 @@ class TraceWindow:
         self._take_off()
         self._saved.forget()
 
+    def rest(self) -> Callable[[], None]:
+        """Returns what takes off, when it is called, what a release had to leave, as `abandon` does; keeps nothing."""
+        return self._thread.rest()
+
     def _install(self) -> None:
         self._tags = ActivationTags(self._scan.held, self._ledger.device, self._ledger.coordinates)
         self.leftovers.begin()

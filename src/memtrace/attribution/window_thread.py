@@ -31,6 +31,7 @@ class WindowThread:
         self._model, self._source, self._guard = weakref.ref(model), source, guard
         self._leftover = HookSet()
         """A hook that takes off what could not come off where a window was abandoned."""
+        self._left: SavedTensors | None = None
         self.begin()
 
     def begin(self) -> None:
@@ -58,6 +59,17 @@ class WindowThread:
         if here or self._source.hears_this_thread():
             self._source.abandon()
 
+    def rest(self) -> Callable[[], None]:
+        """Returns what takes off what was left for later, unless the model is gone, and with it what there was."""
+        alive = weakref.ref(self)
+
+        def take_off() -> None:
+            found = alive()
+            if found is not None and found._left is not None:
+                found.let_go(found._left)
+
+        return take_off
+
     def later(self, saved: SavedTensors, leave: Callable[[], None]) -> None:
         """Takes off what is left with the model's next forward pass.
 
@@ -65,7 +77,7 @@ class WindowThread:
             saved: the saved-tensor hooks.
             leave: a method, called as long as its object is there, which does more than `let_go`.
         """
-        model, alive = self._model(), weakref.WeakMethod(leave)
+        model, alive, self._left = self._model(), weakref.WeakMethod(leave), saved
 
         def forward_begins() -> None:
             found = alive()

@@ -14,7 +14,6 @@ from memtrace.allocator.recording import AllocatorRecording
 from memtrace.attribution.curve import HighestSteps
 from memtrace.attribution.models.further import FurtherModels
 from memtrace.attribution.optimizers.finding import HandedOver, flat
-from memtrace.attribution.window import TraceWindow
 from memtrace.config import TracerConfig
 from memtrace.errors import ConfigError
 from memtrace.guard import Guard
@@ -91,7 +90,9 @@ class Tracer:
         )
         self._highest = HighestSteps(every=self.config.timelines)
         self._attached = False
-        self._last_window: Callable[[], TraceWindow | None] = lambda: None
+        self._rest: Callable[[], None] = lambda: None
+        """Takes off what the last watch had to leave, released inside a backward pass: unless the model's next forward
+        pass has done it."""
         self._skipped_before = 0
         """Steps that were skipped in earlier watches."""
         self._watch: Watch | None = self._begin_watch(model, optimizers, source)
@@ -246,10 +247,8 @@ class Tracer:
             watch.release()
             self._watch = None  # not before: what Ctrl-C has interrupted is released again
             self._skipped_before += watch.skipped.done
-            self._last_window = weakref.ref(watch.window)
-        window = self._last_window()
-        if window is not None:  # it was released inside a backward pass: the model's next forward pass ends it, or this
-            window.abandon()
+            self._rest = watch.window.rest()
+        self._rest()
 
     def _skipped_steps(self) -> int:
         """Returns how many steps were skipped without a record, for the snapshot of any thread."""
