@@ -180,8 +180,8 @@ def test_small_parameters_that_zero_3_keeps_gathered_are_weights(runs):
 def test_hardly_anything_is_unattributed(runs, stage):
     """At the peak at most 1 % is claimed by nobody: the loss that the loop keeps, and scalars of the engine.
 
-    Without ZeRO, DeepSpeed reduces a copy of all gradients, which gloo gives back when its thread comes to it: on a busy
-    machine that is after the step has gone on.
+    Without ZeRO, DeepSpeed reduces a copy of all gradients, which gloo gives back when its thread comes to it: on a
+    busy machine that is after the step has gone on.
     """
     for run in (rank[stage] for rank in runs):
         late = 2 * sum(run["numels"]) if stage == "zero-0" else 0
