@@ -35,7 +35,7 @@ def main() -> int:
 
 
 def _leave(status: int) -> None:
-    """Ends the process at once, unless somebody in it is still at work: to take torch apart takes Python 0.2 s.
+    """Ends the process at once, unless somebody in it is still at work: Python would first take torch apart.
 
     What was registered to be done at exit is done. Returns where a thread goes on, or the output cannot be written.
     """
@@ -45,8 +45,9 @@ def _leave(status: int) -> None:
         return
     atexit._run_exitfuncs()
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # as it is where the caller has closed it
+                stream.flush()
     except (OSError, ValueError):  # Python says so itself
         return
     os._exit(status)

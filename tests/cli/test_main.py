@@ -149,6 +149,15 @@ sys.exit(status)
     assert lines[0] == "said"
 
 
+def test_a_command_without_a_stream_ends_as_ever() -> None:
+    """A caller may have closed what it does not want to hear."""
+    run = Path(__file__).parents[1] / "fixtures" / "gpu" / "llama-3-8b"
+    command = ["bash", "-c", f"{sys.executable} -m memtrace runs {run} 2>&-"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0
+    assert "begun" in process.stdout
+
+
 def test_a_command_loads_no_others_file() -> None:
     """To load all of them takes a fifth of a second, which each plan would wait for."""
     script = """

@@ -12,14 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from lightning.fabric import Fabric
-from small_training import EVERY_STEP
+from small_training import EVERY_STEP, born
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from memtrace.config import TracerConfig
 from memtrace.record.breakdown import StepRecord
 from memtrace.record.categories import Category, Moment
-from memtrace.sources.cpu import CpuEvents
 from memtrace.tracing.tracer import Tracer
 
 WIDTH, ROWS, CALLS = 64, 8, 4
@@ -294,15 +293,12 @@ class Run:
 
 def train(name: str, config: TracerConfig | None) -> Run:
     torch.manual_seed(0)
-    source = None
-    if config is EVERY_STEP:
-        source = CpuEvents()
-        source.open()
-    model, optimizer, step = LOOPS[name]()
-    losses = []
-    with Tracer(model, optimizer, config, source=source) if config else nullcontext() as tracer:
-        for _ in range(CALLS * CALLS_OF_A_STEP.get(name, 1)):
-            losses.append(step(torch.randn(ROWS, WIDTH)).item())
+    with born() if config is EVERY_STEP else nullcontext() as source:
+        model, optimizer, step = LOOPS[name]()
+        losses = []
+        with Tracer(model, optimizer, config, source=source) if config else nullcontext() as tracer:
+            for _ in range(CALLS * CALLS_OF_A_STEP.get(name, 1)):
+                losses.append(step(torch.randn(ROWS, WIDTH)).item())
     return Run(name=name, losses=losses, parameters=[*model.parameters()], records=[*tracer.history] if tracer else [])
 
 

@@ -13,12 +13,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_training import EVERY_STEP
+from small_training import EVERY_STEP, born
 from torch import nn
 
 from memtrace import Category, Moment, StepRecord
 from memtrace.config import TracerConfig
-from memtrace.sources.cpu import CpuEvents
 from memtrace.tracing.tracer import Tracer
 from versions import packages
 
@@ -180,23 +179,20 @@ class Run:
 def train(layer: Layer, config: TracerConfig | None) -> Run:
     """Trains adapters on the frozen layers; where every step is traced, from before they are made."""
     torch.manual_seed(0)
-    source = None
-    if config is EVERY_STEP:
-        source = CpuEvents()
-        source.open()
-    model = get_peft_model(
-        Net(layer.make).requires_grad_(False), LoraConfig(r=RANK, target_modules=["first", "second"])
-    ).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    with Tracer(model, optimizer, config, source=source) if config else nullcontext() as tracer:
-        for _ in range(STEPS):
-            loss = model(torch.randn(4, 8, INSIDE, dtype=torch.bfloat16)).float().square().mean()
-            loss.backward()
-            losses.append(loss.item())
-            del loss
-            optimizer.step()
-            optimizer.zero_grad()
+    with born() if config is EVERY_STEP else nullcontext() as source:
+        model = get_peft_model(
+            Net(layer.make).requires_grad_(False), LoraConfig(r=RANK, target_modules=["first", "second"])
+        ).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        with Tracer(model, optimizer, config, source=source) if config else nullcontext() as tracer:
+            for _ in range(STEPS):
+                loss = model(torch.randn(4, 8, INSIDE, dtype=torch.bfloat16)).float().square().mean()
+                loss.backward()
+                losses.append(loss.item())
+                del loss
+                optimizer.step()
+                optimizer.zero_grad()
     return Run(losses=losses, records=list(tracer.history) if tracer else [])
 
 
