@@ -8,9 +8,11 @@ import io
 import pickle
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -23,9 +25,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from memtrace.sources import autograd_torch_private, torch_private
 from memtrace.sources.asides import FORBIDDING, HOOKLESS, Asides
 from memtrace.sources.autograd_torch_private import has_saved_tensor_hooks
-from memtrace.sources.hooks import Apart, HookSet, others_take_gradient, weakly
+from memtrace.sources.gradient_hooks import HeardGradient, UnsavedHook, others_take_gradient, weakly
+from memtrace.sources.hooks import Apart, HookSet
 from memtrace.sources.optimizer_hooks import BeforeAnyStep
 from memtrace.sources.saved_tensors import SavedTensorHooks
+
+
+class _Noted(UnsavedHook):
+    """Notes each gradient in a list."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self._calls = calls
+
+    def __call__(self, _: torch.Tensor) -> None:
+        self._calls.append("heard")
 
 
 class TestHookSet:
@@ -120,6 +133,54 @@ class TestHookSet:
 
     def hears(self, _: torch.Tensor) -> None:
         """Stands for a method of memtrace that is told of a gradient."""
+
+    def test_nothing_is_left_of_a_gradient_that_was_heard_of(self) -> None:
+        """Those of the user are as before; torch calls nothing any more where there are none, which only it can tell:
+        a dictionary put in place of the one that it calls is not asked."""
+        weight, calls = nn.Parameter(torch.ones(1)), []
+        handle = weight.register_hook(lambda _: calls.append("theirs"))
+        heard = HeardGradient(weight, _Noted(calls))
+        (weight * 3).sum().backward()
+        heard.close(weight)
+        (weight * 3).sum().backward()
+        assert calls == ["theirs", "heard", "theirs"]
+        assert len(weight._backward_hooks) == 1
+        handle.remove()
+        heard = HeardGradient(weight, _Noted(calls))
+        asked = weight._backward_hooks
+        heard.close(weight)
+        heard.close(weight)
+        assert weight._backward_hooks is None
+        asked[0] = lambda _: calls.append("still asked")
+        (weight * 3).sum().backward()
+        assert calls == ["theirs", "heard", "theirs"]
+
+    def test_a_gradient_is_heard_of_to_the_end_of_its_backward_pass(self) -> None:
+        """Taken off by a hook that torch is calling, the hooks are left to it: what comes off later forgets them."""
+        weight, calls = nn.Parameter(torch.ones(1)), []
+        heard = HeardGradient(weight, _Noted(calls))
+
+        def closes(_: torch.Tensor) -> None:
+            handle.remove()
+            heard.close(weight)
+
+        handle = weight.register_hook(closes)
+        (weight * 3).sum().backward()
+        assert calls == ["heard"]
+        assert not weight._backward_hooks
+        assert weight._backward_hooks is not None
+        heard.close(weight)
+        assert weight._backward_hooks is None
+
+    def test_a_parameter_that_is_heard_of_goes_to_another_process(self) -> None:
+        """Without a warning of torch's, which has one for hooks that are lost."""
+        weight = nn.Parameter(torch.ones(1))
+        heard = HeardGradient(weight, _Noted([]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.utils.hooks.warn_if_has_hooks(weight)
+            pickle.loads(ForkingPickler.dumps(weight))
+        heard.close(weight)
 
     def test_after_each_gradient_that_can_come(self) -> None:
         """Of parameters that are trained; frozen ones and results have none accumulated."""

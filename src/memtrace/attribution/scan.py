@@ -35,7 +35,7 @@ from memtrace.record.categories import Category
 from memtrace.record.limitations import Limitation, further_devices
 from memtrace.sources.autograd_torch_private import optimizers_in_backward
 from memtrace.sources.cuda.cublas import workspace_sizes
-from memtrace.sources.hooks import others_take_gradient
+from memtrace.sources.gradient_hooks import others_take_gradient
 
 logger = logging.getLogger("memtrace")
 

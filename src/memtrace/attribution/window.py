@@ -24,7 +24,8 @@ from memtrace.guard import Guard
 from memtrace.record.categories import Category
 from memtrace.sources.autograd_torch_private import after_backward, backward_is_running
 from memtrace.sources.events import EventSource, TagEvent
-from memtrace.sources.hooks import HookSet, weakly
+from memtrace.sources.gradient_hooks import weakly
+from memtrace.sources.hooks import HookSet
 from memtrace.sources.saved_tensors import SavedTensors, saved_tensors
 
 MAX_NOTES = 400_000

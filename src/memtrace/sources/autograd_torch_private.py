@@ -273,6 +273,17 @@ def gradient_hooks(parameter: torch.Tensor) -> list[Any]:
     return [hook for hooks in found if hooks for hook in hooks.values()]
 
 
+def forget_hooks(parameter: torch.Tensor) -> None:
+    """Lets torch forget that there were hooks before the accumulation of this leaf's gradient, where none is left.
+
+    It calls into Python for them until then. Without effect inside a backward pass, which may be at them, and where
+    torch has changed.
+    """
+    hooks = getattr(parameter, "_backward_hooks", None)
+    if hooks is not None and not hooks and not backward_is_running():
+        parameter._backward_hooks = None
+
+
 def call_first(parameter: torch.Tensor, number: int) -> None:
     """Lets the hook with this number be the first that is called after a gradient was accumulated into this leaf.
 

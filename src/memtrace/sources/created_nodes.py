@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from memtrace.sources import autograd_torch_private
-from memtrace.sources.hooks import weakly
+from memtrace.sources.gradient_hooks import weakly
 
 _MOST_OUTPUTS = 16
 """Tensors in the output of a forward pass that are asked for their nodes."""

@@ -174,12 +174,6 @@ class HookSet:
         self._offs.append(function)
 
 
-class GradientHook:
-    """A hook of memtrace on a gradient: told from those of others by its class."""
-
-    __slots__ = ()
-
-
 def _registering(module: nn.Module) -> type[nn.Module]:
     """Returns the class whose methods put hooks on a module: a scripted one calls hooks, and refuses to take any."""
     return nn.Module if isinstance(module, torch.jit.ScriptModule) else type(module)
@@ -219,40 +213,6 @@ class _OnModule:
         if is_first:
             hooks.move_to_end(number, last=False)
         self._handle.id = number
-
-
-class _WeakHook(GradientHook):
-    """Calls a bound method as long as its object is there."""
-
-    def __init__(self, method: Callable[[Any], None]) -> None:
-        self._alive = weakref.WeakMethod(method)
-
-    def __call__(self, argument: Any) -> None:
-        if torch.compiler.is_compiling() and torch_private.one_graph():  # of compiled autograd
-            return
-        found = self._alive()
-        if found is not None:
-            found(argument)
-
-
-def weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Returns what calls a bound method as long as its object is there: torch holds hooks where no collector looks.
-
-    The form of every hook on a gradient that outlives a step and refers to something.
-    """
-    return _WeakHook(method)
-
-
-def hears_gradient(parameter: nn.Parameter, hook: GradientHook) -> bool:
-    """Returns whether a hook is on the gradient of a leaf."""
-    return any(known is hook for known in autograd_torch_private.gradient_hooks(parameter))
-
-
-def others_take_gradient(parameter: nn.Parameter) -> bool:
-    """Returns whether others than memtrace hear of the gradient of this leaf, or use it within the backward pass."""
-    hooks = autograd_torch_private.gradient_hooks(parameter)
-    theirs = any(not isinstance(hook, GradientHook) for hook in hooks)
-    return theirs or bool(autograd_torch_private.optimizers_in_backward((parameter,)))
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from memtrace.attribution.scan import Scan
-from memtrace.sources.hooks import Apart, GradientHook, HookSet, hears_gradient
+from memtrace.sources.autograd_torch_private import backward_is_running
+from memtrace.sources.gradient_hooks import HeardGradient, UnsavedHook, hears_gradient
+from memtrace.sources.hooks import Apart
 
 _IN_A_ROW = 3
 """Steps with dropped gradients in a row after which they are a part of each step."""
@@ -33,8 +35,8 @@ class Gradient:
         """Of the parameter's value in the last forward pass."""
 
 
-class _Arrival(Apart, GradientHook):
-    """Notes that a gradient has come, without a call in Python: it does so in each backward pass, of all steps.
+class _Arrival(Apart, UnsavedHook):
+    """Notes that a gradient has come, without a call in Python.
 
     `next`, `map` and `setattr` are none. They cannot raise here, and keep nothing that they are given.
     """
@@ -42,7 +44,7 @@ class _Arrival(Apart, GradientHook):
     def __new__(cls, gradient: Gradient) -> Self:
         """Returns the hook; in a backward pass that is a graph the compiler sees a function that does the same."""
 
-        def in_graphs(parameter: torch.Tensor) -> None:
+        def in_graphs(came: torch.Tensor) -> None:
             gradient.has_come = True
 
         noted = map(setattr, repeat(gradient), repeat("has_come"), repeat(True))
@@ -58,26 +60,40 @@ class DroppedGradients:
     value has changed. A loop that drops gradients in every step (of a backward pass for the inputs alone) is seen to do
     so after three steps.
 
+    To hear of a gradient is a large part of what memtrace takes of a step of a millisecond. So where steps are skipped
+    it is not heard of, until any step of the run has had a forward pass that found no gradient of the pass before it:
+    from then on it is in all of them.
+
     Not seen: gradients that are set to zero in place, or only between the forward and the backward pass; one optimizer
-    of several that is skipped.
+    of several that is skipped; gradients that a run drops for the first time in a step that is skipped, which is one
+    with the next.
 
     Args:
         scan: knows the parameters and the engines.
     """
 
-    __slots__ = ("_arrival", "_in_this_step", "_scan", "gradient", "in_a_row")
+    __slots__ = ("_arrival", "_heard", "_in_this_step", "_scan", "_stays", "gradient", "in_a_row")
 
     def __init__(self, scan: Scan) -> None:
         self._scan = scan
         self.gradient = Gradient()
         """Of the parameter that stands for all."""
         self._arrival = _Arrival(self.gradient)
+        self._heard: HeardGradient | None = None
+        """The gradient that is heard of."""
+        self._stays = False
+        """Whether it is from now on, also where steps are skipped."""
         self._in_this_step = False
         self.in_a_row = 0
         """Steps in a row in which gradients were dropped, the one at work included."""
 
-    def follow(self, model: nn.Module, hooks: HookSet) -> None:
-        """Looks at the first parameter that is trained, until the hooks are closed; call it again where that changes.
+    @property
+    def hears(self) -> bool:
+        """Whether a gradient is heard of."""
+        return self._heard is not None
+
+    def follow(self, model: nn.Module) -> None:
+        """Looks at the first parameter that is trained; call it again where that changes.
 
         Its gradient is mostly among the last of a backward pass, so that one that fails on its way has none.
         """
@@ -85,10 +101,31 @@ class DroppedGradients:
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.requires_grad and parameter.is_leaf and not is_lazy(parameter):
                     self.gradient.holder, self.gradient.name = weakref.ref(module), name
-                    if not hears_gradient(parameter, self._arrival):
-                        self.gradient.has_come = False
-                        hooks.after_gradient((parameter,), self._arrival, first=True)
+                    if self._heard is not None:
+                        self.listen()
                     return
+
+    def listen(self) -> None:
+        """Hears of the gradient of the parameter that stands for all."""
+        parameter = self.parameter
+        if parameter is None or (self._heard is not None and hears_gradient(parameter, self._arrival)):
+            return
+        self.close()
+        if parameter.requires_grad and parameter.is_leaf and not backward_is_running():
+            self.gradient.has_come = False
+            self._heard = HeardGradient(parameter, self._arrival)
+
+    def rest(self) -> None:
+        """Hears of no gradient until `listen`, unless the loop has steps that it must be heard of in."""
+        if not self._stays and not backward_is_running():
+            self.close()
+
+    def close(self) -> None:
+        """Hears of no gradient any more; inside a backward pass a next call leaves nothing behind."""
+        if self._heard is not None:
+            self._heard.close(self.parameter)
+            if not backward_is_running():
+                self._heard = None
 
     @property
     def parameter(self) -> nn.Parameter | None:
@@ -99,18 +136,28 @@ class DroppedGradients:
         return holder._parameters[name]
 
     @property
-    def are_dropped(self) -> bool:
-        """Whether gradients have come and are gone, and nothing was done with them."""
-        if not self.gradient.has_come:
-            return False
+    def is_worth_a_look(self) -> bool:
+        """Whether there is no gradient before a forward pass that is not the first of its step. Raises nothing."""
         parameter = self.parameter
-        if parameter is None or parameter.grad is not None or not hears_gradient(parameter, self._arrival):
+        return parameter is not None and parameter.grad is None and (self.gradient.has_come or not self._stays)
+
+    def look(self) -> bool:
+        """Returns whether gradients have come and are gone, and nothing was done with them.
+
+        Call before each forward pass of a step but its first.
+        """
+        parameter = self.parameter
+        if parameter is None or parameter.grad is not None:
             return False
-        same = parameter._version == self.gradient.version
-        return same and all(engine.leaves_gradients for engine in self._scan.engines)
+        self._stays = True
+        if not all(engine.leaves_gradients for engine in self._scan.engines):
+            return False
+        self.listen()
+        has_come = self.gradient.has_come and hears_gradient(parameter, self._arrival)
+        return has_come and parameter._version == self.gradient.version
 
     def forward_begins(self) -> None:
-        """Notes the value of the parameter; call before each forward pass, after `are_dropped` was asked."""
+        """Notes the value of the parameter; call before each forward pass, after `look`."""
         parameter = self.parameter
         try:
             self.gradient.version = None if parameter is None else parameter._version

@@ -61,6 +61,7 @@ class SkippedSteps:
         "_dtype",
         "_explicit",
         "_guard",
+        "_hears",
         "_inside",
         "_largest_tokens",
         "_looked_at",
@@ -101,6 +102,8 @@ class SkippedSteps:
         """What memtrace took for the steps that were skipped last."""
         self._alone = False
         """Whether a step is over as soon as any optimizer has stepped."""
+        self._hears = False
+        """Whether a gradient is heard of."""
         self._inside = False
         """Whether an optimizer has stepped inside the backward pass at work."""
         self._over = False
@@ -158,9 +161,7 @@ class SkippedSteps:
                     batch = args[0]
                 if (
                     type(batch) is torch.Tensor
-                    and not (
-                        self.passes and (self.passes >= self._looked_at or (gradient.has_come and dropped.are_dropped))
-                    )
+                    and not (self.passes and (self.passes >= self._looked_at or dropped.is_worth_a_look))
                     and records_gradients()
                     and not is_traced()
                     and (self._phase is outside or current_autograd_node() is None)
@@ -176,7 +177,7 @@ class SkippedSteps:
                         self._phase, self._inside = forward, False
                         self.number = self.number or self._next
                         self.passes += 1
-                        holder = None if explicit else gradient.holder
+                        holder = gradient.holder if self._hears else None
                         if holder is not None:  # as `DroppedGradients.forward_begins`, without a call
                             try:
                                 gradient.version = holder()._parameters[gradient.name]._version  # type: ignore[union-attr]
@@ -212,7 +213,9 @@ class SkippedSteps:
 
         def hook(stepped: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.left and not self._over:
-                self._phase, gradient.has_come = stepping, False
+                self._phase = stepping
+                if self._hears:
+                    gradient.has_come = False
                 if self.number is None and not explicit:
                     self.number, self._unheard = self._next, True
             else:
@@ -233,7 +236,7 @@ class SkippedSteps:
         alive = weakref.ref(optimizer)
 
         def hook(stepped: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if self._alone and self.left > 1 and self.number is not None and not dropped.in_a_row:
+            if self._alone and self.left > 1 and self.number is not None and not (self._hears and dropped.in_a_row):
                 self.left -= 1
                 self.done += 1
                 self._next += 1
@@ -259,6 +262,9 @@ class SkippedSteps:
         self._largest_tokens = schedule.largest_tokens
         self._alone = not self._explicit and self._scan.ends_with_any
         self._planned_ns, self.seconds = self.spent_ns, 0.0
+        if self.left:
+            self.dropped.rest()
+            self._hears = self.dropped.hears
 
     def hasten(self) -> None:
         """Passes over no step after the one at work."""
@@ -287,11 +293,13 @@ class SkippedSteps:
         Returns:
             False where none is: there are no such steps now, or its batch is larger than any with a record.
         """
-        if self._over or (self.passes and self.dropped.are_dropped and self.dropped.end_step()):
+        if self._over or (self.passes and self.dropped.look() and self.dropped.end_step()):
             self.step_ends()
         self.dropped.forward_begins()
         if not self.left:
+            self.dropped.listen()
             return False
+        self._hears = self.dropped.hears
         shape, dtype = None, None
         if batch is not None:
             shape, dtype = shape_of(batch), batch.dtype

@@ -66,7 +66,7 @@ class UpdatesInBackward:
         Not where an engine has the gradients: it keeps them elsewhere, while it accumulates.
         """
         if step is not None:
-            if self._dropped.are_dropped and self._dropped.end_step():
+            if self._dropped.look() and self._dropped.end_step():
                 step.marks = step.ends()
                 return True
             self._dropped.forward_begins()

@@ -184,7 +184,8 @@ class Watch:
             after = skipped.after_optimizer(one, wrap(self._on_optimizer_end))
             self._hooks.around_steps(one, self._scan.parts_of(one), before, after)
         if not self._explicit:
-            self.skipped.dropped.follow(self.model, self._hooks)
+            self.skipped.dropped.follow(self.model)
+        self._hooks.callback(self.skipped.dropped.close)
         self._hooks.callback(self.oom.subscribe())
         self._hooks.callback(at_exit(self._exits))
 
@@ -380,7 +381,7 @@ class Watch:
         """Chooses the parameters that stand for all anew: somebody may have put others in their place."""
         self._anchor = self._find_anchor()
         if not self._explicit:
-            self.skipped.dropped.follow(self.model, self._hooks)
+            self.skipped.dropped.follow(self.model)
 
     def _seen(
         self, step: StepInProgress, marks: StepMarks
