@@ -248,6 +248,23 @@ def test_what_a_loop_does_in_a_skipped_step(loop: Loop, at_first: int, monkeypat
         assert tracer.history[-1].step < 35
 
 
+def test_no_record_has_more_than_one_batch_wherever_gradients_are_dropped_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a step with a record, the last one that is skipped, or one between: every step of a gap of ten is tried."""
+    monkeypatch.setattr("memtrace.tracing.schedule._LONGEST_GAP_SECONDS", 1e9)
+    counted = set()
+    for first in range(40, 51):
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters())
+        with Tracer(model, optimizer, SETTINGS["skipped"]) as tracer:
+            for step in range(1, 61):
+                (dropped if step in (first, first + 4) else plain)(model, optimizer)
+        assert {record.batch and record.batch.tokens for record in tracer.history} == {ROWS * WIDTH}
+        counted.add(tracer.snapshot().totals.steps)
+    assert counted == {59, 60}
+
+
 def test_it_is_known_anew_where_the_loop_changes() -> None:
     """After a step without dropped gradients, those that are dropped end a step again."""
     model = network()

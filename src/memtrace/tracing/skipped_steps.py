@@ -103,7 +103,7 @@ class SkippedSteps:
         self._alone = False
         """Whether a step is over as soon as any optimizer has stepped."""
         self._hears = False
-        """Whether a gradient is heard of."""
+        """Whether a gradient is heard of while steps are skipped: `dropped.hears`, where the hooks read it."""
         self._inside = False
         """Whether an optimizer has stepped inside the backward pass at work."""
         self._over = False
@@ -148,7 +148,6 @@ class SkippedSteps:
 
         named, explicit = self._main_input_name, self._explicit
         outside, forward, dropped = Phase.OUTSIDE, Phase.FORWARD, self.dropped
-        gradient = dropped.gradient
         records_gradients, is_traced, timed_every = torch.is_grad_enabled, is_jit_tracing, _TIMED_EVERY
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
@@ -177,12 +176,8 @@ class SkippedSteps:
                         self._phase, self._inside = forward, False
                         self.number = self.number or self._next
                         self.passes += 1
-                        holder = gradient.holder if self._hears else None
-                        if holder is not None:  # as `DroppedGradients.forward_begins`, without a call
-                            try:
-                                gradient.version = holder()._parameters[gradient.name]._version  # type: ignore[union-attr]
-                            except (AttributeError, KeyError, RuntimeError):  # the parameter is gone, or has none
-                                gradient.version = None
+                        if self._hears:
+                            dropped.forward_begins()
                         if begin_ns:
                             self._spent_ns += (perf_counter_ns() - begin_ns) * timed_every
                         return
